@@ -1,0 +1,113 @@
+"""The KV cache's blocks: who holds them, what they contain, which is reused next.
+
+A block is free when no table holds it. Free blocks keep their content and their name in the hash
+map until the space is needed, least recently used first: prefix caching costs nothing but the map.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import xxhash
+
+ROOT_HASH = b""
+
+
+def hash_block(parent: bytes, tokens: Sequence[int], salt: str) -> bytes:
+    """Names a full block by everything its keys and values depend on: all tokens up to its end.
+
+    128 bits, so that equal hashes can be taken for equal content. Requests share blocks only when
+    their cache salts are equal.
+    """
+    digest = xxhash.xxh3_128(parent)
+    if not parent and salt:
+        digest.update(salt.encode("utf-8", "surrogatepass"))
+    digest.update(np.asarray(tokens, dtype=np.int64).tobytes())
+    return digest.digest()
+
+
+class BlockPool:
+    """Reference-counted block ids 0 .. num_blocks - 1."""
+
+    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self._enable_prefix_caching = enable_prefix_caching
+        self._ref_counts = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._cached: dict[bytes, int] = {}
+        # Ordered by last use: the front is evicted first.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def is_free(self, block: int) -> bool:
+        return block in self._free
+
+    def lookup(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of a chain of hashes. Holds none of them."""
+        blocks = []
+        for block_hash in hashes:
+            block = self._cached.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Take a reference on each block, free or held by others."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._free[block]
+            self._ref_counts[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` free blocks with undefined content, evicting what they cached.
+
+        The caller has checked `num_free`; running out raises KeyError and would be a bug.
+        """
+        blocks = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def publish(self, block: int, block_hash: bytes) -> None:
+        """Name a held, full block for later requests to find. The first of equals stays."""
+        if self._enable_prefix_caching and block_hash not in self._cached:
+            self._forget(block)
+            self._cached[block_hash] = block
+            self._hashes[block] = block_hash
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Give back one reference on each block of a table.
+
+        The table's end becomes the older: a prefix is worth more than what follows it.
+        """
+        for block in reversed(blocks):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
+                self._free[block] = None
+
+    def _forget(self, block: int) -> None:
+        old_hash = self._hashes[block]
+        if old_hash is not None:
+            del self._cached[old_hash]
+            self._hashes[block] = None
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Assert every invariant, given all live block tables. For tests: it walks everything."""
+        held = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                held[block] += 1
+        assert held == self._ref_counts, "a reference count differs from the tables holding it"
+        free = {block for block, count in enumerate(held) if count == 0}
+        assert free == set(self._free), "free blocks are not exactly those no table holds"
+        for block_hash, block in self._cached.items():
+            assert self._hashes[block] == block_hash, "hash map and block disagree"
+        named = sum(block_hash is not None for block_hash in self._hashes)
+        assert named == len(self._cached), "a block has a name the map does not know"

@@ -1,0 +1,56 @@
+"""What an engine is told when it starts."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from engine.strict import StrictModel
+
+
+class EngineConfig(StrictModel):
+    """Settings of one engine. Every field has one meaning and is obeyed or refused."""
+
+    model: str = Field(min_length=1, description="Checkpoint directory or Hugging Face hub id.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of weights, activations and KV cache; auto takes the checkpoint's.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes the GPU when there is one."
+    )
+    load_format: Literal["safetensors", "dummy"] = Field(
+        "safetensors", description="dummy makes random weights, for benchmarks."
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="Longest prompt + output, in tokens; default: the checkpoint's window.",
+    )
+    max_num_seqs: int = Field(64, ge=1, description="Most requests that run at once (rows).")
+    max_num_batched_tokens: int = Field(
+        2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks."
+    )
+    block_size: int = Field(32, ge=1, le=256, description="Tokens per KV cache block.")
+    num_blocks: int | None = Field(
+        None, ge=1, description="Size of the block pool; default: from free memory."
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="Reuse the blocks of earlier requests that begin with the same tokens."
+    )
+    async_scheduling: bool | None = Field(
+        None,
+        description="Schedule step N + 1 while step N runs; default: on a GPU yes, on a CPU no, "
+        "where host and device are the same cores.",
+    )
+    seed: int = Field(0, description="Seeds dummy weights and, in LLM, requests without a seed.")
+
+    @model_validator(mode="after")
+    def _budget_covers_rows(self) -> "EngineConfig":
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), so that every running request gets a token "
+                "in every step; raise the first or lower the second"
+            )
+        return self

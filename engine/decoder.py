@@ -1,0 +1,191 @@
+"""A dense decoder-only transformer over a paged KV cache."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.decoder_config import DecoderConfig, RopeConfig
+from engine.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
+from engine.parallel import TensorParallel
+from kernels import Ops
+from kernels.reference import KVCache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of one step: T tokens of B requests, end to end."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, where each token's keys and values go
+    query_starts: Tensor  # [B + 1] int32
+    context_lens: Tensor  # [B] int32
+    block_tables: Tensor  # [B, M] int32
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, with normed queries and keys in the models that have it."""
+
+    def __init__(
+        self, config: DecoderConfig, index: int, prefix: str, ops: Ops, parallel: TensorParallel
+    ) -> None:
+        super().__init__()
+        self._ops = ops
+        self._eps = config.rms_eps
+        self._head_dim = config.head_dim
+        self._window = config.windows[index]
+        head_dim = config.head_dim
+        kv_size = config.num_kv_heads * head_dim
+        kv_shards = min(parallel.size, config.num_kv_heads)
+        self.qkv_proj = ColumnLinear(
+            [
+                (f"{prefix}.q_proj", config.num_heads * head_dim, None),
+                (f"{prefix}.k_proj", kv_size, kv_shards),
+                (f"{prefix}.v_proj", kv_size, kv_shards),
+            ],
+            config.hidden_size,
+            config.qkv_bias,
+            parallel,
+        )
+        self.o_proj = RowLinear(
+            f"{prefix}.o_proj",
+            config.num_heads * head_dim,
+            config.hidden_size,
+            config.output_bias,
+            parallel,
+        )
+        self.q_norm = Norm(f"{prefix}.q_norm", head_dim) if config.qk_norm else None
+        self.k_norm = Norm(f"{prefix}.k_norm", head_dim) if config.qk_norm else None
+
+    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache, cos_sin: Tensor) -> Tensor:
+        qkv = self.qkv_proj(x)
+        q, k, v = (
+            part.unflatten(-1, (-1, self._head_dim))
+            for part in qkv.split(self.qkv_proj.sizes, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self._ops.rms_norm(q, self.q_norm.weight, self._eps)
+            k = self._ops.rms_norm(k, self.k_norm.weight, self._eps)
+        q, k = self._ops.rotary(q, k, batch.positions, cos_sin)
+        self._ops.store_kv(k, v, kv_cache, batch.slots)
+        attended = self._ops.paged_attention(
+            q,
+            kv_cache,
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            scale=self._head_dim**-0.5,
+            window=self._window,
+        )
+        return self.o_proj(attended.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """The gated MLP: down(SiLU(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: DecoderConfig, prefix: str, ops: Ops, parallel: TensorParallel
+    ) -> None:
+        super().__init__()
+        self._ops = ops
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = ColumnLinear(
+            [(f"{prefix}.gate_proj", inner, None), (f"{prefix}.up_proj", inner, None)],
+            hidden,
+            False,
+            parallel,
+        )
+        self.down_proj = RowLinear(f"{prefix}.down_proj", inner, hidden, False, parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm; the residual runs beside them unnormed."""
+
+    def __init__(
+        self, config: DecoderConfig, index: int, ops: Ops, parallel: TensorParallel
+    ) -> None:
+        super().__init__()
+        self._ops = ops
+        self._eps = config.rms_eps
+        prefix = f"model.layers.{index}"
+        self.input_norm = Norm(f"{prefix}.input_layernorm", config.hidden_size)
+        self.attention = Attention(config, index, f"{prefix}.self_attn", ops, parallel)
+        self.post_norm = Norm(f"{prefix}.post_attention_layernorm", config.hidden_size)
+        self.mlp = FeedForward(config, f"{prefix}.mlp", ops, parallel)
+
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache, cos_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x is what the layer before adds to the residual."""
+        x, residual = self._ops.add_rms_norm(x, residual, self.input_norm.weight, self._eps)
+        x = self.attention(x, batch, kv_cache, cos_sin)
+        x, residual = self._ops.add_rms_norm(x, residual, self.post_norm.weight, self._eps)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states to logits. Parameters are uninitialized until loaded."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        max_model_len: int,
+        ops: Ops,
+        parallel: TensorParallel,
+    ) -> None:
+        super().__init__()
+        self._ops = ops
+        self._eps = config.rms_eps
+        self.embedding = VocabEmbedding(
+            "model.embed_tokens", config.vocab_size, config.hidden_size, parallel
+        )
+        self.layers = nn.ModuleList(
+            Layer(config, i, ops, parallel) for i in range(config.num_layers)
+        )
+        self.norm = Norm("model.norm", config.hidden_size)
+        self.lm_head = (
+            self.embedding
+            if config.tied_embeddings
+            else VocabEmbedding("lm_head", config.vocab_size, config.hidden_size, parallel)
+        )
+        self.cos_sin: Tensor
+        self.register_buffer(
+            "cos_sin", rotary_table(config.rope, config.head_dim, max_model_len), persistent=False
+        )
+
+    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+        """Hidden states [T, hidden], normed; writes the step's keys and values."""
+        x = self.embedding.embed(batch.token_ids)
+        residual = torch.zeros_like(x)
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, batch, kv_cache, self.cos_sin)
+        return self._ops.add_rms_norm(x, residual, self.norm.weight, self._eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab], in the model's dtype."""
+        return self.lm_head.logits(hidden)
+
+
+def rotary_table(rope: RopeConfig, head_dim: int, max_position: int) -> Tensor:
+    """[max_position, head_dim] float32: cosines, then sines, of position times frequency."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.kind == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.kind == "llama3":
+        frequencies = _llama3_frequencies(rope, frequencies)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def _llama3_frequencies(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+    """Llama 3.1's: long wavelengths are stretched by `factor`, short ones kept, blended between."""
+    turns = rope.original_max_position * frequencies / (2 * math.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / rope.factor)

@@ -1,0 +1,95 @@
+"""Tokens to text as they come, and the search for stop strings in it."""
+
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+# Prompt tokens that give the first output token its context, such as whether a space precedes it.
+_CONTEXT = 4
+
+
+class Detokenizer:
+    """The text of one output.
+
+    Feeds tokens to a `DecodeStream`, which holds back incomplete characters, and holds back itself
+    whatever may yet become a stop string, so that no part of one is ever emitted.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._tokenizer = tokenizer.fast
+        self._params = params
+        self._stream = self._new_stream(prompt_token_ids[-_CONTEXT:])
+        self._undecoded: list[int] = []  # tokens since the stream last gave text
+        self._held = ""  # text that may be the beginning of a stop string
+        self.num_tokens = 0
+        self.stop_string: str | None = None
+
+    def push(self, token_ids: Sequence[int], last: bool) -> str:
+        """The text that these tokens make certain; all that is left if they are the `last`.
+
+        Once a stop string is found, `stop_string` is set and `num_tokens` counts the tokens up to
+        it; nothing more may be pushed.
+        """
+        emitted = ""
+        for token in token_ids:
+            self.num_tokens += 1
+            emitted += self._search(self._decode(token))
+            if self.stop_string is not None:
+                return emitted
+        if last:
+            emitted += self._search(self._flush())
+            if self.stop_string is None:
+                emitted, self._held = emitted + self._held, ""
+        return emitted
+
+    def _new_stream(self, context: Sequence[int]) -> DecodeStream:
+        return DecodeStream(ids=list(context), skip_special_tokens=self._params.skip_special_tokens)
+
+    def _decode(self, token: int) -> str:
+        self._undecoded.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception:  # the library's, when invalid UTF-8 confuses its prefix
+            text = self._flush()
+            self._stream = self._new_stream([])
+            return text
+        if text is None:
+            return ""
+        self._undecoded.clear()
+        return text
+
+    def _flush(self) -> str:
+        """What is left undecoded, with replacement characters for what is incomplete."""
+        text = self._tokenizer.decode(
+            self._undecoded, skip_special_tokens=self._params.skip_special_tokens
+        )
+        self._undecoded.clear()
+        return text
+
+    def _search(self, text: str) -> str:
+        """Splits held + new text into what may be emitted and what must be held back."""
+        if not self._params.stop or not text:
+            return text
+        text = self._held + text
+        self._held = ""
+        if self.num_tokens > self._params.min_tokens:
+            found = [(text.find(stop), stop) for stop in self._params.stop if stop in text]
+            if found:
+                index, self.stop_string = min(found)
+                return text[:index]
+        held = max(_overlap(text, stop) for stop in self._params.stop)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins, but does not complete, `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

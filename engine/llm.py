@@ -1,0 +1,236 @@
+"""Offline generation in this process: `from engine import LLM`."""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from engine import checkpoint
+from engine.config import EngineConfig
+from engine.detokenizer import Detokenizer
+from engine.engine import Engine
+from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from engine.request import Request
+from engine.sampling_params import MAX_SEED, SamplingParams
+from engine.step import TokenDelta
+from engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+@dataclass
+class _Live:
+    """A request on its way through `generate`."""
+
+    request: Request
+    prompt: str | None
+    detokenizer: Detokenizer | None
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_token_time: float = 0.0
+    text: str = ""
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model for batches of prompts.
+
+    `LLM("Qwen/Qwen3-0.6B", max_model_len=4096).generate(["Hello"], SamplingParams(max_tokens=8))`
+
+    Args:
+        model: checkpoint directory or Hugging Face hub id.
+        config: the other fields of `EngineConfig`.
+    """
+
+    def __init__(self, model: str, **config: Any) -> None:
+        self.config = EngineConfig(model=str(model), **config)
+        self.engine = Engine(self.config, show_progress=True)
+        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        self.tokenizer: Tokenizer | None = None  # dummy weights may come without one
+        if self.config.load_format != "dummy" or (directory / "tokenizer.json").exists():
+            self.tokenizer = Tokenizer(directory)
+        self._default_params = SamplingParams(**checkpoint.sampling_defaults(directory))
+        self._seeds = random.Random(self.config.seed)
+        self._next_id = 0
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's authors recommend (generation_config.json), else the usual defaults."""
+        return self._default_params
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises ValueError for dummy weights without one."""
+        if self.tokenizer is None:
+            raise ValueError("this checkpoint has no tokenizer.json; give prompts as token ids")
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, in the order given.
+
+        Args:
+            prompts: one or many; each a text, a list of token ids, or a dict with "prompt" or
+                "prompt_token_ids" and optionally "cache_salt".
+            sampling_params: one for all, or one for each prompt; requests without a seed get one
+                from the engine's, so that a program's outputs are the same in every run.
+        Raises:
+            ValueError: a prompt is empty, too long or malformed; nothing has been generated then.
+        """
+        listed = _as_list(prompts)
+        params = _one_each(sampling_params or self._default_params, len(listed))
+        lives: list[_Live] = []
+        for i, (prompt, own_params) in enumerate(zip(listed, params, strict=True)):
+            try:
+                lives.append(self._make_request(prompt, own_params))
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from error
+        return self._run(lives, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or many, through the chat template."""
+        conversations: Sequence[Any] = messages
+        if messages and isinstance(messages[0], Mapping):
+            conversations = [messages]
+        prompts = [
+            self.get_tokenizer().encode_chat(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _make_request(self, prompt: Prompt, params: SamplingParams) -> _Live:
+        text, token_ids, salt = self._parse(prompt)
+        self.engine.limits.check(token_ids, params)
+        if params.stop:
+            self.get_tokenizer()
+        seed = params.seed if params.seed is not None else self._seeds.randint(0, MAX_SEED)
+        request = Request(str(self._next_id), token_ids, params, seed, salt)
+        self._next_id += 1
+        detokenizer = Detokenizer(self.tokenizer, token_ids, params) if self.tokenizer else None
+        return _Live(request, text, detokenizer)
+
+    def _parse(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
+        """(text if given, token ids, cache salt)"""
+        if isinstance(prompt, str):
+            return prompt, self.get_tokenizer().encode(prompt), ""
+        if not isinstance(prompt, Mapping):
+            return None, [int(token) for token in prompt], ""
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}; known: prompt, prompt_token_ids")
+        inner = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if inner is None:
+            raise ValueError("a dict prompt needs 'prompt' or 'prompt_token_ids'")
+        text, token_ids, _ = self._parse(inner)
+        return text, token_ids, str(prompt.get("cache_salt", ""))
+
+    def _run(self, lives: list[_Live], use_tqdm: bool) -> list[RequestOutput]:
+        by_id = {live.request.id: live for live in lives}
+        finished: dict[str, RequestOutput] = {}
+        with _Progress(len(lives), disable=not use_tqdm) as progress:
+            try:
+                for live in lives:
+                    self.engine.add(live.request)
+                while len(finished) < len(lives):
+                    for delta in self.engine.step():
+                        output = self._advance(by_id[delta.request_id], delta)
+                        if output is not None:
+                            finished[delta.request_id] = output
+                            progress.count_finished(output)
+                    progress.show_speed(self.engine)
+            finally:  # an interrupt in a notebook must not leave requests behind
+                for request_id in by_id:
+                    self.engine.abort(request_id)
+                while self.engine.has_work:
+                    self.engine.step()
+        return [finished[live.request.id] for live in lives]
+
+    def _advance(self, live: _Live, delta: TokenDelta) -> RequestOutput | None:
+        """Take in one step's tokens; the finished output if they end the request."""
+        if not live.first_token_time:
+            live.first_token_time = time.monotonic()
+            live.num_cached_tokens = delta.num_cached_tokens
+        reason: str | None = delta.finish_reason
+        stop_reason: int | str | None = delta.stop_token
+        token_ids = live.request.output_token_ids
+        if live.detokenizer is not None:
+            live.text += live.detokenizer.push(delta.token_ids, last=reason is not None)
+            if live.detokenizer.stop_string is not None:
+                reason, stop_reason = "stop", live.detokenizer.stop_string
+                token_ids = token_ids[: live.detokenizer.num_tokens]
+                self.engine.abort(live.request.id)
+        if reason is None:
+            return None
+        return RequestOutput(
+            live.request.id,
+            live.prompt,
+            live.request.prompt_token_ids,
+            [CompletionOutput(0, live.text, list(token_ids), reason, stop_reason)],
+            live.num_cached_tokens,
+            RequestMetrics(live.arrival_time, live.first_token_time, time.monotonic()),
+        )
+
+
+class _Progress:
+    """A tqdm bar of finished prompts with the current token rates."""
+
+    def __init__(self, total: int, disable: bool) -> None:
+        self._bar = tqdm(total=total, desc="Processed prompts", disable=disable)
+        self._start = time.monotonic()
+        self._first: tuple[int, int] | None = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def count_finished(self, output: RequestOutput) -> None:
+        self._bar.update()
+
+    def show_speed(self, engine: Engine) -> None:
+        stats = engine.scheduler.stats
+        counts = (stats.prompt_tokens, stats.output_tokens)
+        first = self._first = self._first or counts
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        speeds = [(now - then) / seconds for now, then in zip(counts, first, strict=True)]
+        self._bar.set_postfix_str(
+            f"prompt: {speeds[0]:.0f} tok/s, output: {speeds[1]:.0f} tok/s", refresh=False
+        )
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if len(prompts) > 0 and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams], count: int
+) -> Sequence[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts, but {len(params)} sampling_params; give one or {count}")
+    return params

@@ -1,0 +1,127 @@
+"""Weights from safetensors files into a model, each rank reading only its slices."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.checkpoint import CheckpointError
+from engine.layers import ShardedModule, Source
+
+# In old checkpoints, though recomputed by every loader.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+class SafetensorsReader:
+    """Slices of the tensors of all *.safetensors files of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / "model.safetensors.index.json"
+        if index.exists():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            files = [directory / name for name in sorted(names)]
+        else:
+            files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{directory} has no *.safetensors files; other formats are not read. Convert with "
+                "transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+            )
+        self._files = []
+        self._file_of = {}
+        for path in files:
+            try:
+                file = safe_open(path, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            self._files.append(file)
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, source: Source) -> Tensor:
+        """The slice, from disk; raises CheckpointError when the tensor is missing or misshapen."""
+        if source.name not in self._file_of:
+            raise CheckpointError(f"the checkpoint has no tensor {source.name!r}")
+        tensor = self._file_of[source.name].get_slice(source.name)
+        shape = tuple(tensor.get_shape())
+        if shape != source.shape:
+            raise CheckpointError(
+                f"the checkpoint's {source.name} has shape {shape}, its config says {source.shape}"
+            )
+        cut = slice(source.start, source.end)
+        return tensor[cut] if source.dim == 0 else tensor[:, cut]
+
+    def __enter__(self) -> "SafetensorsReader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files:
+            file.__exit__(kind, error, trace)
+
+
+def _sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, list[Source]]]:
+    for module_name, module in model.named_modules():  # shared modules come once
+        if isinstance(module, ShardedModule):
+            for name, sources in module.sources.items():
+                yield f"{module_name}.{name}", module.get_parameter(name), sources
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, directory: Path, show_progress: bool = True) -> None:
+    """Fill every parameter; a tensor missing, left over or of the wrong shape is an error."""
+    parameters = list(_sharded_parameters(model))
+    used: set[str] = set()
+    with (
+        SafetensorsReader(directory) as reader,
+        tqdm(
+            total=sum(p.numel() * p.element_size() for _, p, _ in parameters),
+            desc="Loading weights",
+            unit="B",
+            unit_scale=True,
+            disable=not show_progress,
+        ) as progress,
+    ):
+        for _, parameter, sources in parameters:
+            _fill(parameter, sources, reader)
+            used.update(source.name for source in sources)
+            progress.update(parameter.numel() * parameter.element_size())
+        leftover = {n for n in reader.names - used if not n.endswith(_IGNORED_SUFFIXES)}
+        # Files of tied models may repeat the embedding under the head's name.
+        if getattr(model, "lm_head", None) is getattr(model, "embedding", model):
+            leftover.discard("lm_head.weight")
+    if leftover:
+        names = ", ".join(sorted(leftover)[:5])
+        raise CheckpointError(f"the checkpoint has tensors this model has no place for: {names}")
+
+
+def _fill(parameter: Tensor, sources: list[Source], reader: SafetensorsReader) -> None:
+    offset = 0
+    for source in sources:
+        tensor = reader.read(source)
+        parameter[offset : offset + tensor.shape[0]].copy_(tensor)
+        offset += tensor.shape[0]
+    parameter[offset:].zero_()  # rows that pad a vocabulary
+
+
+@torch.no_grad()
+def load_dummy_weights(model: nn.Module, seed: int) -> None:
+    """Random weights of a trained model's size, so that activations stay finite."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
+    for name, parameter, _ in _sharded_parameters(model):
+        if parameter.dim() == 1 and name.endswith("weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)

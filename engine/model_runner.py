@@ -1,0 +1,217 @@
+"""Turns step plans into tokens on one rank's device."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.decoder import Batch, Decoder
+from engine.decoder_config import DecoderConfig
+from engine.loader import load_dummy_weights, load_weights
+from engine.memory import available_bytes
+from engine.parallel import TensorParallel
+from engine.step import NewRow, ScheduledRow, StepPlan, StepResult
+from kernels import select_ops
+
+# Of the memory that is free once the weights are loaded; the rest is for activations and others.
+_KV_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85}
+
+
+class DeviceTables:
+    """What the device knows of the running requests, one row each.
+
+    A sampled token is written here and read by the next step without visiting the host.
+    """
+
+    def __init__(self, num_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
+        self.token_ids = torch.zeros(num_rows, max_len, dtype=torch.int64, device=device)
+        max_blocks = -(-max_len // block_size)
+        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        self.temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
+        self.top_k = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
+        self.min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
+        self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
+
+    def enter(self, new: NewRow) -> None:
+        row, params = new.row, new.params
+        self.token_ids[row, : len(new.token_ids)] = torch.tensor(new.token_ids)
+        self.append_blocks(row, 0, new.block_table)
+        self.temperature[row] = params.temperature
+        self.top_k[row] = max(params.top_k, 0)
+        self.top_p[row] = params.top_p
+        self.min_p[row] = params.min_p
+        self.seeds[row] = new.seed
+
+    def append_blocks(self, row: int, num_held: int, blocks: list[int]) -> None:
+        if blocks:
+            table = torch.tensor(blocks, dtype=torch.int32)
+            self.block_tables[row, num_held : num_held + len(blocks)] = table
+
+
+class ModelRunner:
+    """The model, its KV cache and the device tables of one rank.
+
+    Every rank executes the same plans in the same order and samples the same tokens.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: DecoderConfig,
+        directory: Path,
+        eos_token_ids: frozenset[int] = frozenset(),
+        parallel: TensorParallel | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        self.device = select_device(config.device)
+        self.parallel = parallel or TensorParallel()
+        self.ops = select_ops(self.device)
+        self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+        self.max_len = config.max_model_len or model_config.max_position
+        self._eos_token_ids = eos_token_ids
+        self._block_size = config.block_size
+        self.model = self._build_model(model_config)
+        if config.load_format == "dummy":
+            load_dummy_weights(self.model, config.seed)
+        else:
+            load_weights(self.model, directory, show_progress)
+        self.num_blocks = config.num_blocks or self._default_num_blocks(config, model_config)
+        self.kv_caches = [
+            self.ops.new_kv_cache(
+                self.num_blocks,
+                config.block_size,
+                _local_kv_heads(model_config, self.parallel),
+                model_config.head_dim,
+                self.dtype,
+                self.device,
+            )
+            for _ in range(model_config.num_layers)
+        ]
+        self.tables = DeviceTables(
+            config.max_num_seqs, self.max_len, config.block_size, self.device
+        )
+        # Rows that must not stop yet: (first position at which they may, tokens banned until then).
+        self._banned: dict[int, tuple[int, list[int]]] = {}
+
+    def _build_model(self, model_config: DecoderConfig) -> Decoder:
+        _check_divisible(model_config, self.parallel.size)
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                return Decoder(model_config, self.max_len, self.ops, self.parallel)
+        finally:
+            torch.set_default_dtype(previous)
+
+    def _default_num_blocks(self, config: EngineConfig, model_config: DecoderConfig) -> int:
+        """A share of the free memory, but no more than the rows could ever fill."""
+        kv_heads = _local_kv_heads(model_config, self.parallel)
+        token_bytes = 2 * model_config.num_layers * kv_heads * model_config.head_dim
+        block_bytes = token_bytes * self.dtype.itemsize * config.block_size
+        share = _KV_CACHE_SHARE[self.device.type]
+        affordable = int(available_bytes(self.device) * share) // block_bytes
+        usable = config.max_num_seqs * -(-self.max_len // config.block_size)
+        if affordable == 0:
+            raise MemoryError(
+                f"no memory is left for the KV cache: one block takes {block_bytes} bytes; free "
+                "some, or lower block_size or set num_blocks"
+            )
+        return min(affordable, usable)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. The sampled tokens also stay in the device's tables."""
+        self._enter_rows(plan)
+        sampling = [row for row in plan.scheduled if row.samples]
+        logits = self.forward(plan)
+        if not sampling:
+            return StepResult([])
+        rows = self._tensor([row.row for row in sampling])
+        positions = self._tensor([row.start + row.num_tokens for row in sampling])
+        self._ban_stop_tokens(logits, sampling)
+        tables = self.tables
+        tokens = self.ops.sample(
+            logits,
+            tables.temperature[rows],
+            tables.top_k[rows],
+            tables.top_p[rows],
+            tables.min_p[rows],
+            tables.seeds[rows],
+            positions,
+        )
+        tables.token_ids[rows, positions] = tokens
+        return StepResult(tokens.tolist())
+
+    def _enter_rows(self, plan: StepPlan) -> None:
+        for new in plan.new_rows:
+            self.tables.enter(new)
+            self._banned.pop(new.row, None)
+            if new.params.min_tokens > 0:
+                banned = set(new.params.stop_token_ids)
+                if not new.params.ignore_eos:
+                    banned |= self._eos_token_ids
+                allowed_from = new.num_prompt_tokens + new.params.min_tokens
+                self._banned[new.row] = (allowed_from, sorted(banned))
+        for row in plan.scheduled:
+            self.tables.append_blocks(row.row, row.num_held_blocks, row.new_blocks)
+
+    def _ban_stop_tokens(self, logits: Tensor, sampling: list[ScheduledRow]) -> None:
+        for i, row in enumerate(sampling):
+            allowed_from, banned = self._banned.get(row.row, (0, []))
+            if row.start + row.num_tokens < allowed_from:
+                logits[i, banned] = -torch.inf
+
+    def forward(self, plan: StepPlan) -> Tensor:
+        """Logits [rows that sample, vocab] of a plan whose rows have been entered."""
+        batch = self._make_batch(plan.scheduled)
+        hidden = self.model(batch, self.kv_caches)
+        last = [i for i, row in enumerate(plan.scheduled) if row.samples]
+        return self.model.logits(hidden[(batch.query_starts[1:] - 1).long()[last]])
+
+    def _make_batch(self, scheduled: list[ScheduledRow]) -> Batch:
+        rows = self._tensor([row.row for row in scheduled])
+        starts = self._tensor([row.start for row in scheduled])
+        lengths = self._tensor([row.num_tokens for row in scheduled])
+        ends = lengths.cumsum(0)
+        total = sum(row.num_tokens for row in scheduled)
+        token_rows = rows.repeat_interleave(lengths, output_size=total)
+        # A token's position: its index in the step, less its request's, plus where that starts.
+        shift = (starts - ends + lengths).repeat_interleave(lengths, output_size=total)
+        positions = torch.arange(total, device=self.device) + shift
+        blocks = self.tables.block_tables[token_rows, positions // self._block_size].long()
+        return Batch(
+            token_ids=self.tables.token_ids[token_rows, positions],
+            positions=positions,
+            slots=blocks * self._block_size + positions % self._block_size,
+            query_starts=torch.cat((ends.new_zeros(1), ends)).int(),
+            context_lens=(starts + lengths).int(),
+            block_tables=self.tables.block_tables[rows],
+        )
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def select_device(name: str) -> torch.device:
+    """The configured device; raises ValueError when it is not there."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("device: 'cuda' was asked for, but torch sees no CUDA GPU; use 'cpu'")
+    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
+
+
+def _check_divisible(model_config: DecoderConfig, size: int) -> None:
+    kv_heads = model_config.num_kv_heads
+    for name, value in (
+        ("attention heads", model_config.num_heads),
+        ("intermediate features", model_config.intermediate_size),
+        ("key/value heads", max(kv_heads, size) if size % kv_heads == 0 else kv_heads),
+    ):
+        if value % size != 0:
+            raise ValueError(f"the model's {value} {name} cannot be split over {size} ranks")
+
+
+def _local_kv_heads(model_config: DecoderConfig, parallel: TensorParallel) -> int:
+    return max(model_config.num_kv_heads // parallel.size, 1)

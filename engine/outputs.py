@@ -1,0 +1,42 @@
+"""What `LLM` returns; names as in vLLM."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str  # "stop" or "length"
+    stop_reason: int | str | None = None  # the stop string or token of stop_token_ids that was met
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Seconds on the clock of time.monotonic()."""
+
+    arrival_time: float
+    first_token_time: float
+    finished_time: float
+
+    @property
+    def ttft(self) -> float:
+        """Seconds from arrival to the first token."""
+        return self.first_token_time - self.arrival_time
+
+    @property
+    def latency(self) -> float:
+        """Seconds from arrival to the end."""
+        return self.finished_time - self.arrival_time
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    request_id: str
+    prompt: str | None  # None when the prompt was given as token ids
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int
+    metrics: RequestMetrics
+    finished: bool = True

@@ -1,0 +1,40 @@
+"""One rank's place in a tensor-parallel group (Shoeybi et al., "Megatron-LM", 2019)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Rank `rank` of `size`; `group` is None only where there is nobody to talk to."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def share(self, total: int, shards: int | None = None) -> tuple[int, int]:
+        """This rank's [start, end) of `total` things cut into `shards` equal parts.
+
+        With fewer shards than ranks (key/value heads), neighbouring ranks hold the same part.
+        """
+        shards = self.size if shards is None else shards
+        length = -(-total // shards)
+        start = min(self.rank * shards // self.size * length, total)
+        return start, min(start + length, total)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of x over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x [N, M] of every rank, side by side: [N, size * M]."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,59 @@
+"""A step is data: what the scheduler tells the model runners, and what comes back.
+
+Small, picklable, without tensors, so that the leader can send it to its followers as it is.
+"""
+
+from dataclasses import dataclass
+
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A request enters a row of the device tables; whatever the row held before is gone."""
+
+    row: int
+    token_ids: list[int]  # all that are known: the prompt, and output when it was preempted
+    num_prompt_tokens: int
+    block_table: list[int]  # blocks found in the prefix cache
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One request's share of a step: compute tokens start .. start + num_tokens - 1 of its row."""
+
+    request_id: str
+    row: int
+    start: int
+    num_tokens: int
+    num_held_blocks: int  # block table length before this step
+    new_blocks: list[int]  # appended to the block table in this step
+    samples: bool  # whether its last token's logits yield the next token
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    new_rows: list[NewRow]
+    scheduled: list[ScheduledRow]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    token_ids: list[int]  # one per scheduled row that samples, in the plan's order
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one step brought a request: its new tokens, and its ending if this was the last."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length"
+    stop_token: int | None = None  # the token of stop_token_ids that ended it
+    num_cached_tokens: int = 0

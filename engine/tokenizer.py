@@ -1,0 +1,88 @@
+"""Text to tokens and back, without importing torch.
+
+transformers' AutoTokenizer would pull torch into the serving front, so this uses the library
+beneath it, `tokenizers`, and transformers' own renderer for chat templates.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as FastTokenizer
+
+from engine.checkpoint import CheckpointError, read_json
+
+
+class Tokenizer:
+    """The tokenizer and chat template of a checkpoint directory."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(
+                f"{directory} has no tokenizer.json. Make one with transformers: "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            )
+        self.fast = FastTokenizer.from_file(str(path))
+        self.fast.no_truncation()
+        self.fast.no_padding()
+        config = read_json(directory, "tokenizer_config.json")
+        self._special = {
+            str(name): token["content"] if isinstance(token, dict) else token
+            for name, token in config.items()
+            if name.endswith("_token") and isinstance(token, (str, dict))
+        }
+        template_file = directory / "chat_template.jinja"
+        template = (
+            template_file.read_text(encoding="utf-8")
+            if template_file.exists()
+            else config.get("chat_template")
+        )
+        if isinstance(template, list):  # several, by name
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+        self.chat_template: str | None = template
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; by default with the model's own prefix, such as a BOS token."""
+        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """Messages as the prompt text that the checkpoint's template makes of them.
+
+        Raises ValueError when there is no template or it refuses the messages.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = self._special | template_kwargs
+        if self.chat_template is None:
+            raise ValueError(
+                "this model has no chat template; send a text prompt to completions instead"
+            )
+        try:
+            rendered, _ = render_jinja_template(
+                [list(messages)],
+                tools=list(tools) if tools else None,
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **options,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"the chat template refused the messages: {error}") from error
+        return str(rendered[0])
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a chat; options as for `render_chat`. The template writes its own BOS."""
+        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)

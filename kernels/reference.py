@@ -1,0 +1,194 @@
+"""Every op in plain torch: the path that works everywhere, and the oracle for the fast ones.
+
+Shapes use T = tokens in the step (all requests end to end), B = requests in the step, H = query
+heads, K = key/value heads, D = head dimension, V = vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KVCache = tuple[Tensor, Tensor]
+
+
+def new_kv_cache(
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """One layer's keys and values, each [num_blocks, K, block_size, D]; contents undefined.
+
+    A head's rows of one block are contiguous, so that attention streams them.
+    """
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(
+        shape, dtype=dtype, device=device
+    )
+
+
+def store_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slots: Tensor) -> None:
+    """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset in the block."""
+    block_size = kv_cache[0].shape[2]
+    blocks, offsets = slots // block_size, slots % block_size
+    for cache, new in zip(kv_cache, (k, v), strict=True):
+        cache[blocks, :, offsets] = new.to(cache.dtype)
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: KVCache,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of variable-length queries over a paged cache.
+
+    Request i owns queries q[query_starts[i]:query_starts[i + 1]]; they are the last ones of its
+    context_lens[i] tokens, whose keys and values (its own included) are already in the cache.
+
+    Args:
+        q: [T, H, D], H a multiple of K.
+        query_starts: [B + 1] int32, cumulative query counts from 0 to T.
+        context_lens: [B] int32.
+        block_tables: [B, M] int32, entries past a request's last block are never read.
+        window: a query sees itself and the window - 1 tokens before it; None sees all.
+    Returns:
+        [T, H, D], q's dtype.
+    """
+    out = torch.empty_like(q)
+    k_cache, v_cache = kv_cache
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    starts = query_starts.tolist()
+    for i, context_len in enumerate(context_lens.tolist()):
+        start, end = starts[i], starts[i + 1]
+        if start == end:
+            continue
+        blocks = block_tables[i, : -(-context_len // block_size)].long()
+        # [blocks, K, block_size, D] -> [1, K, context, D]
+        k, v = (
+            cache[blocks]
+            .transpose(0, 1)
+            .reshape(1, num_kv_heads, -1, head_dim)[:, :, :context_len]
+            .to(q.dtype)
+            for cache in (k_cache, v_cache)
+        )
+        query_positions = torch.arange(context_len - (end - start), context_len, device=q.device)
+        key_positions = torch.arange(context_len, device=q.device)
+        distance = query_positions[:, None] - key_positions[None, :]
+        visible = distance >= 0
+        if window is not None:
+            visible &= distance < window
+        attended = F.scaled_dot_product_attention(
+            q[start:end].transpose(0, 1).unsqueeze(0),
+            k,
+            v,
+            attn_mask=visible,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., N] over its root mean square, times weight [N]; computed in float32."""
+    normed = x.float()
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual): the pair every pre-norm block needs."""
+    residual = residual + x
+    return rms_norm(residual, weight, eps), residual
+
+
+def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q [T, H, D] and k [T, K, D] by position (halves rotated, as in GPT-NeoX).
+
+    positions [T] int64; cos_sin [max_position, D] float32, cosines then sines of D / 2 angles.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """SiLU(gate) * up for x [T, 2 * N] = gate, up side by side; returns [T, N]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finalizer on int64 tensors (arithmetic wraps, shifts are made logical)."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One float64 in [0, 1) per (seed, position), both [N] int64, and from nothing else.
+
+    Counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), on the
+    splitmix64 mixer: what a request samples never depends on who shares its batch.
+    """
+    bits = _mix(_mix(seeds) + (positions + 1) * -0x61C8864680B583EB)
+    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Draw one token per row of logits [N, V] by inverting the CDF at uniform(seed, position).
+
+    Temperature is applied first, then min_p, top_k and top_p, each on what the one before left.
+    All other arguments are [N]: temperature float32 (0 = greedy, the rest is then ignored), top_k
+    int64 (0 = off), top_p and min_p float32 (1 and 0 = off), seeds and positions int64.
+
+    Returns: token ids [N] int64.
+    """
+    greedy_tokens = logits.argmax(-1)
+    greedy = temperature == 0
+    if bool(greedy.all()):
+        return greedy_tokens
+    logits = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    probs = torch.softmax(logits, -1)
+    if bool((min_p > 0).any()):
+        floor = probs.amax(-1, keepdim=True) * min_p.unsqueeze(1)
+        probs = torch.where(probs < floor, 0.0, probs)
+    if bool((top_k > 0).any()) or bool((top_p < 1).any()):
+        probs = _keep_top(probs, top_k, top_p)
+    cdf = probs.double().cumsum(-1)
+    drawn = uniform(seeds, positions).unsqueeze(1) * cdf[:, -1:]
+    # The first token whose cumulative probability exceeds the draw; rounding must not pass the end.
+    tokens = torch.searchsorted(cdf, drawn, right=True).squeeze(1)
+    last_possible = probs.shape[-1] - 1 - (probs.flip(-1) > 0).to(torch.uint8).argmax(-1)
+    return torch.where(greedy, greedy_tokens, torch.minimum(tokens, last_possible))
+
+
+def _keep_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero everything outside the top_k most probable and the smallest set holding top_p."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    k = torch.where(top_k > 0, top_k, probs.shape[-1]).unsqueeze(1)
+    ordered = torch.where(rank < k, ordered, 0.0)
+    before = ordered.double().cumsum(-1) - ordered
+    budget = top_p.double().unsqueeze(1) * ordered.double().sum(-1, keepdim=True)
+    # A token stays while those before it do not yet hold top_p; the first always stays.
+    ordered = torch.where((before < budget) | (rank == 0), ordered, 0.0)
+    return torch.zeros_like(probs).scatter_(-1, order, ordered)
