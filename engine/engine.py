@@ -2,6 +2,7 @@
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 
 from engine import checkpoint
 from engine.block_pool import BlockPool
@@ -82,6 +83,18 @@ class Engine:
         done: Future[StepResult] = Future()
         done.set_result(self.runner.execute(plan))
         return done
+
+    def stats(self) -> dict[str, int]:
+        """What is going on now, and counts since the start."""
+        scheduler = self.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "num_blocks": scheduler.pool.num_blocks,
+            "free_blocks": scheduler.pool.num_free,
+            "steps": self.num_steps,
+            **asdict(scheduler.stats),
+        }
 
     def close(self) -> None:
         """Stop the device thread. The memory goes with the object."""

@@ -1,0 +1,44 @@
+"""`deployments:app`, the builder that `serve run` and `serve deploy` call."""
+
+from pathlib import Path
+
+import ray
+from ray.serve import Application
+
+from deployments.args import AppArgs
+from deployments.replica import Replica
+from deployments.shard import shard_bundle
+
+# The replica waits for the network most of the time; the shards do the work.
+_REPLICA_CPUS = 0.1
+
+
+def app(args: AppArgs) -> Application:
+    """One model behind an OpenAI-compatible API.
+
+    `serve run deployments:app model=Qwen/Qwen3-0.6B max_model_len=4096`, or the same names under
+    `args:` in a Serve config file. Without `model`, the bundled demo model.
+    """
+    if args.device == "auto":
+        args = args.model_copy(update={"device": "cuda" if _has_gpus() else "cpu"})
+    return Replica.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": _REPLICA_CPUS},
+        placement_group_bundles=[{"CPU": _REPLICA_CPUS}, shard_bundle(args)],
+        placement_group_strategy="PACK",
+        max_ongoing_requests=args.max_ongoing_requests,
+        health_check_period_s=2,
+    ).bind(args)
+
+
+def _has_gpus() -> bool:
+    """Whether the cluster has GPUs, or, before `serve run` starts a local one, this machine."""
+    if ray.is_initialized():
+        return ray.cluster_resources().get("GPU", 0) > 0
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except ConnectionError:
+        return any(Path("/dev").glob("nvidia[0-9]*"))
+    try:
+        return ray.cluster_resources().get("GPU", 0) > 0
+    finally:
+        ray.shutdown()  # `serve run` connects with its own runtime environment
