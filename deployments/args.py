@@ -24,6 +24,12 @@ class AppArgs(EngineConfig):
     heartbeat_timeout_s: float = Field(
         60, gt=0, description="An engine silent for this long is unhealthy; above the longest step."
     )
+    max_restarts: int = Field(
+        10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
+    )
+    graceful_shutdown_timeout_s: float = Field(
+        120, ge=0, description="How long a replica that is to stop may finish its streams."
+    )
     max_ongoing_requests: int = Field(
         1024, ge=1, description="Requests a replica takes on at once, running and waiting."
     )

@@ -43,10 +43,15 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._outbox: Message = {}
         self._connected = asyncio.Event()
+        self._failure: Exception | None = None
         self._last_beat = time.monotonic()
 
     async def start(self) -> None:
         self._server = await asyncio.start_unix_server(self._serve, self.address)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._writer is not None
 
     async def wait_connected(self) -> None:
         """Returns once an engine has said hello."""
@@ -56,9 +61,12 @@ class EngineClient:
     def num_live(self) -> int:
         return len(self._live)
 
-    def seconds_since_beat(self) -> float:
-        """Age of the engine's last message. A running engine sends one every step, or idle beat."""
-        return time.monotonic() - self._last_beat
+    def is_silent(self, timeout_s: float) -> bool:
+        """Whether an engine is connected but has sent nothing for so long.
+
+        An engine sends a message every step and, when idle, every heartbeat.
+        """
+        return self._writer is not None and time.monotonic() - self._last_beat > timeout_s
 
     async def generate(
         self, prompt_token_ids: list[int], params: SamplingParams, seed: int, cache_salt: str = ""
@@ -67,6 +75,8 @@ class EngineClient:
 
         Raises EngineUnavailableError, and ValueError when the engine refuses the request.
         """
+        if self._failure is not None:
+            raise self._failure
         request = Request(str(next(self._ids)), prompt_token_ids, params, seed, cache_salt)
         live = self._live[request.id] = _Live(request)
         self._send("add", encode_request(request))
@@ -82,8 +92,9 @@ class EngineClient:
             if self._live.pop(request.id, None) is not None:
                 self._send("abort", request.id)
 
-    def fail_all(self, error: Exception) -> None:
-        """End every live request with an error: nothing will serve them any more."""
+    def fail(self, error: Exception) -> None:
+        """End every live request with an error, and refuse new ones: no engine will come."""
+        self._failure = error
         for live in self._live.values():
             live.arrived.put_nowait(error)
         self._live.clear()
@@ -108,14 +119,23 @@ class EngineClient:
             self.limits = RequestLimits(**hello["hello"]["limits"])
             self._adopt(writer)
             while True:
-                self._take_in(await read_message(reader))
+                message = await read_message(reader)
+                if self._writer is not writer:
+                    break  # given up meanwhile: its requests are another engine's now
+                self._take_in(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
             if self._writer is writer:
-                self._writer = None
-                self._connected.clear()
+                self.disconnect()
             writer.close()
+
+    def disconnect(self) -> None:
+        """Give up the engine, if there is one; its requests wait for the next."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+        self._connected.clear()
 
     def _adopt(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
@@ -145,9 +165,8 @@ class EngineClient:
 
     async def close(self) -> None:
         """Let the engine go: it ends when the connection does."""
-        self.fail_all(EngineUnavailableError("the server is shutting down"))
-        if self._writer is not None:
-            self._writer.close()
+        self.fail(EngineUnavailableError("the server is shutting down"))
+        self.disconnect()
         if self._server is not None:
             self._server.close()
         self._directory.cleanup()

@@ -79,10 +79,10 @@ class Front:
                 )
 
     def check_health(self) -> None:
-        """Raises EngineUnavailableError when the engine has stopped beating."""
-        silence = self.client.seconds_since_beat()
-        if silence > self._heartbeat_timeout_s:
+        """Raises EngineUnavailableError when the engine is gone or has stopped beating."""
+        if not self.client.is_connected:
+            raise EngineUnavailableError("the engine is being restarted")
+        if self.client.is_silent(self._heartbeat_timeout_s):
             raise EngineUnavailableError(
-                f"the engine has been silent for {silence:.0f} s, more than heartbeat_timeout_s="
-                f"{self._heartbeat_timeout_s:g}"
+                f"the engine has been silent for more than {self._heartbeat_timeout_s:g} s"
             )

@@ -1,72 +1,52 @@
-"""A Serve replica: HTTP ingress, front, and the engine shard that it starts and watches."""
+"""A Serve replica: the HTTP ingress and the front of one engine."""
 
 import asyncio
-import logging
 from typing import Any
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.engine_client import EngineUnavailableError
 from deployments.front import Front
-from deployments.shard import EngineShard, shard_bundle
-
-logger = logging.getLogger("ray.serve")
+from deployments.shard_group import ShardGroup
 
 
 @serve.deployment
 @serve.ingress()
 class Replica:
-    """Bundle 0 of its placement group is its own, bundle 1 + rank that rank's shard's."""
+    """Sits in bundle 0 of its placement group, its engine's shards in the others."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
-        self._args = args
+        bundles = get_current_placement_group()
+        assert bundles is not None, "the app builder gives every replica a placement group"
         self._front = await asyncio.to_thread(Front, args)
         await self._front.client.start()
-        self._shard = self._start_shard()
-        self._watch = asyncio.create_task(self._watch_shard())
+        self._shards = ShardGroup(args, self._front.client, bundles)
+        self._supervisor = asyncio.create_task(self._shards.supervise())
         ready = asyncio.create_task(self._front.client.wait_connected())
-        await asyncio.wait({ready, self._watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not ready.done():
-            ready.cancel()
-            raise RuntimeError("the engine did not start") from self._watch.result()
-
-    def _start_shard(self) -> Any:
-        group = get_current_placement_group()
-        assert group is not None, "the app builder gives every replica a placement group"
-        bundle = shard_bundle(self._args)
-        return EngineShard.options(  # type: ignore[attr-defined]
-            num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=1
-            ),
-        ).remote()
-
-    async def _watch_shard(self) -> BaseException | None:
-        """Waits for the shard's end, then fails what depended on it. Returns the cause."""
-        cause: BaseException | None = None
-        try:
-            await self._shard.run.remote(self._args.engine_config, self._front.client.address)
-        except ray.exceptions.RayError as error:
-            cause = error
-        logger.error("The engine has stopped: %s", cause)
-        self._front.client.fail_all(EngineUnavailableError("the engine has stopped"))
-        return cause
+        await asyncio.wait({ready, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        self._check_shards()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._front)
 
+    async def stats(self) -> dict[str, Any]:
+        """The engine's numbers and this front's, for callers with a handle."""
+        client = self._front.client
+        return {"live": client.num_live, **client.stats}
+
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this keeps raising."""
-        if self._watch.done():
-            raise EngineUnavailableError("the engine has stopped")
-        self._front.check_health()
+        self._check_shards()
+
+    def _check_shards(self) -> None:
+        if self._shards.failure is not None:
+            raise EngineUnavailableError(self._shards.failure)
 
     async def __del__(self) -> None:
+        self._supervisor.cancel()
         await self._front.client.close()

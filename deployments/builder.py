@@ -23,9 +23,13 @@ def app(args: AppArgs) -> Application:
         args = args.model_copy(update={"device": "cuda" if _has_gpus() else "cpu"})
     return Replica.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": _REPLICA_CPUS},
-        placement_group_bundles=[{"CPU": _REPLICA_CPUS}, shard_bundle(args)],
+        placement_group_bundles=[
+            {"CPU": _REPLICA_CPUS},
+            *[shard_bundle(args)] * args.tensor_parallel_size,
+        ],
         placement_group_strategy="PACK",
         max_ongoing_requests=args.max_ongoing_requests,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         health_check_period_s=2,
     ).bind(args)
 
