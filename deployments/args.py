@@ -3,7 +3,7 @@
 from typing import Any
 
 import click
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from engine.config import EngineConfig
 from engine.strict import explain
@@ -17,6 +17,14 @@ class AppArgs(EngineConfig):
     )
     served_model_name: str | None = Field(
         None, description="The name clients use; default: the value of model."
+    )
+    num_replicas: int = Field(1, ge=1, description="Engines; with max_replicas, the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Scale with the engines' load between num_replicas and this."
+    )
+    upscale_delay_s: float = Field(5, ge=0, description="How long load must call for a replica.")
+    downscale_delay_s: float = Field(
+        300, ge=0, description="How long a replica must be superfluous before it goes."
     )
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
@@ -33,6 +41,15 @@ class AppArgs(EngineConfig):
     max_ongoing_requests: int = Field(
         1024, ge=1, description="Requests a replica takes on at once, running and waiting."
     )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "AppArgs":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) must be at least num_replicas "
+                f"({self.num_replicas})"
+            )
+        return self
 
     @property
     def model_name(self) -> str:

@@ -44,6 +44,11 @@ class ShardGroup:
         self._restarts: deque[float] = deque()
         self.failure: str | None = None  # set once it will not be restarted any more
 
+    @property
+    def pids(self) -> list[int]:
+        """The shards' processes, by rank; empty while they start."""
+        return [pid for _, pid in self._processes]
+
     async def supervise(self) -> None:
         """Keep an engine connected to the client until it has failed too often."""
         while True:
