@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.detokenizer import Detokenizer
@@ -116,6 +116,14 @@ def test_streamed_text_is_the_decoded_text_with_byte_fallback(
     prompt = [BYTE_FALLBACK.fast.token_to_id("▁the")]
     expected = BYTE_FALLBACK.decode([*prompt, *tokens]).removeprefix("the")
     assert text_of(tokens, tokenizer=BYTE_FALLBACK, prompt=prompt, chunk=chunk) == expected
+
+
+@PROPERTY
+@given(tokens=st.lists(odd_token, max_size=12))
+@example(tokens=[233, 233, 60, 259])  # on which the library's own stream fails
+def test_text_goes_on_after_broken_characters_with_byte_fallback(tokens: list[int]) -> None:
+    cat = BYTE_FALLBACK.fast.token_to_id("▁cat")
+    assert text_of([*tokens, cat, cat], tokenizer=BYTE_FALLBACK).endswith(" cat cat")
 
 
 @PROPERTY

@@ -238,6 +238,19 @@ def test_min_tokens_puts_off_a_stop_token(llm: LLM, tokens: list[int]) -> None:
     assert len(output.token_ids) > i
 
 
+@pytest.mark.parametrize("num_known", [1, 3])
+def test_min_tokens_counts_from_the_prompt_when_resumed(
+    llm: LLM, tokens: list[int], num_known: int
+) -> None:
+    i = first_new_token(tokens, 4)
+    params = SamplingParams(**GREEDY, stop_token_ids=[tokens[i]], min_tokens=i, ignore_eos=True)
+    prompt = llm.get_tokenizer().encode(PROMPT)
+    request = Request("r", prompt, params, seed=0, output_token_ids=tokens[:num_known])
+    (output,) = run(llm.engine, [request])
+    assert output.token_ids == tokens[num_known : i + 1]
+    assert output.stop_token == tokens[i]
+
+
 def test_min_tokens_holds_for_sampled_tokens_too(llm: LLM, tokens: list[int]) -> None:
     """All tokens but two are banned, so it is only ever one of these two, and then the end."""
     banned = [t for t in range(VOCAB_SIZE) if t not in (10, 11)]
