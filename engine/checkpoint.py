@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from engine.demo import DEMO_MODEL
+
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
@@ -15,7 +17,12 @@ class CheckpointError(ValueError):
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint, downloaded if `model` is not a directory."""
+    """The local directory of a checkpoint, downloaded if `model` is not a directory.
+
+    "manta-demo" is the model that comes with the package.
+    """
+    if model == "manta-demo":
+        return DEMO_MODEL
     path = Path(model).expanduser()
     if path.is_dir():
         return path

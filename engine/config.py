@@ -36,6 +36,9 @@ class EngineConfig(StrictModel):
     max_num_batched_tokens: int = Field(
         2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks."
     )
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=64, description="Ranks that share the model, one device each."
+    )
     block_size: int = Field(32, ge=1, le=256, description="Tokens per KV cache block.")
     num_blocks: int | None = Field(
         None, ge=1, description="Size of the block pool; default: from free memory."

@@ -1,13 +1,14 @@
 """The engine: requests in, tokens out, one step at a time. No text, no network, no Ray."""
 
+import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import asdict
 
-from engine import checkpoint
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.decoder_config import DecoderConfig
-from engine.model_runner import ModelRunner
+from engine.executor import Executor
+from engine.group import Leader
 from engine.request import Request, RequestLimits
 from engine.scheduler import Scheduler
 from engine.step import StepPlan, StepResult, TokenDelta
@@ -20,34 +21,25 @@ class Engine:
     a stop condition makes superfluous is dropped when its result arrives.
     """
 
-    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
-        directory = checkpoint.resolve(config.model, config.revision)
-        model_config = DecoderConfig.from_checkpoint(directory)
-        if config.max_model_len and config.max_model_len > model_config.max_position:
-            raise ValueError(
-                f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "
-                f"be at most {model_config.max_position}"
-            )
-        eos_token_ids = checkpoint.eos_token_ids(directory)
-        self.runner = ModelRunner(
-            config, model_config, directory, eos_token_ids, show_progress=show_progress
-        )
+    def __init__(
+        self, config: EngineConfig, leader: Leader | None = None, show_progress: bool = False
+    ) -> None:
+        leader = leader or Leader(1)
+        if leader.size != config.tensor_parallel_size:
+            raise ValueError("tensor_parallel_size needs a leader with followers")
+        self.executor = Executor(config, leader, show_progress)
+        self.runner = self.executor.runner
         self.limits = RequestLimits(
-            vocab_size=model_config.vocab_size,
+            vocab_size=self.runner.vocab_size,
             max_model_len=self.runner.max_len,
             num_blocks=self.runner.num_blocks,
             block_size=config.block_size,
         )
         pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
-        self.scheduler = Scheduler(config, pool, self.limits.max_len, eos_token_ids)
-        overlap = config.async_scheduling
-        if overlap is None:
-            overlap = self.runner.device.type == "cuda"
-        # One thread runs all steps, so they run in the order in which they were scheduled.
-        self._device_thread = ThreadPoolExecutor(1, "model-runner") if overlap else None
-        self._max_in_flight = 2 if overlap else 1
-        self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
+        self._in_flight: deque[tuple[StepPlan, float, Future[StepResult]]] = deque()
         self.num_steps = 0
+        self._speed = _Speed()
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
@@ -65,25 +57,52 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """Launch what can be launched, retire the oldest step in flight, return its tokens."""
-        while len(self._in_flight) < self._max_in_flight:
+        while len(self._in_flight) < self.executor.max_in_flight:
             plan = self.scheduler.schedule()
             if plan is None:
                 break
-            self._in_flight.append((plan, self._launch(plan)))
+            self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
             self.num_steps += 1
         if not self._in_flight:
             return []
-        plan, result = self._in_flight.popleft()
-        return self.scheduler.update(plan, result.result())
+        plan, launched_at, pending = self._in_flight.popleft()
+        result = pending.result()
+        self._speed.count_step(plan.num_tokens, launched_at)
+        return self.scheduler.update(plan, result)
 
-    def _launch(self, plan: StepPlan) -> "Future[StepResult]":
-        if self._device_thread is not None:
-            return self._device_thread.submit(self.runner.execute, plan)
-        done: Future[StepResult] = Future()
-        done.set_result(self.runner.execute(plan))
-        return done
+    def stats(self) -> dict[str, float]:
+        """What is going on now, and counts since the start."""
+        scheduler = self.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.requests.values()),
+            "num_blocks": scheduler.pool.num_blocks,
+            "free_blocks": scheduler.pool.num_free,
+            "steps": self.num_steps,
+            "tokens_per_s": self._speed.tokens_per_s,
+            **asdict(scheduler.stats),
+        }
 
     def close(self) -> None:
-        """Stop the device thread. The memory goes with the object."""
-        if self._device_thread is not None:
-            self._device_thread.shutdown(cancel_futures=True)
+        """Stop what runs beside this thread: other ranks, the device thread."""
+        self.executor.close()
+
+
+class _Speed:
+    """How fast the device computes prompts: an average over the steps that are full of tokens."""
+
+    _FULL_STEP_TOKENS = 128
+    _WEIGHT = 0.2
+
+    def __init__(self) -> None:
+        self.tokens_per_s = 1000.0  # until measured
+        self._last_end = 0.0
+
+    def count_step(self, num_tokens: int, launched_at: float) -> None:
+        """A step has ended; it ran since its launch or since the one before it ended."""
+        now = time.monotonic()
+        if num_tokens >= self._FULL_STEP_TOKENS:
+            speed = num_tokens / max(now - max(launched_at, self._last_end), 1e-9)
+            self.tokens_per_s += self._WEIGHT * (speed - self.tokens_per_s)
+        self._last_end = now

@@ -12,6 +12,8 @@ from engine import checkpoint
 from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer
 from engine.engine import Engine
+from engine.follower import spawn_followers
+from engine.group import Leader
 from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from engine.request import Request
 from engine.sampling_params import MAX_SEED, SamplingParams
@@ -46,7 +48,9 @@ class LLM:
 
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig(model=str(model), **config)
-        self.engine = Engine(self.config, show_progress=True)
+        leader = Leader(self.config.tensor_parallel_size)
+        self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
+        self.engine = Engine(self.config, leader, show_progress=True)
         directory = checkpoint.resolve(self.config.model, self.config.revision)
         self.tokenizer: Tokenizer | None = None  # dummy weights may come without one
         if self.config.load_format != "dummy" or (directory / "tokenizer.json").exists():
@@ -54,6 +58,12 @@ class LLM:
         self._default_params = SamplingParams(**checkpoint.sampling_defaults(directory))
         self._seeds = random.Random(self.config.seed)
         self._next_id = 0
+
+    def close(self) -> None:
+        """End the other ranks' processes. The weights go with the object."""
+        self.engine.close()
+        for follower in self._followers:
+            follower.wait()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors recommend (generation_config.json), else the usual defaults."""

@@ -73,7 +73,8 @@ class ModelRunner:
         self.ops = select_ops(self.device)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
         self.max_len = config.max_model_len or model_config.max_position
-        self._eos_token_ids = eos_token_ids
+        self.vocab_size = model_config.vocab_size
+        self.eos_token_ids = eos_token_ids
         self._block_size = config.block_size
         self.model = self._build_model(model_config)
         if config.load_format == "dummy":
@@ -122,7 +123,7 @@ class ModelRunner:
                 f"no memory is left for the KV cache: one block takes {block_bytes} bytes; free "
                 "some, or lower block_size or set num_blocks"
             )
-        return min(affordable, usable)
+        return self.parallel.agree_on_minimum(min(affordable, usable))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -155,7 +156,7 @@ class ModelRunner:
             if new.params.min_tokens > 0:
                 banned = set(new.params.stop_token_ids)
                 if not new.params.ignore_eos:
-                    banned |= self._eos_token_ids
+                    banned |= self.eos_token_ids
                 allowed_from = new.num_prompt_tokens + new.params.min_tokens
                 self._banned[new.row] = (allowed_from, sorted(banned))
         for row in plan.scheduled:

@@ -25,6 +25,15 @@ class TensorParallel:
         start = min(self.rank * shards // self.size * length, total)
         return start, min(start + length, total)
 
+    def agree_on_minimum(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        if self.size == 1:
+            return value
+        backend = dist.get_backend(self.group)
+        smallest = torch.tensor(value, device="cuda" if backend == "nccl" else "cpu")
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.group)
+        return int(smallest.item())
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over all ranks, in place."""
         if self.size > 1:

@@ -1,5 +1,6 @@
 """The base of everything users configure: unknown fields are errors that suggest the right name."""
 
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -32,10 +33,14 @@ class StrictModel(BaseModel):
         return data
 
 
-def explain(error: ValidationError) -> list[tuple[str, str]]:
-    """(field, sentence) per fault, for people: "top_p: Input should be … (got 7)"."""
+def explain(errors: Iterable[Any]) -> list[tuple[str, str]]:
+    """(field, sentence) per fault, for people: "top_p", "Input should be … (got 7)".
+
+    Args:
+        errors: what pydantic's `ValidationError.errors()` returns.
+    """
     faults = []
-    for detail in error.errors(include_url=False, include_context=False):
+    for detail in errors:
         field = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] not in ("missing", "json_invalid"):

@@ -1,0 +1,92 @@
+"""The least time a machine needs for a workload: bytes over bandwidth plus FLOPs over rate."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.decoder_config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the device can do, measured here and now."""
+
+    bytes_per_s: float  # reading memory
+    flops_per_s: float  # matrix product in the model's dtype
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that a workload must take, and on what."""
+
+    prompt_flops_s: float
+    kv_read_s: float
+    weights_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.prompt_flops_s + self.kv_read_s + self.weights_s
+
+
+def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """The shortest of several timed calls, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Bandwidth by summing 1 GiB, compute rate by a 4096 x 2048 x 4096 product."""
+    data = torch.ones(2**28, dtype=torch.float32, device=device)
+    read_s = best_seconds(data.sum, device)
+    a = torch.randn(4096, 2048, device=device).to(dtype)
+    b = torch.randn(2048, 4096, device=device).to(dtype)
+    product_s = best_seconds(lambda: a @ b, device)
+    return Machine(data.nbytes / read_s, 2 * 4096 * 2048 * 4096 / product_s)
+
+
+def count_parameters(config: DecoderConfig) -> tuple[int, int]:
+    """(parameters of all layers, parameters of the language-model head)"""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    attention = config.hidden_size * config.head_dim * (heads + config.num_heads)
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    return config.num_layers * (attention + mlp), config.vocab_size * config.hidden_size
+
+
+def workload_floor(
+    config: DecoderConfig,
+    lengths: list[tuple[int, int]],
+    max_num_seqs: int,
+    bytes_per_value: int,
+    machine: Machine,
+) -> Floor:
+    """The floor of requests with these (prompt, output) lengths, run as many at once as allowed.
+
+    Prompts are bound by compute. Each output token reads the keys and values of all tokens before
+    it, and each of the fewest possible steps reads all weights once, or takes the time of its
+    products if that is longer.
+    """
+    layers, head = count_parameters(config)
+    prompt_flops = decode_flops = kv_bytes = 0.0
+    attention_flops = 4 * config.num_layers * config.num_heads * config.head_dim
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
+    for prompt, output in lengths:
+        prompt_flops += 2 * layers * prompt + attention_flops * prompt * (prompt + 1) / 2
+        decode_flops += 2 * (layers * (output - 1) + head * output)
+        contexts = (output - 1) * prompt + output * (output - 1) / 2
+        kv_bytes += contexts * token_bytes
+    outputs = [output for _, output in lengths]
+    num_steps = max(max(outputs), sum(outputs) / max_num_seqs)
+    weights_s = num_steps * (layers + head) * bytes_per_value / machine.bytes_per_s
+    return Floor(
+        prompt_flops_s=prompt_flops / machine.flops_per_s,
+        kv_read_s=kv_bytes / machine.bytes_per_s,
+        weights_s=max(weights_s, decode_flops / machine.flops_per_s),
+    )

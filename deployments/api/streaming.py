@@ -1,0 +1,97 @@
+"""Server-sent events, and the outputs of several prompts as one stream."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+
+from deployments.api.errors import ApiError
+from deployments.engine_client import EngineUnavailableError
+from deployments.front import TextDelta
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A whole output, for answers that are not streamed."""
+
+    text: str
+    num_tokens: int
+    num_cached_tokens: int
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
+    """Raises ApiError when the engine fails before the end."""
+    text = []
+    async for delta in deltas:
+        text.append(delta.text)
+    return Output(
+        "".join(text),
+        delta.num_tokens,
+        delta.num_cached_tokens,
+        delta.finish_reason,
+        delta.stop_reason,
+    )
+
+
+async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """(index of stream, item) as items come; leaving early closes all streams."""
+    if len(streams) == 1:
+        async for item in streams[0]:
+            yield 0, item
+        return
+    arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
+
+    async def forward(index: int, stream: AsyncGenerator[T]) -> None:
+        try:
+            async for item in stream:
+                arrived.put_nowait((index, item))
+            arrived.put_nowait(None)
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    tasks = [asyncio.create_task(forward(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        open_streams = len(tasks)
+        while open_streams:
+            news = await arrived.get()
+            if isinstance(news, Exception):
+                raise news
+            if news is None:
+                open_streams -= 1
+            else:
+                yield news
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def event_stream(events: AsyncGenerator[str]) -> StreamingResponse:
+    """The response; an error after the first byte becomes the stream's last event."""
+
+    async def guarded() -> AsyncGenerator[str]:
+        try:
+            async with aclosing(events):
+                async for item in events:
+                    yield item
+        except EngineUnavailableError as error:
+            yield event(ApiError.unavailable(error).body())
+        except ValueError as error:
+            yield event(ApiError(400, str(error)).body())
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(
+        guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )

@@ -1,0 +1,71 @@
+"""The arguments of the application: `serve run deployments:app key=value …` or `args:` in YAML."""
+
+from typing import Any
+
+import click
+from pydantic import Field, ValidationError, model_validator
+
+from engine.config import EngineConfig
+from engine.strict import explain
+
+
+class AppArgs(EngineConfig):
+    """The engine's configuration and how it is served."""
+
+    model: str = Field(
+        "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
+    )
+    served_model_name: str | None = Field(
+        None, description="The name clients use; default: the value of model."
+    )
+    num_replicas: int = Field(1, ge=1, description="Engines; with max_replicas, the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Scale with the engines' load between num_replicas and this."
+    )
+    upscale_delay_s: float = Field(5, ge=0, description="How long load must call for a replica.")
+    downscale_delay_s: float = Field(
+        300, ge=0, description="How long a replica must be superfluous before it goes."
+    )
+    num_cpus_per_shard: float = Field(
+        1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
+    )
+    heartbeat_timeout_s: float = Field(
+        60, gt=0, description="An engine silent for this long is unhealthy; above the longest step."
+    )
+    max_restarts: int = Field(
+        10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
+    )
+    graceful_shutdown_timeout_s: float = Field(
+        120, ge=0, description="How long a replica that is to stop may finish its streams."
+    )
+    max_ongoing_requests: int = Field(
+        1024, ge=1, description="Requests a replica takes on at once, running and waiting."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "AppArgs":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) must be at least num_replicas "
+                f"({self.num_replicas})"
+            )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig.model_construct(
+            **{name: getattr(self, name) for name in EngineConfig.model_fields}
+        )
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> "AppArgs":
+        """As pydantic's, but with an error that a shell shows in one line per fault."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            faults = [f"{field}: {message}" for field, message in explain(error.errors())]
+            raise click.ClickException("bad arguments\n  " + "\n  ".join(faults)) from None

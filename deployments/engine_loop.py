@@ -1,0 +1,56 @@
+"""The engine's side of the wire: take in requests, step, send tokens, until the front is gone."""
+
+from dataclasses import asdict
+
+from deployments.wire import Message, MessageSocket, decode_request, encode_delta
+from engine.engine import Engine
+
+# How often an idle engine says that it is alive, in seconds.
+HEARTBEAT_S = 0.5
+
+
+class EngineLoop:
+    """Runs one engine for one front."""
+
+    def __init__(self, engine: Engine, address: str) -> None:
+        self._engine = engine
+        self._cache_changes = engine.scheduler.pool.journal = []
+        self._socket = MessageSocket(address)
+
+    def run(self) -> None:
+        """Serve until the front closes the connection; errors of the engine end the process."""
+        self._socket.send({"hello": {"limits": asdict(self._engine.limits)}})
+        try:
+            while True:
+                timeout = 0.0 if self._engine.has_work else HEARTBEAT_S
+                errors = []
+                for message in self._socket.receive(timeout):
+                    errors += self._take_in(message)
+                deltas = self._engine.step() if self._engine.has_work else []
+                self._socket.send(
+                    {
+                        "deltas": [encode_delta(delta) for delta in deltas],
+                        "errors": errors,
+                        "stats": self._engine.stats(),
+                        "cache": self._cache_changes,
+                    }
+                )
+                self._cache_changes.clear()
+        except ConnectionError:
+            return  # the front's death or wish
+        finally:
+            self._socket.close()
+            self._engine.close()
+
+    def _take_in(self, message: Message) -> list[tuple[str, str]]:
+        """Returns (request id, reason) for what the engine refuses."""
+        errors = []
+        for fields in message.get("add", ()):
+            request = decode_request(fields)
+            try:
+                self._engine.add(request)
+            except ValueError as error:
+                errors.append((request.id, str(error)))
+        for request_id in message.get("abort", ()):
+            self._engine.abort(request_id)
+        return errors

@@ -1,0 +1,88 @@
+"""The front: text in, text out. Owns the tokenizer and the connection to the engine."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from deployments.args import AppArgs
+from deployments.engine_client import EngineClient, EngineUnavailableError
+from engine import checkpoint
+from engine.detokenizer import Detokenizer
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one engine step brought a request, as text."""
+
+    text: str
+    num_tokens: int  # output tokens so far
+    num_cached_tokens: int
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Front:
+    """Serves one model by one engine. Knows nothing of HTTP or of how engines are started."""
+
+    def __init__(self, args: AppArgs) -> None:
+        directory = checkpoint.resolve(args.model, args.revision)
+        self.model_name = args.model_name
+        self.tokenizer = Tokenizer(directory)
+        self.sampling_defaults = checkpoint.sampling_defaults(directory)
+        self.client = EngineClient()
+        self._heartbeat_timeout_s = args.heartbeat_timeout_s
+
+    async def encode(self, text: str) -> list[int]:
+        """Off the event loop, which must go on streaming while a long prompt is tokenized."""
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
+
+    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises ValueError for a request that can never be served."""
+        if self.client.limits is None:
+            raise EngineUnavailableError("the engine is still starting")
+        self.client.limits.check(prompt_token_ids, params)
+
+    async def generate(
+        self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str = ""
+    ) -> AsyncGenerator[TextDelta]:
+        """The text of one request; at least one delta, the last one with a finish_reason.
+
+        Leaving the iteration early aborts the request. Raises EngineUnavailableError when there is
+        no engine. The caller has passed the request to `check`.
+        """
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
+        tokens = self.client.generate(prompt_token_ids, params, seed, cache_salt)
+        async with aclosing(tokens):
+            async for delta in tokens:
+                reason, stop_reason = delta.finish_reason, delta.stop_token
+                text = detokenizer.push(delta.token_ids, last=reason is not None)
+                if detokenizer.stop_string is not None:
+                    yield TextDelta(
+                        text,
+                        detokenizer.num_tokens,
+                        delta.num_cached_tokens,
+                        "stop",
+                        detokenizer.stop_string,
+                    )
+                    return
+                yield TextDelta(
+                    text, detokenizer.num_tokens, delta.num_cached_tokens, reason, stop_reason
+                )
+
+    def check_health(self) -> None:
+        """Raises EngineUnavailableError when the engine is gone or has stopped beating."""
+        if not self.client.is_connected:
+            raise EngineUnavailableError("the engine is being restarted")
+        if self.client.is_silent(self._heartbeat_timeout_s):
+            raise EngineUnavailableError(
+                f"the engine has been silent for more than {self._heartbeat_timeout_s:g} s"
+            )

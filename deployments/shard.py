@@ -1,0 +1,55 @@
+"""The process that owns a device: one tensor-parallel rank of an engine, as a Ray actor."""
+
+import os
+from typing import TYPE_CHECKING
+
+import ray
+
+from deployments.args import AppArgs
+from deployments.engine_loop import EngineLoop
+from engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from engine.group import GroupAddress
+
+
+def shard_bundle(args: AppArgs) -> dict[str, float]:
+    """What Ray reserves for one shard."""
+    return {"GPU": 1} if args.device == "cuda" else {"CPU": args.num_cpus_per_shard}
+
+
+@ray.remote(max_restarts=0)
+class EngineShard:
+    """Its methods are for lifecycle alone; requests, plans and tokens go over sockets.
+
+    `lead` and `follow` last as long as the shard does: their failure is the news of its death.
+    torch is imported in here only, for the front shares this module.
+    """
+
+    def __init__(self) -> None:
+        # Ray sets this to the actor's CPU reservation; the engine decides by the cores there are.
+        os.environ.pop("OMP_NUM_THREADS", None)
+
+    def process(self) -> tuple[str, int]:
+        """(node id, process id), for whoever must kill it when it does not listen."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def open_group(self, size: int) -> "GroupAddress | None":
+        """Rank 0: open the group's ports; the address is None for a group of one."""
+        from engine.group import Leader
+
+        self._leader = Leader(size, ray.util.get_node_ip_address())
+        return self._leader.address if size > 1 else None
+
+    def lead(self, config: EngineConfig, front_address: str) -> None:
+        """Rank 0: load, gather the followers, and serve the front until it hangs up."""
+        from engine.engine import Engine
+
+        engine = Engine(config, self._leader, show_progress=True)
+        EngineLoop(engine, front_address).run()
+
+    def follow(self, config: EngineConfig, rank: int, address: "GroupAddress") -> None:
+        """Any other rank: load, and execute the leader's plans until it hangs up."""
+        from engine.executor import follow
+
+        follow(config, rank, address)

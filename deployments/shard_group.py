@@ -1,0 +1,147 @@
+"""The engine behind a front: starts its shards, watches them, and starts them anew when one fails.
+
+Requests belong to the front, so losing all shards loses none of them: the next engine that connects
+is handed every live request with the tokens it has had (see `EngineClient`).
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from deployments.args import AppArgs
+from deployments.engine_client import EngineClient, EngineUnavailableError
+from deployments.shard import EngineShard, shard_bundle
+
+logger = logging.getLogger("ray.serve")
+
+# How often the watchdog looks at the heartbeat, in seconds.
+_WATCH_S = 0.5
+# Restarts are counted over this many seconds.
+_RESTART_WINDOW_S = 600.0
+
+
+class ShardGroup:
+    """One shard per tensor-parallel rank; rank r sits in bundle 1 + r of the placement group."""
+
+    def __init__(self, args: AppArgs, client: EngineClient, bundles: PlacementGroup) -> None:
+        self._args = args
+        self._client = client
+        self._bundles = bundles
+        self._shards: list[Any] = []
+        self._processes: list[tuple[str, int]] = []
+        self._restarts: deque[float] = deque()
+        self.failure: str | None = None  # set once it will not be restarted any more
+
+    @property
+    def pids(self) -> list[int]:
+        """The shards' processes, by rank; empty while they start."""
+        return [pid for _, pid in self._processes]
+
+    async def supervise(self) -> None:
+        """Keep an engine connected to the client until it has failed too often."""
+        while True:
+            cause = await self._run()
+            self._client.disconnect()
+            await self._kill()
+            if not self._may_restart():
+                self.failure = f"the engine failed too often, lastly: {cause}"
+                logger.error(self.failure)
+                self._client.fail(EngineUnavailableError(self.failure))
+                return
+            logger.warning(
+                "The engine failed and is restarted, %d live requests will go on: %s",
+                self._client.num_live,
+                cause,
+            )
+
+    def _may_restart(self) -> bool:
+        """An engine that never served is not tried again: it would fail in the same way."""
+        now = time.monotonic()
+        while self._restarts and now - self._restarts[0] > _RESTART_WINDOW_S:
+            self._restarts.popleft()
+        self._restarts.append(now)
+        return self._client.limits is not None and len(self._restarts) <= self._args.max_restarts
+
+    async def _run(self) -> str:
+        """Start all shards and wait until one ends or the engine falls silent; returns why."""
+        ends: list[asyncio.Future[None]] = []
+        try:
+            ends = await self._start()
+            while True:
+                done, _ = await asyncio.wait(
+                    ends, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if done:
+                    return _describe(done.pop().exception())
+                if self._client.is_silent(self._args.heartbeat_timeout_s):
+                    return f"no heartbeat for {self._args.heartbeat_timeout_s:g} s"
+        except ray.exceptions.RayError as error:
+            return _describe(error)
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def _start(self) -> "list[asyncio.Future[None]]":
+        """Returns one future per shard, done when the shard is."""
+        config, size = self._args.engine_config, self._args.tensor_parallel_size
+        self._shards = [self._new_shard(rank) for rank in range(size)]
+        self._processes = await asyncio.gather(*(s.process.remote() for s in self._shards))
+        leader, *followers = self._shards
+        group_address = await leader.open_group.remote(size)
+        calls = [leader.lead.remote(config, self._client.address)]
+        for rank, follower in enumerate(followers, start=1):
+            calls.append(follower.follow.remote(config, rank, group_address))
+        return [asyncio.ensure_future(_completion(call)) for call in calls]
+
+    def _new_shard(self, rank: int) -> Any:
+        bundle = shard_bundle(self._args)
+        return EngineShard.options(  # type: ignore[attr-defined]
+            num_cpus=bundle.get("CPU", 0),
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._bundles, placement_group_bundle_index=1 + rank
+            ),
+        ).remote()
+
+    async def _kill(self) -> None:
+        """End all shards at once, also those that are stopped or stuck and hear nothing."""
+        here = ray.get_runtime_context().get_node_id()
+        for node, pid in self._processes:
+            if node == here:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                _kill_process.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+                ).remote(pid)
+        for shard in self._shards:
+            ray.kill(shard)
+        self._shards, self._processes = [], []
+
+
+def _describe(error: BaseException | None) -> str:
+    """The engine's own words where there are any: Ray wraps them in a remote traceback."""
+    cause = getattr(error, "cause", None) or error
+    return f"{type(cause).__name__}: {cause}" if cause else "a shard has ended"
+
+
+async def _completion(call: Any) -> None:
+    await call
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill_process(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
