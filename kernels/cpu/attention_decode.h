@@ -184,26 +184,27 @@ private:
 
     void add_values(const State& s, const int64_t* rows, int64_t count, const int64_t* ahead,
                     int64_t next) const {
-        for (int64_t j = 0; j < next; ++j) prefetch(a.k_cache + ahead[j]);
         int64_t g = 0;
-        for (; g + 4 <= group; g += 4) add_values_to<4>(s, g, rows, count);
-        for (; g + 2 <= group; g += 2) add_values_to<2>(s, g, rows, count);
-        for (; g < group; ++g) add_values_to<1>(s, g, rows, count);
+        for (; g + 4 <= group; g += 4, next = 0) add_values_to<4>(s, g, rows, count, ahead, next);
+        for (; g + 2 <= group; g += 2, next = 0) add_values_to<2>(s, g, rows, count, ahead, next);
+        for (; g < group; ++g, next = 0) add_values_to<1>(s, g, rows, count, ahead, next);
     }
 
     template <int HEADS>
-    void add_values_to(const State& s, int64_t g, const int64_t* rows, int64_t count) const {
+    void add_values_to(const State& s, int64_t g, const int64_t* rows, int64_t count,
+                       const int64_t* ahead, int64_t next) const {
         // As many columns at a time as accumulators fit the registers.
         constexpr int COLUMNS = (WIDTH == 16 ? 16 : 8) / HEADS;
         int64_t d = 0;
-        for (; d + COLUMNS * WIDTH <= dim; d += COLUMNS * WIDTH)
-            add_columns<HEADS, COLUMNS>(s, g, d, rows, count);
-        for (; d < dim; d += WIDTH) add_columns<HEADS, 1>(s, g, d, rows, count);
+        for (; d + COLUMNS * WIDTH <= dim; d += COLUMNS * WIDTH, next = 0)
+            add_columns<HEADS, COLUMNS>(s, g, d, rows, count, ahead, next);
+        for (; d < dim; d += WIDTH, next = 0)
+            add_columns<HEADS, 1>(s, g, d, rows, count, ahead, next);
     }
 
     template <int HEADS, int COLUMNS>
-    void add_columns(const State& s, int64_t g, int64_t d, const int64_t* rows,
-                     int64_t count) const {
+    void add_columns(const State& s, int64_t g, int64_t d, const int64_t* rows, int64_t count,
+                     const int64_t* ahead, int64_t next) const {
         Floats totals[HEADS][COLUMNS];
         float* out = s.out + g * dim + d;
         const float* weights = s.scores + g * TILE;
@@ -212,6 +213,7 @@ private:
 #pragma GCC unroll 16
             for (int c = 0; c < COLUMNS; ++c) totals[h][c] = load(out + h * dim + c * WIDTH);
         for (int64_t j = 0; j < count; ++j) {
+            if (j < next) prefetch(a.k_cache + ahead[j]);
             const T* value = a.v_cache + rows[j] + d;
 #pragma GCC unroll 16
             for (int c = 0; c < COLUMNS; ++c) {
