@@ -32,8 +32,6 @@ class EngineShard:
     """
 
     def __init__(self) -> None:
-        # Ray sets this to the actor's CPU reservation; the engine decides by the cores there are.
-        os.environ.pop("OMP_NUM_THREADS", None)
         # For chaos runs: an error at a random place of a step, as a device fault would raise it.
         if os.environ.get("MANTA_FAULT_INJECTION") == "1":
             signal.signal(signal.SIGUSR1, _raise_injected_fault)
