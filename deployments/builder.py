@@ -12,7 +12,7 @@ from deployments.autoscaling import autoscaling_config
 from deployments.ingress_router import IngressRouter
 from deployments.replica import Replica
 from deployments.request_router import router_config
-from deployments.shard import shard_bundle
+from deployments.shard import group_bundles
 
 # The replica waits for the network most of the time; the shards do the work.
 _REPLICA_CPUS = 0.1
@@ -35,10 +35,7 @@ def app(args: AppArgs) -> Application:
     routing = {"request_router_config": router_config()} if uses_request_router else {}
     application: Application = Replica.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": _REPLICA_CPUS},
-        placement_group_bundles=[
-            {"CPU": _REPLICA_CPUS},
-            *[shard_bundle(args)] * args.tensor_parallel_size,
-        ],
+        placement_group_bundles=group_bundles(args, _REPLICA_CPUS),
         placement_group_strategy="PACK",
         max_ongoing_requests=args.max_ongoing_requests,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,

@@ -14,9 +14,20 @@ if TYPE_CHECKING:
     from engine.group import GroupAddress
 
 
-def shard_bundle(args: AppArgs) -> dict[str, float]:
+def shard_resources(args: AppArgs) -> dict[str, float]:
     """What Ray reserves for one shard."""
     return {"GPU": 1} if args.device == "cuda" else {"CPU": args.num_cpus_per_shard}
+
+
+def group_bundles(args: AppArgs, replica_cpus: float) -> list[dict[str, float]]:
+    """The placement group of a replica: bundle r is for the shard of rank r.
+
+    Bundle 0 also holds the replica, so that the leader is on its node, where its socket is; the
+    other ranks may be elsewhere.
+    """
+    shard = shard_resources(args)
+    first = shard | {"CPU": shard.get("CPU", 0) + replica_cpus}
+    return [first] + [shard] * (args.tensor_parallel_size - 1)
 
 
 def _raise_injected_fault(*_: Any) -> None:

@@ -260,9 +260,10 @@ def bf16_oracle(directory: Path) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_bf16_logits(checkpoints: CheckpointFactory, family: str) -> None:
-    """No further from the exact logits than transformers' bf16 is, by more than a quarter.
+    """Hardly further from the exact logits than transformers' bf16 is.
 
-    Measured, ours is 0.75 to 0.96 of theirs; CHECKME
+    Measured, our error is 0.72 to 0.95 of theirs; attention scores that are wrong by one percent
+    already bring it to 1.06 to 1.32.
     """
     directory = checkpoints(family)
     sequences = random_prompts(48, MAX_PROMPT)
@@ -277,7 +278,7 @@ def test_bf16_logits(checkpoints: CheckpointFactory, family: str) -> None:
         ours.append(forward(runner, *((row, 0, len(tokens)) for row, tokens in enumerate(group))))
     our_error = (torch.cat(ours) - exact).square().mean().sqrt()
     their_error = (theirs - exact).square().mean().sqrt()
-    assert our_error < 1.25 * their_error
+    assert our_error < 1.15 * their_error
 
 
 @pytest.mark.parametrize("config", ["one batch", "chunks of 16, async", "small pool", "cached"])

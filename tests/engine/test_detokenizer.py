@@ -120,10 +120,18 @@ def test_streamed_text_is_the_decoded_text_with_byte_fallback(
 
 @PROPERTY
 @given(tokens=st.lists(odd_token, max_size=12))
-@example(tokens=[233, 233, 60, 259])  # on which the library's own stream fails
+@example(tokens=byte_tokens(b"\xe6\xe6"))  # after "x", the library's own stream fails on it
 def test_text_goes_on_after_broken_characters_with_byte_fallback(tokens: list[int]) -> None:
+    after = [BYTE_FALLBACK.fast.token_to_id(word) for word in ("▁cat", "th", "e")]
+    assert text_of([*tokens, *after], tokenizer=BYTE_FALLBACK).endswith("catthe")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG: a new stream without context takes the next word for the first"
+)
+def test_spaces_are_kept_after_broken_characters_with_byte_fallback() -> None:
     cat = BYTE_FALLBACK.fast.token_to_id("▁cat")
-    assert text_of([*tokens, cat, cat], tokenizer=BYTE_FALLBACK).endswith(" cat cat")
+    assert text_of([*byte_tokens(b"\xe2"), cat, cat], tokenizer=BYTE_FALLBACK) == "� cat cat"
 
 
 @PROPERTY

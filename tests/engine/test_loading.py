@@ -183,6 +183,28 @@ def test_old_config_spelling_means_the_same(edited: Callable[..., Path]) -> None
     assert DecoderConfig.from_checkpoint(old).dtype == DecoderConfig.from_checkpoint(new).dtype
 
 
+@pytest.mark.parametrize(
+    "family, values, windows",
+    [
+        ("qwen2", dict(use_sliding_window=True, max_window_layers=1), (None, 20, 20)),
+        ("qwen2", dict(use_sliding_window=False, max_window_layers=1), (None, None, None)),
+        ("mistral", dict(), (20, 20, 20)),
+        ("llama3", dict(), (None, None, None)),
+    ],
+)
+def test_old_configs_do_not_list_which_layers_slide(
+    edited: Callable[..., Path],
+    family: str,
+    values: dict[str, Any],
+    windows: tuple[int | None, ...],
+) -> None:
+    def age(config: dict[str, Any]) -> None:
+        config.pop("layer_types", None)
+        config.update(values, sliding_window=20)
+
+    assert DecoderConfig.from_checkpoint(edited(family, config=age)).windows == windows
+
+
 def test_window_longer_than_the_models_is_refused(checkpoints: CheckpointFactory) -> None:
     from engine.engine import Engine
 

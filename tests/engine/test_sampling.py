@@ -104,6 +104,16 @@ def test_greedy_and_sampled_requests_share_a_batch(
     assert texts == [alone()[i] if i % 2 else greedy_alone[i] for i in range(NUM_REQUESTS)]
 
 
+@pytest.mark.parametrize("cut", [dict(top_k=1), dict(top_p=1e-6), dict(min_p=1.0)])
+def test_every_cut_reaches_the_sampler(checkpoints: CheckpointFactory, cut: dict[str, Any]) -> None:
+    """At their strictest they leave the best token alone, however high the temperature."""
+    hot = dict(temperature=5.0, max_tokens=4, ignore_eos=True)
+    with new_engine(checkpoints("qwen3")) as engine:
+        greedy = run(engine, new_requests(PROMPTS, max_tokens=4, ignore_eos=True))
+        assert tokens_of(run(engine, new_requests(PROMPTS, **hot | cut))) == tokens_of(greedy)
+        assert tokens_of(run(engine, new_requests(PROMPTS, **hot))) != tokens_of(greedy)
+
+
 # --- Parameters -------------------------------------------------------------------------------
 
 LARGEST_SEED = 2**63 - 1
