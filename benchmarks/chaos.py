@@ -48,27 +48,40 @@ class Report:
     pauses: list[float] = field(default_factory=list)
 
 
-def request(i: int, num_tokens: int) -> dict[str, Any]:
-    return {"prompt": f"{i} apple river", "max_tokens": num_tokens, "seed": i, "ignore_eos": True}
+def request(i: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The i-th request's prompt and sampling parameters."""
+    return {
+        "prompt": f"{i} apple river",
+        "max_tokens": arguments.tokens,
+        "temperature": arguments.temperature,
+        "seed": i,
+        "ignore_eos": True,
+    }
 
 
-def undisturbed_texts(model: str, count: int, num_tokens: int) -> list[str]:
+def undisturbed_texts(arguments: argparse.Namespace) -> list[str]:
     """The texts by `LLM.generate` in float32."""
-    llm = LLM(model, dtype="float32", max_model_len=1024, num_blocks=4000)
-    params = [SamplingParams(max_tokens=num_tokens, seed=i, ignore_eos=True) for i in range(count)]
-    outputs = llm.generate([request(i, num_tokens)["prompt"] for i in range(count)], params)
+    llm = LLM(arguments.model, dtype="float32", max_model_len=1024, num_blocks=4000)
+    requests = [request(i, arguments) for i in range(arguments.clients)]
+    prompts = [own.pop("prompt") for own in requests]
+    outputs = llm.generate(prompts, [SamplingParams(**own) for own in requests])
     llm.close()
     return [output.outputs[0].text for output in outputs]
 
 
 async def client(
-    url: str, i: int, wanted: list[str], num_tokens: int, until: float, report: Report
+    url: str,
+    i: int,
+    wanted: list[str],
+    arguments: argparse.Namespace,
+    until: float,
+    report: Report,
 ) -> None:
     """Streams one request after another, each with another seed."""
     async with httpx.AsyncClient(timeout=300) as http:
         while time.monotonic() < until:
             text, last = "", time.monotonic()
-            body = request(i, num_tokens) | {"stream": True}
+            body = request(i, arguments) | {"stream": True}
             try:
                 async with http.stream("POST", f"{url}/v1/completions", json=body) as response:
                     async for line in response.aiter_lines():
@@ -115,7 +128,7 @@ async def run(arguments: argparse.Namespace, url: str, wanted: list[str]) -> Rep
     until = time.monotonic() + arguments.seconds
     async with asyncio.TaskGroup() as group:
         for i in range(arguments.clients):
-            group.create_task(client(url, i, wanted, arguments.tokens, until, report))
+            group.create_task(client(url, i, wanted, arguments, until, report))
         group.create_task(breaker(arguments.faults, arguments.interval, until, report))
     return report
 
@@ -160,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200, help="output length of a stream")
+    parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--interval", type=float, default=15, help="seconds between faults")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -167,7 +181,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18234)
     arguments = parser.parse_args()
     before = leftovers()
-    wanted = undisturbed_texts(arguments.model, arguments.clients, arguments.tokens)
+    wanted = undisturbed_texts(arguments)
     with server(arguments) as url:
         report = asyncio.run(run(arguments, url, wanted))
         stats = serve.get_app_handle("chaos").stats.remote().result()
@@ -178,9 +192,10 @@ def main() -> None:
     if len(report.pauses) > 1:
         cuts = statistics.quantiles(report.pauses, n=100)
         print(f"pauses of streams: p50 {cuts[49]:.1f} s, p99 {cuts[98]:.1f} s")
-    print(f"blocks held at the end: {stats['num_blocks'] - stats['free_blocks']}")
-    print(f"left behind: {sorted(leftovers() - before) or 'nothing'}")
-    if report.wrong or report.errors:
+    held, left = stats["num_blocks"] - stats["free_blocks"], sorted(leftovers() - before)
+    print(f"blocks held at the end: {held}")
+    print(f"left behind: {left or 'nothing'}")
+    if report.wrong or report.errors or held or left or not report.faults:
         raise SystemExit(f"failed: {report.errors[:3]}")
 
 

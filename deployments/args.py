@@ -30,7 +30,9 @@ class AppArgs(EngineConfig):
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
     )
     heartbeat_timeout_s: float = Field(
-        60, gt=0, description="An engine silent for this long is unhealthy; above the longest step."
+        120,
+        gt=0,
+        description="An engine silent for so long is dead; must exceed the longest step.",
     )
     max_restarts: int = Field(
         10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."

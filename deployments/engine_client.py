@@ -44,7 +44,7 @@ class EngineClient:
         self._writer: asyncio.StreamWriter | None = None
         self._outbox: Message = {}
         self._connected = asyncio.Event()
-        self._failure: Exception | None = None
+        self._failure: EngineUnavailableError | None = None
         self._last_beat = time.monotonic()
 
     async def start(self) -> None:
@@ -57,6 +57,11 @@ class EngineClient:
     async def wait_connected(self) -> None:
         """Returns once an engine has said hello."""
         await self._connected.wait()
+
+    def check_available(self) -> None:
+        """Raises EngineUnavailableError when no engine will come, not while one restarts."""
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def num_live(self) -> int:
@@ -76,8 +81,7 @@ class EngineClient:
 
         Raises EngineUnavailableError, and ValueError when the engine refuses the request.
         """
-        if self._failure is not None:
-            raise self._failure
+        self.check_available()
         request = Request(str(next(self._ids)), prompt_token_ids, params, seed, cache_salt)
         live = self._live[request.id] = _Live(request)
         self._send("add", encode_request(request))
@@ -93,7 +97,7 @@ class EngineClient:
             if self._live.pop(request.id, None) is not None:
                 self._send("abort", request.id)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: EngineUnavailableError) -> None:
         """End every live request with an error, and refuse new ones: no engine will come."""
         self._failure = error
         for live in self._live.values():

@@ -45,7 +45,11 @@ class Front:
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Raises ValueError for a request that can never be served."""
+        """Raises ValueError for a request that can never be served.
+
+        Raises EngineUnavailableError when there will be no engine to serve it.
+        """
+        self.client.check_available()
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
         self.client.limits.check(prompt_token_ids, params)

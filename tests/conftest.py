@@ -3,8 +3,10 @@
 import os
 
 # Before torch is imported, and for the processes that tests start. One thread: the models are too
-# small for two, and threads that wait for each other on busy cores make a test ten times slower.
+# small for two, and threads that wait for each other on busy cores make a test ten times slower,
+# more so if they spin while they wait. (Engines set their own number: tests give num_threads=1.)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -18,7 +18,12 @@ BLOCK_SIZE = 16
 def new_engine(directory: Path, **config: Any) -> Iterator[Engine]:
     """An engine of one checkpoint in fp32 on the CPU, unless `config` says otherwise."""
     defaults = dict(
-        dtype="float32", device="cpu", max_num_seqs=128, block_size=BLOCK_SIZE, num_blocks=1024
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        max_num_seqs=128,
+        block_size=BLOCK_SIZE,
+        num_blocks=1024,
     )
     engine = Engine(EngineConfig(model=str(directory), **defaults | config))
     try:

@@ -72,6 +72,7 @@ def new_runner(directory: Path, dtype: str = "float32") -> ModelRunner:
         model=str(directory),
         dtype=dtype,
         device="cpu",
+        num_threads=1,
         block_size=BLOCK_SIZE,
         num_blocks=64,
         max_num_seqs=8,

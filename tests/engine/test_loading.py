@@ -318,7 +318,7 @@ def test_vocabulary_that_does_not_divide_is_padded_with_zeros(
 
 def test_a_model_that_cannot_be_split_is_refused(checkpoints: CheckpointFactory) -> None:
     directory = checkpoints("qwen3")
-    config = EngineConfig(model=str(directory), num_blocks=1, device="cpu")
+    config = EngineConfig(model=str(directory), num_blocks=1, device="cpu", num_threads=1)
     with pytest.raises(ValueError, match="4 attention heads cannot be split over 3 ranks"):
         ModelRunner(
             config,
@@ -354,7 +354,9 @@ def test_ranks_together_compute_the_same_logits(
     """With every trap: kv heads shared by ranks, padded vocabulary, biases (added only once)."""
     bias = dict(attention_bias=True) if family in ("qwen3", "llama3") else {}
     directory = checkpoints(family, vocab_size=323, **bias)
-    config = EngineConfig(model=str(directory), num_blocks=4, device="cpu", max_num_seqs=1)
+    config = EngineConfig(
+        model=str(directory), num_blocks=4, device="cpu", num_threads=1, max_num_seqs=1
+    )
     tokens = [(7 * i) % 323 for i in range(40)]
     logits: dict[int, Tensor] = {}
 

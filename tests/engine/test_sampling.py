@@ -195,6 +195,7 @@ def llm(directory: Path, request: pytest.FixtureRequest) -> LLM:
         str(directory),
         dtype="float32",
         device="cpu",
+        num_threads=1,
         max_model_len=128,
         num_blocks=64,
         async_scheduling=request.param,
@@ -346,7 +347,7 @@ def test_each_prompt_has_its_own_parameters_and_place(llm: LLM) -> None:
 
 def test_without_a_seed_a_program_says_the_same_in_every_run(directory: Path) -> None:
     def run_program() -> list[str]:
-        llm = LLM(str(directory), dtype="float32", device="cpu", num_blocks=64)
+        llm = LLM(str(directory), dtype="float32", device="cpu", num_threads=1, num_blocks=64)
         params = SamplingParams(temperature=1.0, max_tokens=8)
         return [o.outputs[0].text for o in llm.generate([PROMPT] * 3, params, use_tqdm=False)]
 
