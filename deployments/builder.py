@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from deployments import ray_private
 from deployments.args import AppArgs
@@ -12,7 +13,7 @@ from deployments.autoscaling import autoscaling_config
 from deployments.ingress_router import IngressRouter
 from deployments.replica import Replica
 from deployments.request_router import router_config
-from deployments.shard import shard_bundle
+from deployments.shard import group_bundles
 
 # The replica waits for the network most of the time; the shards do the work.
 _REPLICA_CPUS = 0.1
@@ -24,34 +25,35 @@ def app(args: AppArgs) -> Application:
     `serve run deployments:app model=Qwen/Qwen3-0.6B max_model_len=4096`, or the same names under
     `args:` in a Serve config file. Without `model`, the bundled demo model.
     """
+    return build(args, router_config())
+
+
+def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
+    """As `app`, with a routing policy to choose."""
     if args.device == "auto":
         args = args.model_copy(update={"device": "cuda" if _has_gpus() else "cpu"})
-    scaling: dict[str, Any] = {"num_replicas": args.num_replicas}
-    if args.max_replicas is not None:
-        scaling = {"autoscaling_config": autoscaling_config(args)}
-    # HAProxy without an ingress router balances by itself, and Serve then refuses a request router.
     by_body = ray_private.can_route_by_body()
-    uses_request_router = by_body or not ray_private.haproxy_enabled()
-    routing = {"request_router_config": router_config()} if uses_request_router else {}
-    application: Application = Replica.options(  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"num_replicas": args.num_replicas}
+    if args.max_replicas is not None:
+        options = {"autoscaling_config": autoscaling_config(args)}
+    # HAProxy without an ingress router balances by itself, and Serve then refuses a policy.
+    if by_body or not ray_private.haproxy_enabled():
+        options["request_router_config"] = routing
+    replicas: Application = Replica.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": _REPLICA_CPUS},
-        placement_group_bundles=[
-            {"CPU": _REPLICA_CPUS},
-            *[shard_bundle(args)] * args.tensor_parallel_size,
-        ],
+        placement_group_bundles=group_bundles(args, _REPLICA_CPUS),
         placement_group_strategy="PACK",
         max_ongoing_requests=args.max_ongoing_requests,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         health_check_period_s=2,
-        **scaling,
-        **routing,
+        **options,
     ).bind(args)
     if not by_body:
-        return application
+        return replicas
     router = IngressRouter.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000
-    ).bind(application, args)
-    return ray_private.with_ingress_router(application, router)
+    ).bind(replicas, args)
+    return ray_private.with_ingress_router(replicas, router)
 
 
 def _has_gpus() -> bool:

@@ -20,7 +20,7 @@ from deployments.shard_group import ShardGroup
 @serve.deployment
 @serve.ingress()
 class Replica:
-    """Sits in bundle 0 of its placement group, its engine's shards in the others."""
+    """Sits in bundle 0 of its placement group, with rank 0 of its engine."""
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         bundles = get_current_placement_group()

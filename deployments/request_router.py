@@ -53,8 +53,10 @@ class PrefixRequestRouter(RequestRouter):
         return [*ranked, others] if others else ranked
 
 
-def router_config() -> RequestRouterConfig:
+def router_config(
+    router: type[RequestRouter] = PrefixRequestRouter,
+) -> RequestRouterConfig:
     return RequestRouterConfig(
-        request_router_class=PrefixRequestRouter,  # type: ignore[arg-type]
+        request_router_class=router,  # type: ignore[arg-type]
         request_routing_stats_period_s=_REPORT_PERIOD_S,  # type: ignore[arg-type]
     )

@@ -1,7 +1,8 @@
 """The process that owns a device: one tensor-parallel rank of an engine, as a Ray actor."""
 
 import os
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -13,9 +14,24 @@ if TYPE_CHECKING:
     from engine.group import GroupAddress
 
 
-def shard_bundle(args: AppArgs) -> dict[str, float]:
+def shard_resources(args: AppArgs) -> dict[str, float]:
     """What Ray reserves for one shard."""
     return {"GPU": 1} if args.device == "cuda" else {"CPU": args.num_cpus_per_shard}
+
+
+def group_bundles(args: AppArgs, replica_cpus: float) -> list[dict[str, float]]:
+    """The placement group of a replica: bundle r is for the shard of rank r.
+
+    Bundle 0 also holds the replica, so that the leader is on its node, where its socket is; the
+    other ranks may be elsewhere.
+    """
+    shard = shard_resources(args)
+    first = shard | {"CPU": shard.get("CPU", 0) + replica_cpus}
+    return [first] + [shard] * (args.tensor_parallel_size - 1)
+
+
+def _raise_injected_fault(*_: Any) -> None:
+    raise RuntimeError("injected fault")
 
 
 @ray.remote(max_restarts=0)
@@ -27,8 +43,9 @@ class EngineShard:
     """
 
     def __init__(self) -> None:
-        # Ray sets this to the actor's CPU reservation; the engine decides by the cores there are.
-        os.environ.pop("OMP_NUM_THREADS", None)
+        # For chaos runs: an error at a random place of a step, as a device fault would raise it.
+        if os.environ.get("MANTA_FAULT_INJECTION") == "1":
+            signal.signal(signal.SIGUSR1, _raise_injected_fault)
 
     def process(self) -> tuple[str, int]:
         """(node id, process id), for whoever must kill it when it does not listen."""

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import (
 
 from deployments.args import AppArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
-from deployments.shard import EngineShard, shard_bundle
+from deployments.shard import EngineShard, shard_resources
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,7 +33,7 @@ _RESTART_WINDOW_S = 600.0
 
 
 class ShardGroup:
-    """One shard per tensor-parallel rank; rank r sits in bundle 1 + r of the placement group."""
+    """One shard per tensor-parallel rank; rank r sits in bundle r of the placement group."""
 
     def __init__(self, args: AppArgs, client: EngineClient, bundles: PlacementGroup) -> None:
         self._args = args
@@ -106,12 +106,12 @@ class ShardGroup:
         return [asyncio.ensure_future(_completion(call)) for call in calls]
 
     def _new_shard(self, rank: int) -> Any:
-        bundle = shard_bundle(self._args)
+        resources = shard_resources(self._args)
         return EngineShard.options(  # type: ignore[attr-defined]
-            num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
+            num_cpus=resources.get("CPU", 0),
+            num_gpus=resources.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._bundles, placement_group_bundle_index=1 + rank
+                self._bundles, placement_group_bundle_index=rank
             ),
         ).remote()
 

@@ -1,0 +1,235 @@
+"""Prefix hits and latency of routing policies: multi-turn chats of several tenants on 4 replicas.
+
+Each tenant has a long system prompt; each conversation goes on for some turns with the answers it
+got. The oracle is one cache as large as all replicas' together, fed the same prompts in the order
+in which they were sent. Needs HAProxy, whose routers see the prompts.
+
+    python -m benchmarks.routing --tenants 12 --conversations 96
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_SERVE_ENABLE_HA_PROXY="1",
+    RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY="1",
+)
+
+import httpx
+import ray
+from ray import serve
+
+# Its public alias, in ray.serve.llm, needs vLLM to be installed.
+from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
+    PrefixCacheAffinityRouter,
+)
+from ray.serve.config import RequestRouterConfig
+from ray.serve.experimental.round_robin_router import RoundRobinRouter
+
+from deployments.args import AppArgs
+from deployments.builder import build
+from deployments.request_router import PrefixRequestRouter, RoutedPrompt, router_config
+from engine import checkpoint
+from engine.block_pool import BlockPool, extend_hashes
+from engine.tokenizer import Tokenizer
+
+_PORT = 18456
+_BLOCK_SIZE = 16
+
+
+class LeastLoadedRouter(PrefixRequestRouter):
+    """Manta's balance of load, blind to prompts."""
+
+    async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
+        if pending_request is not None and pending_request.args:
+            prompt = pending_request.args[0]
+            pending_request.args = [RoutedPrompt([], prompt.num_tokens, prompt.block_size)]
+        return await super().choose_replicas(candidate_replicas, pending_request)
+
+
+class RayPrefixRouter(PrefixCacheAffinityRouter):
+    """Ray's own policy. It compares texts by their prefix: here, a text of the blocks' hashes."""
+
+    def _extract_text_from_request(self, pending_request: Any) -> str:
+        return b"".join(pending_request.args[0].hashes).hex()
+
+
+def policies() -> dict[str, RequestRouterConfig]:
+    return {
+        "manta": router_config(),
+        "least-loaded": router_config(LeastLoadedRouter),
+        "round-robin": router_config(RoundRobinRouter),
+        "ray-prefix": router_config(RayPrefixRouter),
+    }
+
+
+@dataclass
+class Conversation:
+    """One chat to be had: the tenant's instructions, then a question per turn."""
+
+    system: str
+    questions: list[str]
+
+
+@dataclass
+class Outcome:
+    """What the clients of one policy saw, in the order in which prompts were sent."""
+
+    sent: list[list[dict[str, str]]] = field(default_factory=list)
+    cached: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def make_conversations(arguments: argparse.Namespace, seed: int) -> list[Conversation]:
+    """Tenants are equally common, or by a power law with --skew."""
+    draw = random.Random(seed)
+    words = [f"{a}{b}" for a in "bcdfgklmnprst" for b in ("ack", "ell", "ink", "oot", "um", "ay")]
+
+    def text(count: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(count))
+
+    systems = [text(arguments.system_words) for _ in range(arguments.tenants)]
+    weights = [1 / (i + 1) ** arguments.skew for i in range(arguments.tenants)]
+    return [
+        Conversation(
+            draw.choices(systems, weights)[0] if arguments.system_words else "",
+            [text(12) for _ in range(arguments.turns)],
+        )
+        for _ in range(arguments.conversations)
+    ]
+
+
+async def have(conversation: Conversation, http: httpx.AsyncClient, outcome: Outcome) -> None:
+    messages = []
+    if conversation.system:
+        messages.append({"role": "system", "content": conversation.system})
+    for question in conversation.questions:
+        messages.append({"role": "user", "content": question})
+        outcome.sent.append(list(messages))
+        body = {
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": 24,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        start, answer, first = time.perf_counter(), "", 0.0
+        url = f"http://127.0.0.1:{_PORT}/v1/chat/completions"
+        async with http.stream("POST", url, json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                event = json.loads(line.removeprefix("data: "))
+                if event["choices"]:
+                    content = event["choices"][0]["delta"].get("content")
+                    if content and not first:
+                        first = time.perf_counter() - start
+                    answer += content or ""
+                else:
+                    usage = event["usage"]
+        outcome.ttft.append(first)
+        outcome.cached += usage["prompt_tokens_details"]["cached_tokens"]
+        outcome.prompt_tokens += usage["prompt_tokens"]
+        outcome.output_tokens += usage["completion_tokens"]
+        messages.append({"role": "assistant", "content": answer})
+
+
+async def run_clients(conversations: list[Conversation], num_clients: int) -> Outcome:
+    outcome, todo = Outcome(), iter(conversations)
+
+    async def client() -> None:
+        async with httpx.AsyncClient(timeout=300) as http:
+            for conversation in todo:
+                await have(conversation, http, outcome)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(num_clients)))
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def oracle_hits(outcome: Outcome, model: str, num_blocks: int) -> int:
+    """Tokens that one cache of `num_blocks` would have found, prompt after prompt."""
+    tokenizer = Tokenizer(checkpoint.resolve(model))
+    pool, hits = BlockPool(num_blocks), 0
+    for messages in outcome.sent:
+        tokens = tokenizer.encode_chat(messages)
+        hashes: list[bytes] = []
+        extend_hashes(hashes, tokens, _BLOCK_SIZE, "")
+        table = pool.lookup(hashes[: (len(tokens) - 1) // _BLOCK_SIZE])
+        hits += len(table) * _BLOCK_SIZE
+        pool.hold(table)
+        new = pool.allocate(len(hashes) - len(table))
+        for block, block_hash in zip(new, hashes[len(table) :], strict=True):
+            pool.publish(block, block_hash)
+        pool.free(table + new)
+    return hits
+
+
+def measure(name: str, arguments: argparse.Namespace) -> Outcome:
+    """Fresh replicas, the same conversations."""
+    args = AppArgs(
+        model=arguments.model,
+        num_replicas=arguments.replicas,
+        num_blocks=arguments.num_blocks,
+        block_size=_BLOCK_SIZE,
+        max_model_len=2048,
+        num_threads=1,
+        num_cpus_per_shard=1,
+    )
+    serve.run(build(args, policies()[name]), name="app", route_prefix="/")
+    asyncio.run(run_clients(make_conversations(arguments, seed=1)[:8], arguments.clients))
+    time.sleep(3)  # so that the warm-up is in everybody's reports
+    outcome = asyncio.run(run_clients(make_conversations(arguments, seed=0), arguments.clients))
+    serve.delete("app")
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="manta-demo")
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--num-blocks", type=int, default=400, help="of 16 tokens, per replica")
+    parser.add_argument("--tenants", type=int, default=12)
+    parser.add_argument("--skew", type=float, default=0.0, help="power law of tenants, 0 is even")
+    parser.add_argument("--system-words", type=int, default=150, help="0: nothing to share")
+    parser.add_argument("--conversations", type=int, default=96)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--policies", nargs="+", default=list(policies()), choices=policies())
+    arguments = parser.parse_args()
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
+    for name in arguments.policies:
+        outcome = measure(name, arguments)
+        oracle = oracle_hits(outcome, arguments.model, arguments.num_blocks * arguments.replicas)
+        cuts = statistics.quantiles(outcome.ttft, n=100)
+        print(
+            f"{name:14} hits {outcome.cached / outcome.prompt_tokens:6.1%} of prompt tokens, "
+            f"{outcome.cached / max(oracle, 1):6.1%} of the oracle's; TTFT p50 "
+            f"{cuts[49] * 1e3:5.0f} ms, p99 {cuts[98] * 1e3:5.0f} ms; "
+            f"{outcome.output_tokens / outcome.seconds:5.0f} output tok/s",
+            flush=True,
+        )
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
