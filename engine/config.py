@@ -24,6 +24,11 @@ class EngineConfig(StrictModel):
         ge=1,
         description="Compute threads of a rank on a CPU; default: its share of the physical cores.",
     )
+    quantization: Literal["w8a8", "int4"] | None = Field(
+        None,
+        description="Round the linear layers' weights when they are loaded, on a CPU: w8a8 to 8 "
+        "bits, int4 to 4.5; activations to 8. The language-model head always takes w8a8.",
+    )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."
     )

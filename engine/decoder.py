@@ -10,6 +10,7 @@ from engine.decoder_config import DecoderConfig, RopeConfig
 from engine.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
 from engine.parallel import TensorParallel
 from kernels import Ops
+from kernels.quantization import Quantization
 from kernels.reference import KVCache
 
 
@@ -154,12 +155,17 @@ class Decoder(nn.Module):
             "cos_sin", rotary_table(config.rope, config.head_dim, max_model_len), persistent=False
         )
 
-    def pack(self) -> None:
+    def pack(self, quantization: Quantization | None) -> None:
         """Once the parameters are loaded: bring the linear layers into the device's layout."""
         for module in self.modules():
             if isinstance(module, (ColumnLinear, RowLinear)):
-                module.pack(self._ops)
-        self.lm_head.pack_head(self._ops, tied=self.lm_head is self.embedding)
+                module.pack(self._ops, quantization)
+        # A few logits decide every token: the head keeps 8 bits where the layers have 4.
+        self.lm_head.pack_head(
+            self._ops,
+            "w8a8" if quantization else None,
+            tied=self.lm_head is self.embedding,
+        )
 
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""

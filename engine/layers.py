@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine.parallel import TensorParallel
 from kernels import Ops
+from kernels.quantization import Quantization
 from kernels.reference import Linear
 
 
@@ -83,9 +84,9 @@ class ColumnLinear(ShardedModule):
                 ],
             )
 
-    def pack(self, ops: Ops) -> None:
+    def pack(self, ops: Ops, quantization: Quantization | None) -> None:
         """Once it is loaded, bring the weight into the device's layout."""
-        self._linear: Linear = ops.pack_linear(self.weight.data, self.bias)
+        self._linear: Linear = ops.pack_linear(self.weight.data, self.bias, quantization)
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,10 +113,10 @@ class RowLinear(ShardedModule):
         else:
             self.add_parameter("bias", (out_features,), [_whole(f"{prefix}.bias", out_features)])
 
-    def pack(self, ops: Ops) -> None:
+    def pack(self, ops: Ops, quantization: Quantization | None) -> None:
         """As ColumnLinear's."""
         bias = self.bias if self._parallel.rank == 0 else None  # added once, not by every rank
-        self._linear: Linear = ops.pack_linear(self.weight.data, bias)
+        self._linear: Linear = ops.pack_linear(self.weight.data, bias, quantization)
         del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,9 +157,9 @@ class VocabEmbedding(ShardedModule):
         embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return self._parallel.all_reduce(embedded.masked_fill(elsewhere.unsqueeze(1), 0))
 
-    def pack_head(self, ops: Ops, tied: bool) -> None:
+    def pack_head(self, ops: Ops, quantization: Quantization | None, tied: bool) -> None:
         """As ColumnLinear.pack, for `logits`; a tied weight stays, for `embed`."""
-        self._linear: Linear = ops.pack_linear(self.weight.data, None)
+        self._linear: Linear = ops.pack_linear(self.weight.data, None, quantization)
         if not tied:
             del self.weight
 

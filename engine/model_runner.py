@@ -70,6 +70,11 @@ class ModelRunner:
         self.parallel = parallel or TensorParallel()
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.parallel.size))
+        elif config.quantization is not None:
+            raise ValueError(
+                f"quantization: {config.quantization!r} is for CPUs only; leave it out, or set "
+                "device to 'cpu'"
+            )
         self.ops = select_ops(self.device)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
         self.max_len = config.max_model_len or model_config.max_position
@@ -81,7 +86,7 @@ class ModelRunner:
             load_dummy_weights(self.model, config.seed)
         else:
             load_weights(self.model, directory, show_progress)
-        self.model.pack()
+        self.model.pack(config.quantization)
         self.num_blocks = config.num_blocks or self._default_num_blocks(config, model_config)
         self.kv_caches = [
             self.ops.new_kv_cache(

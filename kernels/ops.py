@@ -21,7 +21,7 @@ class Ops:
     new_kv_cache: Callable[..., reference.KVCache] = reference.new_kv_cache
     norm_rotary_store: Callable[..., Tensor] = reference.norm_rotary_store
     paged_attention: Callable[..., Tensor] = reference.paged_attention
-    pack_linear: Callable[[Tensor, Tensor | None], reference.Linear] = reference.pack_linear
+    pack_linear: Callable[..., reference.Linear] = reference.pack_linear
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
         reference.add_rms_norm
@@ -39,19 +39,19 @@ def select_ops(device: torch.device) -> Ops:
 
 
 def _cpu_ops() -> Ops:
-    from kernels.cpu import build, linear
+    from kernels.cpu import build
+    from kernels.cpu.linear import LinearPacker, pack_linear_onednn
     from kernels.cpu.ops import CpuOps
 
-    ops = replace(REFERENCE, name="cpu-torch", pack_linear=linear.pack_linear)
     library = build.load_library()
     if library is None:
-        return ops
+        return replace(REFERENCE, name="cpu-torch", pack_linear=pack_linear_onednn)
     fast = CpuOps(library)
-    return replace(
-        ops,
+    return Ops(
         name=f"cpu-{build.instruction_set()}",
         norm_rotary_store=fast.norm_rotary_store,
         paged_attention=fast.paged_attention,
+        pack_linear=LinearPacker(library).pack_linear,
         rms_norm=fast.rms_norm,
         add_rms_norm=fast.add_rms_norm,
         silu_and_mul=fast.silu_and_mul,

@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.quantization import (
+    Quantization,
+    linear_int4,
+    linear_int8,
+    quantize_int4,
+    quantize_int8,
+)
+
 KVCache = tuple[Tensor, Tensor]
 Linear = Callable[[Tensor], Tensor]
 
@@ -99,11 +107,19 @@ def paged_attention(
     return out
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+def pack_linear(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+) -> Linear:
     """The map x [T, in] -> x @ weight.T + bias [T, out], for weight [out, in] and bias [out].
 
     It may hold the weight in another layout: a caller that drops its own keeps one copy.
     """
+    if quantization == "w8a8":
+        quantized, scales = quantize_int8(weight)
+        return partial(linear_int8, weight=quantized, scales=scales, bias=bias)
+    if quantization == "int4":
+        quantized, scales = quantize_int4(weight)
+        return partial(linear_int4, weight=quantized, scales=scales, bias=bias)
     return partial(F.linear, weight=weight, bias=bias)
 
 

@@ -28,8 +28,8 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 _LEVELS: tuple[tuple[str, frozenset[str], tuple[str, ...]], ...] = (
     (
         "avx512_bf16",
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
-        (*_AVX512, "-mavx512bf16"),
+        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}),
+        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
     ),
     ("avx512", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}), _AVX512),
     ("avx2", frozenset({"avx2", "fma", "f16c"}), _AVX2),

@@ -1,21 +1,126 @@
-"""Linear layers with weights laid out for oneDNN once, when the model is loaded."""
+"""Linear layers whose weights are laid out once, when the model is loaded."""
 
+import ctypes
 from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cpu.ops import DTYPES, declare
+from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
+from kernels.reference import Linear
+
+_COLUMNS = 64  # outputs per panel, as in matmul.h
+_INT4_GROUP_BYTES = 1152  # sizeof(Group) in linear_int4.cpp
+_SIZES = [c_int64] * 3  # rows, inputs, outputs
+_SIGNATURES = {
+    "pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
+    "pack_int4": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    # dtype, x, what the weight is made of, bias, out
+    "linear_bfloat16": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
+    "linear_int8": [c_int, c_void_p, *[c_void_p] * 3, c_void_p, c_void_p, *_SIZES],
+    "linear_int4": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
+}
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def pack_linear_onednn(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+) -> Linear:
     """As `reference.pack_linear`; bfloat16 is reordered to blocks, which F.linear does per call."""
     onednn = torch.ops.mkldnn
-    if weight.dtype != torch.bfloat16 or not onednn._is_mkldnn_bf16_supported():
-        return reference.pack_linear(weight, bias)
+    if quantization or weight.dtype != torch.bfloat16 or not onednn._is_mkldnn_bf16_supported():
+        return reference.pack_linear(weight, bias, quantization)
     packed = onednn._reorder_linear_weight(weight)
 
     def linear(x: Tensor) -> Tensor:
         return onednn._linear_pointwise(x, packed, bias, "none", [], "")
 
     return linear
+
+
+class PackedLinear:
+    """A linear layer that holds its weight in the layout of one of the library's functions."""
+
+    def __init__(
+        self,
+        run: Callable[..., None],
+        shape: tuple[int, int],
+        weight: tuple[Tensor, ...],
+        bias: Tensor | None,
+    ) -> None:
+        self._run = run
+        self._outputs, self._inputs = shape
+        self._tensors = (*weight, bias)  # kept alive for their addresses
+        self._pointers = [None if t is None else t.data_ptr() for t in self._tensors]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows = x.shape[0]
+        out = x.new_empty(rows, self._outputs)
+        self._run(
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            *self._pointers,
+            out.data_ptr(),
+            rows,
+            self._inputs,
+            self._outputs,
+        )
+        return out
+
+
+class LinearPacker:
+    """Packs weights for the matrix products of a loaded library, where the CPU level has them."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        # They take AVX512 with dot products of bfloat16 and of bytes; below, oneDNN is as good.
+        self._has_kernels = hasattr(library, "manta_linear_bfloat16")
+        if self._has_kernels:
+            declare(library, _SIGNATURES)
+        self._library = library
+
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+    ) -> Linear:
+        """As `reference.pack_linear`."""
+        inputs = weight.shape[1]
+        if self._has_kernels:
+            if quantization == "w8a8" and inputs % 64 == 0:
+                return self._pack_int8(weight, bias)
+            if quantization == "int4" and inputs % GROUP == 0:
+                return self._pack_int4(weight, bias)
+            if quantization is None and weight.dtype == torch.bfloat16 and inputs % 2 == 0:
+                panels = self._pack_panels(weight)
+                return PackedLinear(
+                    self._library.manta_linear_bfloat16, (*weight.shape,), (panels,), bias
+                )
+        return pack_linear_onednn(weight, bias, quantization)
+
+    def _pack_panels(self, weight: Tensor) -> Tensor:
+        """weight [out, in] in the layout of matmul.h, whatever its type."""
+        outputs, inputs = weight.shape
+        weight = weight.contiguous()
+        packed = weight.new_empty(-(-outputs // _COLUMNS) * _COLUMNS * inputs)
+        depth = inputs * weight.itemsize // 4
+        self._library.manta_pack_weight(weight.data_ptr(), outputs, depth, packed.data_ptr())
+        return packed
+
+    def _pack_int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        quantized, scales = quantize_int8(weight)
+        offset_sums = quantized.sum(-1, dtype=torch.int32) * 128
+        panels = self._pack_panels(quantized)
+        run = self._library.manta_linear_int8
+        return PackedLinear(run, (*weight.shape,), (panels, scales, offset_sums), bias)
+
+    def _pack_int4(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        outputs, inputs = weight.shape
+        quantized, scales = quantize_int4(weight)
+        panels = -(-outputs // _COLUMNS)
+        packed = torch.empty(panels * inputs // GROUP * _INT4_GROUP_BYTES, dtype=torch.uint8)
+        self._library.manta_pack_int4(
+            quantized.data_ptr(), scales.data_ptr(), outputs, inputs, packed.data_ptr()
+        )
+        run = self._library.manta_linear_int4
+        return PackedLinear(run, (outputs, inputs), (packed,), bias)

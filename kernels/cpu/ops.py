@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.reference import KVCache
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As declared in the C++ files.
 _SIGNATURES = {
     "rms_norm": [c_int, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64],
@@ -23,14 +24,19 @@ _SIGNATURES = {
 }
 
 
+def declare(library: ctypes.CDLL, signatures: dict[str, list[Any]]) -> None:
+    """Tell ctypes the arguments of the library's functions, none of which returns anything."""
+    for name, argument_types in signatures.items():
+        function = getattr(library, f"manta_{name}")
+        function.argtypes = argument_types
+        function.restype = None
+
+
 class CpuOps:
     """The kernels of one loaded library. Activations must be contiguous unless said otherwise."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        for name, argument_types in _SIGNATURES.items():
-            function = getattr(library, f"manta_{name}")
-            function.argtypes = argument_types
-            function.restype = None
+        declare(library, _SIGNATURES)
         self._rms_norm = library.manta_rms_norm
         self._add_rms_norm = library.manta_add_rms_norm
         self._silu_and_mul = library.manta_silu_and_mul
@@ -43,7 +49,7 @@ class CpuOps:
         rows = x.reshape(-1, size)
         out = torch.empty(x.shape, dtype=x.dtype)
         self._rms_norm(
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             rows.data_ptr(),
             rows.stride(0),
             weight.data_ptr(),
@@ -60,7 +66,7 @@ class CpuOps:
         out, total = torch.empty_like(x), torch.empty_like(x)
         size = x.shape[-1]
         self._add_rms_norm(
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             x.data_ptr(),
             residual.data_ptr(),
             weight.data_ptr(),
@@ -75,7 +81,7 @@ class CpuOps:
     def silu_and_mul(self, x: Tensor) -> Tensor:
         rows, doubled = x.shape
         out = x.new_empty(rows, doubled // 2)
-        self._silu_and_mul(_DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, doubled // 2)
+        self._silu_and_mul(DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, doubled // 2)
         return out
 
     def norm_rotary_store(
@@ -95,7 +101,7 @@ class CpuOps:
         q = qkv.new_empty(tokens, heads, head_dim)
         q_norm, k_norm = (norm.data_ptr() for norm in norms) if norms else (None, None)
         self._norm_rotary_store(
-            _DTYPES[qkv.dtype],
+            DTYPES[qkv.dtype],
             qkv.data_ptr(),
             tokens,
             heads,
@@ -132,7 +138,7 @@ class CpuOps:
             )
         out = torch.empty_like(q)
         self._paged_attention(
-            _DTYPES[q.dtype],
+            DTYPES[q.dtype],
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
@@ -164,7 +170,7 @@ class CpuOps:
         rows, vocab = logits.shape
         tokens = torch.empty(rows, dtype=torch.int64)
         self._sample(
-            _DTYPES[logits.dtype],
+            DTYPES[logits.dtype],
             logits.data_ptr(),
             rows,
             vocab,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import Ops, reference, select_ops
 from kernels.cpu import build
+from kernels.quantization import Quantization
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -181,16 +182,33 @@ def test_norm_rotary_store(ops: Ops, dtype: torch.dtype, head_dim: int, normed: 
             assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES])
-def test_pack_linear(ops: Ops, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    weight, bias = torch.randn(96, 64).to(dtype), torch.randn(96).to(dtype)
-    for rows in (1, 5, 33):
-        x = torch.randn(rows, 64).to(dtype)
-        for used in (bias, None):
-            expected = reference.pack_linear(weight.float(), None if used is None else used.float())
-            actual = ops.pack_linear(weight, used)(x)
-            torch.testing.assert_close(actual, expected(x.float()).to(dtype), rtol=1e-2, atol=1e-1)
+@pytest.mark.parametrize("quantization", [None, "w8a8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_linear(ops: Ops, dtype: torch.dtype, quantization: Quantization | None) -> None:
+    rng = random.Random(0)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 97, 200):
+        torch.manual_seed(rows)
+        inputs, outputs = 32 * rng.randint(1, 6), rng.randint(1, 200)
+        if rows == 13:
+            inputs = 3072  # a panel in more than one block
+        weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+        bias = torch.randn(outputs).to(dtype) if rows % 2 else None
+        x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]
+        poison_allocations()
+        actual = ops.pack_linear(weight, bias, quantization)(x)
+        exact = None if bias is None else bias.float()
+        oracle = reference.pack_linear(weight.float(), exact, quantization)
+        tolerance = max(TOLERANCE[dtype], 0.01 if quantization else 0)  # halves round either way
+        torch.testing.assert_close(
+            actual.float(), oracle(x.float()), rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "int4"])
+def test_quantized_zeros(ops: Ops, quantization: Quantization) -> None:
+    zeros = torch.zeros(3, 64)
+    assert torch.equal(ops.pack_linear(torch.randn(5, 64), None, quantization)(zeros), zeros[:, :5])
+    assert torch.equal(ops.pack_linear(zeros, None, quantization)(torch.ones(1, 64)), zeros[:1, :3])
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx2", "default"])
@@ -199,7 +217,12 @@ def test_lower_instruction_sets(ops: Ops, level: str) -> None:
         pytest.skip("this is the level at hand")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent), "-k", "random or activation or rotary or tokens"],
+        [
+            *command,
+            str(Path(__file__).parent),
+            "-k",
+            "random or activation or rotary or tokens or pack",
+        ],
         env=os.environ | {"MANTA_CPU_ISA": level},
         capture_output=True,
         text=True,
