@@ -1,4 +1,4 @@
-"""The arguments of the application: `serve run deployments:app key=value …` or `args:` in YAML."""
+"""What users tell a deployment: `serve run deployments:app key=value …`, or `args:` in YAML."""
 
 from typing import Any
 
@@ -9,12 +9,9 @@ from engine.config import EngineConfig
 from engine.strict import explain
 
 
-class AppArgs(EngineConfig):
-    """The engine's configuration and how it is served."""
+class DeploymentArgs(EngineConfig):
+    """The engine's configuration and how Ray runs it, for the server and for offline batches."""
 
-    model: str = Field(
-        "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
-    )
     served_model_name: str | None = Field(
         None, description="The name clients use; default: the value of model."
     )
@@ -27,12 +24,6 @@ class AppArgs(EngineConfig):
     max_restarts: int = Field(
         10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
     )
-    graceful_shutdown_timeout_s: float = Field(
-        120, ge=0, description="How long a replica that is to stop may finish its streams."
-    )
-    max_ongoing_requests: int = Field(
-        1024, ge=1, description="Requests a replica takes on at once, running and waiting."
-    )
 
     @property
     def model_name(self) -> str:
@@ -43,6 +34,20 @@ class AppArgs(EngineConfig):
         return EngineConfig.model_construct(
             **{name: getattr(self, name) for name in EngineConfig.model_fields}
         )
+
+
+class AppArgs(DeploymentArgs):
+    """The arguments of the Serve application."""
+
+    model: str = Field(
+        "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
+    )
+    graceful_shutdown_timeout_s: float = Field(
+        120, ge=0, description="How long a replica that is to stop may finish its streams."
+    )
+    max_ongoing_requests: int = Field(
+        1024, ge=1, description="Requests a replica takes on at once, running and waiting."
+    )
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> "AppArgs":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from deployments.args import AppArgs
+from deployments.args import DeploymentArgs
 from deployments.engine_loop import EngineLoop
 from engine.config import EngineConfig
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engine.group import GroupAddress
 
 
-def shard_bundle(args: AppArgs) -> dict[str, float]:
+def shard_bundle(args: DeploymentArgs) -> dict[str, float]:
     """What Ray reserves for one shard."""
     return {"GPU": 1} if args.device == "cuda" else {"CPU": args.num_cpus_per_shard}
 
