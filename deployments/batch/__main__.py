@@ -8,6 +8,7 @@ from dataclasses import asdict
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 
 from deployments.batch.args import BatchArgs, parse_args
 from deployments.batch.job_file import claim_output
@@ -33,13 +34,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not remaining:
         return
     progress = Progress(total, total - left)
+    try:
+        _answer_all(args, remaining, progress)
+    except RayError as error:  # its last line is the cause in its own words
+        sys.exit(f"error: {str(error).splitlines()[-1]}; what is done stays, run again to go on")
+    _say(progress.summary())
+
+
+def _answer_all(args: BatchArgs, parts: list[Part], progress: Progress) -> None:
     shown = time.monotonic()
-    for report in answer(args, remaining):
+    for report in answer(args, parts):
         progress.add(report)
         if time.monotonic() - shown > _PROGRESS_S:
             _say(progress.line())
             shown = time.monotonic()
-    _say(progress.summary())
 
 
 def plan(args: BatchArgs) -> tuple[list[Part], list[Part]]:

@@ -34,12 +34,12 @@ def claim_output(args: BatchArgs, files: list[tuple[str, int]], output: Location
     job = args.model_dump(mode="json", include=set(_DECISIVE), exclude_unset=True)
     job["files"] = [list(file) for file in files]
     names = output.names()
-    if JOB_FILE in names:
-        _check_same(json.loads(output.read(JOB_FILE)), job)
-    elif names:
-        raise ValueError(f"output: {args.output} holds other files; give an empty directory")
-    else:
+    if all(name.startswith("_") for name in names):  # nothing is finished yet
         output.write(JOB_FILE, json.dumps(job, indent=2).encode())
+    elif JOB_FILE in names:
+        _check_same(json.loads(output.read(JOB_FILE)), job)
+    else:
+        raise ValueError(f"output: {args.output} holds other files; give an empty directory")
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
