@@ -67,7 +67,9 @@ class JobCluster:
         return psutil.Process(self._head.pid).children(recursive=True)
 
     def __exit__(self, *_: object) -> None:
-        for process in [*self.processes(), self._head]:
+        family = self.processes()
+        self._head.kill()
+        for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._head.wait()
