@@ -3,7 +3,7 @@
 from typing import Any
 
 import click
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from engine.config import EngineConfig
 from engine.strict import explain
@@ -42,12 +42,29 @@ class AppArgs(DeploymentArgs):
     model: str = Field(
         "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
     )
+    num_replicas: int = Field(1, ge=1, description="Engines; with max_replicas, the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Scale with the engines' load between num_replicas and this."
+    )
+    upscale_delay_s: float = Field(5, ge=0, description="How long load must call for a replica.")
+    downscale_delay_s: float = Field(
+        300, ge=0, description="How long a replica must be superfluous before it goes."
+    )
     graceful_shutdown_timeout_s: float = Field(
         120, ge=0, description="How long a replica that is to stop may finish its streams."
     )
     max_ongoing_requests: int = Field(
         1024, ge=1, description="Requests a replica takes on at once, running and waiting."
     )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "AppArgs":
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) must be at least num_replicas "
+                f"({self.num_replicas})"
+            )
+        return self
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> "AppArgs":

@@ -37,6 +37,7 @@ class EngineClient:
         self.address = str(Path(self._directory.name) / "engine.sock")
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
+        self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
         self._server: asyncio.Server | None = None
@@ -140,6 +141,7 @@ class EngineClient:
     def _adopt(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._outbox = {}
+        self.cached_blocks.clear()
         self._last_beat = time.monotonic()
         self._connected.set()
         if self._live:
@@ -149,6 +151,11 @@ class EngineClient:
     def _take_in(self, message: Message) -> None:
         self._last_beat = time.monotonic()
         self.stats = message["stats"]
+        for block_hash, cached in message["cache"]:
+            if cached:
+                self.cached_blocks.add(block_hash)
+            else:
+                self.cached_blocks.discard(block_hash)
         for fields in message["deltas"]:
             delta = decode_delta(fields)
             live = self._live.get(delta.request_id)

@@ -14,6 +14,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, address: str) -> None:
         self._engine = engine
+        self._cache_changes = engine.scheduler.pool.journal = []
         self._socket = MessageSocket(address)
 
     def run(self) -> None:
@@ -31,8 +32,10 @@ class EngineLoop:
                         "deltas": [encode_delta(delta) for delta in deltas],
                         "errors": errors,
                         "stats": self._engine.stats(),
+                        "cache": self._cache_changes,
                     }
                 )
+                self._cache_changes.clear()
         except ConnectionError:
             return  # the front's death or wish
         finally:

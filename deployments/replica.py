@@ -1,6 +1,7 @@
 """A Serve replica: the HTTP ingress and the front of one engine."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -9,7 +10,9 @@ from ray.util.placement_group import get_current_placement_group
 
 from deployments.api import build_api
 from deployments.args import AppArgs
+from deployments.autoscaling import engine_load
 from deployments.front import Front
+from deployments.routing import ReplicaReport, short
 from deployments.shard_group import ShardGroup
 
 
@@ -21,9 +24,11 @@ class Replica:
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         bundles = get_current_placement_group()
         assert bundles is not None, "the app builder gives every replica a placement group"
+        self._args = args
         self._front = await asyncio.to_thread(Front, args)
         await self._front.client.start()
         self._shards = ShardGroup(args, self._front.client, bundles)
+        self._num_reports = 0
         await self._shards.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -33,6 +38,31 @@ class Replica:
         """The engine's numbers and this front's, for callers with a handle."""
         client = self._front.client
         return {"live": client.num_live, **client.stats}
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Serve every routing stats period; routers see the result."""
+        client = self._front.client
+        if not client.stats or client.limits is None:
+            return {}
+        self._num_reports += 1
+        report = ReplicaReport(
+            sequence=self._num_reports,
+            block_size=client.limits.block_size,
+            running=client.stats["running"],
+            waiting=client.stats["waiting"],
+            uncomputed_tokens=client.stats["uncomputed_tokens"],
+            tokens_per_s=client.stats["tokens_per_s"],
+            hashes=b"".join(short(block_hash) for block_hash in client.cached_blocks),
+        )
+        return {"manta": asdict(report)}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve when the number of replicas follows their load."""
+        return engine_load(self._front.client.stats, self._args)
+
+    async def shard_pids(self) -> list[int]:
+        """Process ids by rank, for tests and tools that break things on purpose."""
+        return self._shards.pids
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this keeps raising."""

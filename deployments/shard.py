@@ -1,7 +1,8 @@
 """The process that owns a device: one tensor-parallel rank of an engine, as a Ray actor."""
 
 import os
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -18,6 +19,10 @@ def shard_bundle(args: DeploymentArgs) -> dict[str, float]:
     return {"GPU": 1} if args.device == "cuda" else {"CPU": args.num_cpus_per_shard}
 
 
+def _raise_injected_fault(*_: Any) -> None:
+    raise RuntimeError("injected fault")
+
+
 @ray.remote(max_restarts=0)
 class EngineShard:
     """Its methods are for lifecycle alone; requests, plans and tokens go over sockets.
@@ -27,8 +32,9 @@ class EngineShard:
     """
 
     def __init__(self) -> None:
-        # Ray sets this to the actor's CPU reservation; the engine decides by the cores there are.
-        os.environ.pop("OMP_NUM_THREADS", None)
+        # For chaos runs: an error at a random place of a step, as a device fault would raise it.
+        if os.environ.get("MANTA_FAULT_INJECTION") == "1":
+            signal.signal(signal.SIGUSR1, _raise_injected_fault)
 
     def process(self) -> tuple[str, int]:
         """(node id, process id), for whoever must kill it when it does not listen."""

@@ -63,6 +63,11 @@ class ShardGroup:
         if self._supervisor is not None:
             self._supervisor.cancel()
 
+    @property
+    def pids(self) -> list[int]:
+        """The shards' processes, by rank; empty while they start."""
+        return [pid for _, pid in self._processes]
+
     async def supervise(self) -> None:
         """Keep an engine connected to the client until it has failed too often."""
         while True:

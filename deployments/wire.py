@@ -6,7 +6,8 @@ socket tells at once when the other side is gone. One message carries all that h
 step, for all requests together.
 
 Front to engine:   {"add": [request, …], "abort": [id, …]}
-Engine to front:   {"hello": {…}} once, then per step {"deltas": […], "errors": […], "stats": {…}}
+Engine to front:   {"hello": {…}} once, then per step {"deltas": […], "errors": […], "stats": {…},
+                   "cache": [[block hash, whether it is cached now], …]}
 """
 
 import asyncio

@@ -26,6 +26,13 @@ def hash_block(parent: bytes, tokens: Sequence[int], salt: str) -> bytes:
     return digest.digest()
 
 
+def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, salt: str) -> None:
+    """Append the hashes of the full blocks of `tokens` that `hashes` does not cover yet."""
+    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        parent = hashes[-1] if hashes else ROOT_HASH
+        hashes.append(hash_block(parent, tokens[start : start + block_size], salt))
+
+
 class BlockPool:
     """Reference-counted block ids 0 .. num_blocks - 1."""
 
@@ -35,6 +42,8 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
+        # When set to a list, collects (hash, whether it is cached now) of every change.
+        self.journal: list[tuple[bytes, bool]] | None = None
         # Ordered by last use: the front is evicted first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
@@ -81,6 +90,8 @@ class BlockPool:
             self._forget(block)
             self._cached[block_hash] = block
             self._hashes[block] = block_hash
+            if self.journal is not None:
+                self.journal.append((block_hash, True))
 
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each block of a table.
@@ -97,6 +108,8 @@ class BlockPool:
         if old_hash is not None:
             del self._cached[old_hash]
             self._hashes[block] = None
+            if self.journal is not None:
+                self.journal.append((old_hash, False))
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert every invariant, given all live block tables. For tests: it walks everything."""

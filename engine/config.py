@@ -19,6 +19,11 @@ class EngineConfig(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes the GPU when there is one."
     )
+    num_threads: int | None = Field(
+        None,
+        ge=1,
+        description="Compute threads of a rank on a CPU; default: its share of the physical cores.",
+    )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."
     )

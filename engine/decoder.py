@@ -60,16 +60,12 @@ class Attention(nn.Module):
         self.k_norm = Norm(f"{prefix}.k_norm", head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache, cos_sin: Tensor) -> Tensor:
-        qkv = self.qkv_proj(x)
-        q, k, v = (
-            part.unflatten(-1, (-1, self._head_dim))
-            for part in qkv.split(self.qkv_proj.sizes, dim=-1)
-        )
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q = self._ops.rms_norm(q, self.q_norm.weight, self._eps)
-            k = self._ops.rms_norm(k, self.k_norm.weight, self._eps)
-        q, k = self._ops.rotary(q, k, batch.positions, cos_sin)
-        self._ops.store_kv(k, v, kv_cache, batch.slots)
+            norms = self.q_norm.weight, self.k_norm.weight
+        q = self._ops.norm_rotary_store(
+            self.qkv_proj(x), norms, self._eps, batch.positions, cos_sin, kv_cache, batch.slots
+        )
         attended = self._ops.paged_attention(
             q,
             kv_cache,
@@ -157,6 +153,13 @@ class Decoder(nn.Module):
         self.register_buffer(
             "cos_sin", rotary_table(config.rope, config.head_dim, max_model_len), persistent=False
         )
+
+    def pack(self) -> None:
+        """Once the parameters are loaded: bring the linear layers into the device's layout."""
+        for module in self.modules():
+            if isinstance(module, (ColumnLinear, RowLinear)):
+                module.pack(self._ops)
+        self.lm_head.pack_head(self._ops, tied=self.lm_head is self.embedding)
 
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""

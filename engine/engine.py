@@ -1,5 +1,6 @@
 """The engine: requests in, tokens out, one step at a time. No text, no network, no Ray."""
 
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -36,8 +37,9 @@ class Engine:
         )
         pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
-        self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, float, Future[StepResult]]] = deque()
         self.num_steps = 0
+        self._speed = _Speed()
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
@@ -59,25 +61,48 @@ class Engine:
             plan = self.scheduler.schedule()
             if plan is None:
                 break
-            self._in_flight.append((plan, self.executor.launch(plan)))
+            self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
             self.num_steps += 1
         if not self._in_flight:
             return []
-        plan, result = self._in_flight.popleft()
-        return self.scheduler.update(plan, result.result())
+        plan, launched_at, pending = self._in_flight.popleft()
+        result = pending.result()
+        self._speed.count_step(plan.num_tokens, launched_at)
+        return self.scheduler.update(plan, result)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, float]:
         """What is going on now, and counts since the start."""
         scheduler = self.scheduler
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
+            "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.requests.values()),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
             "steps": self.num_steps,
+            "tokens_per_s": self._speed.tokens_per_s,
             **asdict(scheduler.stats),
         }
 
     def close(self) -> None:
         """Stop what runs beside this thread: other ranks, the device thread."""
         self.executor.close()
+
+
+class _Speed:
+    """How fast the device computes prompts: an average over the steps that are full of tokens."""
+
+    _FULL_STEP_TOKENS = 128
+    _WEIGHT = 0.2
+
+    def __init__(self) -> None:
+        self.tokens_per_s = 1000.0  # until measured
+        self._last_end = 0.0
+
+    def count_step(self, num_tokens: int, launched_at: float) -> None:
+        """A step has ended; it ran since its launch or since the one before it ended."""
+        now = time.monotonic()
+        if num_tokens >= self._FULL_STEP_TOKENS:
+            speed = num_tokens / max(now - max(launched_at, self._last_end), 1e-9)
+            self.tokens_per_s += self._WEIGHT * (speed - self.tokens_per_s)
+        self._last_end = now

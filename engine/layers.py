@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.parallel import TensorParallel
+from kernels import Ops
+from kernels.reference import Linear
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,10 @@ class ColumnLinear(ShardedModule):
     ) -> None:
         super().__init__()
         shares = [(prefix, size, *parallel.share(size, cut)) for prefix, size, cut in outputs]
-        self.sizes = [end - start for _, _, start, end in shares]
+        sizes = [end - start for _, _, start, end in shares]
         self.add_parameter(
             "weight",
-            (sum(self.sizes), in_features),
+            (sum(sizes), in_features),
             [
                 Source(f"{prefix}.weight", (size, in_features), 0, start, end)
                 for prefix, size, start, end in shares
@@ -74,15 +76,20 @@ class ColumnLinear(ShardedModule):
         else:
             self.add_parameter(
                 "bias",
-                (sum(self.sizes),),
+                (sum(sizes),),
                 [
                     Source(f"{prefix}.bias", (size,), 0, start, end)
                     for prefix, size, start, end in shares
                 ],
             )
 
+    def pack(self, ops: Ops) -> None:
+        """Once it is loaded, bring the weight into the device's layout."""
+        self._linear: Linear = ops.pack_linear(self.weight.data, self.bias)
+        del self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._linear(x)
 
 
 class RowLinear(ShardedModule):
@@ -105,9 +112,14 @@ class RowLinear(ShardedModule):
         else:
             self.add_parameter("bias", (out_features,), [_whole(f"{prefix}.bias", out_features)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def pack(self, ops: Ops) -> None:
+        """As ColumnLinear's."""
         bias = self.bias if self._parallel.rank == 0 else None  # added once, not by every rank
-        return self._parallel.all_reduce(F.linear(x, self.weight, bias))
+        self._linear: Linear = ops.pack_linear(self.weight.data, bias)
+        del self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._parallel.all_reduce(self._linear(x))
 
 
 class Norm(ShardedModule):
@@ -144,7 +156,13 @@ class VocabEmbedding(ShardedModule):
         embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         return self._parallel.all_reduce(embedded.masked_fill(elsewhere.unsqueeze(1), 0))
 
+    def pack_head(self, ops: Ops, tied: bool) -> None:
+        """As ColumnLinear.pack, for `logits`; a tied weight stays, for `embed`."""
+        self._linear: Linear = ops.pack_linear(self.weight.data, None)
+        if not tied:
+            del self.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab]."""
-        gathered = self._parallel.all_gather(F.linear(hidden, self.weight))
+        gathered = self._parallel.all_gather(self._linear(hidden))
         return gathered[:, : self._vocab_size]

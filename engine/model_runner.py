@@ -12,6 +12,7 @@ from engine.loader import load_dummy_weights, load_weights
 from engine.memory import available_bytes
 from engine.parallel import TensorParallel
 from engine.step import NewRow, ScheduledRow, StepPlan, StepResult
+from engine.threads import num_compute_threads
 from kernels import select_ops
 
 # Of the memory that is free once the weights are loaded; the rest is for activations and others.
@@ -67,6 +68,8 @@ class ModelRunner:
     ) -> None:
         self.device = select_device(config.device)
         self.parallel = parallel or TensorParallel()
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads or num_compute_threads(self.parallel.size))
         self.ops = select_ops(self.device)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
         self.max_len = config.max_model_len or model_config.max_position
@@ -78,6 +81,7 @@ class ModelRunner:
             load_dummy_weights(self.model, config.seed)
         else:
             load_weights(self.model, directory, show_progress)
+        self.model.pack()
         self.num_blocks = config.num_blocks or self._default_num_blocks(config, model_config)
         self.kv_caches = [
             self.ops.new_kv_cache(

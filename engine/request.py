@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.block_pool import ROOT_HASH, hash_block
+from engine.block_pool import extend_hashes
 from engine.sampling_params import SamplingParams
 
 
@@ -51,14 +51,7 @@ class Request:
 
     def hash_full_blocks(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of known tokens, extended as the tokens grow."""
-        for start in range(
-            len(self.block_hashes) * block_size,
-            len(self.token_ids) - block_size + 1,
-            block_size,
-        ):
-            parent = self.block_hashes[-1] if self.block_hashes else ROOT_HASH
-            tokens = self.token_ids[start : start + block_size]
-            self.block_hashes.append(hash_block(parent, tokens, self.cache_salt))
+        extend_hashes(self.block_hashes, self.token_ids, block_size, self.cache_salt)
         return self.block_hashes
 
 

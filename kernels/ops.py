@@ -1,7 +1,7 @@
 """The op interface: the functions a model is made of, as one table per device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ class Ops:
 
     name: str
     new_kv_cache: Callable[..., reference.KVCache] = reference.new_kv_cache
-    store_kv: Callable[[Tensor, Tensor, reference.KVCache, Tensor], None] = reference.store_kv
+    norm_rotary_store: Callable[..., Tensor] = reference.norm_rotary_store
     paged_attention: Callable[..., Tensor] = reference.paged_attention
+    pack_linear: Callable[[Tensor, Tensor | None], reference.Linear] = reference.pack_linear
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
         reference.add_rms_norm
     )
-    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rotary
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
     sample: Callable[..., Tensor] = reference.sample
 
@@ -35,4 +35,25 @@ REFERENCE = Ops("reference")
 
 def select_ops(device: torch.device) -> Ops:
     """The fastest ops this installation has for the device."""
-    return REFERENCE
+    return _cpu_ops() if device.type == "cpu" else REFERENCE
+
+
+def _cpu_ops() -> Ops:
+    from kernels.cpu import build, linear
+    from kernels.cpu.ops import CpuOps
+
+    ops = replace(REFERENCE, name="cpu-torch", pack_linear=linear.pack_linear)
+    library = build.load_library()
+    if library is None:
+        return ops
+    fast = CpuOps(library)
+    return replace(
+        ops,
+        name=f"cpu-{build.instruction_set()}",
+        norm_rotary_store=fast.norm_rotary_store,
+        paged_attention=fast.paged_attention,
+        rms_norm=fast.rms_norm,
+        add_rms_norm=fast.add_rms_norm,
+        silu_and_mul=fast.silu_and_mul,
+        sample=fast.sample,
+    )

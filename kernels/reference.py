@@ -4,11 +4,15 @@ Shapes use T = tokens in the step (all requests end to end), B = requests in the
 heads, K = key/value heads, D = head dimension, V = vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 KVCache = tuple[Tensor, Tensor]
+Linear = Callable[[Tensor], Tensor]
 
 
 def new_kv_cache(
@@ -95,6 +99,14 @@ def paged_attention(
     return out
 
 
+def pack_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The map x [T, in] -> x @ weight.T + bias [T, out], for weight [out, in] and bias [out].
+
+    It may hold the weight in another layout: a caller that drops its own keeps one copy.
+    """
+    return partial(F.linear, weight=weight, bias=bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., N] over its root mean square, times weight [N]; computed in float32."""
     normed = x.float()
@@ -120,6 +132,35 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Te
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
     return rotate(q), rotate(k)
+
+
+def norm_rotary_store(
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: KVCache,
+    slots: Tensor,
+) -> Tensor:
+    """What lies between the qkv projection and attention: `rms_norm`, `rotary`, `store_kv`.
+
+    Args:
+        qkv: [T, (H + 2 * K) * D]: queries, keys, values.
+        norms: weights [D] of the query norm and the key norm, in models that have them.
+        positions, cos_sin: see `rotary`.
+        slots: see `store_kv`.
+    Returns:
+        Queries [T, H, D], ready for `paged_attention`.
+    """
+    _, num_kv_heads, _, head_dim = kv_cache[0].shape
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
+    q, k = rotary(q, k, positions, cos_sin)
+    store_kv(k, v, kv_cache, slots)
+    return q
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -63,9 +63,7 @@ async def _encode(front: Front, request: ChatCompletionRequest) -> list[int]:
     try:
         return await front.encode_chat(
             [message.for_template() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            **request.chat_template_kwargs,
+            **request.template_options(),
         )
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error

@@ -91,6 +91,14 @@ class ChatCompletionRequest(GenerationRequest):
             )
         return self
 
+    def template_options(self) -> dict[str, Any]:
+        """Arguments of the chat template beside the messages."""
+        return {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            **self.chat_template_kwargs,
+        }
+
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         longest = self.max_completion_tokens
         if longest is None:

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -14,6 +15,8 @@ from ray import serve
 
 from deployments import app
 from deployments.args import AppArgs
+from tests.conftest import CheckpointFactory
+from tests.engine.small_tokenizer import one_character_each
 
 
 def free_port() -> int:
@@ -39,6 +42,14 @@ def cluster() -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(checkpoints: CheckpointFactory) -> Path:
+    """A random checkpoint with a tokenizer: each token is one character, so any output is text."""
+    directory = checkpoints("qwen3", tie_word_embeddings=True)
+    one_character_each().save(str(directory / "tokenizer.json"))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,188 @@
+"""Breaks engines under load and checks that no stream notices, but for the wait.
+
+Clients stream completions without pause while shards get SIGKILL, SIGSTOP or an injected error at
+random moments. Every stream must end with the text of an undisturbed run; afterwards every block
+must be free, and no process, shared memory or socket directory may be left.
+
+    python -m benchmarks.chaos --seconds 180 --clients 64
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", MANTA_FAULT_INJECTION="1")
+
+import httpx
+import psutil
+import ray
+from ray import serve
+
+from deployments import app
+from deployments.args import AppArgs
+from engine import LLM, SamplingParams
+
+FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "error": signal.SIGUSR1}
+# Pauses longer than this are taken for recoveries.
+_PAUSE_S = 0.5
+
+
+@dataclass
+class Report:
+    """What the clients and the breaker saw."""
+
+    streams: int = 0
+    wrong: list[int] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    faults: list[tuple[float, str]] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+
+
+def request(i: int, num_tokens: int) -> dict[str, Any]:
+    return {"prompt": f"{i} apple river", "max_tokens": num_tokens, "seed": i, "ignore_eos": True}
+
+
+def undisturbed_texts(model: str, count: int, num_tokens: int) -> list[str]:
+    """The texts by `LLM.generate` in float32."""
+    llm = LLM(model, dtype="float32", max_model_len=1024, num_blocks=4000)
+    params = [SamplingParams(max_tokens=num_tokens, seed=i, ignore_eos=True) for i in range(count)]
+    outputs = llm.generate([request(i, num_tokens)["prompt"] for i in range(count)], params)
+    llm.close()
+    return [output.outputs[0].text for output in outputs]
+
+
+async def client(
+    url: str, i: int, wanted: list[str], num_tokens: int, until: float, report: Report
+) -> None:
+    """Streams one request after another, each with another seed."""
+    async with httpx.AsyncClient(timeout=300) as http:
+        while time.monotonic() < until:
+            text, last = "", time.monotonic()
+            body = request(i, num_tokens) | {"stream": True}
+            try:
+                async with http.stream("POST", f"{url}/v1/completions", json=body) as response:
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        event = json.loads(line.removeprefix("data: "))
+                        if "choices" not in event:
+                            report.errors.append(line)
+                            break
+                        text += event["choices"][0]["text"]
+                        now = time.monotonic()
+                        if now - last > _PAUSE_S:
+                            report.pauses.append(now - last)
+                        last = now
+            except httpx.HTTPError as error:
+                report.errors.append(repr(error))
+            report.streams += 1
+            if text != wanted[i]:
+                report.wrong.append(i)
+            i = (i + 1) % len(wanted)
+
+
+async def breaker(kinds: list[str], interval_s: float, until: float, report: Report) -> None:
+    """Sends a random signal to a random shard, once in about `interval_s`."""
+    handle = serve.get_app_handle("chaos")
+    draw = random.Random(0)
+    while True:
+        await asyncio.sleep(interval_s * draw.uniform(0.5, 1.5))
+        if time.monotonic() > until - interval_s:
+            return
+        pids = await handle.shard_pids.remote()
+        if not pids:
+            continue  # the engine is still starting after the last fault
+        kind = draw.choice(kinds)
+        try:
+            os.kill(draw.choice(pids), FAULTS[kind])
+        except ProcessLookupError:
+            continue
+        report.faults.append((time.monotonic(), kind))
+
+
+async def run(arguments: argparse.Namespace, url: str, wanted: list[str]) -> Report:
+    report = Report()
+    until = time.monotonic() + arguments.seconds
+    async with asyncio.TaskGroup() as group:
+        for i in range(arguments.clients):
+            group.create_task(client(url, i, wanted, arguments.tokens, until, report))
+        group.create_task(breaker(arguments.faults, arguments.interval, until, report))
+    return report
+
+
+@contextmanager
+def server(arguments: argparse.Namespace) -> Iterator[str]:
+    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
+    args = AppArgs(
+        model=arguments.model,
+        dtype="float32",
+        max_model_len=1024,
+        num_blocks=4000,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        heartbeat_timeout_s=arguments.heartbeat_timeout,
+        max_restarts=10_000,
+    )
+    serve.run(app(args), name="chaos", route_prefix="/")
+    try:
+        yield f"http://127.0.0.1:{arguments.port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def leftovers() -> set[str]:
+    """What a run may leave behind: shard processes, socket directories, shared memory."""
+    processes = {
+        f"process {p.pid} {p.info['name']}"
+        for p in psutil.process_iter(["name", "cmdline"])
+        if "EngineShard" in " ".join(p.info["cmdline"] or []) or "EngineShard" in p.info["name"]
+    }
+    directories = {str(path) for path in Path("/tmp").glob("manta-*")}
+    return processes | directories | {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="manta-demo")
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=200, help="output length of a stream")
+    parser.add_argument("--interval", type=float, default=15, help="seconds between faults")
+    parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--heartbeat-timeout", type=float, default=5)
+    parser.add_argument("--port", type=int, default=18234)
+    arguments = parser.parse_args()
+    before = leftovers()
+    wanted = undisturbed_texts(arguments.model, arguments.clients, arguments.tokens)
+    with server(arguments) as url:
+        report = asyncio.run(run(arguments, url, wanted))
+        stats = serve.get_app_handle("chaos").stats.remote().result()
+    time.sleep(2)
+    counts = {kind: sum(k == kind for _, k in report.faults) for kind in arguments.faults}
+    print(f"{report.streams} streams ended, {len(report.faults)} faults: {counts}")
+    print(f"streams with another text: {len(report.wrong)}, errors: {len(report.errors)}")
+    if len(report.pauses) > 1:
+        cuts = statistics.quantiles(report.pauses, n=100)
+        print(f"pauses of streams: p50 {cuts[49]:.1f} s, p99 {cuts[98]:.1f} s")
+    print(f"blocks held at the end: {stats['num_blocks'] - stats['free_blocks']}")
+    print(f"left behind: {sorted(leftovers() - before) or 'nothing'}")
+    if report.wrong or report.errors:
+        raise SystemExit(f"failed: {report.errors[:3]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The private names of Ray that Manta uses, and what happens where they are missing.
+
+Everything else here is Ray's public API. These names were checked against Ray 2.60; with another
+version, or without HAProxy, applications are built without the ingress router, and Serve balances
+requests by load and session alone.
+"""
+
+import logging
+from typing import Any
+
+import ray
+from ray.serve import Application
+
+logger = logging.getLogger("ray.serve")
+
+_CHECKED_VERSION = "2.60."
+
+
+def haproxy_enabled() -> bool:
+    """Whether this process's Serve runs HAProxy (RAY_SERVE_ENABLE_HA_PROXY=1 at import time)."""
+    try:
+        from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+    except ImportError:
+        return False
+    return bool(RAY_SERVE_ENABLE_HA_PROXY)
+
+
+def can_route_by_body() -> bool:
+    """Whether an ingress router can be attached."""
+    if not haproxy_enabled():
+        return False
+    if ray.__version__.startswith(_CHECKED_VERSION) and hasattr(
+        Application, "_with_ingress_request_router"
+    ):
+        return True
+    logger.warning(
+        "Routing by cached prefixes needs Ray %sx, this is %s; requests are balanced by load.",
+        _CHECKED_VERSION,
+        ray.__version__,
+    )
+    return False
+
+
+def with_ingress_router(application: Application, router: Application) -> Application:
+    """HAProxy asks `router` where each POST to `application` goes."""
+    return application._with_ingress_request_router(router)
+
+
+def start_routing(handle: Any) -> None:
+    """Let a handle learn of its replicas before the first request."""
+    handle._init()
+
+
+async def choose_endpoint(handle: Any, *arguments: Any) -> tuple[str, int, str]:
+    """(host, port, replica id) of the replica that the handle's request router ranks first.
+
+    Reserves no slot there: the request reaches the replica through HAProxy, not this handle. Raises
+    RuntimeError when the replica has no HTTP endpoint.
+    """
+    async with handle.choose_replica(*arguments, _reserve=False) as selection:
+        replica = selection._replica
+        if replica.backend_http_endpoint is None:
+            raise RuntimeError(f"replica {selection.replica_id} has no HTTP endpoint")
+        host, port = replica.backend_http_endpoint
+        return host, port, replica.replica_id.to_full_id_str()

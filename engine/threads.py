@@ -1,0 +1,50 @@
+"""How many threads compute on a CPU."""
+
+import os
+from pathlib import Path
+
+_CPUS = Path("/sys/devices/system/cpu")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def num_compute_threads(num_ranks: int = 1) -> int:
+    """One rank's share of the physical cores that this process may use, at least 1.
+
+    OMP_NUM_THREADS does not count: Ray sets it in every actor, to 1 where no CPUs are reserved.
+    Two threads on one core (SMT) only wait for the same arithmetic units.
+    """
+    cores = _num_allowed_cores()
+    quota = _cgroup_cpus()
+    if quota is not None:
+        cores = min(cores, int(quota))
+    return max(cores // num_ranks, 1)
+
+
+def _num_allowed_cores() -> int:
+    """Physical cores in this process' affinity mask."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        return os.cpu_count() or 1
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    """What the logical CPUs of one core have in common."""
+    try:
+        return (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus() -> float | None:
+    """The container's CPU limit, from cgroup v2 or v1; None without one."""
+    try:
+        limit, period = (_CGROUP / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        limit = (_CGROUP / "cpu/cpu.cfs_quota_us").read_text()
+        period = (_CGROUP / "cpu/cpu.cfs_period_us").read_text()
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except (OSError, ValueError):
+        return None

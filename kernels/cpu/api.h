@@ -1,0 +1,22 @@
+// What Python calls (kernels/cpu/ops.py holds the same signatures): plain C, pointers and sizes.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+#define MANTA_API extern "C" __attribute__((visibility("default")))
+
+namespace manta {
+
+// Call function(T{}) for the type that Python's code for a dtype stands for.
+template <class Function>
+inline void dispatch(int dtype, const Function& function) {
+    switch (dtype) {
+        case 0: return function(float{});
+        case 1: return function(BFloat16{});
+        case 2: return function(Half{});
+    }
+}
+
+}  // namespace manta

@@ -1,0 +1,180 @@
+"""The C++ kernels as ops: the same functions as in `kernels.reference`, which documents them."""
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.reference import KVCache
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As declared in the C++ files.
+_SIGNATURES = {
+    "rms_norm": [c_int, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64],
+    "add_rms_norm": [c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 2, c_int64, c_int64],
+    "silu_and_mul": [c_int, c_void_p, c_void_p, c_int64, c_int64],
+    "norm_rotary_store": [
+        *[c_int, c_void_p, *[c_int64] * 5, *[c_void_p] * 2, c_float, *[c_void_p] * 6],
+    ],
+    "paged_attention": [c_int, *[c_void_p] * 7, *[c_int64] * 7, c_float],
+    "sample": [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 7],
+}
+
+
+class CpuOps:
+    """The kernels of one loaded library. Activations must be contiguous unless said otherwise."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        for name, argument_types in _SIGNATURES.items():
+            function = getattr(library, f"manta_{name}")
+            function.argtypes = argument_types
+            function.restype = None
+        self._rms_norm = library.manta_rms_norm
+        self._add_rms_norm = library.manta_add_rms_norm
+        self._silu_and_mul = library.manta_silu_and_mul
+        self._norm_rotary_store = library.manta_norm_rotary_store
+        self._paged_attention = library.manta_paged_attention
+        self._sample = library.manta_sample
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.shape[-1]
+        rows = x.reshape(-1, size)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._rms_norm(
+            _DTYPES[x.dtype],
+            rows.data_ptr(),
+            rows.stride(0),
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+            rows.shape[0],
+            size,
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        size = x.shape[-1]
+        self._add_rms_norm(
+            _DTYPES[x.dtype],
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            eps,
+            out.data_ptr(),
+            total.data_ptr(),
+            x.numel() // size,
+            size,
+        )
+        return out, total
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        rows, doubled = x.shape
+        out = x.new_empty(rows, doubled // 2)
+        self._silu_and_mul(_DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, doubled // 2)
+        return out
+
+    def norm_rotary_store(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv_cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor:
+        k_cache, v_cache = kv_cache
+        _, kv_heads, block_size, head_dim = k_cache.shape
+        tokens = qkv.shape[0]
+        heads = qkv.shape[1] // head_dim - 2 * kv_heads
+        q = qkv.new_empty(tokens, heads, head_dim)
+        q_norm, k_norm = (norm.data_ptr() for norm in norms) if norms else (None, None)
+        self._norm_rotary_store(
+            _DTYPES[qkv.dtype],
+            qkv.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            head_dim,
+            block_size,
+            q_norm,
+            k_norm,
+            eps,
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            slots.data_ptr(),
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+        )
+        return q
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv_cache: KVCache,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        k_cache, v_cache = kv_cache
+        _, kv_heads, block_size, head_dim = k_cache.shape
+        if head_dim % 16 != 0:  # not a whole number of registers
+            return reference.paged_attention(
+                q, kv_cache, query_starts, context_lens, block_tables, scale, window
+            )
+        out = torch.empty_like(q)
+        self._paged_attention(
+            _DTYPES[q.dtype],
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            query_starts.data_ptr(),
+            context_lens.data_ptr(),
+            block_tables.data_ptr(),
+            out.data_ptr(),
+            context_lens.shape[0],
+            q.shape[1],
+            kv_heads,
+            head_dim,
+            block_size,
+            block_tables.stride(0),
+            window or 0,
+            scale,
+        )
+        return out
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        rows, vocab = logits.shape
+        tokens = torch.empty(rows, dtype=torch.int64)
+        self._sample(
+            _DTYPES[logits.dtype],
+            logits.data_ptr(),
+            rows,
+            vocab,
+            logits.stride(0),
+            temperature.data_ptr(),
+            top_k.data_ptr(),
+            top_p.data_ptr(),
+            min_p.data_ptr(),
+            seeds.data_ptr(),
+            positions.data_ptr(),
+            tokens.data_ptr(),
+        )
+        return tokens

@@ -1,0 +1,228 @@
+// One register of floats, the storage types around it, and exp2.
+//
+// Written in the vector extensions of GCC and Clang: operators work lane by lane on every
+// architecture, at the width the compiler flags allow. Only what they cannot express is written
+// per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace manta {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t UInts __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * WIDTH)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+inline Floats broadcast(float x) { return x - Floats{}; }
+inline Ints broadcast(int32_t x) { return x - Ints{}; }
+
+template <size_t... I>
+inline Ints iota(std::index_sequence<I...>) { return Ints{static_cast<int32_t>(I)...}; }
+// 0, 1, 2, … in the lanes.
+inline Ints iota() { return iota(std::make_index_sequence<WIDTH>{}); }
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// ---- loads and stores, converting to and from float ----
+
+template <class V, class T>
+inline V load_bits(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Floats load(const float* p) { return load_bits<Floats>(p); }
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+
+inline UInts load_shorts(const void* p) {
+    return __builtin_convertvector(load_bits<Shorts>(static_cast<const char*>(p)), UInts);
+}
+inline Floats load(const BFloat16* p) { return (Floats)(load_shorts(p) << 16); }
+
+// Bits of the nearest bfloat16, ties to even; NaN stays NaN.
+inline UInts to_bfloat16(Floats v) {
+#if defined(__AVX512BF16__)
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+    return (UInts)_mm512_cvtepu16_epi32(bits);
+#else
+    const UInts bits = (UInts)v;
+    const UInts rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return v == v ? rounded : UInts{} + 0x7FC0;
+#endif
+}
+inline void store(BFloat16* p, Floats v) {
+    const Shorts s = __builtin_convertvector(to_bfloat16(v), Shorts);
+    std::memcpy(p, &s, sizeof s);
+}
+
+inline Floats load(const Half* p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(p));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p));
+#else
+    Floats v;
+    for (int i = 0; i < WIDTH; ++i) {
+        _Float16 h;
+        std::memcpy(&h, p + i, sizeof h);
+        v[i] = static_cast<float>(h);
+    }
+    return v;
+#endif
+}
+inline void store(Half* p, Floats v) {
+#if defined(__AVX512F__)
+    const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof bits);
+#elif defined(__F16C__)
+    const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof bits);
+#else
+    for (int i = 0; i < WIDTH; ++i) {
+        const _Float16 h = static_cast<_Float16>(v[i]);
+        std::memcpy(p + i, &h, sizeof h);
+    }
+#endif
+}
+
+// The first n < WIDTH values, zeros after them; never reads or writes beyond.
+template <class T>
+inline Floats load_first(const T* p, int64_t n) {
+    T buffer[WIDTH] = {};
+    std::memcpy(buffer, p, n * sizeof(T));
+    return load(buffer);
+}
+template <class T>
+inline void store_first(T* p, Floats v, int64_t n) {
+    T buffer[WIDTH];
+    store(buffer, v);
+    std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// One value.
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+inline float to_float(Half x) { return load_first(&x, 1)[0]; }
+
+// v rounded to what T can hold, as if stored and loaded again.
+template <class T>
+inline Floats round_to(Floats v) {
+    T buffer[WIDTH];
+    store(buffer, v);
+    return load(buffer);
+}
+template <>
+inline Floats round_to<float>(Floats v) { return v; }
+template <>
+inline Floats round_to<BFloat16>(Floats v) { return (Floats)(to_bfloat16(v) << 16); }
+
+// ---- across the lanes ----
+
+inline float sum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < WIDTH; ++i) total += v[i];
+    return total;
+#endif
+}
+inline float maximum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float best = v[0];
+    for (int i = 1; i < WIDTH; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+#endif
+}
+inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int32_t bits = 0;
+    for (int i = 0; i < WIDTH; ++i) bits |= mask[i];
+    return bits != 0;
+#endif
+}
+
+// a0 b0 a1 b1 …, from the first half of the lanes (HIGH = 0) or the second (HIGH = WIDTH / 2).
+template <int HIGH, size_t... I>
+inline Floats zip(Floats a, Floats b, std::index_sequence<I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (I % 2 * WIDTH + I / 2 + HIGH)...);
+#else
+    return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(I % 2 * WIDTH + I / 2 + HIGH)...});
+#endif
+}
+
+// Transpose a WIDTH × WIDTH square of 32-bit values, rows `from_stride` and `to_stride` apart.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    constexpr auto lanes = std::make_index_sequence<WIDTH>{};
+    Floats rows[WIDTH], zipped[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) rows[i] = load(from + i * from_stride);
+    // Zipping row i with row i + WIDTH / 2, log2(WIDTH) times, moves every value to its place.
+#pragma GCC unroll 4
+    for (int step = 1; step < WIDTH; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < WIDTH / 2; ++i) {
+            zipped[2 * i] = zip<0>(rows[i], rows[i + WIDTH / 2], lanes);
+            zipped[2 * i + 1] = zip<WIDTH / 2>(rows[i], rows[i + WIDTH / 2], lanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; ++i) rows[i] = zipped[i];
+    }
+    for (int i = 0; i < WIDTH; ++i) store(to + i * to_stride, rows[i]);
+}
+
+// ---- exponentials ----
+
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x within 2 ulp; 0 below 2^-126, and for -inf.
+inline Floats exp2(Floats x) {
+    constexpr float SHIFTER = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats clamped = x > -126.0f ? (x < 127.0f ? x : broadcast(127.0f)) : broadcast(-126.0f);
+    const Floats shifted = clamped + SHIFTER;
+    const Floats f = clamped - (shifted - SHIFTER);  // in [-0.5, 0.5]
+    // The Taylor series of 2^f.
+    Floats p = f * 1.5403530e-4f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    const Ints exponent = ((Ints)shifted - 0x4B400000) << 23;
+    const Floats power = (Floats)((Ints)p + exponent);
+    return x < -126.0f ? Floats{} : power;
+}
+
+}  // namespace manta

@@ -1,0 +1,36 @@
+"""What all tests share: tiny checkpoints, made once per run, and a modest use of the machine."""
+
+import os
+
+# Before torch is imported, and for the processes that tests start. One thread: the models are too
+# small for two, and threads that wait for each other on busy cores make a test ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CheckpointFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """checkpoints(family, **config overrides): the directory of a tiny random checkpoint.
+
+    The same arguments give the same directory, so tests must not write into it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str, **overrides: Any) -> Path:
+        from tests.checkpoints import make_checkpoint
+
+        key = repr((family, sorted(overrides.items())))
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp(family), family, **overrides)
+        return made[key]
+
+    return make

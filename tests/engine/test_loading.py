@@ -1,0 +1,358 @@
+"""What a checkpoint must have, what is refused by name, and which slices a rank takes of it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.checkpoint import CheckpointError, eos_token_ids, resolve, sampling_defaults
+from engine.config import EngineConfig
+from engine.decoder import Decoder
+from engine.decoder_config import DecoderConfig
+from engine.loader import load_dummy_weights, load_weights
+from engine.model_runner import ModelRunner
+from engine.parallel import TensorParallel
+from engine.sampling_params import SamplingParams
+from engine.step import NewRow, ScheduledRow, StepPlan
+from kernels import select_ops
+from tests.conftest import CheckpointFactory
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+def load(directory: Path, rank: int = 0, size: int = 1) -> Decoder:
+    config = DecoderConfig.from_checkpoint(directory)
+    ops = select_ops(torch.device("cpu"))
+    model = Decoder(config, 64, ops, TensorParallel(rank, size))
+    load_weights(model, directory, show_progress=False)
+    return model
+
+
+@pytest.fixture
+def edited(checkpoints: CheckpointFactory, tmp_path: Path) -> Callable[..., Path]:
+    """edited(family, config=…, tensors=…): a copy of a checkpoint after functions changed it."""
+
+    def edit(family: str, config: Edit | None = None, tensors: Edit | None = None) -> Path:
+        directory = tmp_path / family
+        shutil.copytree(checkpoints(family), directory)
+        if config is not None:
+            content = json.loads((directory / "config.json").read_text())
+            config(content)
+            (directory / "config.json").write_text(json.dumps(content))
+        if tensors is not None:
+            weights = load_file(directory / "model.safetensors")
+            tensors(weights)
+            save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        return directory
+
+    return edit
+
+
+# --- Broken checkpoints -----------------------------------------------------------------------
+
+
+def test_missing_tensor_is_named(edited: Callable[..., Path]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(CheckpointError, match=f"no tensor '{name}'"):
+        load(edited("qwen3", tensors=lambda weights: weights.pop(name)))
+
+
+def test_left_over_tensor_is_named(edited: Callable[..., Path]) -> None:
+    name = "model.layers.0.self_attn.sinks"
+    with pytest.raises(CheckpointError, match=f"no place for: {name}$"):
+        load(edited("llama3", tensors=lambda weights: weights.update({name: torch.zeros(4)})))
+
+
+def test_misshapen_tensor_is_named_with_both_shapes(edited: Callable[..., Path]) -> None:
+    name = "model.layers.2.self_attn.k_proj.weight"
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \(32, 63\).* \(32, 64\)"):
+        load(edited("mistral", tensors=lambda w: w.update({name: w[name][:, :-1].contiguous()})))
+
+
+def test_untied_checkpoint_needs_its_head(edited: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load(edited("llama3", tensors=lambda weights: weights.pop("lm_head.weight")))
+
+
+def test_tied_checkpoint_may_repeat_its_embedding_as_head(edited: Callable[..., Path]) -> None:
+    def repeat(weights: dict[str, Tensor]) -> None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    model = load(edited("qwen3", tensors=repeat))
+    assert model.lm_head is model.embedding
+
+
+def test_old_rotary_buffers_are_ignored(edited: Callable[..., Path]) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load(edited("llama3", tensors=lambda weights: weights.update({name: torch.zeros(8)})))
+
+
+def test_directory_without_safetensors(edited: Callable[..., Path]) -> None:
+    directory = edited("qwen3")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no \*\.safetensors files.*save_pretrained"):
+        load(directory)
+
+
+def test_truncated_file_is_named(edited: Callable[..., Path]) -> None:
+    path = edited("qwen3") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load(path.parent)
+
+
+def test_missing_shard_is_named(checkpoints: CheckpointFactory, tmp_path: Path) -> None:
+    directory = tmp_path / "sharded"
+    shutil.copytree(checkpoints("qwen3", max_shard_size="100KB"), directory)
+    lost = sorted(directory.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=lost.name):
+        load(directory)
+
+
+def test_missing_directory_and_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no directory '\./nowhere'"):
+        resolve("./nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        DecoderConfig.from_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        DecoderConfig.from_checkpoint(tmp_path)
+
+
+# --- Refused by name --------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "architecture": (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*Qwen3ForCausalLM"),
+    "no architecture": (dict(architectures=None), r"\(none\) is not supported"),
+    "rope type": (
+        dict(rope_parameters=dict(rope_type="yarn", factor=4.0)),
+        "rope_type 'yarn' is not supported; supported: default, linear, llama3",
+    ),
+    "old rope type": (
+        dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)),
+        "rope_type 'dynamic'",
+    ),
+    "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "partial rotary among the rope parameters": (
+        dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+        "partial_rotary_factor",
+    ),
+    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
+    "mlp bias": (dict(mlp_bias=True), "mlp_bias=True"),
+    "quantization": (
+        dict(quantization_config=dict(quant_method="gptq")),
+        "quantization_config=.*gptq",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unsupported_config_is_refused_by_name(edited: Callable[..., Path], case: str) -> None:
+    values, message = REFUSED[case]
+    directory = edited("llama3", config=lambda config: config.update(values))
+    with pytest.raises(CheckpointError, match=message):
+        DecoderConfig.from_checkpoint(directory)
+
+
+def test_missing_config_field_is_named(edited: Callable[..., Path]) -> None:
+    directory = edited("qwen3", config=lambda config: config.pop("num_hidden_layers"))
+    with pytest.raises(CheckpointError, match="lacks 'num_hidden_layers'"):
+        DecoderConfig.from_checkpoint(directory)
+
+
+def test_old_config_spelling_means_the_same(edited: Callable[..., Path]) -> None:
+    """transformers before version 5 wrote rope_theta and rope_scaling, and torch_dtype."""
+
+    def age(config: dict[str, Any]) -> None:
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope
+        config["torch_dtype"] = config.pop("dtype")
+
+    old, new = edited("llama3", config=age), edited("mistral")
+    assert DecoderConfig.from_checkpoint(old).rope.kind == "llama3"
+    assert DecoderConfig.from_checkpoint(old).rope.theta == 5000.0
+    assert DecoderConfig.from_checkpoint(old).dtype == DecoderConfig.from_checkpoint(new).dtype
+
+
+def test_window_longer_than_the_models_is_refused(checkpoints: CheckpointFactory) -> None:
+    from engine.engine import Engine
+
+    config = EngineConfig(model=str(checkpoints("qwen3")), max_model_len=513)
+    with pytest.raises(ValueError, match=r"max_model_len \(513\).*at most 512"):
+        Engine(config)
+
+
+def test_generation_config_is_preferred_for_eos_and_sampling(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert eos_token_ids(tmp_path) == {2}
+    assert sampling_defaults(tmp_path) == {}
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "top_p": null, "max_length": 9}'
+    )
+    assert eos_token_ids(tmp_path) == {5, 6}
+    assert sampling_defaults(tmp_path) == {"temperature": 0.6, "top_k": 20}
+
+
+def test_dummy_weights_are_finite_and_the_same_for_one_seed(
+    checkpoints: CheckpointFactory,
+) -> None:
+    def weights(seed: int) -> Tensor:
+        model = load(checkpoints("qwen2"))
+        load_dummy_weights(model, seed)
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    assert weights(1).isfinite().all()
+    assert weights(1).equal(weights(1))
+    assert not weights(1).equal(weights(2))
+
+
+# --- Tensor parallelism: each rank's slices ---------------------------------------------------
+
+
+def part(tensor: Tensor, index: int, count: int, dim: int = 0) -> Tensor:
+    return tensor.chunk(count, dim)[index]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama3", "mistral"])
+def test_two_ranks_hold_the_two_halves(checkpoints: CheckpointFactory, family: str) -> None:
+    directory = checkpoints(family)
+    whole = load_file(directory / "model.safetensors")
+    for rank in range(2):
+        model = load(directory, rank, size=2)
+        assert model.embedding.weight.equal(part(whole["model.embed_tokens.weight"], rank, 2))
+        if family in ("llama3", "mistral"):  # untied
+            assert model.lm_head.weight.equal(part(whole["lm_head.weight"], rank, 2))
+        else:
+            assert model.lm_head is model.embedding
+        assert model.norm.weight.equal(whole["model.norm.weight"])
+        for i, layer in enumerate(model.layers):
+            prefix = f"model.layers.{i}"
+            attention, mlp = layer.attention, layer.mlp
+            for kind in ("weight", "bias") if family == "qwen2" else ("weight",):
+                expected = torch.cat(
+                    [
+                        part(whole[f"{prefix}.self_attn.{name}_proj.{kind}"], rank, 2)
+                        for name in "qkv"
+                    ]
+                )
+                assert getattr(attention.qkv_proj, kind).equal(expected)
+            assert attention.o_proj.weight.equal(
+                part(whole[f"{prefix}.self_attn.o_proj.weight"], rank, 2, dim=1)
+            )
+            assert mlp.gate_up_proj.weight.equal(
+                torch.cat(
+                    [
+                        part(whole[f"{prefix}.mlp.{name}_proj.weight"], rank, 2)
+                        for name in ("gate", "up")
+                    ]
+                )
+            )
+            assert mlp.down_proj.weight.equal(
+                part(whole[f"{prefix}.mlp.down_proj.weight"], rank, 2, dim=1)
+            )
+            assert layer.input_norm.weight.equal(whole[f"{prefix}.input_layernorm.weight"])
+            assert layer.post_norm.weight.equal(whole[f"{prefix}.post_attention_layernorm.weight"])
+            if family == "qwen3":
+                assert attention.q_norm.weight.equal(whole[f"{prefix}.self_attn.q_norm.weight"])
+                assert attention.k_norm.weight.equal(whole[f"{prefix}.self_attn.k_norm.weight"])
+
+
+def test_four_ranks_share_two_kv_heads(checkpoints: CheckpointFactory) -> None:
+    """Ranks 0 and 1 hold kv head 0, ranks 2 and 3 head 1: the one their query head attends to."""
+    directory = checkpoints("mistral")
+    whole = load_file(directory / "model.safetensors")
+    prefix = "model.layers.0.self_attn"
+    for rank in range(4):
+        qkv_proj = load(directory, rank, size=4).layers[0].attention.qkv_proj
+        expected = [
+            part(whole[f"{prefix}.q_proj.weight"], rank, 4),
+            part(whole[f"{prefix}.k_proj.weight"], rank // 2, 2),
+            part(whole[f"{prefix}.v_proj.weight"], rank // 2, 2),
+        ]
+        assert qkv_proj.weight.equal(torch.cat(expected))
+
+
+@pytest.mark.parametrize("vocab_size, size", [(321, 2), (322, 4), (5, 4)])
+def test_vocabulary_that_does_not_divide_is_padded_with_zeros(
+    checkpoints: CheckpointFactory, vocab_size: int, size: int
+) -> None:
+    directory = checkpoints("qwen3", vocab_size=vocab_size)
+    whole = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    models = [load(directory, rank, size) for rank in range(size)]
+    stacked = torch.cat([model.embedding.weight for model in models])
+    assert len({model.embedding.weight.shape for model in models}) == 1
+    assert stacked[:vocab_size].equal(whole)
+    assert len(stacked) > vocab_size and not stacked[vocab_size:].any()
+
+
+def test_a_model_that_cannot_be_split_is_refused(checkpoints: CheckpointFactory) -> None:
+    directory = checkpoints("qwen3")
+    config = EngineConfig(model=str(directory), num_blocks=1, device="cpu")
+    with pytest.raises(ValueError, match="4 attention heads cannot be split over 3 ranks"):
+        ModelRunner(
+            config,
+            DecoderConfig.from_checkpoint(directory),
+            directory,
+            parallel=TensorParallel(0, 3),
+        )
+
+
+class ThreadedParallel(TensorParallel):
+    """Ranks as threads of one process, exchanging through a list."""
+
+    def exchange(self, x: Tensor) -> list[Tensor]:
+        barrier, mailbox = self.group
+        mailbox[self.rank] = x.clone()
+        barrier.wait()
+        received = list(mailbox)
+        barrier.wait()
+        return received
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return torch.stack(self.exchange(x)).sum(0)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self.exchange(x), dim=-1)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama3", "mistral"])
+def test_ranks_together_compute_the_same_logits(
+    checkpoints: CheckpointFactory, family: str, size: int
+) -> None:
+    """With every trap: kv heads shared by ranks, padded vocabulary, biases (added only once)."""
+    bias = dict(attention_bias=True) if family in ("qwen3", "llama3") else {}
+    directory = checkpoints(family, vocab_size=323, **bias)
+    config = EngineConfig(model=str(directory), num_blocks=4, device="cpu", max_num_seqs=1)
+    tokens = [(7 * i) % 323 for i in range(40)]
+    logits: dict[int, Tensor] = {}
+
+    @torch.inference_mode()
+    def run_rank(key: int, parallel: TensorParallel) -> None:
+        model_config = DecoderConfig.from_checkpoint(directory)
+        runner = ModelRunner(config, model_config, directory, parallel=parallel)
+        runner.tables.enter(NewRow(0, tokens, 40, [2, 0], SamplingParams(), seed=0))
+        logits[key] = runner.forward(StepPlan([], [ScheduledRow("", 0, 0, 40, 2, [], True)]))
+
+    run_rank(-1, TensorParallel())
+    group: Any = (Barrier(size, timeout=60), [None] * size)
+    # Reading files is not at issue here, and torch's default dtype is the process's.
+    threads = [
+        Thread(target=run_rank, args=(rank, ThreadedParallel(rank, size, group)))
+        for rank in range(size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(size):
+        torch.testing.assert_close(logits[rank], logits[-1], rtol=0, atol=1e-4)

@@ -1,0 +1,492 @@
+"""What the scheduler decides, case by case."""
+
+from typing import Any
+
+import pytest
+
+from engine.block_pool import BlockPool
+from engine.config import EngineConfig
+from engine.request import Request, RequestLimits
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.step import StepPlan, StepResult, TokenDelta
+
+EOS = 99
+
+
+def new_scheduler(
+    num_blocks: int = 100, prefix_caching: bool = True, max_model_len: int = 1000, **config: Any
+) -> Scheduler:
+    """Blocks of 4 tokens, 8 rows and 64 tokens per step, unless `config` says otherwise."""
+    defaults = dict(model="none", block_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+    engine_config = EngineConfig(**defaults | config)
+    pool = BlockPool(num_blocks, prefix_caching)
+    max_len = min(max_model_len, num_blocks * engine_config.block_size)
+    return Scheduler(engine_config, pool, max_len, frozenset([EOS]))
+
+
+def add(
+    scheduler: Scheduler,
+    request_id: str,
+    prompt: int | list[int],
+    salt: str = "",
+    output: tuple[int, ...] = (),
+    **params: Any,
+) -> Request:
+    """Queue a request; a prompt given as a length is of tokens that no other prompt has."""
+    if isinstance(prompt, int):
+        prompt = [1000 * ord(request_id) + i for i in range(prompt)]
+    sampling = SamplingParams(**{"max_tokens": None} | params)
+    request = Request(request_id, prompt, sampling, 0, salt, list(output))
+    scheduler.add(request)
+    return request
+
+
+def planned(plan: StepPlan | None) -> dict[str, tuple[int, int, bool]]:
+    """{request id: (start, number of tokens, whether it samples)}"""
+    assert plan is not None
+    return {row.request_id: (row.start, row.num_tokens, row.samples) for row in plan.scheduled}
+
+
+def retire(scheduler: Scheduler, plan: StepPlan | None, token: int = 7) -> list[TokenDelta]:
+    """The step has run, and each row that samples has brought this token."""
+    assert plan is not None
+    sampled = [token for row in plan.scheduled if row.samples]
+    deltas = scheduler.update(plan, StepResult(sampled))
+    scheduler.pool.check(scheduler.live_block_tables())
+    return deltas
+
+
+def step(scheduler: Scheduler, token: int = 7) -> dict[str, tuple[int, int, bool]]:
+    plan = scheduler.schedule()
+    retire(scheduler, plan, token)
+    return planned(plan)
+
+
+# --- The token budget -------------------------------------------------------------------------
+
+
+def test_an_idle_scheduler_has_no_plan() -> None:
+    assert new_scheduler().schedule() is None
+
+
+def test_a_prompt_is_computed_whole_and_then_token_by_token() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 10)
+    assert step(scheduler) == {"a": (0, 10, True)}
+    assert step(scheduler) == {"a": (10, 1, True)}
+    assert step(scheduler) == {"a": (11, 1, True)}
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_only_the_last_samples() -> None:
+    scheduler = new_scheduler(max_num_batched_tokens=8)
+    add(scheduler, "a", 20)
+    assert step(scheduler) == {"a": (0, 8, False)}
+    assert step(scheduler) == {"a": (8, 8, False)}
+    assert step(scheduler) == {"a": (16, 4, True)}
+    assert step(scheduler) == {"a": (20, 1, True)}
+
+
+def test_running_requests_come_before_waiting_ones() -> None:
+    """A long prompt gets what is left of the budget and does not hold up the others."""
+    scheduler = new_scheduler(max_num_batched_tokens=8)
+    add(scheduler, "a", 3)
+    step(scheduler)
+    add(scheduler, "b", 20)
+    assert step(scheduler) == {"a": (3, 1, True), "b": (0, 7, False)}
+    assert step(scheduler) == {"a": (4, 1, True), "b": (7, 7, False)}
+    assert step(scheduler) == {"a": (5, 1, True), "b": (14, 6, True)}
+
+
+def test_several_prompts_share_a_step_in_order_of_arrival() -> None:
+    scheduler = new_scheduler(max_num_batched_tokens=12)
+    for request_id in ("a", "b", "c"):
+        add(scheduler, request_id, 5)
+    assert step(scheduler) == {"a": (0, 5, True), "b": (0, 5, True), "c": (0, 2, False)}
+
+
+def test_no_more_requests_run_than_there_are_rows() -> None:
+    scheduler = new_scheduler(max_num_seqs=2)
+    for request_id in ("a", "b", "c"):
+        add(scheduler, request_id, 5)
+    assert set(step(scheduler)) == {"a", "b"}
+    scheduler.abort("a")
+    assert set(step(scheduler)) == {"b", "c"}
+
+
+def test_a_row_is_announced_with_all_that_the_device_must_know() -> None:
+    scheduler = new_scheduler()
+    request = add(scheduler, "a", [1, 2, 3], output=(4,), temperature=0.5)
+    plan = scheduler.schedule()
+    assert plan is not None
+    (new,) = plan.new_rows
+    assert (new.token_ids, new.num_prompt_tokens) == ([1, 2, 3, 4], 3)
+    assert (new.params, new.seed, new.block_table) == (request.params, 0, [])
+    assert plan.scheduled[0].row == new.row
+
+
+# --- Steps in flight --------------------------------------------------------------------------
+
+
+def test_the_next_step_is_planned_before_the_token_is_known() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert planned(first) == {"a": (0, 4, True)}
+    assert planned(second) == {"a": (4, 1, True)}
+    assert [delta.token_ids for delta in retire(scheduler, first, token=5)] == [[5]]
+    assert [delta.token_ids for delta in retire(scheduler, second, token=6)] == [[6]]
+
+
+def test_nothing_is_planned_past_the_last_token() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4, max_tokens=2)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert scheduler.schedule() is None
+    retire(scheduler, first)
+    assert scheduler.schedule() is None
+    (delta,) = retire(scheduler, second)
+    assert delta.finish_reason == "length"
+    assert scheduler.pool.num_free == 100
+
+
+def test_what_ran_after_the_ending_is_dropped() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    (delta,) = retire(scheduler, first, token=EOS)
+    assert delta.finish_reason == "stop"
+    assert retire(scheduler, second) == []
+
+
+def test_an_aborted_request_is_forgotten_at_once_and_its_tokens_dropped() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4)
+    add(scheduler, "b", 4)
+    plan = scheduler.schedule()
+    scheduler.abort("a")
+    scheduler.abort("a")
+    scheduler.abort("never there")
+    assert scheduler.pool.num_free == 99
+    assert [delta.request_id for delta in retire(scheduler, plan)] == ["b"]
+
+
+def test_a_waiting_request_can_be_aborted() -> None:
+    scheduler = new_scheduler(max_num_seqs=1)
+    add(scheduler, "a", 4)
+    add(scheduler, "b", 4)
+    step(scheduler)
+    scheduler.abort("b")
+    scheduler.abort("a")
+    assert scheduler.schedule() is None and not scheduler.requests
+
+
+def test_a_live_id_cannot_be_used_twice() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4)
+    with pytest.raises(ValueError, match="'a' is already live"):
+        add(scheduler, "a", 4)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: results are matched to requests by id alone")
+def test_an_id_used_again_after_an_abort_gets_no_token_of_its_predecessor() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4)
+    plan = scheduler.schedule()
+    scheduler.abort("a")
+    add(scheduler, "a", 4)
+    assert retire(scheduler, plan) == []
+
+
+# --- Endings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params, token, ending",
+    [
+        (dict(), 7, (None, None)),
+        (dict(), EOS, ("stop", None)),
+        (dict(ignore_eos=True), EOS, (None, None)),
+        (dict(max_tokens=1), 7, ("length", None)),
+        (dict(max_tokens=1), EOS, ("stop", None)),
+        (dict(stop_token_ids=[7]), 7, ("stop", 7)),
+        (dict(stop_token_ids=[7], ignore_eos=True), 7, ("stop", 7)),
+        (dict(stop_token_ids=[EOS], ignore_eos=True), EOS, ("stop", EOS)),
+    ],
+)
+def test_ending(params: dict[str, Any], token: int, ending: tuple[str | None, int | None]) -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4, **params)
+    (delta,) = retire(scheduler, scheduler.schedule(), token)
+    assert (delta.token_ids, (delta.finish_reason, delta.stop_token)) == ([token], ending)
+    assert (delta.finish_reason is None) == ("a" in scheduler.requests)
+
+
+def test_the_window_ends_a_request_without_max_tokens() -> None:
+    scheduler = new_scheduler(max_model_len=6)
+    add(scheduler, "a", 4)
+    step(scheduler)
+    (delta,) = retire(scheduler, scheduler.schedule())
+    assert delta.finish_reason == "length"
+
+
+def test_a_resumed_request_goes_on_where_it_was() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4, output=(5, 6), max_tokens=3)
+    plan = scheduler.schedule()
+    assert planned(plan) == {"a": (0, 6, True)}
+    (delta,) = retire(scheduler, plan)
+    assert (delta.token_ids, delta.finish_reason) == ([7], "length")
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: goes past max_tokens, or never ends if chunked")
+def test_a_request_resumed_with_all_its_tokens_is_refused() -> None:
+    scheduler = new_scheduler()
+    with pytest.raises(ValueError):
+        add(scheduler, "a", 4, output=(5, 6), max_tokens=2)
+
+
+# --- Prefix cache -----------------------------------------------------------------------------
+
+PROMPT = list(range(1, 13))  # three full blocks
+
+
+def test_a_cached_prefix_is_not_computed_again() -> None:
+    scheduler = new_scheduler()
+    first = add(scheduler, "a", PROMPT)
+    step(scheduler)
+    add(scheduler, "b", [*PROMPT, 13, 14])
+    plan = scheduler.schedule()
+    assert planned(plan)["b"] == (12, 2, True)
+    assert plan is not None
+    assert plan.new_rows[0].block_table == first.block_table[:3]
+    assert {d.request_id: d.num_cached_tokens for d in retire(scheduler, plan)} == {"a": 0, "b": 12}
+
+
+def test_the_last_token_of_a_cached_prompt_is_always_computed() -> None:
+    """Its logits are what the first output token is drawn from."""
+    scheduler = new_scheduler()
+    add(scheduler, "a", PROMPT, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "b", PROMPT)
+    assert step(scheduler) == {"b": (8, 4, True)}
+
+
+def test_blocks_outlive_the_request_that_computed_them() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", PROMPT, max_tokens=1)
+    step(scheduler)
+    assert scheduler.pool.num_free == 100
+    add(scheduler, "b", [*PROMPT, 13])
+    assert step(scheduler) == {"b": (12, 1, True)}
+
+
+def test_output_is_cached_too() -> None:
+    """As the beginning of the next turn of a conversation."""
+    scheduler = new_scheduler()
+    add(scheduler, "a", [1, 2], max_tokens=7)
+    for _ in range(7):
+        step(scheduler)
+    # The last output token was never an input; the eight tokens before it fill two blocks.
+    add(scheduler, "b", [1, 2] + 7 * [7] + [3])
+    assert step(scheduler) == {"b": (8, 2, True)}
+
+
+def test_output_is_cached_when_its_tokens_become_known_after_the_last_plan() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", [1, 2], max_tokens=7)
+    plans = [scheduler.schedule() for _ in range(7)]
+    for plan in plans:
+        retire(scheduler, plan)
+    add(scheduler, "b", [1, 2] + 7 * [7] + [3])
+    assert step(scheduler) == {"b": (8, 2, True)}
+
+
+def test_prompts_that_arrive_together_share_blocks_within_the_step() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", PROMPT)
+    add(scheduler, "b", [*PROMPT, 13])
+    assert step(scheduler) == {"a": (0, 12, True), "b": (12, 1, True)}
+
+
+def test_only_what_has_been_scheduled_is_found() -> None:
+    scheduler = new_scheduler(max_num_batched_tokens=9)
+    add(scheduler, "a", PROMPT)
+    assert step(scheduler) == {"a": (0, 9, False)}
+    add(scheduler, "b", PROMPT)
+    assert step(scheduler) == {"a": (9, 3, True), "b": (8, 4, True)}
+
+
+@pytest.mark.parametrize("salts", [("", "x"), ("x", ""), ("x", "y")])
+def test_other_salts_share_nothing(salts: tuple[str, str]) -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", PROMPT, salt=salts[0])
+    step(scheduler)
+    add(scheduler, "b", PROMPT, salt=salts[1])
+    assert step(scheduler)["b"] == (0, 12, True)
+
+
+def test_equal_salts_share() -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", PROMPT, salt="x")
+    step(scheduler)
+    add(scheduler, "b", PROMPT, salt="x")
+    assert step(scheduler)["b"] == (8, 4, True)
+
+
+def test_without_prefix_caching_everything_is_computed() -> None:
+    scheduler = new_scheduler(prefix_caching=False)
+    add(scheduler, "a", PROMPT)
+    step(scheduler)
+    add(scheduler, "b", PROMPT)
+    assert step(scheduler)["b"] == (0, 12, True)
+
+
+# --- When the pool is full --------------------------------------------------------------------
+
+
+def test_a_newcomer_waits_until_its_prompt_fits_beside_the_others() -> None:
+    scheduler = new_scheduler(num_blocks=5)
+    add(scheduler, "a", 8, max_tokens=5)
+    add(scheduler, "b", 12)
+    for _ in range(5):
+        assert set(step(scheduler)) == {"a"}
+    assert set(step(scheduler)) == {"b"}
+    assert scheduler.stats.preemptions == 0
+
+
+def test_cached_blocks_that_are_free_do_not_make_a_newcomer_smaller() -> None:
+    """Taking them uses up free blocks as well."""
+    scheduler = new_scheduler(num_blocks=5)
+    add(scheduler, "a", PROMPT, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "b", 5)
+    step(scheduler)
+    add(scheduler, "c", [*PROMPT, 13])
+    assert set(step(scheduler)) == {"b"}
+
+
+def crowded(num_steps: int = 5) -> tuple[Scheduler, Request, Request]:
+    """Two requests that fill four blocks of four tokens in 5 steps; the next needs a fifth."""
+    scheduler = new_scheduler(num_blocks=4)
+    a, b = add(scheduler, "a", 4), add(scheduler, "b", 3)
+    for _ in range(num_steps):
+        assert set(step(scheduler)) == {"a", "b"}
+    return scheduler, a, b
+
+
+def preempted_with_its_token_in_flight() -> tuple[Scheduler, Request, StepPlan]:
+    """Request b was preempted by the step after the one that is still in flight."""
+    scheduler, _, b = crowded(num_steps=4)
+    in_flight = scheduler.schedule()
+    assert in_flight is not None
+    assert set(planned(in_flight)) == {"a", "b"}
+    assert set(planned(scheduler.schedule())) == {"a"}
+    assert scheduler.stats.preemptions == 1
+    return scheduler, b, in_flight
+
+
+def test_the_latest_comer_makes_room() -> None:
+    scheduler, a, b = crowded()
+    assert step(scheduler) == {"a": (8, 1, True)}
+    assert scheduler.stats.preemptions == 1
+    assert (b.row, b.block_table, list(scheduler.waiting)) == (-1, [], [b])
+    assert a in scheduler.running
+
+
+def test_a_preempted_request_comes_back_with_all_its_tokens() -> None:
+    scheduler, _, b = crowded()
+    step(scheduler)
+    scheduler.abort("a")
+    tokens = list(b.token_ids)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.new_rows[0].token_ids == tokens
+    assert plan.new_rows[0].num_prompt_tokens == 3
+    # Its first block was still in the cache.
+    assert planned(plan) == {"b": (4, 4, True)}
+
+
+def test_a_preempted_request_is_the_first_to_come_back() -> None:
+    scheduler, _, b = crowded()
+    c = add(scheduler, "c", 1)
+    assert set(step(scheduler)) == {"a"}
+    assert list(scheduler.waiting) == [b, c]
+
+
+def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
+    """It cannot be announced to the device again before that token is known."""
+    scheduler, b, in_flight = preempted_with_its_token_in_flight()
+    assert b.num_pending == 1
+    scheduler.abort("a")
+    assert scheduler.schedule() is None
+    deltas = {delta.request_id: delta for delta in retire(scheduler, in_flight, token=5)}
+    assert deltas["b"].token_ids == [5]
+    plan = scheduler.schedule()
+    assert plan is not None and plan.new_rows[0].token_ids[-1] == 5
+
+
+def test_a_request_may_end_while_it_is_preempted() -> None:
+    scheduler, _, in_flight = preempted_with_its_token_in_flight()
+    retire(scheduler, in_flight, token=EOS)
+    assert not scheduler.requests and not scheduler.waiting
+    assert scheduler.pool.num_free == 4
+
+
+def test_one_request_may_use_the_whole_pool() -> None:
+    scheduler = new_scheduler(num_blocks=4)
+    add(scheduler, "a", 4)
+    for _ in range(12):
+        step(scheduler)
+    assert scheduler.schedule() is None and not scheduler.requests
+    assert scheduler.stats.preemptions == 0
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: what a request left in the cache itself is counted")
+def test_a_request_preempted_within_its_prompt_does_not_count_as_cached() -> None:
+    """num_cached tells a user what others had computed; stats count each prompt once."""
+    scheduler = new_scheduler(num_blocks=47, block_size=1, max_num_batched_tokens=8)
+    add(scheduler, "a", 4)
+    step(scheduler)
+    b = add(scheduler, "b", 40)
+    while not scheduler.stats.preemptions:
+        step(scheduler)
+    scheduler.abort("a")
+    step(scheduler)
+    assert b in scheduler.running
+    assert b.num_cached == 0
+    assert scheduler.stats.prompt_tokens == 44
+
+
+# --- At the door ------------------------------------------------------------------------------
+
+LIMITS = RequestLimits(vocab_size=100, max_model_len=32, num_blocks=4, block_size=4)
+WINDOW_LIMITS = RequestLimits(vocab_size=100, max_model_len=8, num_blocks=4, block_size=4)
+
+
+@pytest.mark.parametrize(
+    "limits, prompt, params, message",
+    [
+        (LIMITS, [], {}, "the prompt is empty"),
+        (LIMITS, [1] * 16, {}, "16 tokens.*KV cache holds 16 tokens.*raise num_blocks"),
+        (WINDOW_LIMITS, [1] * 8, {}, "8 tokens.*the context window is 8 tokens"),
+        (LIMITS, [1, 100], {}, r"prompt: token id 100 is outside the vocabulary \(0 to 99\)"),
+        (LIMITS, [-1], {}, "prompt: token id -1"),
+        (LIMITS, [1], dict(stop_token_ids=[3, 200]), "stop_token_ids: token id 200"),
+    ],
+)
+def test_what_could_never_run_is_refused_with_the_reason(
+    limits: RequestLimits, prompt: list[int], params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        limits.check(prompt, SamplingParams(**params))
+
+
+def test_what_just_fits_is_accepted() -> None:
+    LIMITS.check([1] * 15, SamplingParams())
+    WINDOW_LIMITS.check([99] * 7, SamplingParams(stop_token_ids=[0]))
+
+
+def test_rows_without_a_token_each_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens \(4\).*max_num_seqs \(8\)"):
+        EngineConfig(model="none", max_num_batched_tokens=4, max_num_seqs=8)

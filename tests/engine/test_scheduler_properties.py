@@ -1,0 +1,250 @@
+"""Random sequences of operations on scheduler and block pool, with every invariant checked.
+
+The steps run on a `FakeDevice`, up to three in flight, in the order in which they were scheduled.
+Pools are tiny, so that requests are preempted all the time, and prompts are drawn from so small a
+vocabulary that they share prefixes all the time.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from hypothesis import event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+)
+
+from engine.block_pool import ROOT_HASH, BlockPool, hash_block
+from engine.config import EngineConfig
+from engine.request import Request, RequestLimits
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.step import StepPlan
+from tests.engine.fake_device import FakeDevice, continuation
+
+VOCAB_SIZE = 8
+EOS = 7
+MAX_MODEL_LEN = 40
+
+
+@dataclass
+class Expected:
+    """What a request must bring: these tokens, the last of them with this reason."""
+
+    token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass
+class Spec:
+    """What is asked for; few different tokens, so that many prompts begin alike."""
+
+    prompt: list[int]
+    max_tokens: int | None
+    ignore_eos: bool
+    salt: str
+    num_resumed: int  # output tokens it brings along
+
+
+REQUEST = st.builds(
+    Spec,
+    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
+    max_tokens=st.one_of(st.none(), st.integers(1, 12)),
+    ignore_eos=st.booleans(),
+    salt=st.sampled_from(["", "", "salt"]),
+    num_resumed=st.sampled_from([0, 0, 0, 1, 3]),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        block_size=st.integers(1, 4),
+        num_blocks=st.integers(2, 14),
+        max_num_seqs=st.integers(2, 5),
+        spare_budget=st.integers(0, 8),
+        prefix_caching=st.sampled_from([True, True, False]),
+        max_in_flight=st.sampled_from([1, 2, 3, 3]),
+        specs=st.lists(REQUEST, min_size=2, max_size=8),
+    )
+    def start(
+        self,
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        spare_budget: int,
+        prefix_caching: bool,
+        max_in_flight: int,
+        specs: list[Spec],
+    ) -> None:
+        config = EngineConfig(
+            model="none",
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + spare_budget,
+        )
+        self.config = config
+        self.pool = BlockPool(num_blocks, prefix_caching)
+        self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, num_blocks, block_size)
+        self.scheduler = Scheduler(config, self.pool, self.limits.max_len, frozenset([EOS]))
+        self.device = FakeDevice(block_size, VOCAB_SIZE)
+        self.max_in_flight = max_in_flight
+        self.in_flight: deque[tuple[StepPlan, str]] = deque()  # with what they said when made
+        self.num_requests = 0
+        self.expected: dict[str, Expected] = {}
+        self.received: dict[str, list[int]] = {}
+        self.texts: list[tuple[list[int], str]] = []  # what requests say in full, and their salt
+        self.endings: Counter[str] = Counter()
+        self.aborted: set[str] = set()
+        for spec in specs:
+            self.add(spec)
+
+    @rule(spec=REQUEST)
+    def add(self, spec: Spec) -> None:
+        request_id = str(self.num_requests)
+        self.num_requests += 1
+        prompt = spec.prompt[: self.limits.max_len - 1]
+        max_len = min(self.limits.max_len, len(prompt) + (spec.max_tokens or MAX_MODEL_LEN))
+        eos = [] if spec.ignore_eos else [EOS]
+        output = continuation(prompt, VOCAB_SIZE, max_len - len(prompt), eos)
+        resumed = output[: min(spec.num_resumed, len(output) - 1)]
+        params = SamplingParams(max_tokens=spec.max_tokens, ignore_eos=spec.ignore_eos)
+        request = Request(request_id, prompt, params, 0, spec.salt, list(resumed))
+        self.limits.check(request.token_ids, params)
+        self.scheduler.add(request)
+        self.expected[request_id] = Expected(
+            output[len(resumed) :], "stop" if output[-1] in eos else "length"
+        )
+        self.received[request_id] = []
+        self.texts.append((prompt + output, spec.salt))
+
+    @rule(number=st.integers(0, 99))
+    def abort(self, number: int) -> None:
+        """At any time, also when it has finished already."""
+        request_id = str(number % self.num_requests)
+        if request_id in self.scheduler.requests:
+            self.aborted.add(request_id)
+        self.scheduler.abort(request_id)
+        assert request_id not in self.scheduler.requests
+
+    @rule(operations=st.lists(st.sampled_from(["schedule", "schedule", "retire"]), max_size=10))
+    def run(self, operations: list[str]) -> None:
+        for operation in operations:
+            if operation == "schedule" and len(self.in_flight) < self.max_in_flight:
+                self.schedule()
+            elif self.in_flight:
+                self.retire()
+            self.blocks_and_rows_are_accounted_for()
+
+    def schedule(self) -> None:
+        scheduler = self.scheduler
+        had_work = [
+            request
+            for request in scheduler.running
+            if request.num_uncomputed > 0 and request.num_tokens < request.max_len
+        ]
+        queue = list(scheduler.waiting)
+        preemptions = scheduler.stats.preemptions
+        plan = scheduler.schedule()
+        if plan is None:
+            assert self.in_flight or not scheduler.requests, "stuck: nothing runs, nothing will"
+            return
+        self._check_plan(plan)
+        planned = {row.request_id for row in plan.scheduled}
+        for request in had_work:
+            assert request.id in planned or request in scheduler.waiting, "a request was left out"
+        if scheduler.stats.preemptions == preemptions:
+            assert all(request in scheduler.running for request in had_work)
+            admitted = queue[: len(plan.new_rows)]
+            assert [request.row for request in admitted] == [new.row for new in plan.new_rows]
+            assert list(scheduler.waiting) == queue[len(admitted) :], "not first come, first served"
+        else:
+            event("preemption")
+            assert not plan.new_rows, "admitted one while another was thrown out"
+            assert list(scheduler.waiting)[-len(queue) :] == queue or not queue, "lost its place"
+        if any(new.block_table for new in plan.new_rows):
+            event("prefix found")
+        self.in_flight.append((plan, repr(plan)))
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        assert all(row.num_tokens > 0 for row in plan.scheduled)
+        for rows in ([row.row for row in plan.scheduled], [new.row for new in plan.new_rows]):
+            assert len(set(rows)) == len(rows)
+        assert {new.row for new in plan.new_rows} <= {row.row for row in plan.scheduled}
+        for row in plan.scheduled:
+            request = self.scheduler.requests[row.request_id]
+            assert request.row == row.row
+            assert row.start + row.num_tokens < request.max_len, "nobody will see the token"
+            known = len(request.token_ids) + request.num_pending - row.samples
+            assert row.samples == (row.start + row.num_tokens == known)
+
+    def retire(self) -> None:
+        plan, as_made = self.in_flight.popleft()
+        assert repr(plan) == as_made, "a plan changed while it was in flight"
+        for delta in self.scheduler.update(plan, self.device.execute(plan)):
+            assert delta.request_id not in self.aborted, "a token for an aborted request"
+            assert not self.endings[delta.request_id], "a token after the ending"
+            expected, received = self.expected[delta.request_id], self.received[delta.request_id]
+            received += delta.token_ids
+            assert received == expected.token_ids[: len(received)]
+            if delta.finish_reason is not None:
+                self.endings[delta.request_id] += 1
+                assert received == expected.token_ids
+                assert delta.finish_reason == expected.finish_reason
+
+    @invariant()
+    def blocks_and_rows_are_accounted_for(self) -> None:
+        scheduler = self.scheduler
+        self.pool.check(scheduler.live_block_tables())
+        running, waiting = scheduler.running, scheduler.waiting
+        everyone = [request.id for request in (*running, *waiting)]
+        assert sorted(everyone) == sorted(scheduler.requests)
+        rows = [request.row for request in running]
+        assert len(set(rows)) == len(rows)
+        assert set(rows) <= set(range(self.config.max_num_seqs))
+        for request in running:
+            filled = len(request.block_table) * self.config.block_size
+            assert filled - self.config.block_size < request.num_computed <= filled
+        for request in waiting:
+            assert request.row == -1 and not request.block_table
+
+    def teardown(self) -> None:
+        """Every request that was not aborted ends, once, and leaves nothing behind."""
+        if not hasattr(self, "scheduler"):
+            return
+        bound = 100 + sum(len(e.token_ids) + MAX_MODEL_LEN for e in self.expected.values()) * 4
+        for _ in range(bound):
+            if not self.scheduler.requests and not self.in_flight:
+                break
+            if len(self.in_flight) < self.max_in_flight:
+                self.schedule()
+            if self.in_flight:
+                self.retire()
+            self.blocks_and_rows_are_accounted_for()
+        assert not self.scheduler.requests, "requests without an ending"
+        for request_id in self.expected:
+            assert self.endings[request_id] == (request_id not in self.aborted)
+        assert self.pool.num_free == self.pool.num_blocks
+        self._check_cached_content()
+
+    def _check_cached_content(self) -> None:
+        """Blocks found under the names of a text hold that text."""
+        size = self.config.block_size
+        for tokens, salt in self.texts:
+            parent = ROOT_HASH
+            for start in range(0, len(tokens) - size + 1, size):
+                parent = hash_block(parent, tokens[start : start + size], salt)
+                for block in self.pool.lookup([parent]):
+                    assert self.device.content(block) == [
+                        tuple(tokens[: start + offset + 1]) for offset in range(size)
+                    ]
+
+
+TestScheduler = SchedulerMachine.TestCase
+# The same sequences every time: a test suite should not fail by chance.
+TestScheduler.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, derandomize=True
+)

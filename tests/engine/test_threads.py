@@ -1,0 +1,51 @@
+"""The number of compute threads follows affinity, cores and the container's limit."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from engine import threads
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight logical CPUs on four cores, without a cgroup limit."""
+    for cpu in range(8):
+        topology = tmp_path / f"cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    monkeypatch.setattr(threads, "_CPUS", tmp_path)
+    monkeypatch.setattr(threads, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    return tmp_path
+
+
+def test_physical_cores(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray does
+    assert threads.num_compute_threads() == 4
+
+
+def test_affinity(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    assert threads.num_compute_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1)]
+)
+def test_cgroup_v2(machine: Path, limit: str, expected: int) -> None:
+    (machine / "cpu.max").write_text(limit + "\n")
+    assert threads.num_compute_threads() == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 4), ("300000", 3)])
+def test_cgroup_v1(machine: Path, quota: str, expected: int) -> None:
+    (machine / "cpu").mkdir()
+    (machine / "cpu/cpu.cfs_quota_us").write_text(quota)
+    (machine / "cpu/cpu.cfs_period_us").write_text("100000")
+    assert threads.num_compute_threads() == expected
+
+
+def test_ranks_share_the_cores(machine: Path) -> None:
+    assert [threads.num_compute_threads(ranks) for ranks in (1, 2, 3, 16)] == [4, 2, 1, 1]

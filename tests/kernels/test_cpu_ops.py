@@ -1,0 +1,253 @@
+"""The C++ ops against their oracles in plain torch, over random shapes."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Ops, reference, select_ops
+from kernels.cpu import build
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    selected = select_ops(torch.device("cpu"))
+    if selected.name == "cpu-torch":
+        pytest.skip("no C++ compiler here")
+    return selected
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def poison_allocations() -> None:
+    """New tensors of common sizes then reuse memory full of NaN, so that gaps in outputs show."""
+    for size in (256, 4096, 65536):
+        torch.full((size,), NAN)
+
+
+class Attention:
+    """A random step of paged attention: NaN wherever no key or value belongs."""
+
+    def __init__(
+        self,
+        rng: random.Random,
+        dtype: torch.dtype,
+        lengths: list[tuple[int, int]],  # (queries, context) of each request
+        head_dim: int,
+        kv_heads: int,
+        group: int,
+        block_size: int,
+        window: int | None = None,
+    ) -> None:
+        blocks_each = [-(-context // block_size) for _, context in lengths]
+        num_blocks = sum(blocks_each) + 3
+        free = rng.sample(range(num_blocks), num_blocks)
+        self.kv_cache = reference.new_kv_cache(
+            num_blocks, block_size, kv_heads, head_dim, dtype, torch.device("cpu")
+        )
+        for cache in self.kv_cache:
+            cache.fill_(NAN)
+        tables = torch.full((len(lengths), max(blocks_each) + 2), 2**30, dtype=torch.int32)
+        for i, (_, context) in enumerate(lengths):
+            blocks = [free.pop() for _ in range(blocks_each[i])]
+            tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            slots = torch.arange(context)
+            slots = torch.tensor(blocks)[slots // block_size] * block_size + slots % block_size
+            k, v = torch.randn(2, context, kv_heads, head_dim)
+            reference.store_kv(k, v, self.kv_cache, slots)
+        counts = torch.tensor([queries for queries, _ in lengths])
+        self.query_starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
+        self.context_lens = torch.tensor([context for _, context in lengths], dtype=torch.int32)
+        self.block_tables = tables
+        self.q = torch.randn(int(counts.sum()), kv_heads * group, head_dim).to(dtype)
+        self.scale, self.window = head_dim**-0.5, window
+
+    def check(self, ops: Ops) -> None:
+        arguments = (self.query_starts, self.context_lens, self.block_tables)
+        poison_allocations()
+        actual = ops.paged_attention(self.q, self.kv_cache, *arguments, self.scale, self.window)
+        exact = [cache.float() for cache in self.kv_cache]
+        expected = reference.paged_attention(
+            self.q.float(), (exact[0], exact[1]), *arguments, self.scale, self.window
+        )
+        assert_close(actual, expected.to(self.q.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(12))
+def test_attention_random(ops: Ops, dtype: torch.dtype, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    lengths = []
+    for _ in range(rng.randint(1, 7)):
+        context = rng.choice([1, 2, 31, 32, 33, 63, 64, 65, rng.randint(1, 400)])
+        queries = rng.choice([0, 1, 1, context, rng.randint(1, context)])
+        lengths.append((queries, context))
+    window = rng.choice([None, None, 1, 24, rng.randint(1, 200)])
+    Attention(
+        rng,
+        dtype,
+        lengths,
+        head_dim=rng.choice([16, 32, 64, 80, 96, 128, 256]),
+        kv_heads=rng.choice([1, 2, 3, 8]),
+        group=rng.choice([1, 2, 3, 4, 5, 7, 8]),
+        block_size=rng.choice([1, 7, 16, 32, 64, 256]),
+        window=window,
+    ).check(ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [1, 2, 700])
+def test_attention_long_context(ops: Ops, dtype: torch.dtype, queries: int) -> None:
+    # Few heads and one request: the context is split over work items.
+    torch.manual_seed(0)
+    Attention(random.Random(0), dtype, [(queries, 5003), (1, 9)], 64, 1, 4, 32).check(ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_head_dim_without_a_kernel(ops: Ops, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    Attention(random.Random(0), dtype, [(3, 10), (1, 40)], 24, 2, 2, 16).check(ops)
+
+
+def test_attention_with_extreme_scores(ops: Ops) -> None:
+    torch.manual_seed(0)
+    step = Attention(random.Random(0), torch.float32, [(1, 100), (60, 100)], 64, 2, 2, 32)
+    step.q *= 30.0  # weights of 1 and 0
+    step.check(ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 5, 16, 33, 64, 80, 1000, 1024])
+def test_norms_and_activation(ops: Ops, dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(size)
+    for rows in (1, 3, 40):
+        x, residual, weight = torch.randn(3, rows, size).to(dtype).unbind()
+        weight = weight[0].contiguous()
+        poison_allocations()
+        assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+        actual = ops.add_rms_norm(x, residual, weight, 1e-6)
+        for got, wanted in zip(
+            actual, reference.add_rms_norm(x, residual, weight, 1e-6), strict=True
+        ):
+            assert_close(got, wanted)
+        gate_up = torch.randn(rows, 2 * size).to(dtype) * 8
+        assert_close(ops.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
+
+
+def test_norm_of_strided_rows(ops: Ops) -> None:
+    x = torch.randn(6, 5, 64)[:, :3]
+    weight = torch.randn(64)
+    assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("normed", [True, False])
+def test_norm_rotary_store(ops: Ops, dtype: torch.dtype, head_dim: int, normed: bool) -> None:
+    torch.manual_seed(head_dim)
+    heads, kv_heads, block_size = 6, 2, 7
+    for tokens in (1, 19):
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
+        norms = None
+        if normed:
+            norms = torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)
+        positions = torch.randint(0, 9_000, (tokens,))
+        positions[0] = 8_999
+        angles = torch.outer(torch.arange(9_000.0), torch.rand(head_dim // 2))
+        cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+        slots = torch.randperm(10 * block_size)[:tokens]
+        results = []
+        for table in (ops, reference):
+            cache = tuple(
+                torch.zeros(10, kv_heads, block_size, head_dim, dtype=dtype) for _ in "kv"
+            )
+            q = table.norm_rotary_store(qkv, norms, 1e-6, positions, cos_sin, cache, slots)
+            results.append((q, *cache))
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES])
+def test_pack_linear(ops: Ops, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64).to(dtype), torch.randn(96).to(dtype)
+    for rows in (1, 5, 33):
+        x = torch.randn(rows, 64).to(dtype)
+        for used in (bias, None):
+            expected = reference.pack_linear(weight.float(), None if used is None else used.float())
+            actual = ops.pack_linear(weight, used)(x)
+            torch.testing.assert_close(actual, expected(x.float()).to(dtype), rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("level", ["avx512", "avx2", "default"])
+def test_lower_instruction_sets(ops: Ops, level: str) -> None:
+    if build.instruction_set() == level or os.environ.get("MANTA_CPU_ISA"):
+        pytest.skip("this is the level at hand")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent), "-k", "random or activation or rotary or tokens"],
+        env=os.environ | {"MANTA_CPU_ISA": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="MANTA_CPU_ISA: 'avx1024' is unknown; choose from"):
+        build.instruction_set()
+
+
+def test_a_level_the_cpu_lacks_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_CPU_ISA", "avx512")
+    monkeypatch.setattr(build, "_cpu_features", lambda: {"avx2", "fma", "f16c"})
+    assert build.instruction_set() == "avx2"
+
+
+def test_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    build.load_library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert select_ops(torch.device("cpu")).name == "cpu-torch"
+            assert select_ops(torch.device("cpu")).name == "cpu-torch"
+    finally:
+        build.load_library.cache_clear()
+    assert len(caplog.records) == 1
+    assert "apt-get install g++" in caplog.text
+
+
+def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
+    code = "import torch; from kernels import select_ops; select_ops(torch.device('cpu'))"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | {"MANTA_CACHE_DIR": str(tmp_path), "MANTA_CPU_ISA": "default"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    errors = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert "".join(errors).count("Building CPU kernels") == 1
+    assert len(list(tmp_path.glob("*.so"))) == 1

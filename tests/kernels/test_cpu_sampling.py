@@ -1,0 +1,117 @@
+"""The C++ sampler against the one in plain torch: the same token for the same draw."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from kernels import Ops, reference, select_ops
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    selected = select_ops(torch.device("cpu"))
+    if selected.name == "cpu-torch":
+        pytest.skip("no C++ compiler here")
+    return selected
+
+
+def params(rows: int, seed: int = 0, **fixed: float) -> dict[str, Tensor]:
+    """Random sampling parameters, and what is fixed instead."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(low: float, high: float) -> Tensor:
+        return torch.rand(rows, generator=generator) * (high - low) + low
+
+    off = torch.rand(4, rows, generator=generator) < 0.5
+    values = {
+        "temperature": torch.where(off[0], 0.6, rand(0.1, 2)),
+        "top_k": torch.where(off[1], 0, rand(1, 3000)).long(),
+        "top_p": torch.where(off[2], 1.0, rand(0.01, 1)),
+        "min_p": torch.where(off[3], 0.0, rand(0, 0.3)),
+        "seeds": torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
+        "positions": torch.randint(0, 100_000, (rows,), generator=generator),
+    }
+    for name, value in fixed.items():
+        values[name] = torch.full_like(values[name], value)
+    return values
+
+
+def assert_same_draws(ops: Ops, logits: Tensor, values: dict[str, Tensor]) -> None:
+    """Equal tokens, except where the draw lies within rounding of the boundary between two."""
+    actual = ops.sample(logits, **values)
+    expected = reference.sample(logits, **values)
+    differs = actual != expected
+    # One in a few hundred at most: a draw hits a boundary's rounding as often as that is wide.
+    assert int(differs.sum()) <= max(1, len(actual) // 200), (actual[differs], expected[differs])
+    for row in differs.nonzero().flatten().tolist():
+        probs = torch.softmax(logits[row].double() / values["temperature"][row], -1)
+        low, high = sorted((int(actual[row]), int(expected[row])))
+        assert probs[low + 1 : high].sum() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 2, 17, 255, 256, 257, 5003])
+def test_same_tokens_as_the_reference(ops: Ops, dtype: torch.dtype, vocab: int) -> None:
+    torch.manual_seed(vocab)
+    rows = 300
+    logits = (torch.randn(rows, vocab) * torch.rand(rows, 1) * 6).to(dtype)
+    assert_same_draws(ops, logits, params(rows, vocab))
+
+
+@pytest.mark.parametrize("only", ["none", "top_k", "top_p", "min_p"])
+def test_full_vocabulary(ops: Ops, only: str) -> None:
+    torch.manual_seed(1)
+    logits = (torch.randn(16, 151_936) * 2).bfloat16()
+    fixed: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    fixed.pop(only, None)
+    assert_same_draws(ops, logits, params(16, 5, **fixed))
+
+
+def test_greedy(ops: Ops) -> None:
+    logits = torch.randn(50, 5000).bfloat16()  # with ties: the first of the highest wins
+    values = params(50, temperature=0)
+    assert torch.equal(ops.sample(logits, **values), logits.float().argmax(-1))
+
+
+def test_ties_are_cut_by_token_id(ops: Ops) -> None:
+    logits = torch.zeros(400, 1000)
+    values = params(400, temperature=1, top_k=7, top_p=1, min_p=0)
+    tokens = ops.sample(logits, **values)
+    assert set(tokens.tolist()) == set(range(7))
+    values = params(400, temperature=1, top_k=0, top_p=0.0095, min_p=0)
+    assert set(ops.sample(logits, **values).tolist()) == set(range(10))
+
+
+def test_banned_tokens_are_never_drawn(ops: Ops) -> None:
+    logits = torch.full((2000, 600), -torch.inf)
+    logits[:, [3, 300, 599]] = torch.tensor([1.0, 2.0, 0.5])
+    for seed in range(3):
+        drawn = set(ops.sample(logits, **params(2000, seed)).tolist())
+        assert drawn <= {3, 300, 599}
+
+
+def test_a_tiny_temperature_is_greedy(ops: Ops) -> None:
+    logits = torch.randn(50, 1000) * 10
+    values = params(50, temperature=1e-6)
+    assert torch.equal(ops.sample(logits, **values), logits.argmax(-1))
+
+
+def test_strided_logits(ops: Ops) -> None:
+    logits = torch.randn(20, 1001)
+    values = params(20)
+    whole = ops.sample(logits[:, :1000].contiguous(), **values)
+    assert torch.equal(ops.sample(logits[:, :1000], **values), whole)
+
+
+def test_distribution(ops: Ops) -> None:
+    rows = 20_000
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf, 0.5]).expand(rows, -1).contiguous()
+    values = params(rows, temperature=0.8, top_k=0, top_p=1, min_p=0)
+    values["seeds"] = torch.full((rows,), 42)
+    values["positions"] = torch.arange(rows)
+    counts = torch.bincount(ops.sample(logits, **values), minlength=6)
+    expected = torch.softmax(logits[0].double() / 0.8, -1) * rows
+    possible = expected > 0
+    assert int(counts[~possible].sum()) == 0
+    assert chisquare(counts[possible], expected[possible]).pvalue > 1e-3
