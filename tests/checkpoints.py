@@ -1,12 +1,10 @@
-"""Tiny random checkpoints in Hugging Face format, made by transformers: the oracle too."""
+"""Tiny random checkpoints in Hugging Face format, made by transformers: the oracle as well."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel
 
 VOCAB_SIZE = 320
@@ -62,23 +60,6 @@ def make_checkpoint(
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(directory, max_shard_size=max_shard_size)
     return directory
-
-
-def add_tokenizer(directory: Path) -> None:
-    """A tokenizer of bytes, three special tokens before them, and a plain chat template."""
-    vocabulary = {name: i for i, name in enumerate(["<unk>", "<bos>", "<eos>"])}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[letter] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.add_special_tokens(["<unk>", "<bos>", "<eos>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    (directory / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
 
 
 def hash_name(name: str) -> int:

@@ -1,6 +1,7 @@
 """The batch job: its command line, its formats, and real submitted jobs."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from deployments.batch.parquet import ParquetFormat
 from deployments.batch.parts import find_format, split
 from deployments.batch.storage import Location
 from engine import LLM, SamplingParams
-from tests.checkpoints import add_tokenizer, make_checkpoint
 from tests.deployments.conftest import wait_until
 
 ENGINE = ("--dtype", "float32", "--max-num-seqs", "8", "--num-blocks", "200")
@@ -26,9 +26,13 @@ GREEDY = ("--max-tokens", str(MAX_TOKENS), "--temperature", "0")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = make_checkpoint(tmp_path_factory.mktemp("model"), "qwen3")
-    add_tokenizer(directory)
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, able to chat."""
+    directory = tmp_path_factory.mktemp("model") / "chat"
+    shutil.copytree(tiny_model, directory)
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    )
     return directory
 
 
