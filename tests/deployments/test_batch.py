@@ -168,7 +168,7 @@ def kill_front(jobs: JobCluster) -> None:
 
 
 def test_parquet_on_two_ranks(jobs: JobCluster, model: Path, llm: LLM, tmp_path: Path) -> None:
-    prompts: list[Any] = [f"row {i}" for i in range(40)]
+    prompts: list[Any] = [f"item {i}" for i in range(40)]
     prompts[3], prompts[30] = None, "x" * 600
     table = pa.table({"prompt": prompts, "tag": range(40)})
     (tmp_path / "in").mkdir()
@@ -179,7 +179,7 @@ def test_parquet_on_two_ranks(jobs: JobCluster, model: Path, llm: LLM, tmp_path:
     printed = jobs.run(
         *("--model", str(model), "--input", f"file://{tmp_path}/in"),
         *("--output", f"file://{output}", "--rows-per-part", "8", "--tensor-parallel-size", "2"),
-        *(*ENGINE, "--max-tokens", "20", "--temperature", "0"),
+        *(*ENGINE, "--max-tokens", "12", "--temperature", "0"),
     )
     assert "40 rows in 6 parts" in printed and "2 of them errors" in printed
 
@@ -190,7 +190,7 @@ def test_parquet_on_two_ranks(jobs: JobCluster, model: Path, llm: LLM, tmp_path:
     rows = result.to_pylist()
     good = [row for row in rows if row["error"] is None]
     assert [row["tag"] for row in rows if row["error"] is not None] == [3, 30]
-    params = SamplingParams(temperature=0, max_tokens=20)
+    params = SamplingParams(temperature=0, max_tokens=12)
     outputs = llm.generate([row["prompt"] for row in good], params, use_tqdm=False)
     assert [row["text"] for row in good] == [o.outputs[0].text for o in outputs]
     assert [row["prompt_tokens"] for row in good] == [len(o.prompt_token_ids) for o in outputs]
