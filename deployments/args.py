@@ -1,4 +1,4 @@
-"""The arguments of the application: `serve run deployments:app key=value …` or `args:` in YAML."""
+"""What users tell a deployment: `serve run deployments:app key=value …`, or `args:` in YAML."""
 
 from typing import Any
 
@@ -9,22 +9,11 @@ from engine.config import EngineConfig
 from engine.strict import explain
 
 
-class AppArgs(EngineConfig):
-    """The engine's configuration and how it is served."""
+class DeploymentArgs(EngineConfig):
+    """The engine's configuration and how Ray runs it, for the server and for offline batches."""
 
-    model: str = Field(
-        "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
-    )
     served_model_name: str | None = Field(
         None, description="The name clients use; default: the value of model."
-    )
-    num_replicas: int = Field(1, ge=1, description="Engines; with max_replicas, the fewest.")
-    max_replicas: int | None = Field(
-        None, ge=1, description="Scale with the engines' load between num_replicas and this."
-    )
-    upscale_delay_s: float = Field(5, ge=0, description="How long load must call for a replica.")
-    downscale_delay_s: float = Field(
-        300, ge=0, description="How long a replica must be superfluous before it goes."
     )
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
@@ -36,6 +25,32 @@ class AppArgs(EngineConfig):
     )
     max_restarts: int = Field(
         10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
+    )
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig.model_construct(
+            **{name: getattr(self, name) for name in EngineConfig.model_fields}
+        )
+
+
+class AppArgs(DeploymentArgs):
+    """The arguments of the Serve application."""
+
+    model: str = Field(
+        "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
+    )
+    num_replicas: int = Field(1, ge=1, description="Engines; with max_replicas, the fewest.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Scale with the engines' load between num_replicas and this."
+    )
+    upscale_delay_s: float = Field(5, ge=0, description="How long load must call for a replica.")
+    downscale_delay_s: float = Field(
+        300, ge=0, description="How long a replica must be superfluous before it goes."
     )
     graceful_shutdown_timeout_s: float = Field(
         120, ge=0, description="How long a replica that is to stop may finish its streams."
@@ -52,16 +67,6 @@ class AppArgs(EngineConfig):
                 f"({self.num_replicas})"
             )
         return self
-
-    @property
-    def model_name(self) -> str:
-        return self.served_model_name or self.model
-
-    @property
-    def engine_config(self) -> EngineConfig:
-        return EngineConfig.model_construct(
-            **{name: getattr(self, name) for name in EngineConfig.model_fields}
-        )
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> "AppArgs":

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.args import AppArgs
+from deployments.args import DeploymentArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
 from engine import checkpoint
 from engine.detokenizer import Detokenizer
@@ -29,7 +29,7 @@ class TextDelta:
 class Front:
     """Serves one model by one engine. Knows nothing of HTTP or of how engines are started."""
 
-    def __init__(self, args: AppArgs) -> None:
+    def __init__(self, args: DeploymentArgs) -> None:
         directory = checkpoint.resolve(args.model, args.revision)
         self.model_name = args.model_name
         self.tokenizer = Tokenizer(directory)

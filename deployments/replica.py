@@ -11,7 +11,6 @@ from ray.util.placement_group import get_current_placement_group
 from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
-from deployments.engine_client import EngineUnavailableError
 from deployments.front import Front
 from deployments.routing import ReplicaReport, short
 from deployments.shard_group import ShardGroup
@@ -30,11 +29,7 @@ class Replica:
         await self._front.client.start()
         self._shards = ShardGroup(args, self._front.client, bundles)
         self._num_reports = 0
-        self._supervisor = asyncio.create_task(self._shards.supervise())
-        ready = asyncio.create_task(self._front.client.wait_connected())
-        await asyncio.wait({ready, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        self._check_shards()
+        await self._shards.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._front)
@@ -71,12 +66,8 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica when this keeps raising."""
-        self._check_shards()
-
-    def _check_shards(self) -> None:
-        if self._shards.failure is not None:
-            raise EngineUnavailableError(self._shards.failure)
+        self._shards.check()
 
     async def __del__(self) -> None:
-        self._supervisor.cancel()
+        self._shards.stop()
         await self._front.client.close()

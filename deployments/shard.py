@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from deployments.args import AppArgs
+from deployments.args import DeploymentArgs
 from deployments.engine_loop import EngineLoop
 from engine.config import EngineConfig
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from engine.group import GroupAddress
 
 
-def shard_resources(args: AppArgs) -> dict[str, float]:
+def shard_resources(args: DeploymentArgs) -> dict[str, float]:
     """What Ray reserves for one shard."""
     return {"GPU": 1} if args.device == "cuda" else {"CPU": args.num_cpus_per_shard}
 
 
-def group_bundles(args: AppArgs, replica_cpus: float) -> list[dict[str, float]]:
+def group_bundles(args: DeploymentArgs, replica_cpus: float) -> list[dict[str, float]]:
     """The placement group of a replica: bundle r is for the shard of rank r.
 
     Bundle 0 also holds the replica, so that the leader is on its node, where its socket is; the

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from deployments.args import AppArgs
+from deployments.args import DeploymentArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
 from deployments.shard import EngineShard, shard_resources
 
@@ -35,14 +35,33 @@ _RESTART_WINDOW_S = 600.0
 class ShardGroup:
     """One shard per tensor-parallel rank; rank r sits in bundle r of the placement group."""
 
-    def __init__(self, args: AppArgs, client: EngineClient, bundles: PlacementGroup) -> None:
+    def __init__(self, args: DeploymentArgs, client: EngineClient, bundles: PlacementGroup) -> None:
         self._args = args
         self._client = client
         self._bundles = bundles
         self._shards: list[Any] = []
         self._processes: list[tuple[str, int]] = []
         self._restarts: deque[float] = deque()
+        self._supervisor: asyncio.Task[None] | None = None
         self.failure: str | None = None  # set once it will not be restarted any more
+
+    async def start(self) -> None:
+        """Returns once an engine serves; raises EngineUnavailableError when none will."""
+        self._supervisor = asyncio.create_task(self.supervise())
+        ready = asyncio.create_task(self._client.wait_connected())
+        await asyncio.wait({ready, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        self.check()
+
+    def check(self) -> None:
+        """Raises EngineUnavailableError once the engine is given up."""
+        if self.failure is not None:
+            raise EngineUnavailableError(self.failure)
+
+    def stop(self) -> None:
+        """Restart nothing any more; the shards end when the client closes its connection."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
 
     @property
     def pids(self) -> list[int]:

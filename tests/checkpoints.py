@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in Hugging Face format, made by transformers, which is also the oracle."""
+"""Tiny random checkpoints in Hugging Face format, made by transformers: the oracle as well."""
 
 from pathlib import Path
 from typing import Any

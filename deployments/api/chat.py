@@ -20,32 +20,43 @@ def routes(front: Front) -> APIRouter:
 
     @router.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
-        check_model(front, request)
-        params = sampling_params(front, request)
-        prompt = await _encode(front, request)
-        check_prompt(front, prompt, params, "messages")
-        deltas = front.generate(prompt, params, request.cache_salt)
-        head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": front.model_name,
-        }
-        if request.stream:
-            return event_stream(_events(head, deltas, len(prompt), request.include_usage))
-        output = await collect(deltas)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-        }
-        counts = usage(len(prompt), output.num_tokens, output.num_cached_tokens)
-        return JSONResponse(
-            head | {"object": "chat.completion", "choices": [choice], "usage": counts}
-        )
+        if not request.stream:
+            return JSONResponse(await complete_chat(front, request))
+        head, prompt, deltas = await _start(front, request)
+        return event_stream(_events(head, deltas, len(prompt), request.include_usage))
 
     return router
+
+
+async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[str, Any]:
+    """The whole answer. Raises ApiError for a request that cannot be served."""
+    head, prompt, deltas = await _start(front, request)
+    output = await collect(deltas)
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+    }
+    counts = usage(len(prompt), output.num_tokens, output.num_cached_tokens)
+    return head | {"object": "chat.completion", "choices": [choice], "usage": counts}
+
+
+async def _start(
+    front: Front, request: ChatCompletionRequest
+) -> tuple[dict[str, Any], list[int], AsyncGenerator[TextDelta]]:
+    """(what all answers begin with, prompt tokens, the text to come)"""
+    check_model(front, request)
+    params = sampling_params(front, request)
+    prompt = await _encode(front, request)
+    check_prompt(front, prompt, params, "messages")
+    head = {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": front.model_name,
+    }
+    return head, prompt, front.generate(prompt, params, request.cache_salt)
 
 
 async def _encode(front: Front, request: ChatCompletionRequest) -> list[int]:

@@ -20,34 +20,50 @@ def routes(front: Front) -> APIRouter:
 
     @router.post("/v1/completions", response_model=None)
     async def create_completion(request: CompletionRequest) -> Response:
-        check_model(front, request)
-        params = sampling_params(front, request)
-        prompts = [
-            await front.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in request.prompts
-        ]
-        for prompt in prompts:
-            check_prompt(front, prompt, params, "prompt")
-        streams = [front.generate(prompt, params, request.cache_salt) for prompt in prompts]
-        head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": front.model_name,
-        }
-        num_prompt = sum(map(len, prompts))
-        if request.stream:
-            return event_stream(_events(head, streams, num_prompt, request.include_usage))
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(collect(stream)) for stream in streams]
-        outputs = [task.result() for task in tasks]
-        return JSONResponse(
-            head
-            | {"choices": [_choice(i, o) for i, o in enumerate(outputs)]}
-            | {"usage": _usage(num_prompt, outputs)}
-        )
+        if not request.stream:
+            return JSONResponse(await complete_text(front, request))
+        head, num_prompt, streams = await _start(front, request)
+        return event_stream(_events(head, streams, num_prompt, request.include_usage))
 
     return router
+
+
+async def complete_text(front: Front, request: CompletionRequest) -> dict[str, Any]:
+    """The whole answer. Raises ApiError for a request that cannot be served."""
+    head, num_prompt, streams = await _start(front, request)
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(collect(stream)) for stream in streams]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # one answer has one error
+    outputs = [task.result() for task in tasks]
+    return (
+        head
+        | {"choices": [_choice(i, o) for i, o in enumerate(outputs)]}
+        | {"usage": _usage(num_prompt, outputs)}
+    )
+
+
+async def _start(
+    front: Front, request: CompletionRequest
+) -> tuple[dict[str, Any], int, list[AsyncGenerator[TextDelta]]]:
+    """(what all answers begin with, number of prompt tokens, the text to come for each prompt)"""
+    check_model(front, request)
+    params = sampling_params(front, request)
+    prompts = [
+        await front.encode(prompt) if isinstance(prompt, str) else prompt
+        for prompt in request.prompts
+    ]
+    for prompt in prompts:
+        check_prompt(front, prompt, params, "prompt")
+    head = {
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": front.model_name,
+    }
+    streams = [front.generate(prompt, params, request.cache_salt) for prompt in prompts]
+    return head, sum(map(len, prompts)), streams
 
 
 def _choice(index: int, output: Output) -> dict[str, Any]:

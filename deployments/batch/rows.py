@@ -1,0 +1,86 @@
+"""One row: a request of the OpenAI API in, its answer or its error out."""
+
+import logging
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from deployments.api.chat import complete_chat
+from deployments.api.completions import complete_text
+from deployments.api.errors import ApiError, validation_error
+from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.engine_client import EngineUnavailableError
+from deployments.front import Front
+from engine.strict import explain
+
+logger = logging.getLogger(__name__)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request as the input has it, or what is wrong with it."""
+
+    url: str = COMPLETIONS
+    body: dict[str, Any] = field(default_factory=dict)
+    custom_id: str | None = None
+    error: ApiError | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server would have answered: a completion, or {"error": …}."""
+
+    status: int
+    body: dict[str, Any]
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        return self.body.get("error")
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return self.body.get("usage", {})
+
+
+async def answer(front: Front, row: Row, defaults: dict[str, Any], seed: int) -> Answer:
+    """Never fails because of the row; raises EngineUnavailableError when there is no engine.
+
+    Args:
+        defaults: sampling parameters for what the row leaves open.
+        seed: of its random numbers, if the row has none.
+    """
+    try:
+        if row.error is not None:
+            raise row.error
+        unset = {name: value for name, value in defaults.items() if row.body.get(name) is None}
+        return Answer(200, await _complete(front, row.url, row.body | unset, seed))
+    except EngineUnavailableError:
+        raise
+    except ApiError as error:
+        return Answer(error.status, error.body())
+    except ValidationError as error:
+        return Answer(400, validation_error(explain(error.errors())).body())
+    except ValueError as error:  # the engine's refusal
+        return Answer(400, ApiError(400, str(error)).body())
+    except Exception as error:
+        logger.exception("A row failed")
+        return Answer(500, ApiError(500, f"internal error: {type(error).__name__}").body())
+
+
+async def _complete(front: Front, url: str, body: dict[str, Any], seed: int) -> dict[str, Any]:
+    if body.get("stream"):
+        raise ApiError(400, "stream: a batch has no streams; leave it out", "stream")
+    if body.get("seed") is None:
+        body = body | {"seed": seed}
+    if url == CHAT:
+        return await complete_chat(front, ChatCompletionRequest.model_validate(body))
+    return await complete_text(front, CompletionRequest.model_validate(body))
+
+
+def row_seed(seed: int, index: int) -> int:
+    """A row's own seed, the same in every run, whichever replica takes the row."""
+    return random.Random(f"{seed}/{index}").getrandbits(63)

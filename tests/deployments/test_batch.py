@@ -1,0 +1,292 @@
+"""The batch job: its command line, its formats, and real submitted jobs."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from benchmarks.job_cluster import JobCluster, kill_driver
+from deployments.batch.args import parse_args
+from deployments.batch.job_file import claim_output
+from deployments.batch.jsonl import JsonlFormat
+from deployments.batch.parquet import ParquetFormat
+from deployments.batch.parts import find_format, split
+from deployments.batch.storage import Location
+from engine import LLM, SamplingParams
+from tests.deployments.conftest import wait_until
+
+ENGINE = ("--dtype", "float32", "--max-num-seqs", "8", "--num-blocks", "200")
+MAX_TOKENS = 60
+GREEDY = ("--max-tokens", str(MAX_TOKENS), "--temperature", "0")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, able to chat."""
+    directory = tmp_path_factory.mktemp("model") / "chat"
+    shutil.copytree(tiny_model, directory)
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    llm = LLM(str(model), dtype="float32", max_num_seqs=8, num_blocks=200)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[JobCluster]:
+    with JobCluster() as cluster:
+        yield cluster
+
+
+def make_line(index: int) -> dict[str, Any]:
+    prompt = f"row {index}"
+    chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 10 + index % 50}
+    return {
+        "custom_id": f"row-{index}",
+        "method": "POST",
+        "url": "/v1/chat/completions" if index % 2 else "/v1/completions",
+        "body": chat if index % 2 else {"prompt": prompt},
+    }
+
+
+def read_output(directory: Path) -> list[dict[str, Any]]:
+    lines = [line for part in finished_parts(directory) for line in part.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def finished_parts(directory: Path) -> list[Path]:
+    return sorted(directory.glob("part-*"))
+
+
+def expected_texts(llm: LLM, count: int) -> dict[str, str]:
+    prompts, params = [], []
+    for index in range(count):
+        body = make_line(index)["body"]
+        prompts.append(
+            llm.get_tokenizer().encode_chat(body["messages"])
+            if "messages" in body
+            else llm.get_tokenizer().encode(body["prompt"])
+        )
+        params.append(SamplingParams(temperature=0, max_tokens=body.get("max_tokens", MAX_TOKENS)))
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return {f"row-{i}": output.outputs[0].text for i, output in enumerate(outputs)}
+
+
+def text_of(line: dict[str, Any]) -> str:
+    choice = line["response"]["body"]["choices"][0]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+BAD_LINES = {
+    b'{"custom_id": "x", ': ("not valid JSON", None),
+    b"[1, 2]": ("not a JSON object", None),
+    b"\xff\xfe": ("not valid JSON", None),
+    json.dumps(make_line(0) | {"custom_id": "url", "url": "/v1/embeddings"}).encode(): (
+        "url",
+        "url",
+    ),
+    json.dumps(make_line(0) | {"custom_id": "extra", "priority": 3}).encode(): (
+        "unknown field",
+        "extra",
+    ),
+    json.dumps(make_line(0) | {"custom_id": "body", "body": {"promt": "a"}}).encode(): (
+        "did you mean 'prompt'?",
+        "body",
+    ),
+    json.dumps(make_line(0) | {"custom_id": "long", "body": {"prompt": "a" * 600}}).encode(): (
+        "context window is 512 tokens",
+        "long",
+    ),
+    json.dumps(
+        make_line(0) | {"custom_id": "stream", "body": {"prompt": "a", "stream": True}}
+    ).encode(): ("stream", "stream"),
+    json.dumps(
+        make_line(0) | {"custom_id": "model", "body": {"prompt": "a", "model": "gpt-4o"}}
+    ).encode(): ("does not exist", "model"),
+}
+
+
+def test_killed_jobs_go_on_and_answer_each_row_once(
+    jobs: JobCluster, model: Path, llm: LLM, tmp_path: Path
+) -> None:
+    count, output = 240, tmp_path / "out"
+    lines = [json.dumps(make_line(index)).encode() for index in range(count)]
+    for place, line in enumerate(BAD_LINES):  # anywhere among the good ones
+        lines.insert(20 * place, line)
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
+    arguments = ("--model", str(model), "--input", str(tmp_path / "in.jsonl"))
+    arguments += ("--output", str(output), "--rows-per-part", "8", *ENGINE, *GREEDY)
+
+    job = jobs.submit(*arguments)
+    wait_until(lambda: len(finished_parts(output)) >= 3, what="the first parts")
+    kill_driver(output)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, printed
+    before = {part: part.read_bytes() for part in finished_parts(output)}
+    assert 3 <= len(before) < 30
+
+    job = jobs.submit(*arguments, "--num-replicas", "2")
+    wait_until(lambda: len(finished_parts(output)) > len(before), what="the next part")
+    kill_front(jobs)
+    printed, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, printed
+    assert f"of which {len(before)} are done" in printed
+    assert "batch: done: " in printed and "ETA " in printed and " output tok/s" in printed
+    assert all(part.read_bytes() == content for part, content in before.items())
+    assert not list(output.glob("_unfinished-*"))
+
+    answers = read_output(output)
+    assert len(answers) == count + len(BAD_LINES)
+    good = [line for line in answers if line["error"] is None]
+    assert {line["response"]["status_code"] for line in good} == {200}
+    assert [line["custom_id"] for line in good] == [f"row-{i}" for i in range(count)]
+    assert {line["custom_id"]: text_of(line) for line in good} == expected_texts(llm, count)
+    bad = [line for line in answers if line["error"] is not None]
+    for line, (message, custom_id) in zip(bad, BAD_LINES.values(), strict=True):
+        assert line["custom_id"] == custom_id
+        assert line["response"]["status_code"] in (400, 404)
+        assert line["response"]["body"]["error"] == line["error"]
+        assert message in line["error"]["message"]
+        assert set(line["error"]) == {"message", "type", "param", "code"}
+
+
+def kill_front(jobs: JobCluster) -> None:
+    """kill -9 to a process that holds requests; Ray starts it anew, and it its engine."""
+    front, *_ = [p for p in jobs.processes() if "ray::BatchReplica" in " ".join(p.cmdline())]
+    front.kill()
+
+
+def test_parquet_on_two_ranks(jobs: JobCluster, model: Path, llm: LLM, tmp_path: Path) -> None:
+    prompts: list[Any] = [f"item {i}" for i in range(40)]
+    prompts[3], prompts[30] = None, "x" * 600
+    table = pa.table({"prompt": prompts, "tag": range(40)})
+    (tmp_path / "in").mkdir()
+    parquet.write_table(table[:25], tmp_path / "in" / "a.parquet", row_group_size=10)
+    parquet.write_table(table[25:], tmp_path / "in" / "b.parquet")
+    output = tmp_path / "out"
+
+    printed = jobs.run(
+        *("--model", str(model), "--input", f"file://{tmp_path}/in"),
+        *("--output", f"file://{output}", "--rows-per-part", "8", "--tensor-parallel-size", "2"),
+        *(*ENGINE, "--max-tokens", "12", "--temperature", "0"),
+    )
+    assert "40 rows in 6 parts" in printed and "2 of them errors" in printed
+
+    assert len(finished_parts(output)) == 4 + 2  # parts do not span files
+    result = pa.concat_tables(parquet.read_table(part) for part in finished_parts(output))
+    assert result["tag"].to_pylist() == list(range(40))
+    assert result["prompt"].to_pylist() == prompts
+    rows = result.to_pylist()
+    good = [row for row in rows if row["error"] is None]
+    assert [row["tag"] for row in rows if row["error"] is not None] == [3, 30]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    outputs = llm.generate([row["prompt"] for row in good], params, use_tqdm=False)
+    assert [row["text"] for row in good] == [o.outputs[0].text for o in outputs]
+    assert [row["prompt_tokens"] for row in good] == [len(o.prompt_token_ids) for o in outputs]
+    assert {row["finish_reason"] for row in good} <= {"stop", "length"}
+    assert "context window" in rows[30]["error"]["message"]
+
+
+def parse(*more: str) -> Any:
+    return parse_args(["--model", "m", "--input", "/in", "--output", "/out", *more])
+
+
+def test_the_command_line_takes_all_fields() -> None:
+    args = parse(
+        *("--tensor-parallel-size", "2", "--enable-prefix-caching", "false", "--num-blocks", "9"),
+        *("--num-replicas", "3", "--stop", '["a", "b"]', "--temperature", "0.5"),
+    )
+    assert args.tensor_parallel_size == 2 and args.num_blocks == 9 and args.num_replicas == 3
+    assert args.enable_prefix_caching is False
+    assert args.sampling.model_dump(exclude_unset=True) == {"stop": ["a", "b"], "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tensor-paralel-size", "2"), "unrecognized arguments"),
+        (("--max-num-seqs", "many"), "--max-num-seqs: Input should be a valid integer"),
+        (("--temperature", "-1"), "--temperature: Input should be greater than or equal to 0"),
+        (("--output", "out"), "absolute path"),
+        (("--output", "/in/out"), "should not lie in the input's directory"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_wrong(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_parts_cover_each_row_once(tmp_path: Path) -> None:
+    text = "".join(f"{'' if i % 3 else chr(10)}{{{i}}}\n" for i in range(25)).rstrip("\n")
+    (tmp_path / "b.jsonl").write_text(text)
+    (tmp_path / "a.jsonl").write_text("{0}\n" * 4)
+    (tmp_path / "_hidden.jsonl").write_text("{0}\n")
+    source = Location.of(str(tmp_path))
+    paths = [path for path, _ in source.files()]
+    args = parse("--rows-per-part", "4")
+    parts = list(split(args, source, paths))
+    assert [part.name for part in parts] == [f"part-{i:06d}.jsonl" for i in range(8)]
+    assert [part.first_row for part in parts] == [0, 4, 8, 12, 16, 20, 24, 28]
+    lines = [
+        line.strip()
+        for part in parts
+        for line in JsonlFormat().read(
+            Location(source.filesystem, part.path), part.start, part.num_rows
+        )
+    ]
+    assert lines == [b"{0}"] * 4 + [b"{%d}" % i for i in range(25)]
+
+
+def test_inputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        find_format([path for path, _ in Location.of(str(tmp_path / "none")).files()])
+    with pytest.raises(ValueError, match="decompress or rename"):
+        find_format(["a.jsonl", "a.jsonl.gz"])
+    with pytest.raises(ValueError, match="one job for each kind"):
+        find_format(["a.jsonl", "a.parquet"])
+    for columns, message in (
+        ({"text": ["a"]}, "no column 'prompt'"),
+        ({"prompt": ["a"], "text": ["b"]}, r"\['text'\], which the output adds"),
+    ):
+        parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+        source = Location.of(str(tmp_path / "a.parquet"))
+        with pytest.raises(ValueError, match=message):
+            list(ParquetFormat().split(source, 8))
+
+
+def test_an_output_belongs_to_one_job(tmp_path: Path) -> None:
+    output = Location.of(f"{tmp_path}/out")
+    files = [("/in", 9)]
+    claim_output(parse("--max-tokens", "3"), files, output)
+    claim_output(parse("--max-tokens", "4"), files, output)  # nothing was finished yet
+    output.write("part-000000.jsonl", b"")
+    claim_output(parse("--max-tokens", "4", "--num-replicas", "2"), files, output)
+    with pytest.raises(ValueError, match="sampling: the output was begun with"):
+        claim_output(parse("--max-tokens", "5"), files, output)
+    with pytest.raises(ValueError, match="files: the output was begun with"):
+        claim_output(parse("--max-tokens", "4"), [("/in", 10)], output)
+    (tmp_path / "out" / "_job.json").unlink()
+    with pytest.raises(ValueError, match="holds other files"):
+        claim_output(parse("--max-tokens", "4"), files, output)
+
+
+def test_any_fsspec_path_will_do() -> None:
+    output = Location.of("memory://batch/out")
+    output.write("part-000000.jsonl", b"x")
+    assert output.read("part-000000.jsonl") == b"x"
+    assert output.names() == {"part-000000.jsonl"}
+    assert [(Path(path).name, size) for path, size in output.files()] == [("part-000000.jsonl", 1)]
