@@ -19,9 +19,9 @@ def hash_block(parent: bytes, tokens: Sequence[int], salt: str) -> bytes:
     128 bits, so that equal hashes can be taken for equal content. Requests share blocks only when
     their cache salts are equal.
     """
-    digest = xxhash.xxh3_128(parent)
-    if not parent and salt:
-        digest.update(salt.encode("utf-8", "surrogatepass"))
+    # A digest stands before every block's tokens, so that no salt can be taken for a parent.
+    before = parent or xxhash.xxh3_128_digest(salt.encode("utf-8", "surrogatepass"))
+    digest = xxhash.xxh3_128(before)
     digest.update(np.asarray(tokens, dtype=np.int64).tobytes())
     return digest.digest()
 

@@ -26,6 +26,7 @@ class Detokenizer:
         self._stream = self._new_stream(prompt_token_ids[-_CONTEXT:])
         self._undecoded: list[int] = []  # tokens since the stream last gave text
         self._held = ""  # text that may be the beginning of a stop string
+        self._num_exempt = 0  # leading characters of it that came before min_tokens
         self.num_tokens = 0
         self.stop_string: str | None = None
 
@@ -56,7 +57,7 @@ class Detokenizer:
             text = self._stream.step(self._tokenizer, token)
         except Exception:  # the library's, when invalid UTF-8 confuses its prefix
             text = self._flush()
-            self._stream = self._new_stream([])
+            self._stream = self._new_stream([token])
             return text
         if text is None:
             return ""
@@ -78,11 +79,18 @@ class Detokenizer:
         text = self._held + text
         self._held = ""
         if self.num_tokens > self._params.min_tokens:
-            found = [(text.find(stop), stop) for stop in self._params.stop if stop in text]
+            found = [
+                (start, stop)
+                for stop in self._params.stop
+                if (start := text.find(stop, max(self._num_exempt - len(stop) + 1, 0))) >= 0
+            ]
             if found:
                 index, self.stop_string = min(found)
                 return text[:index]
+        else:
+            self._num_exempt = len(text)
         held = max(_overlap(text, stop) for stop in self._params.stop)
+        self._num_exempt = max(self._num_exempt - (len(text) - held), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 

@@ -31,7 +31,7 @@ class Request:
     num_published: int = field(init=False, default=0)  # leading blocks named in the pool
     num_computed: int = field(init=False, default=0)  # tokens whose KV is, or will be, in the cache
     num_pending: int = field(init=False, default=0)  # tokens being sampled by steps in flight
-    num_cached: int = field(init=False, default=0)  # prompt tokens found in the prefix cache
+    num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt_token_ids + self.output_token_ids

@@ -50,6 +50,8 @@ class Scheduler:
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._max_len = max_len
+        # Per step in flight, who gets its tokens: an id alone may have found another owner.
+        self._sampling: deque[list[Request]] = deque()
         self._eos_token_ids = eos_token_ids
 
     def add(self, request: Request) -> None:
@@ -61,6 +63,8 @@ class Scheduler:
             request.max_len = min(
                 self._max_len, len(request.prompt_token_ids) + request.params.max_tokens
             )
+        if len(request.token_ids) >= request.max_len:
+            raise ValueError(f"request {request.id!r} has all its {request.max_len} tokens already")
         self.requests[request.id] = request
         self.waiting.append(request)
 
@@ -77,7 +81,10 @@ class Scheduler:
         budget = self._schedule_running(plan, self._token_budget)
         if self.stats.preemptions == preemptions:
             self._schedule_waiting(plan, budget)
-        return plan if plan.scheduled else None
+        if not plan.scheduled:
+            return None
+        self._sampling.append([self.requests[r.request_id] for r in plan.scheduled if r.samples])
+        return plan
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         """Returns the budget that is left.
@@ -153,7 +160,7 @@ class Scheduler:
         request.block_table = list(cached)
         request.num_computed = len(cached) * self._block_size
         request.num_published = len(cached)
-        if not request.output_token_ids:
+        if request.num_cached is None and not request.output_token_ids:
             request.num_cached = request.num_computed
             self.stats.cached_tokens += request.num_computed
             self.stats.prompt_tokens += len(request.prompt_token_ids)
@@ -204,10 +211,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in the tokens of the oldest step in flight. Requests gone meanwhile are skipped."""
         deltas = []
-        sampled = (row for row in plan.scheduled if row.samples)
-        for row, token in zip(sampled, result.token_ids, strict=True):
-            request = self.requests.get(row.request_id)
-            if request is None:
+        for request, token in zip(self._sampling.popleft(), result.token_ids, strict=True):
+            if self.requests.get(request.id) is not request:
                 continue
             request.num_pending -= 1
             request.append(token)
@@ -227,7 +232,7 @@ class Scheduler:
             reason = "stop"
         elif len(request.token_ids) >= request.max_len:
             reason = "length"
-        return TokenDelta(request.id, [token], reason, stop_token, request.num_cached)
+        return TokenDelta(request.id, [token], reason, stop_token, request.num_cached or 0)
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.id]

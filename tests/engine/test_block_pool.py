@@ -45,7 +45,6 @@ def test_a_salt_may_be_any_string() -> None:
     assert chain([1], salt="\ud800") != chain([1], salt="\x00")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a 16-byte salt is mixed in exactly like a parent hash")
 def test_a_salt_cannot_pose_as_a_parent() -> None:
     """A salt that spells the hash of someone's block must not lead to what follows that block."""
     parent = b"sixteen letters!"

@@ -188,7 +188,6 @@ def test_a_live_id_cannot_be_used_twice() -> None:
         add(scheduler, "a", 4)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: results are matched to requests by id alone")
 def test_an_id_used_again_after_an_abort_gets_no_token_of_its_predecessor() -> None:
     scheduler = new_scheduler()
     add(scheduler, "a", 4)
@@ -239,7 +238,6 @@ def test_a_resumed_request_goes_on_where_it_was() -> None:
     assert (delta.token_ids, delta.finish_reason) == ([7], "length")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: goes past max_tokens, or never ends if chunked")
 def test_a_request_resumed_with_all_its_tokens_is_refused() -> None:
     scheduler = new_scheduler()
     with pytest.raises(ValueError):
@@ -442,7 +440,6 @@ def test_one_request_may_use_the_whole_pool() -> None:
     assert scheduler.stats.preemptions == 0
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: what a request left in the cache itself is counted")
 def test_a_request_preempted_within_its_prompt_does_not_count_as_cached() -> None:
     """num_cached tells a user what others had computed; stats count each prompt once."""
     scheduler = new_scheduler(num_blocks=47, block_size=1, max_num_batched_tokens=8)
