@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
     arguments += ("--output", str(output), "--rows-per-part", "8", *ENGINE, *GREEDY)
 
     job = jobs.submit(*arguments)
-    wait_until(lambda: len(finished_parts(output)) >= 3, what="the first parts")
+    wait_for_parts(job, output, 3)
     kill_driver(output)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode != 0, printed
@@ -137,7 +138,7 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
     assert 3 <= len(before) < 30
 
     job = jobs.submit(*arguments, "--num-replicas", "2")
-    wait_until(lambda: len(finished_parts(output)) > len(before), what="the next part")
+    wait_for_parts(job, output, len(before) + 1)
     kill_front(jobs)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 0, printed
@@ -159,6 +160,16 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
         assert line["response"]["body"]["error"] == line["error"]
         assert message in line["error"]["message"]
         assert set(line["error"]) == {"message", "type", "param", "code"}
+
+
+def wait_for_parts(job: "subprocess.Popen[str]", output: Path, count: int) -> None:
+    """Fails at once when the job has ended, with what it said."""
+
+    def are_there() -> bool:
+        assert job.poll() is None, job.communicate()[0]
+        return len(finished_parts(output)) >= count
+
+    wait_until(are_there, 120, f"{count} parts of a batch")
 
 
 def kill_front(jobs: JobCluster) -> None:
