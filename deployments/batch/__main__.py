@@ -73,6 +73,7 @@ def answer(args: BatchArgs, parts: list[Part]) -> Iterator[PartReport]:
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []  # they advise on memory that is code
     ray.init(ignore_reinit_error=True)
     if args.device == "auto":
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
