@@ -223,7 +223,10 @@ def sample(
     greedy = temperature == 0
     if bool(greedy.all()):
         return greedy_tokens
-    logits = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
+    logits = logits.float()
+    # Relative to the best, so that no temperature is low enough to make it overflow.
+    logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     probs = torch.softmax(logits, -1)
     if bool((min_p > 0).any()):
         floor = probs.amax(-1, keepdim=True) * min_p.unsqueeze(1)
