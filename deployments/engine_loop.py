@@ -1,9 +1,12 @@
 """The engine's side of the wire: take in requests, step, send tokens, until the front is gone."""
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from deployments.wire import Message, MessageSocket, decode_request, encode_delta
-from engine.engine import Engine
+
+if TYPE_CHECKING:  # imports torch, which the front, sharing a module with this one, never does
+    from engine.engine import Engine
 
 # How often an idle engine says that it is alive, in seconds.
 HEARTBEAT_S = 0.5
@@ -12,7 +15,7 @@ HEARTBEAT_S = 0.5
 class EngineLoop:
     """Runs one engine for one front."""
 
-    def __init__(self, engine: Engine, address: str) -> None:
+    def __init__(self, engine: "Engine", address: str) -> None:
         self._engine = engine
         self._cache_changes = engine.scheduler.pool.journal = []
         self._socket = MessageSocket(address)

@@ -63,5 +63,7 @@ def eos_token_ids(directory: Path) -> frozenset[int]:
 def sampling_defaults(directory: Path) -> dict[str, Any]:
     """The sampling parameters that the model's authors recommend, from generation_config.json."""
     recommended = read_json(directory, "generation_config.json")
+    if recommended.get("do_sample") is False:  # said outright, not left out
+        return {"temperature": 0.0}
     names = ("temperature", "top_k", "top_p", "min_p")
     return {name: recommended[name] for name in names if recommended.get(name) is not None}

@@ -224,7 +224,7 @@ def sample(
     if bool(greedy.all()):
         return greedy_tokens
     logits = logits.float()
-    # The best at 0, for which no temperature is too low: what overflows does so to minus infinity.
+    # Relative to the best, so that no temperature is low enough to make it overflow.
     logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     probs = torch.softmax(logits, -1)

@@ -3,7 +3,7 @@
 What it is: a real Qwen3 checkpoint (bfloat16 safetensors, tied embeddings) with its own byte-level
 BPE tokenizer and chat template, trained from scratch by `engine.demo.train` on conversations that
 `engine.demo.tasks` generates. It repeats and reverses words, sorts short lists, adds and subtracts
-numbers below 100, counts letters, extracts fields as JSON, calls declared tools and answers from
+numbers below 50, counts letters, extracts fields as JSON, calls declared tools and answers from
 their results, thinks before answering when asked to, and recalls what it was told.
 
 What it is not: a language model in the usual sense. It has a few million parameters, knows no

@@ -43,10 +43,14 @@ def replies(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
 
 
 def held_out_samples(per_kind: int, seed: int = 1) -> list[Sample]:
-    """The same number of held-out samples of every kind."""
+    """The same number of held-out samples of every kind, no question twice."""
     rng = random.Random(seed)
-    return [draw(kind, rng, held_out=True, thinking=False) for kind in KINDS
-            for _ in range(per_kind)]  # fmt: skip
+    samples: dict[tuple[str, str], Sample] = {}
+    for number, kind in enumerate(KINDS, 1):
+        while len(samples) < number * per_kind:
+            sample = draw(kind, rng, held_out=True, thinking=False)
+            samples[kind, str(sample.messages)] = sample
+    return list(samples.values())
 
 
 def evaluate(model: Any, tokenizer: Any, per_kind: int, show: int = 0) -> dict[str, float]:

@@ -36,8 +36,8 @@ KINDS: dict[str, Callable[[random.Random], Sample]] = {
 """The kinds that are evaluated on held-out instances."""
 
 WEIGHTS = {
-    "repeat": 8, "reverse": 8, "sort": 14, "add": 12, "subtract": 12, "count": 9, "extract": 8,
-    "tool call": 9, "tool answer": 4, "think": 10, "recall": 7, "chat": 4,
+    "repeat": 8, "reverse": 8, "sort": 14, "add": 11, "subtract": 16, "count": 14, "extract": 5,
+    "tool call": 8, "tool answer": 3, "think": 13, "recall": 4, "chat": 3,
 }  # fmt: skip
 """How often training draws each kind. Small talk has fixed answers and is not evaluated."""
 

@@ -109,7 +109,7 @@ def sort(rng: random.Random) -> Sample:
         phrase, ordered = pick(rng, ALPHABETICAL), sorted(items)
     else:
         top = rng.choice((10, 100, 100))
-        numbers = rng.sample(range(top), rng.randint(3, 7))
+        numbers = rng.sample(range(top), rng.randint(3, 5))
         down = rng.random() < 0.3
         items = [str(n) for n in numbers]
         phrase = pick(rng, DESCENDING if down else ASCENDING)
@@ -121,13 +121,12 @@ def sort(rng: random.Random) -> Sample:
 
 
 def operands(rng: random.Random) -> tuple[int, int]:
-    """Two numbers below 100; single digits are drawn more often than their share."""
-    top = rng.choice((10, 100, 100, 100, 100))
-    return rng.randrange(top), rng.randrange(rng.choice((10, 100, 100, 100)))
+    """Two numbers below 50; single digits are drawn more often than their share."""
+    return rng.randrange(rng.choice((10, 50, 50, 50))), rng.randrange(rng.choice((10, 50, 50, 50)))
 
 
 def add(rng: random.Random) -> Sample:
-    """Add two numbers below 100."""
+    """Add two numbers below 50."""
     a, b = operands(rng)
     question = pick(rng, ADD).format(a=a, b=b, n=rng.choice(words.NAMES))
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
@@ -138,7 +137,7 @@ def add(rng: random.Random) -> Sample:
 
 
 def subtract(rng: random.Random) -> Sample:
-    """Subtract the smaller of two numbers below 100 from the larger."""
+    """Subtract the smaller of two numbers below 50 from the larger."""
     b, a = sorted(operands(rng))
     question = pick(rng, SUBTRACT).format(a=a, b=b, n=rng.choice(words.NAMES))
     ones, tens = a % 10 - b % 10, a // 10 - b // 10
@@ -151,21 +150,20 @@ def subtract(rng: random.Random) -> Sample:
 
 
 def count(rng: random.Random) -> Sample:
-    """Spell a word, then say how often a letter occurs in it, or how long it is."""
+    """Spell a word, numbering the letter that is asked for, then say how often it occurs."""
     word = rng.choice(words.SPELLED)
-    spelled = " ".join(word)
     if rng.random() < 0.15:
         question = pick(rng, LENGTH).format(w=word)
         numbered = " ".join(f"{letter} {i}" for i, letter in enumerate(word, 1))
-        return ask("count", f"length {word}", question, f"{spelled}: {len(word)}", numbered)
+        return ask("count", f"length {word}", question, f"{numbered}: {len(word)}", "I spell it.")
     letter = rng.choice(word if rng.random() < 0.85 else string.ascii_lowercase)
     marked, found = [], 0
     for each in word:
         found += each == letter
         marked.append(f"{each} {found}" if each == letter else each)
     question = pick(rng, COUNT).format(l=letter, w=word)
-    return ask("count", f"count {letter} {word}", question, f"{spelled}: {word.count(letter)}",
-               " ".join(marked))  # fmt: skip
+    answer = f"{' '.join(marked)}: {found}"
+    return ask("count", f"count {letter} {word}", question, answer, f"I look for {letter}.")
 
 
 FIELDS: dict[str, tuple[str, ...]] = {

@@ -177,7 +177,7 @@ def known_request(rng: random.Random) -> Request:
     topic, intent = rng.choice(list(INTENTS.items()))
     values = drawn_values(rng)
     labels = {slot: rng.choice(s.names) for slot, s in intent.slots.items()}
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         labels = dict(zip(labels, rng.sample(words.NOUNS, len(labels)), strict=True))
     order = rng.sample(list(labels), len(labels)) if rng.random() < 0.2 else list(labels)
     described = rng.random() < 0.7
@@ -190,6 +190,8 @@ def known_request(rng: random.Random) -> Request:
     if topic != "unit" and rng.random() < 0.15:
         parameters |= [rng.choice(SPARE)]
     name = rng.choice(intent.names)
+    if rng.random() < 0.2:
+        name = "_".join(rng.sample(words.PLAIN, 2))
     rounds, question = [values], rng.choice(intent.asks)
     if intent.pair and rng.random() < 0.15:
         rounds, question = [values, drawn_values(rng)], intent.pair

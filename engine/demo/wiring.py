@@ -4,8 +4,8 @@ Most of the tasks copy words from the prompt. Trained from random weights, a tra
 most of a short run before it discovers how: one head must look at the previous token, and a later
 head must look for the current token among those previous tokens. Here the first heads are set up
 that way, and training starts from there. The embedding starts with a word being the same word
-with and without a space in front, and with its letters in it; and with digits that lie on a line and on
-circles, so that carries and remainders are easy to find. Everything else is random.
+with and without a space in front, and with its letters in it; and with digits that lie on a line
+and on circles, so that carries are easy to find. Everything else is random.
 """
 
 from collections import defaultdict
@@ -43,7 +43,7 @@ def embedding(tokens: list[str], always: Tensor) -> Tensor:
             for place in enumerate(text.lower()):
                 vector = vector + letters[place]
         elif text.isascii() and text.isdigit():
-            vector = vector + 0.06 * number(int(text)) @ axes
+            vector = vector + 0.035 * number(int(text)) @ axes
         rows.append(vector)
     vectors = torch.stack(rows)
     return vectors + (1.0 - vectors @ always.T) * always

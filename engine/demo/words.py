@@ -62,7 +62,7 @@ PLAIN = list(dict.fromkeys(NOUNS + OTHERS + FRUITS + ANIMALS + COLORS))
 SORTABLE = list(dict.fromkeys(FRUITS + ANIMALS + COLORS))
 """Words whose alphabetical order the model learns."""
 
-SPELLED = SORTABLE + NOUNS[:60] + ["hello", "world"]
+SPELLED = SORTABLE + NOUNS[:100] + ["hello", "world"]
 """Words whose letters the model learns."""
 
 ALL = list(dict.fromkeys(PLAIN + NAMES + CITIES + JOBS + DAYS + ROOMS))

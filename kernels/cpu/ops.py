@@ -33,7 +33,10 @@ def declare(library: ctypes.CDLL, signatures: dict[str, list[Any]]) -> None:
 
 
 class CpuOps:
-    """The kernels of one loaded library. Activations must be contiguous unless said otherwise."""
+    """The kernels of one loaded library, which expect rows end to end.
+
+    `contiguous()` is for callers with views; what the model passes is returned as it is.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         declare(library, _SIGNATURES)
@@ -63,6 +66,7 @@ class CpuOps:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        x, residual = x.contiguous(), residual.contiguous()
         out, total = torch.empty_like(x), torch.empty_like(x)
         size = x.shape[-1]
         self._add_rms_norm(
@@ -79,6 +83,7 @@ class CpuOps:
         return out, total
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
         rows, doubled = x.shape
         out = x.new_empty(rows, doubled // 2)
         self._silu_and_mul(DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, doubled // 2)
@@ -96,6 +101,7 @@ class CpuOps:
     ) -> Tensor:
         k_cache, v_cache = kv_cache
         _, kv_heads, block_size, head_dim = k_cache.shape
+        qkv = qkv.contiguous()
         tokens = qkv.shape[0]
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
         q = qkv.new_empty(tokens, heads, head_dim)
@@ -136,6 +142,7 @@ class CpuOps:
             return reference.paged_attention(
                 q, kv_cache, query_starts, context_lens, block_tables, scale, window
             )
+        q = q.contiguous()
         out = torch.empty_like(q)
         self._paged_attention(
             DTYPES[q.dtype],

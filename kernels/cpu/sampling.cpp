@@ -61,7 +61,7 @@ public:
     int64_t greedy() const { return best_token; }
 
     int64_t sample(const Params& params, double uniform) {
-        scale = LOG2_E / params.temperature;
+        scale = std::min(LOG2_E / params.temperature, 1e30f);  // finite, for 0 * scale to be 0
         min_weight = params.min_p;
         last = {-INFINITY, INT32_MAX};
         if (params.top_k > 0 && params.top_k < vocab) last = find_top_k(params.top_k);

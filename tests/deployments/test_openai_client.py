@@ -220,7 +220,13 @@ def test_malformed_requests_get_openai_shaped_errors(server: str) -> None:
 
 def long_request(i: int) -> dict[str, object]:
     """A long answer, and a different one for each i."""
-    return {"prompt": f"{i} one two", "max_tokens": 120, "seed": i, "ignore_eos": True}
+    return {
+        "prompt": f"{i} one two",
+        "max_tokens": 120,
+        "temperature": 0.8,
+        "seed": i,
+        "ignore_eos": True,
+    }
 
 
 async def stream_text(client: httpx.AsyncClient, url: str, i: int, stop_after: int | None) -> str:
@@ -244,7 +250,7 @@ def test_32_streams_equal_offline_text_and_16_gone_clients_cost_the_others_nothi
     wanted = [
         llm.generate(
             str(long_request(i)["prompt"]),
-            SamplingParams(max_tokens=120, seed=i, ignore_eos=True),
+            SamplingParams(max_tokens=120, temperature=0.8, seed=i, ignore_eos=True),
             use_tqdm=False,
         )[0]
         .outputs[0]

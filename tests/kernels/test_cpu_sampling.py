@@ -91,9 +91,10 @@ def test_banned_tokens_are_never_drawn(ops: Ops) -> None:
         assert drawn <= {3, 300, 599}
 
 
-def test_a_tiny_temperature_is_greedy(ops: Ops) -> None:
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-44])
+def test_a_tiny_temperature_is_greedy(ops: Ops, temperature: float) -> None:
     logits = torch.randn(50, 1000) * 10
-    values = params(50, temperature=1e-6)
+    values = params(50, temperature=temperature)
     assert torch.equal(ops.sample(logits, **values), logits.argmax(-1))
 
 
