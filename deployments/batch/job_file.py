@@ -9,20 +9,24 @@ from deployments.batch.storage import Location
 # Readers of data sets skip names that begin with an underscore.
 JOB_FILE = "_job.json"
 
-# Arguments that decide which rows a part has and what their answers are. All others, such as the
-# number of replicas or the size of the block pool, may differ from run to run.
-_DECISIVE = (
-    "input",
-    "rows_per_part",
-    "sampling",
-    "model",
-    "revision",
-    "served_model_name",
-    "dtype",
-    "load_format",
-    "max_model_len",
-    "seed",
-)
+# Arguments that change neither which rows a part has nor, rounding aside, their answers. They may
+# differ from run to run; all others must not.
+_FREE = {
+    "output",  # the same place may have several names
+    "num_replicas",
+    "device",
+    "num_threads",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "tensor_parallel_size",
+    "block_size",
+    "num_blocks",
+    "enable_prefix_caching",
+    "async_scheduling",
+    "num_cpus_per_shard",
+    "heartbeat_timeout_s",
+    "max_restarts",
+}
 
 
 def claim_output(args: BatchArgs, files: list[tuple[str, int]], output: Location) -> None:
@@ -31,7 +35,7 @@ def claim_output(args: BatchArgs, files: list[tuple[str, int]], output: Location
     Args:
         files: (path, size) of the input's files.
     """
-    job = args.model_dump(mode="json", include=set(_DECISIVE), exclude_unset=True)
+    job = args.model_dump(mode="json", exclude=_FREE, exclude_unset=True)
     job["files"] = [list(file) for file in files]
     names = output.names()
     if all(name.startswith("_") for name in names):  # nothing is finished yet

@@ -288,6 +288,8 @@ def test_an_output_belongs_to_one_job(tmp_path: Path) -> None:
     claim_output(parse("--max-tokens", "4", "--num-replicas", "2"), files, output)
     with pytest.raises(ValueError, match="sampling: the output was begun with"):
         claim_output(parse("--max-tokens", "5"), files, output)
+    with pytest.raises(ValueError, match="quantization: the output was begun with None"):
+        claim_output(parse("--max-tokens", "4", "--quantization", "w8a8"), files, output)
     with pytest.raises(ValueError, match="files: the output was begun with"):
         claim_output(parse("--max-tokens", "4"), [("/in", 10)], output)
     (tmp_path / "out" / "_job.json").unlink()
