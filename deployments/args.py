@@ -23,6 +23,9 @@ class DeploymentArgs(EngineConfig):
         gt=0,
         description="An engine silent for so long is dead; must exceed the longest step.",
     )
+    startup_timeout_s: float = Field(
+        1800, gt=0, description="An engine that takes longer to load is started anew."
+    )
     max_restarts: int = Field(
         10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
     )

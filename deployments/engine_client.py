@@ -140,6 +140,7 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
+        self.stats = {}
         self._connected.clear()
 
     def _adopt(self, writer: asyncio.StreamWriter) -> None:

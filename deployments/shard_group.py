@@ -98,6 +98,7 @@ class ShardGroup:
         ends: list[asyncio.Future[None]] = []
         try:
             ends = await self._start()
+            deadline = time.monotonic() + self._args.startup_timeout_s
             while True:
                 done, _ = await asyncio.wait(
                     ends, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED
@@ -106,6 +107,8 @@ class ShardGroup:
                     return _describe(done.pop().exception())
                 if self._client.is_silent(self._args.heartbeat_timeout_s):
                     return f"no heartbeat for {self._args.heartbeat_timeout_s:g} s"
+                if not self._client.is_connected and time.monotonic() > deadline:
+                    return f"not ready within startup_timeout_s={self._args.startup_timeout_s:g}"
         except ray.exceptions.RayError as error:
             return _describe(error)
         finally:

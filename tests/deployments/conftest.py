@@ -55,7 +55,9 @@ def tiny_model(checkpoints: CheckpointFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(cluster: str) -> Iterator[str]:
     """The demo model in float32 under /demo; yields its base URL."""
-    args = AppArgs(dtype="float32", max_num_seqs=32, num_blocks=600, max_model_len=1024, num_threads=1)
+    args = AppArgs(
+        dtype="float32", max_num_seqs=32, num_blocks=600, max_model_len=1024, num_threads=1
+    )
     serve.run(app(args), name="demo", route_prefix="/demo")
     yield f"{cluster}/demo"
     serve.delete("demo")
