@@ -1,15 +1,14 @@
 """`deployments:app`, the builder that `serve run` and `serve deploy` call."""
 
-from pathlib import Path
 from typing import Any
 
-import ray
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments import ray_private
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
+from deployments.devices import with_device
 from deployments.ingress_router import IngressRouter
 from deployments.replica import Replica
 from deployments.request_router import router_config
@@ -30,8 +29,7 @@ def app(args: AppArgs) -> Application:
 
 def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
     """As `app`, with a routing policy to choose."""
-    if args.device == "auto":
-        args = args.model_copy(update={"device": "cuda" if _has_gpus() else "cpu"})
+    args = with_device(args)
     by_body = ray_private.can_route_by_body()
     options: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
@@ -54,17 +52,3 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000
     ).bind(replicas, args)
     return ray_private.with_ingress_router(replicas, router)
-
-
-def _has_gpus() -> bool:
-    """Whether the cluster has GPUs, or, before `serve run` starts a local one, this machine."""
-    if ray.is_initialized():
-        return ray.cluster_resources().get("GPU", 0) > 0
-    try:
-        ray.init(address="auto", log_to_driver=False)
-    except ConnectionError:
-        return any(Path("/dev").glob("nvidia[0-9]*"))
-    try:
-        return ray.cluster_resources().get("GPU", 0) > 0
-    finally:
-        ray.shutdown()  # `serve run` connects with its own runtime environment

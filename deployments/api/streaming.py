@@ -28,7 +28,7 @@ class Output:
 
 
 async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
-    """Raises ApiError when the engine fails before the end."""
+    """Raises what the stream raises: EngineUnavailableError, or ValueError if it is refused."""
     text = []
     async for delta in deltas:
         text.append(delta.text)

@@ -16,6 +16,7 @@ from deployments.batch.parts import Part, split
 from deployments.batch.progress import Progress
 from deployments.batch.replica import AnswerParts, PartReport
 from deployments.batch.storage import Location
+from deployments.devices import with_device
 
 # Seconds between progress lines.
 _PROGRESS_S = 5.0
@@ -75,9 +76,7 @@ def answer(args: BatchArgs, parts: list[Part]) -> Iterator[PartReport]:
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they advise on memory that is code
     ray.init(ignore_reinit_error=True)
-    if args.device == "auto":
-        has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        args = args.model_copy(update={"device": "cuda" if has_gpus else "cpu"})
+    args = with_device(args)
     parts_at_once = _parts_at_once(args)
     reports = ray.data.from_items(
         [asdict(part) for part in parts], override_num_blocks=len(parts)

@@ -20,14 +20,6 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def ops() -> Ops:
-    selected = select_ops(torch.device("cpu"))
-    if selected.name == "cpu-torch":
-        pytest.skip("no C++ compiler here")
-    return selected
-
-
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     tolerance = TOLERANCE[expected.dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

@@ -5,15 +5,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from kernels import Ops, reference, select_ops
-
-
-@pytest.fixture(scope="module")
-def ops() -> Ops:
-    selected = select_ops(torch.device("cpu"))
-    if selected.name == "cpu-torch":
-        pytest.skip("no C++ compiler here")
-    return selected
+from kernels import Ops, reference
 
 
 def params(rows: int, seed: int = 0, **fixed: float) -> dict[str, Tensor]:
