@@ -37,7 +37,8 @@ from ray.serve.experimental.round_robin_router import RoundRobinRouter
 
 from deployments.args import AppArgs
 from deployments.builder import build
-from deployments.request_router import PrefixRequestRouter, RoutedPrompt, router_config
+from deployments.request_router import PrefixRequestRouter, router_config
+from deployments.routing import RoutedPrompt
 from engine import checkpoint
 from engine.block_pool import BlockPool, extend_hashes
 from engine.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ class LeastLoadedRouter(PrefixRequestRouter):
     async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
         if pending_request is not None and pending_request.args:
             prompt = pending_request.args[0]
-            pending_request.args = [RoutedPrompt([], prompt.num_tokens, prompt.block_size)]
+            pending_request.args = [RoutedPrompt((), prompt.num_tokens, prompt.block_size)]
         return await super().choose_replicas(candidate_replicas, pending_request)
 
 

@@ -16,8 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments import ray_private
 from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
 from deployments.args import AppArgs
-from deployments.request_router import RoutedPrompt
-from deployments.routing import short
+from deployments.routing import RoutedPrompt, short
 from engine import checkpoint
 from engine.block_pool import extend_hashes
 from engine.tokenizer import Tokenizer

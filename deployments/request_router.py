@@ -1,24 +1,18 @@
-"""Manta's routing as Ray Serve's request router: ranks the replicas for one request."""
+"""Manta's routing as Ray Serve's request router: ranks the replicas for one request.
 
-from dataclasses import dataclass
+Serve pickles this module by value, so its classes are not those that another process imports: what
+a routing call carries is defined elsewhere.
+"""
+
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.routing import PrefixBalancer, report_from_stats
+from deployments.routing import PrefixBalancer, RoutedPrompt, report_from_stats
 
 # How often Serve asks the replicas for their reports; it gets no faster than this.
 _REPORT_PERIOD_S = 1.0
-
-
-@dataclass(frozen=True)
-class RoutedPrompt:
-    """What is known of a prompt before a replica has it: the first argument of a routing call."""
-
-    hashes: list[bytes]  # of its full blocks, as `routing.short` cuts them
-    num_tokens: int
-    block_size: int
 
 
 class PrefixRequestRouter(RequestRouter):
@@ -42,12 +36,12 @@ class PrefixRequestRouter(RequestRouter):
         self._balancer.update(
             {name: report_from_stats(r.routing_stats) for name, r in by_name.items()}
         )
-        prompt, session = RoutedPrompt([], 0, 1), ""
+        prompt, session = RoutedPrompt(), ""
         if pending_request is not None:
             session = pending_request.metadata.session_id
             if pending_request.args and isinstance(pending_request.args[0], RoutedPrompt):
                 prompt = pending_request.args[0]
-        chosen = self._balancer.choose(prompt.hashes, prompt.num_tokens, prompt.block_size, session)
+        chosen = self._balancer.choose(prompt, session)
         ranked = [[by_name[chosen]]]
         others = [replica for name, replica in by_name.items() if name != chosen]
         return [*ranked, others] if others else ranked

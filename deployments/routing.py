@@ -40,8 +40,20 @@ class ReplicaReport:
         return self.uncomputed_tokens + (self.running + self.waiting) * RUNNING_COST_TOKENS
 
 
+@dataclass(frozen=True)
+class RoutedPrompt:
+    """What is known of a prompt before a replica has it."""
+
+    hashes: Sequence[bytes] = ()  # of its full blocks, as `short` cuts them; empty when unknown
+    num_tokens: int = 0
+    block_size: int = 1
+
+
 def short(block_hash: bytes) -> bytes:
     return block_hash[:HASH_BYTES]
+
+
+_UNKNOWN = RoutedPrompt()
 
 
 @dataclass
@@ -98,36 +110,28 @@ class PrefixBalancer:
             if report is not None:
                 replica.take_report(report, self._clock())
 
-    def choose(
-        self,
-        hashes: Sequence[bytes] = (),
-        num_tokens: int = 0,
-        block_size: int = 1,
-        session: str = "",
-    ) -> str:
+    def choose(self, prompt: RoutedPrompt = _UNKNOWN, session: str = "") -> str:
         """The replica for a prompt; raises LookupError when there is none.
 
-        Args:
-            hashes: of the prompt's full blocks (`short`), empty when unknown.
-            num_tokens: length of the prompt, 0 when unknown.
-            session: requests of one session stay together while that costs little.
+        Requests of one `session` stay together while that costs little.
         """
         if not self._replicas:
             raise LookupError("there is no replica")
         now = self._clock()
         costs = {}
         for name, replica in self._replicas.items():
-            uncached = max(num_tokens - replica.count_hits(hashes) * block_size, 0)
+            hits = replica.count_hits(prompt.hashes) * prompt.block_size
+            uncached = max(prompt.num_tokens - hits, 0)
             costs[name] = (replica.load(now) + uncached, uncached)
         # Equal costs go to the same replica for the same prompt, and spread over all prompts.
-        salt = session or (hashes[0].hex() if hashes else "")
+        salt = session or (prompt.hashes[0].hex() if prompt.hashes else "")
         ranked = sorted(costs, key=lambda name: (costs[name][0], _rank(salt, name)))
         chosen = ranked[0]
         if session:
             home = max(costs, key=lambda name: _rank(session, name))
             limit = costs[chosen][0] * _SESSION_OVERLOAD + _SESSION_SLACK_TOKENS
             chosen = home if costs[home][0] <= limit else chosen
-        self._replicas[chosen].note_sent(hashes, costs[chosen][1] + RUNNING_COST_TOKENS, now)
+        self._replicas[chosen].note_sent(prompt.hashes, costs[chosen][1] + RUNNING_COST_TOKENS, now)
         return chosen
 
 

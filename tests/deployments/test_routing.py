@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from deployments.routing import RUNNING_COST_TOKENS, PrefixBalancer, ReplicaReport, short
+from deployments.routing import (
+    RUNNING_COST_TOKENS,
+    PrefixBalancer,
+    ReplicaReport,
+    RoutedPrompt,
+    short,
+)
 
 BLOCK = 16
 
@@ -54,20 +60,20 @@ def test_without_replicas_there_is_an_error(balancer: PrefixBalancer) -> None:
 def test_a_prompt_goes_where_its_blocks_are(balancer: PrefixBalancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(), "b": report(cached=prompt[:6]), "c": report(cached=prompt[:3])})
-    assert balancer.choose(prompt, 160, BLOCK) == "b"
+    assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
 def test_blocks_count_only_as_a_prefix(balancer: PrefixBalancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(cached=prompt[1:]), "b": report(cached=prompt[:2])})
-    assert balancer.choose(prompt, 160, BLOCK) == "b"
+    assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
 def test_load_outweighs_a_prefix_that_saves_less(balancer: PrefixBalancer) -> None:
     prompt = blocks("p", 10)
     busy = report(cached=prompt, uncomputed=1000)
     balancer.update({"busy": busy, "idle": report()})
-    assert balancer.choose(prompt, 160, BLOCK) == "idle"
+    assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "idle"
 
 
 def test_a_prefix_outweighs_less_load_than_it_saves(balancer: PrefixBalancer) -> None:
@@ -75,7 +81,7 @@ def test_a_prefix_outweighs_less_load_than_it_saves(balancer: PrefixBalancer) ->
     busy = report(cached=prompt, running=10)
     assert 10 * RUNNING_COST_TOKENS < 1600
     balancer.update({"busy": busy, "idle": report()})
-    assert balancer.choose(prompt, 1600, BLOCK) == "busy"
+    assert balancer.choose(RoutedPrompt(prompt, 1600, BLOCK)) == "busy"
 
 
 def test_what_was_just_sent_counts_before_it_is_reported(
@@ -83,23 +89,23 @@ def test_what_was_just_sent_counts_before_it_is_reported(
 ) -> None:
     prompt = blocks("p", 100)
     balancer.update({"a": report(), "b": report()})
-    first = balancer.choose(prompt, 1600, BLOCK)
+    first = balancer.choose(RoutedPrompt(prompt, 1600, BLOCK))
     clock.now += 2.0  # by then the replica has worked it off
-    assert balancer.choose(prompt, 1600, BLOCK) == first
+    assert balancer.choose(RoutedPrompt(prompt, 1600, BLOCK)) == first
     # The next report may have been made before the blocks were computed, the one after not.
     balancer.update({"a": report(2), "b": report(2)})
     clock.now += 2.0
-    assert balancer.choose(prompt, 1600, BLOCK) == first
+    assert balancer.choose(RoutedPrompt(prompt, 1600, BLOCK)) == first
     balancer.update({"a": report(3), "b": report(3)})
     balancer.update({"a": report(4), "b": report(4)})
     balancer.update({first: report(5, uncomputed=1), ("b" if first == "a" else "a"): report(5)})
     clock.now += 0.0
-    assert balancer.choose(prompt, 1600, BLOCK) != first
+    assert balancer.choose(RoutedPrompt(prompt, 1600, BLOCK)) != first
 
 
 def test_a_burst_of_different_prompts_spreads_evenly(balancer: PrefixBalancer) -> None:
     balancer.update({name: report() for name in "abcd"})
-    chosen = [balancer.choose(blocks(f"p{i}", 10), 160, BLOCK) for i in range(40)]
+    chosen = [balancer.choose(RoutedPrompt(blocks(f"p{i}", 10), 160, BLOCK)) for i in range(40)]
     assert sorted(chosen.count(name) for name in "abcd") == [10, 10, 10, 10]
 
 
@@ -139,11 +145,11 @@ def test_sessions_spread_over_replicas(balancer: PrefixBalancer, clock: Clock) -
 def test_a_replica_that_is_gone_gets_nothing(balancer: PrefixBalancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(cached=prompt), "b": report()})
-    assert balancer.choose(prompt, 160, BLOCK) == "a"
+    assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "a"
     balancer.update({"b": report()})
-    assert balancer.choose(prompt, 160, BLOCK) == "b"
+    assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
 def test_a_new_replica_without_a_report_takes_part(balancer: PrefixBalancer) -> None:
     balancer.update({"old": report(uncomputed=5000), "new": None})
-    assert balancer.choose(blocks("p", 4), 64, BLOCK) == "new"
+    assert balancer.choose(RoutedPrompt(blocks("p", 4), 64, BLOCK)) == "new"
