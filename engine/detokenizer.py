@@ -37,6 +37,9 @@ class Detokenizer:
         it; nothing more may be pushed.
         """
         emitted = ""
+        if not self._params.detokenize:
+            self.num_tokens += len(token_ids)
+            return emitted
         for token in token_ids:
             self.num_tokens += 1
             emitted += self._search(self._decode(token))
@@ -86,6 +89,8 @@ class Detokenizer:
             ]
             if found:
                 index, self.stop_string = min(found)
+                if self._params.include_stop_str_in_output:
+                    index += len(self.stop_string)
                 return text[:index]
         else:
             self._num_exempt = len(text)

@@ -34,6 +34,7 @@ class Engine:
             max_model_len=self.runner.max_len,
             num_blocks=self.runner.num_blocks,
             block_size=config.block_size,
+            eos_token_ids=sorted(self.runner.eos_token_ids),
         )
         pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
