@@ -51,6 +51,11 @@ class Detokenizer:
                 emitted, self._held = emitted + self._held, ""
         return emitted
 
+    @property
+    def holds_back(self) -> bool:
+        """Whether there are tokens whose text has not come out yet, or not all of it."""
+        return bool(self._held or self._undecoded)
+
     def _new_stream(self, context: Sequence[int]) -> DecodeStream:
         return DecodeStream(ids=list(context), skip_special_tokens=self._params.skip_special_tokens)
 

@@ -45,6 +45,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
         self.limits.check(request.token_ids, request.params)
+        if request.params.n != 1:
+            raise ValueError(
+                f"n: a request has one output (got {request.params.n}); make one per choice"
+            )
+        if request.params.bad_words:
+            raise ValueError(
+                "bad_words: an engine knows no words; give their tokens as bad_words_token_ids"
+            )
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:

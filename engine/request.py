@@ -104,12 +104,6 @@ class RequestLimits:
                     f"{name}: token id {out_of_range[0]} is outside the vocabulary "
                     f"(0 to {self.vocab_size - 1})"
                 )
-        if params.bad_words:
-            raise ValueError(
-                "bad_words: an engine knows no words; give their tokens as bad_words_token_ids"
-            )
-        if params.n != 1:
-            raise ValueError(f"n: a request has one output (got {params.n}); make one per choice")
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= set(self.eos_token_ids)
