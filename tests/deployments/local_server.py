@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import openai
 import uvicorn
 from fastapi import FastAPI
 
@@ -31,6 +32,16 @@ class LocalServer:
     front: Front
     api: FastAPI
     engine: Any  # engine.engine.Engine
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(
+            **({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options)
+        )
+
+    def async_client(self, **options: Any) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            **({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options)
+        )
 
     def is_idle(self) -> bool:
         """Whether no request is live and no block is held."""
