@@ -1,7 +1,8 @@
 """A request as the engine knows it: tokens in, tokens out, and how far it has come."""
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from engine.block_pool import extend_hashes
@@ -41,6 +42,11 @@ class Request:
         self.token_ids = self.prompt_token_ids + self.output_token_ids
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They come with the first output token; who has one has them already."""
+        return self.params.prompt_logprobs is not None and not self.output_token_ids
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output, counting tokens that are still being sampled."""
         return len(self.token_ids) + self.num_pending
@@ -67,6 +73,7 @@ class RequestLimits:
     max_model_len: int
     num_blocks: int
     block_size: int
+    eos_token_ids: Collection[int] = ()
 
     @property
     def max_len(self) -> int:
@@ -91,6 +98,9 @@ class RequestLimits:
         for name, tokens in (
             ("prompt", prompt_token_ids),
             ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words_token_ids", itertools.chain(*params.bad_words_token_ids)),
         ):
             out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
             if out_of_range:
@@ -98,3 +108,15 @@ class RequestLimits:
                     f"{name}: token id {out_of_range[0]} is outside the vocabulary "
                     f"(0 to {self.vocab_size - 1})"
                 )
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops |= set(self.eos_token_ids)
+        if (
+            params.min_tokens > 0
+            and params.allowed_token_ids is not None
+            and (stops.issuperset(params.allowed_token_ids))
+        ):
+            raise ValueError(
+                "allowed_token_ids: all of them end the output, which min_tokens does not allow; "
+                "add others or leave min_tokens out"
+            )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.request import Request
-from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenDelta
+from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenDelta, TokenLogprobs
 
 # What a later arrival counts for, with the policy "shortest": a prompt that is longer by n tokens
 # is overtaken by n / 32 requests at most.
@@ -162,6 +162,8 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix that leaves a token to compute, for its logits."""
+        if request.wants_prompt_logprobs:
+            return []  # needs the logits of all its tokens
         hashes = request.hash_full_blocks(self._block_size)
         return self.pool.lookup(hashes[: (request.num_tokens - 1) // self._block_size])
 
@@ -235,20 +237,29 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in the tokens of the oldest step in flight. Requests gone meanwhile are skipped."""
         deltas = []
-        for request, token in zip(self._sampling.popleft(), result.token_ids, strict=True):
+        sampling = self._sampling.popleft()
+        for i, (request, token) in enumerate(zip(sampling, result.token_ids, strict=True)):
             if self.requests.get(request.id) is not request:
                 continue
             request.num_pending -= 1
             request.append(token)
             self._publish(request)
-            delta = self._delta(request, token)
+            delta = self._delta(
+                request, token, result.logprobs.get(i), result.prompt_logprobs.get(i)
+            )
             if delta.finish_reason is not None:
                 self._remove(request)
             deltas.append(delta)
         self.stats.output_tokens += len(deltas)
         return deltas
 
-    def _delta(self, request: Request, token: int) -> TokenDelta:
+    def _delta(
+        self,
+        request: Request,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        prompt_logprobs: list[TokenLogprobs] | None,
+    ) -> TokenDelta:
         reason, stop_token = None, None
         if token in request.params.stop_token_ids:
             reason, stop_token = "stop", token
@@ -256,7 +267,15 @@ class Scheduler:
             reason = "stop"
         elif len(request.token_ids) >= request.max_len:
             reason = "length"
-        return TokenDelta(request.id, [token], reason, stop_token, request.num_cached or 0)
+        return TokenDelta(
+            request.id,
+            [token],
+            reason,
+            stop_token,
+            request.num_cached or 0,
+            None if logprobs is None else [logprobs],
+            prompt_logprobs,
+        )
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.id]

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.api.common import check_model, check_prompt, sampling_params, usage
 from deployments.api.errors import ApiError
+from deployments.api.logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.messages import AnswerParser
 from deployments.api.protocol import ChatCompletionRequest
-from deployments.api.streaming import collect, event, event_stream
+from deployments.api.streaming import Output, collect_all, event, event_stream, merge
 from deployments.api.tools import ForcedCall, find_format, forced_call
 from deployments.front import Front, TextDelta
-from deployments.parsing import OutputParser, ReasoningSplitter
+from deployments.parsing import OutputParser, Piece, ReasoningSplitter
 from deployments.parsing.reasoning import CLOSE, OPEN
 from engine.sampling_params import SamplingParams
 
@@ -32,8 +33,7 @@ def routes(front: Front) -> APIRouter:
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_chat(front, request))
-        chat = await Chat.start(front, request)
-        return event_stream(_events(chat, chat.deltas(), request.include_usage))
+        return event_stream(_events(await Chat.start(front, request)))
 
     return router
 
@@ -41,17 +41,16 @@ def routes(front: Front) -> APIRouter:
 async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[str, Any]:
     """The whole answer. Raises ApiError for a request that cannot be served."""
     chat = await Chat.start(front, request)
-    output = await collect(chat.deltas())
-    parser = chat.new_parser()
-    choice = {
-        "index": 0,
-        "message": parser.message(output.text),
-        "logprobs": None,
-        "finish_reason": parser.finish_reason(output.finish_reason),
-        "stop_reason": output.stop_reason,
+    outputs = await collect_all(chat.streams())
+    answer = chat.head | {
+        "object": "chat.completion",
+        "choices": [_choice(chat, i, output) for i, output in enumerate(outputs)],
+        "usage": _usage(len(chat.prompt), outputs),
     }
-    counts = usage(chat.num_prompt, output.num_tokens, output.num_cached_tokens)
-    return chat.head | {"object": "chat.completion", "choices": [choice], "usage": counts}
+    if request.prompt_logprobs is None:
+        return answer
+    taken = outputs[0].prompt_logprobs or []
+    return answer | {"prompt_logprobs": prompt_logprobs(front.tokenizer, taken)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Chat:
                 params = params.model_copy(update={"skip_special_tokens": False})
             if forced is not None:
                 params = forced.constrain(params)
-        prompt = await _encode(front, request, forced)
+        prompt = front.truncate(await _encode(front, request, forced), params)
         check_prompt(front, prompt, params, "messages")
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -87,14 +86,12 @@ class Chat:
         }
         return cls(front, request, prompt, params, head, forced)
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.prompt)
-
-    def deltas(self) -> AsyncGenerator[TextDelta]:
-        """The text to come."""
+    def streams(self) -> list[AsyncGenerator[TextDelta]]:
+        """The text to come for each choice."""
         request = self.request
-        return self.front.generate(self.prompt, self.params, request.cache_salt, request.stream)
+        return self.front.generate_choices(
+            self.prompt, self.params, request.cache_salt, request.stream
+        )
 
     def new_parser(self) -> AnswerParser:
         """For one choice."""
@@ -131,27 +128,77 @@ def _opens_reasoning(front: Front, prompt: list[int]) -> bool:
     return front.has_reasoning and end.rstrip().endswith(OPEN)
 
 
-async def _events(
-    chat: Chat, deltas: AsyncGenerator[TextDelta], with_usage: bool
-) -> AsyncGenerator[str]:
-    head = chat.head | {"object": "chat.completion.chunk"}
+def _choice(chat: Chat, index: int, output: Output) -> dict[str, Any]:
     parser = chat.new_parser()
+    return {
+        "index": index,
+        "message": parser.message(output.text),
+        "logprobs": _logprobs(chat.front, output),
+        "finish_reason": parser.finish_reason(output.finish_reason),
+        "stop_reason": output.stop_reason,
+    }
 
-    def chunk(content: dict[str, Any], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": finish_reason}
-        return event(head | {"choices": [choice]})
 
-    yield chunk({"role": "assistant", "content": ""})
-    async with aclosing(deltas):
-        async for delta in deltas:
+def _logprobs(front: Front, output: Output | TextDelta) -> dict[str, Any] | None:
+    return None if output.logprobs is None else chat_logprobs(front.tokenizer, output.logprobs)
+
+
+def _usage(num_prompt: int, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
+    num_output = sum(output.num_tokens for output in outputs)
+    return usage(num_prompt, num_output, outputs[0].num_cached_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step brought a choice, read."""
+
+    pieces: list[Piece]
+    delta: TextDelta
+    finish_reason: str | None
+
+
+async def read(stream: AsyncGenerator[TextDelta], parser: AnswerParser) -> AsyncGenerator[Step]:
+    """A choice's stream, up to where its parser says that all has been said."""
+    async with aclosing(stream):
+        async for delta in stream:
             reason = delta.finish_reason
-            for content in parser.deltas(delta.text, last=reason is not None):
-                yield chunk(content)
+            pieces = parser.pieces(delta.text, last=reason is not None)
             if parser.is_over:
                 reason = "stop"
-            if reason is not None:
-                yield chunk({}, parser.finish_reason(reason))
-                break
-    if with_usage:
-        counts = usage(chat.num_prompt, delta.num_tokens, delta.num_cached_tokens)
+            yield Step(pieces, delta, parser.finish_reason(reason))
+            if parser.is_over:
+                return
+
+
+async def _events(chat: Chat) -> AsyncGenerator[str]:
+    head = chat.head | {"object": "chat.completion.chunk"}
+
+    def chunk(
+        index: int,
+        content: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> str:
+        choice = {
+            "index": index,
+            "delta": content,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return event(head | {"choices": [choice]})
+
+    streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
+    for index in range(len(streams)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    last: dict[int, TextDelta] = {}
+    async for index, step in merge(streams):
+        last[index] = step.delta
+        logprobs = _logprobs(chat.front, step.delta)
+        for piece in step.pieces:
+            yield chunk(index, AnswerParser.delta(piece), logprobs)
+            logprobs = None
+        if logprobs is not None or step.finish_reason is not None:
+            yield chunk(index, {}, logprobs, step.finish_reason)
+    if chat.request.include_usage:
+        counts = _usage(len(chat.prompt), [last[index] for index in range(len(streams))])
         yield event(head | {"choices": [], "usage": counts})

@@ -111,12 +111,6 @@ class AnswerParser:
                 text = text.removesuffix(ending)
         return self._parser.push(text, last)
 
-    def deltas(self, text: str, last: bool) -> list[dict[str, Any]]:
-        """The same as `delta` objects of a stream."""
-        if self._parser is None:
-            return [{"content": text}] if text else []
-        return [_delta(piece) for piece in self.pieces(text, last)]
-
     def message(self, text: str) -> dict[str, Any]:
         """The whole answer."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
@@ -152,16 +146,17 @@ class AnswerParser:
         """Whether the text can be cut here: the one call that is allowed is complete."""
         return self._parser is not None and self._parser.is_over
 
-
-def _delta(piece: Piece) -> dict[str, Any]:
-    match piece:
-        case Content(text):
-            return {"content": text}
-        case Reasoning(text):
-            return {"reasoning_content": text}
-        case CallStart(index, call_id, name):
-            function = {"name": name, "arguments": ""}
-            call = {"index": index, "id": call_id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
-        case Arguments(index, text):
-            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    @staticmethod
+    def delta(piece: Piece) -> dict[str, Any]:
+        """A piece as the `delta` object of a stream."""
+        match piece:
+            case Content(text):
+                return {"content": text}
+            case Reasoning(text):
+                return {"reasoning_content": text}
+            case CallStart(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                call = {"index": index, "id": call_id, "type": "function", "function": function}
+                return {"tool_calls": [call]}
+            case Arguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}

@@ -177,7 +177,7 @@ def test_responses_are_what_openai_documents(server: str) -> None:
         ({"tempratur": 1}, 400, "tempratur", "did you mean 'temperature'?"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"top_p": 7}, 400, "top_p", "less than or equal to 1"),
-        ({"n": 2}, 400, "n", "1"),
+        ({"n": 0}, 400, "n", "greater than or equal to 1"),
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role", "'user'"),
         ({"messages": None}, 400, "messages", "required"),
