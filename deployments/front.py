@@ -9,6 +9,7 @@ from typing import Any
 
 from deployments.args import DeploymentArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
+from deployments.parsing import reasoning_format, tool_format
 from engine import checkpoint
 from engine.detokenizer import Detokenizer
 from engine.sampling_params import SamplingParams
@@ -38,6 +39,11 @@ class Front:
         self.model_name = args.model_name
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = checkpoint.sampling_defaults(directory)
+        self.tool_format = tool_format(args.tool_parser, self.tokenizer.chat_template)
+        self.has_reasoning = reasoning_format(args.reasoning_parser, self.tokenizer.chat_template)
+        self.end_texts = tuple(
+            filter(None, map(self.tokenizer.fast.id_to_token, checkpoint.eos_token_ids(directory)))
+        )
         self.client = EngineClient()
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 

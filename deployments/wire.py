@@ -93,12 +93,13 @@ def encode_request(request: Request) -> list[Any]:
         request.seed,
         request.cache_salt,
         request.output_token_ids,
+        request.priority,
     ]
 
 
 def decode_request(fields: list[Any]) -> Request:
-    request_id, prompt, params, seed, salt, output = fields
-    return Request(request_id, prompt, SamplingParams(**params), seed, salt, output)
+    request_id, prompt, params, seed, salt, output, priority = fields
+    return Request(request_id, prompt, SamplingParams(**params), seed, salt, output, priority)
 
 
 def encode_delta(delta: TokenDelta) -> list[Any]:

@@ -1,6 +1,7 @@
 """A request as the engine knows it: tokens in, tokens out, and how far it has come."""
 
 import itertools
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +23,11 @@ class Request:
     seed: int
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
+    priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
 
     # What the scheduler keeps.
+    order: tuple[int, int] = field(init=False, default=(0, 0))  # its place in queue and batch
+    arrived_at: float = field(init=False, default_factory=time.monotonic)
     token_ids: list[int] = field(init=False)  # prompt and output so far
     max_len: int = field(init=False, default=0)  # prompt + output tokens at which it must end
     row: int = field(init=False, default=-1)  # its index in the device's tables while running

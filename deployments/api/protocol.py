@@ -1,11 +1,21 @@
 """Request bodies. What is not a field here is refused by name."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from deployments.api.messages import Message
+from deployments.api.tools import NamedTool, Tool, ToolChoice
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.strict import StrictModel
+
+# What the template's renderer and its callers take themselves.
+_NOT_VARIABLES = frozenset(
+    (
+        *("self", "messages", "conversations", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    )
+)
 
 
 class StreamOptions(StrictModel):
@@ -57,27 +67,15 @@ class GenerationRequest(SamplingParams):
         return {}
 
 
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
-
-
-class Message(StrictModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: text in one string, and no newer role names."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
-
-
 class ChatCompletionRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] = Field(default_factory=list, max_length=128)
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="none: no call; auto (default with tools): the model decides; required: a call "
+        "of any tool; or one by name. The last two are enforced by a grammar.",
+    )
+    parallel_tool_calls: bool = Field(True, description="False allows one call at most.")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="OpenAI's newer name of max_tokens; default: to the window's end."
     )
@@ -107,9 +105,35 @@ class ChatCompletionRequest(GenerationRequest):
             )
         return self
 
+    @model_validator(mode="after")
+    def _choice_among_tools(self) -> "ChatCompletionRequest":
+        if self.tool_choice in ("auto", "required") or isinstance(self.tool_choice, NamedTool):
+            names = [tool.function.name for tool in self.tools]
+            if not names:
+                raise ValueError("tool_choice: there are no tools to choose from")
+            if isinstance(self.tool_choice, NamedTool):
+                wanted = self.tool_choice.function.name
+                if wanted not in names:
+                    raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
+        return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in _NOT_VARIABLES or not name.isidentifier():
+                raise ValueError(f"{name!r} is not a variable of the template that can be set here")
+        return value
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
     def template_options(self) -> dict[str, Any]:
         """Arguments of the chat template beside the messages."""
         return {
+            "tools": [tool.for_template() for tool in self.offered_tools],
             "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
             **self.chat_template_kwargs,
