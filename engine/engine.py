@@ -89,6 +89,7 @@ class Engine:
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
             "steps": self.num_steps,
+            "replayed_steps": self.runner.forward_pass.num_replays,
             "tokens_per_s": self._speed.tokens_per_s,
             **asdict(scheduler.stats),
         }

@@ -1,4 +1,4 @@
-"""Weights from safetensors files into a model, each rank reading only its slices."""
+"""A model with its weights from safetensors files, each rank reading only its slices."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoint import CheckpointError
+from engine.config import EngineConfig
+from engine.decoder import Decoder
+from engine.decoder_config import DecoderConfig
 from engine.layers import ShardedModule, Source
+from engine.parallel import TensorParallel
+from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -77,6 +82,33 @@ def _sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, list[So
         if isinstance(module, ShardedModule):
             for name, sources in module.sources.items():
                 yield f"{module_name}.{name}", module.get_parameter(name), sources
+
+
+def load_model(
+    config: EngineConfig,
+    model_config: DecoderConfig,
+    directory: Path,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    parallel: TensorParallel,
+    show_progress: bool = False,
+) -> Decoder:
+    """One rank's model with its weights, in the layout of the device's ops."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = Decoder(model_config, max_len, ops, parallel)
+    finally:
+        torch.set_default_dtype(previous)
+    if config.load_format == "dummy":
+        load_dummy_weights(model, config.seed)
+    else:
+        load_weights(model, directory, show_progress)
+    model.pack(config.quantization)
+    return model
 
 
 @torch.no_grad()
