@@ -98,7 +98,7 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     print(" ".join(f"{name} {seconds:.2f} s;" for name, seconds in phases.seconds.items()))
     print(f"{total:.2f} s to the first token")
     print(
-        f"weights {weights / _GIB:.2f} + pool {pool / _GIB:.2f} GiB; peak {memory.own / _GIB:.2f} GiB,"
+        f"weights {weights / _GIB:.2f} + pool {pool / _GIB:.2f} GiB; peak {memory.own / _GIB:.2f},"
         f" {(memory.own - weights - pool) / _GIB:+.2f} GiB beside them; "
         f"pages of files at most {memory.files / _GIB:.2f} GiB"
     )
