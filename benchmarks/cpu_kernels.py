@@ -22,6 +22,7 @@ from engine.decoder_config import DecoderConfig
 from engine.threads import num_compute_threads
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
+from kernels.reference import penalize
 
 _SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"
 _TURN_BYTES = 2**28  # the layers that take turns have together: more than any cache
@@ -169,6 +170,22 @@ def other_cases(ops: Ops, config: DecoderConfig) -> Iterator[Case]:
             lambda _, arguments=arguments: ops.sample(logits, *arguments),  # type: ignore[misc]
             bytes_read=logits.nbytes,
         )
+    for count in (0, 5, 20):
+        yield Case(
+            f"log-probabilities, top {count}",
+            lambda _, count=count: ops.top_logprobs(logits, at, count),  # type: ignore[misc]
+            bytes_read=logits.nbytes,
+        )
+    yield Case("logits to float32", lambda _: logits[at].float(), bytes_read=logits.nbytes)
+    single = logits.float()
+    mask = torch.randint(-(2**31), 2**31, (rows, -(-config.vocab_size // 32))).int()
+    yield Case("bitmask", lambda _: ops.apply_bitmask(single, mask), bytes_read=mask.nbytes)
+    tokens = torch.randint(config.vocab_size, (rows, 700))
+    halves = torch.full((rows,), 0.5)
+    yield Case(
+        "penalties, 32 x 700 tokens",
+        lambda _: penalize(single, tokens, 700 - at, tokens.int(), halves, halves, halves),
+    )
 
 
 @torch.inference_mode()

@@ -6,6 +6,9 @@ which is measured in the same run.
 
     python -m benchmarks.throughput --model benchmarks/shapes/qwen3-0.6b --load-format dummy \\
         --num-prompts 32 --max-input 512 --max-output 256
+
+What a sampling parameter costs: run it with and without `--sampling frequency_penalty=0.5`,
+`--sampling logprobs=5` and so on.
 """
 
 import argparse
@@ -24,7 +27,11 @@ from engine.decoder_config import DecoderConfig
 
 
 def make_workload(
-    num_prompts: int, max_input: int, max_output: int, seed: int, temperature: float
+    num_prompts: int,
+    max_input: int,
+    max_output: int,
+    seed: int,
+    sampling: dict[str, Any],
 ) -> tuple[list[list[int]], list[SamplingParams]]:
     """Prompts of random tokens, and sampling parameters that fix each output's length."""
     draw = random.Random(seed)
@@ -33,21 +40,21 @@ def make_workload(
         for _ in range(num_prompts)
     ]
     params = [
-        SamplingParams(
-            temperature=temperature, ignore_eos=True, max_tokens=draw.randint(100, max_output)
-        )
+        SamplingParams(ignore_eos=True, max_tokens=draw.randint(100, max_output), **sampling)
         for _ in range(num_prompts)
     ]
     return prompts, params
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    sampling = {"temperature": arguments.temperature}
+    sampling |= dict(_parse_option(option) for option in arguments.sampling)
     prompts, params = make_workload(
         arguments.num_prompts,
         arguments.max_input,
         arguments.max_output,
         arguments.seed,
-        arguments.temperature,
+        sampling,
     )
     llm = LLM(
         arguments.model,
@@ -60,7 +67,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = measure_machine(runner.device, runner.dtype)
     vocabulary = llm.engine.limits.vocab_size
     prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
-    warm_up = SamplingParams(temperature=arguments.temperature, max_tokens=4, ignore_eos=True)
+    warm_up = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
     llm.generate([prompt[::-1] for prompt in prompts[:4]], warm_up, use_tqdm=False)
 
     steps_before = llm.engine.num_steps
@@ -123,6 +130,13 @@ def main() -> None:
     parser.add_argument("--max-output", type=int, default=1024)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument(
+        "--sampling",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any SamplingParams field, for all prompts",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any EngineConfig field"

@@ -5,6 +5,7 @@ from typing import Any
 import click
 from pydantic import Field, ValidationError, model_validator
 
+from deployments.parsing.formats import ReasoningParserName, ToolParserName
 from engine.config import EngineConfig
 from engine.strict import explain
 
@@ -14,6 +15,15 @@ class DeploymentArgs(EngineConfig):
 
     served_model_name: str | None = Field(
         None, description="The name clients use; default: the value of model."
+    )
+    tool_parser: ToolParserName = Field(
+        "auto",
+        description="How the model writes tool calls; auto: as its chat template says, if it does.",
+    )
+    reasoning_parser: ReasoningParserName = Field(
+        "auto",
+        description="think: <think>…</think> becomes reasoning_content; auto: if the chat template "
+        "knows such blocks; none: it stays in the content.",
     )
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."

@@ -9,9 +9,11 @@ from typing import Any
 
 from deployments.args import DeploymentArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
+from deployments.parsing import reasoning_format, tool_format
 from engine import checkpoint
 from engine.detokenizer import Detokenizer
 from engine.sampling_params import SamplingParams
+from engine.step import TokenLogprobs
 from engine.tokenizer import Tokenizer
 
 
@@ -24,6 +26,9 @@ class TextDelta:
     num_cached_tokens: int
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    # If asked for: of the tokens whose text has come, and of the prompt, once.
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Front:
@@ -34,6 +39,11 @@ class Front:
         self.model_name = args.model_name
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = checkpoint.sampling_defaults(directory)
+        self.tool_format = tool_format(args.tool_parser, self.tokenizer.chat_template)
+        self.has_reasoning = reasoning_format(args.reasoning_parser, self.tokenizer.chat_template)
+        self.end_texts = tuple(
+            filter(None, map(self.tokenizer.fast.id_to_token, checkpoint.eos_token_ids(directory)))
+        )
         self.client = EngineClient()
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
@@ -54,33 +64,70 @@ class Front:
             raise EngineUnavailableError("the engine is still starting")
         self.client.limits.check(prompt_token_ids, params)
 
+    def truncate(self, prompt_token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt as the request's truncate_prompt_tokens has it."""
+        limits = self.client.limits
+        return params.truncated(prompt_token_ids, limits.max_len) if limits else prompt_token_ids
+
+    def generate_choices(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: str = "",
+        stream: bool = True,
+    ) -> list[AsyncGenerator[TextDelta]]:
+        """The texts of a request's n choices, each as `generate` has it."""
+        return [
+            self.generate(
+                prompt_token_ids, own.model_copy(update={"seed": seed}), cache_salt, stream
+            )
+            for own, seed in params.choices(_seed_of(params))
+        ]
+
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str = ""
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: str = "",
+        stream: bool = True,
     ) -> AsyncGenerator[TextDelta]:
         """The text of one request; at least one delta, the last one with a finish_reason.
 
+        Without `stream` the text comes in one piece where nothing in it can end the request.
         Leaving the iteration early aborts the request. Raises EngineUnavailableError when there is
         no engine. The caller has passed the request to `check`.
         """
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        seed = _seed_of(params)
+        params = params.in_tokens(self.tokenizer)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
-        tokens = self.client.generate(prompt_token_ids, params, seed, cache_salt)
+        # A stop string is found only in the text, and logprobs come token by token.
+        stream = stream or bool(params.stop) or params.logprobs is not None
+        stream = stream or params.prompt_logprobs is not None
+        tokens = self.client.generate(prompt_token_ids, params, seed, cache_salt, stream)
+        held: list[TokenLogprobs] = []  # of tokens whose text is held back
         async with aclosing(tokens):
             async for delta in tokens:
-                reason, stop_reason = delta.finish_reason, delta.stop_token
+                reason: str | None = delta.finish_reason
+                stop_reason: int | str | None = delta.stop_token
+                logprobs: list[TokenLogprobs] | None = None
                 text = detokenizer.push(delta.token_ids, last=reason is not None)
                 if detokenizer.stop_string is not None:
-                    yield TextDelta(
-                        text,
-                        detokenizer.num_tokens,
-                        delta.num_cached_tokens,
-                        "stop",
-                        detokenizer.stop_string,
-                    )
-                    return
+                    reason, stop_reason = "stop", detokenizer.stop_string
+                if delta.logprobs is not None:
+                    held += delta.logprobs
+                    if reason or not detokenizer.holds_back:
+                        logprobs, held = held, []
                 yield TextDelta(
-                    text, detokenizer.num_tokens, delta.num_cached_tokens, reason, stop_reason
+                    text,
+                    detokenizer.num_tokens,
+                    delta.num_cached_tokens,
+                    reason,
+                    stop_reason,
+                    logprobs,
+                    delta.prompt_logprobs,
                 )
+                if detokenizer.stop_string is not None:
+                    return
 
     def check_health(self) -> None:
         """Raises EngineUnavailableError when the engine is gone or has stopped beating."""
@@ -90,3 +137,7 @@ class Front:
             raise EngineUnavailableError(
                 f"the engine has been silent for more than {self._heartbeat_timeout_s:g} s"
             )
+
+
+def _seed_of(params: SamplingParams) -> int:
+    return params.seed if params.seed is not None else secrets.randbits(63)

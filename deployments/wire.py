@@ -14,18 +14,20 @@ import asyncio
 import select
 import socket
 import struct
+from dataclasses import replace
 from typing import Any
 
 import msgpack
 
 from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.step import TokenDelta
+from engine.step import TokenDelta, TokenLogprobs
 
 Message = dict[str, Any]
 
 _LENGTH = struct.Struct("!I")
 _RECEIVE_BYTES = 1 << 20
+_NUM_PLAIN_FIELDS = 5  # of a delta without logprobs
 
 
 def pack(message: Message) -> bytes:
@@ -33,10 +35,14 @@ def pack(message: Message) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
+def _unpack(body: bytes | bytearray) -> Message:
+    return msgpack.unpackb(body, strict_map_key=False)  # logit_bias has integers for keys
+
+
 async def read_message(reader: asyncio.StreamReader) -> Message:
     """The next message; raises IncompleteReadError when the other side is gone."""
     (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    return msgpack.unpackb(await reader.readexactly(length))
+    return _unpack(await reader.readexactly(length))
 
 
 class MessageSocket:
@@ -70,7 +76,7 @@ class MessageSocket:
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            messages.append(msgpack.unpackb(self._buffer[start + _LENGTH.size : end]))
+            messages.append(_unpack(self._buffer[start + _LENGTH.size : end]))
             start = end
         del self._buffer[:start]
         return messages
@@ -87,23 +93,38 @@ def encode_request(request: Request) -> list[Any]:
         request.seed,
         request.cache_salt,
         request.output_token_ids,
+        request.priority,
     ]
 
 
 def decode_request(fields: list[Any]) -> Request:
-    request_id, prompt, params, seed, salt, output = fields
-    return Request(request_id, prompt, SamplingParams(**params), seed, salt, output)
+    request_id, prompt, params, seed, salt, output, priority = fields
+    return Request(request_id, prompt, SamplingParams(**params), seed, salt, output, priority)
 
 
 def encode_delta(delta: TokenDelta) -> list[Any]:
-    return [
+    fields: list[Any] = [
         delta.request_id,
         delta.token_ids,
         delta.finish_reason,
         delta.stop_token,
         delta.num_cached_tokens,
     ]
+    if delta.logprobs is not None or delta.prompt_logprobs is not None:
+        fields += [delta.logprobs, delta.prompt_logprobs]
+    return fields
 
 
 def decode_delta(fields: list[Any]) -> TokenDelta:
-    return TokenDelta(*fields)
+    if len(fields) == _NUM_PLAIN_FIELDS:
+        return TokenDelta(*fields)
+    *plain, logprobs, prompt_logprobs = fields
+    return replace(
+        TokenDelta(*plain),
+        logprobs=_decode_logprobs(logprobs),
+        prompt_logprobs=_decode_logprobs(prompt_logprobs),
+    )
+
+
+def _decode_logprobs(positions: list[Any] | None) -> list[TokenLogprobs] | None:
+    return None if positions is None else [TokenLogprobs(*position) for position in positions]

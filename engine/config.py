@@ -48,6 +48,12 @@ class EngineConfig(StrictModel):
     num_blocks: int | None = Field(
         None, ge=1, description="Size of the block pool; default: from free memory."
     )
+    scheduling_policy: Literal["fcfs", "priority", "shortest"] = Field(
+        "fcfs",
+        description="Who is admitted first, and preempted last: fcfs as they come; priority by the "
+        "requests' priority, smallest first; shortest by prompt length, where every later arrival "
+        "counts as 32 tokens more, so that long prompts wait only so long.",
+    )
     enable_prefix_caching: bool = Field(
         True, description="Reuse the blocks of earlier requests that begin with the same tokens."
     )

@@ -37,6 +37,9 @@ class Detokenizer:
         it; nothing more may be pushed.
         """
         emitted = ""
+        if not self._params.detokenize:
+            self.num_tokens += len(token_ids)
+            return emitted
         for token in token_ids:
             self.num_tokens += 1
             emitted += self._search(self._decode(token))
@@ -47,6 +50,11 @@ class Detokenizer:
             if self.stop_string is None:
                 emitted, self._held = emitted + self._held, ""
         return emitted
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether there are tokens whose text has not come out yet, or not all of it."""
+        return bool(self._held or self._undecoded)
 
     def _new_stream(self, context: Sequence[int]) -> DecodeStream:
         return DecodeStream(ids=list(context), skip_special_tokens=self._params.skip_special_tokens)
@@ -86,6 +94,8 @@ class Detokenizer:
             ]
             if found:
                 index, self.stop_string = min(found)
+                if self._params.include_stop_str_in_output:
+                    index += len(self.stop_string)
                 return text[:index]
         else:
             self._num_exempt = len(text)

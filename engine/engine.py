@@ -34,6 +34,7 @@ class Engine:
             max_model_len=self.runner.max_len,
             num_blocks=self.runner.num_blocks,
             block_size=config.block_size,
+            eos_token_ids=sorted(self.runner.eos_token_ids),
         )
         pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
@@ -44,6 +45,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
         self.limits.check(request.token_ids, request.params)
+        if request.params.n != 1:
+            raise ValueError(
+                f"n: a request has one output (got {request.params.n}); make one per choice"
+            )
+        if request.params.bad_words:
+            raise ValueError(
+                "bad_words: an engine knows no words; give their tokens as bad_words_token_ids"
+            )
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:

@@ -14,26 +14,39 @@ from engine.detokenizer import Detokenizer
 from engine.engine import Engine
 from engine.follower import spawn_followers
 from engine.group import Leader
-from engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from engine.request import Request
 from engine.sampling_params import MAX_SEED, SamplingParams
-from engine.step import TokenDelta
+from engine.step import TokenDelta, TokenLogprobs
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @dataclass
-class _Live:
-    """A request on its way through `generate`."""
+class _Choice:
+    """One of the outputs of a prompt, on its way through `generate`."""
 
     request: Request
-    prompt: str | None
+    index: int
     detokenizer: Detokenizer | None
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    output: CompletionOutput | None = None
+
+
+@dataclass
+class _Prompted:
+    """A prompt and its choices."""
+
+    request_id: str
+    prompt: str | None
+    token_ids: list[int]
+    choices: list[_Choice]
     arrival_time: float = field(default_factory=time.monotonic)
     first_token_time: float = 0.0
-    text: str = ""
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class LLM:
@@ -93,13 +106,13 @@ class LLM:
         """
         listed = _as_list(prompts)
         params = _one_each(sampling_params or self._default_params, len(listed))
-        lives: list[_Live] = []
+        prompted: list[_Prompted] = []
         for i, (prompt, own_params) in enumerate(zip(listed, params, strict=True)):
             try:
-                lives.append(self._make_request(prompt, own_params))
+                prompted.append(self._prepare(prompt, own_params))
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from error
-        return self._run(lives, use_tqdm)
+        return self._run(prompted, use_tqdm)
 
     def chat(
         self,
@@ -127,16 +140,22 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _make_request(self, prompt: Prompt, params: SamplingParams) -> _Live:
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Prompted:
         text, token_ids, salt = self._parse(prompt)
-        self.engine.limits.check(token_ids, params)
-        if params.stop:
-            self.get_tokenizer()
+        token_ids = params.truncated(token_ids, self.engine.limits.max_len)
+        if params.stop or params.bad_words:
+            params = params.in_tokens(self.get_tokenizer())
         seed = params.seed if params.seed is not None else self._seeds.randint(0, MAX_SEED)
-        request = Request(str(self._next_id), token_ids, params, seed, salt)
-        self._next_id += 1
-        detokenizer = Detokenizer(self.tokenizer, token_ids, params) if self.tokenizer else None
-        return _Live(request, text, detokenizer)
+        request_id, self._next_id = str(self._next_id), self._next_id + 1
+        choices = []
+        for i, (own_params, own_seed) in enumerate(params.choices(seed)):
+            self.engine.limits.check(token_ids, own_params)
+            request = Request(f"{request_id}.{i}", token_ids, own_params, own_seed, salt)
+            detokenizer = (
+                Detokenizer(self.tokenizer, token_ids, own_params) if self.tokenizer else None
+            )
+            choices.append(_Choice(request, i, detokenizer))
+        return _Prompted(request_id, text, token_ids, choices)
 
     def _parse(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
         """(text if given, token ids, cache salt)"""
@@ -153,18 +172,18 @@ class LLM:
         text, token_ids, _ = self._parse(inner)
         return text, token_ids, str(prompt.get("cache_salt", ""))
 
-    def _run(self, lives: list[_Live], use_tqdm: bool) -> list[RequestOutput]:
-        by_id = {live.request.id: live for live in lives}
+    def _run(self, prompted: list[_Prompted], use_tqdm: bool) -> list[RequestOutput]:
+        by_id = {choice.request.id: (one, choice) for one in prompted for choice in one.choices}
         finished: dict[str, RequestOutput] = {}
-        with _Progress(len(lives), disable=not use_tqdm) as progress:
+        with _Progress(len(prompted), disable=not use_tqdm) as progress:
             try:
-                for live in lives:
-                    self.engine.add(live.request)
-                while len(finished) < len(lives):
+                for _, choice in by_id.values():
+                    self.engine.add(choice.request)
+                while len(finished) < len(prompted):
                     for delta in self.engine.step():
-                        output = self._advance(by_id[delta.request_id], delta)
+                        output = self._advance(*by_id[delta.request_id], delta)
                         if output is not None:
-                            finished[delta.request_id] = output
+                            finished[output.request_id] = output
                             progress.count_finished(output)
                     progress.show_speed(self.engine)
             finally:  # an interrupt in a notebook must not leave requests behind
@@ -172,32 +191,70 @@ class LLM:
                     self.engine.abort(request_id)
                 while self.engine.has_work:
                     self.engine.step()
-        return [finished[live.request.id] for live in lives]
+        return [finished[one.request_id] for one in prompted]
 
-    def _advance(self, live: _Live, delta: TokenDelta) -> RequestOutput | None:
-        """Take in one step's tokens; the finished output if they end the request."""
-        if not live.first_token_time:
-            live.first_token_time = time.monotonic()
-            live.num_cached_tokens = delta.num_cached_tokens
+    def _advance(self, one: _Prompted, choice: _Choice, delta: TokenDelta) -> RequestOutput | None:
+        """Take in one step's tokens; the finished output if they end the prompt's last choice."""
+        if not one.first_token_time:
+            one.first_token_time = time.monotonic()
+            one.num_cached_tokens = delta.num_cached_tokens
+        if delta.prompt_logprobs is not None:
+            one.prompt_logprobs = delta.prompt_logprobs
+        choice.logprobs += delta.logprobs or []
         reason: str | None = delta.finish_reason
         stop_reason: int | str | None = delta.stop_token
-        token_ids = live.request.output_token_ids
-        if live.detokenizer is not None:
-            live.text += live.detokenizer.push(delta.token_ids, last=reason is not None)
-            if live.detokenizer.stop_string is not None:
-                reason, stop_reason = "stop", live.detokenizer.stop_string
-                token_ids = token_ids[: live.detokenizer.num_tokens]
-                self.engine.abort(live.request.id)
+        num_tokens = len(choice.request.output_token_ids)
+        if choice.detokenizer is not None:
+            choice.text += choice.detokenizer.push(delta.token_ids, last=reason is not None)
+            if choice.detokenizer.stop_string is not None:
+                reason, stop_reason = "stop", choice.detokenizer.stop_string
+                num_tokens = choice.detokenizer.num_tokens
+                self.engine.abort(choice.request.id)
         if reason is None:
             return None
+        choice.output = self._finish(choice, num_tokens, reason, stop_reason)
+        outputs = [choice.output for choice in one.choices if choice.output is not None]
+        if len(outputs) < len(one.choices):
+            return None
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if one.prompt_logprobs is not None:
+            prompt_logprobs = [None, *map(self._by_token, one.prompt_logprobs)]
         return RequestOutput(
-            live.request.id,
-            live.prompt,
-            live.request.prompt_token_ids,
-            [CompletionOutput(0, live.text, list(token_ids), reason, stop_reason)],
-            live.num_cached_tokens,
-            RequestMetrics(live.arrival_time, live.first_token_time, time.monotonic()),
+            one.request_id,
+            one.prompt,
+            one.token_ids,
+            outputs,
+            one.num_cached_tokens,
+            RequestMetrics(one.arrival_time, one.first_token_time, time.monotonic()),
+            prompt_logprobs,
         )
+
+    def _finish(
+        self, choice: _Choice, num_tokens: int, reason: str, stop_reason: int | str | None
+    ) -> CompletionOutput:
+        logprobs, cumulative = None, None
+        if choice.request.params.logprobs is not None:
+            taken = choice.logprobs[:num_tokens]
+            logprobs = [self._by_token(position) for position in taken]
+            cumulative = sum(position.logprobs[0] for position in taken)
+        token_ids = choice.request.output_token_ids[:num_tokens]
+        return CompletionOutput(
+            choice.index, choice.text, token_ids, reason, stop_reason, cumulative, logprobs
+        )
+
+    def _by_token(self, position: TokenLogprobs) -> dict[int, Logprob]:
+        ranks = [position.rank, *range(1, len(position.token_ids))]
+        return {
+            token: Logprob(logprob, rank, self._token_text(token))
+            for token, logprob, rank in zip(
+                position.token_ids, position.logprobs, ranks, strict=True
+            )
+        }
+
+    def _token_text(self, token: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.token_bytes(token).decode(errors="replace")
 
 
 class _Progress:

@@ -9,9 +9,11 @@ from engine.config import EngineConfig
 from engine.decoder import Batch, Decoder
 from engine.decoder_config import DecoderConfig
 from engine.loader import load_dummy_weights, load_weights
+from engine.logits_processor import LogitsProcessor
+from engine.logprobs import PromptLogprobs, take_logprobs
 from engine.memory import available_bytes
 from engine.parallel import TensorParallel
-from engine.step import NewRow, ScheduledRow, StepPlan, StepResult
+from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenLogprobs
 from engine.threads import num_compute_threads
 from kernels import select_ops
 
@@ -102,8 +104,11 @@ class ModelRunner:
         self.tables = DeviceTables(
             config.max_num_seqs, self.max_len, config.block_size, self.device
         )
-        # Rows that must not stop yet: (first position at which they may, tokens banned until then).
-        self._banned: dict[int, tuple[int, list[int]]] = {}
+        self._processor = LogitsProcessor(
+            self.tables.token_ids, self.vocab_size, eos_token_ids, self.ops
+        )
+        self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
+        self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
 
     def _build_model(self, model_config: DecoderConfig) -> Decoder:
         _check_divisible(model_config, self.parallel.size)
@@ -140,9 +145,51 @@ class ModelRunner:
             return StepResult([])
         rows = self._tensor([row.row for row in sampling])
         positions = self._tensor([row.start + row.num_tokens for row in sampling])
-        self._ban_stop_tokens(logits, sampling)
+        tokens = self._sample(logits, sampling, rows, positions)
+        self.tables.token_ids[rows, positions] = tokens
+        return StepResult(
+            tokens.tolist(),
+            self._take_logprobs(logits, sampling, tokens),
+            self._prompt_logprobs.take([row.row for row in sampling]),
+        )
+
+    def _enter_rows(self, plan: StepPlan) -> None:
+        for new in plan.new_rows:
+            self.tables.enter(new)
+            self._processor.enter(new)
+            self._prompt_logprobs.enter(new)
+            self._num_logprobs.pop(new.row, None)
+            if new.params.logprobs is not None:
+                self._num_logprobs[new.row] = new.params.logprobs
+        for row in plan.scheduled:
+            self.tables.append_blocks(row.row, row.num_held_blocks, row.new_blocks)
+
+    def _sample(
+        self, logits: Tensor, sampling: list[ScheduledRow], rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        """The next token of each row, [N] int64, from logits [N, V], which stay as they are."""
+        ends = [row.start + row.num_tokens for row in sampling]
+        processed = [
+            i for i, row in enumerate(sampling) if self._processor.applies(row.row, ends[i])
+        ]
+        if not processed:
+            return self._draw(logits, rows, positions)
+        # In float32, for in 16 bits a small penalty would be lost in rounding; and only these rows,
+        # for a copy of all logits would be felt.
+        index = self._tensor(processed)
+        own = logits[index].float()
+        self._processor.process(
+            own, [sampling[i].row for i in processed], [ends[i] for i in processed]
+        )
+        own_tokens = self._draw(own, rows[index], positions[index])
+        self._processor.count(rows[index], own_tokens)
+        if len(processed) == len(sampling):
+            return own_tokens
+        return self._draw(logits, rows, positions).index_copy(0, index, own_tokens)
+
+    def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         tables = self.tables
-        tokens = self.ops.sample(
+        return self.ops.sample(
             logits,
             tables.temperature[rows],
             tables.top_k[rows],
@@ -151,32 +198,27 @@ class ModelRunner:
             tables.seeds[rows],
             positions,
         )
-        tables.token_ids[rows, positions] = tokens
-        return StepResult(tokens.tolist())
 
-    def _enter_rows(self, plan: StepPlan) -> None:
-        for new in plan.new_rows:
-            self.tables.enter(new)
-            self._banned.pop(new.row, None)
-            if new.params.min_tokens > 0:
-                banned = set(new.params.stop_token_ids)
-                if not new.params.ignore_eos:
-                    banned |= self.eos_token_ids
-                allowed_from = new.num_prompt_tokens + new.params.min_tokens
-                self._banned[new.row] = (allowed_from, sorted(banned))
-        for row in plan.scheduled:
-            self.tables.append_blocks(row.row, row.num_held_blocks, row.new_blocks)
-
-    def _ban_stop_tokens(self, logits: Tensor, sampling: list[ScheduledRow]) -> None:
-        for i, row in enumerate(sampling):
-            allowed_from, banned = self._banned.get(row.row, (0, []))
-            if row.start + row.num_tokens < allowed_from:
-                logits[i, banned] = -torch.inf
+    def _take_logprobs(
+        self, logits: Tensor, sampling: list[ScheduledRow], tokens: Tensor
+    ) -> dict[int, TokenLogprobs]:
+        """Of the rows that want them, by index in `sampling`; only the leader is asked."""
+        if not self._num_logprobs or self.parallel.rank != 0:
+            return {}
+        wanted = [i for i, row in enumerate(sampling) if row.row in self._num_logprobs]
+        if not wanted:
+            return {}
+        index = self._tensor(wanted)
+        own = logits if len(wanted) == len(sampling) else logits[index]
+        counts = [self._num_logprobs[sampling[i].row] for i in wanted]
+        taken = take_logprobs(self.ops, own, tokens[index], counts)
+        return dict(zip(wanted, taken, strict=True))
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [rows that sample, vocab] of a plan whose rows have been entered."""
         batch = self._make_batch(plan.scheduled)
         hidden = self.model(batch, self.kv_caches)
+        self._prompt_logprobs.collect(plan.scheduled, hidden)
         last = [i for i, row in enumerate(plan.scheduled) if row.samples]
         return self.model.logits(hidden[(batch.query_starts[1:] - 1).long()[last]])
 

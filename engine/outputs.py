@@ -4,12 +4,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """The log-probability of one token at one position."""
+
+    logprob: float
+    rank: int  # 1 is the most probable
+    decoded_token: str | None = None  # None without a tokenizer
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str  # "stop" or "length"
     stop_reason: int | str | None = None  # the stop string or token of stop_token_ids that was met
+    cumulative_logprob: float | None = None  # of its tokens, if logprobs were asked for
+    logprobs: list[dict[int, Logprob]] | None = None  # by token id, for each of its tokens
 
 
 @dataclass(frozen=True)
@@ -39,4 +50,6 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int
     metrics: RequestMetrics
+    # For each token of the prompt, if asked for; None for the first, which nothing precedes.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = True

@@ -1,6 +1,8 @@
 """A request as the engine knows it: tokens in, tokens out, and how far it has come."""
 
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from engine.block_pool import extend_hashes
@@ -21,8 +23,11 @@ class Request:
     seed: int
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
+    priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
 
     # What the scheduler keeps.
+    order: tuple[int, int] = field(init=False, default=(0, 0))  # its place in queue and batch
+    arrived_at: float = field(init=False, default_factory=time.monotonic)
     token_ids: list[int] = field(init=False)  # prompt and output so far
     max_len: int = field(init=False, default=0)  # prompt + output tokens at which it must end
     row: int = field(init=False, default=-1)  # its index in the device's tables while running
@@ -35,6 +40,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They come with the first output token; who has one has them already."""
+        return self.params.prompt_logprobs is not None and not self.output_token_ids
 
     @property
     def num_tokens(self) -> int:
@@ -63,6 +73,7 @@ class RequestLimits:
     max_model_len: int
     num_blocks: int
     block_size: int
+    eos_token_ids: Collection[int] = ()
 
     @property
     def max_len(self) -> int:
@@ -87,6 +98,9 @@ class RequestLimits:
         for name, tokens in (
             ("prompt", prompt_token_ids),
             ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words_token_ids", itertools.chain(*params.bad_words_token_ids)),
         ):
             out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
             if out_of_range:
@@ -94,3 +108,15 @@ class RequestLimits:
                     f"{name}: token id {out_of_range[0]} is outside the vocabulary "
                     f"(0 to {self.vocab_size - 1})"
                 )
+        stops = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops |= set(self.eos_token_ids)
+        if (
+            params.min_tokens > 0
+            and params.allowed_token_ids is not None
+            and (stops.issuperset(params.allowed_token_ids))
+        ):
+            raise ValueError(
+                "allowed_token_ids: all of them end the output, which min_tokens does not allow; "
+                "add others or leave min_tokens out"
+            )

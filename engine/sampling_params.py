@@ -5,13 +5,19 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from engine.strict import StrictModel
+from engine.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
+
+TokenId = Annotated[int, Field(ge=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class SamplingParams(StrictModel):
     """Names and meanings as in the OpenAI API and vLLM; defaults as in vLLM."""
 
+    n: int = Field(1, ge=1, le=128, description="Choices per prompt; choice i has seed + i.")
     temperature: float = Field(1.0, ge=0, le=1e6, description="0 is greedy.")
     top_k: int = Field(
         0, ge=-1, lt=2**31, description="Only the k most probable tokens; 0 or -1 is off."
@@ -21,6 +27,30 @@ class SamplingParams(StrictModel):
     )
     min_p: float = Field(
         0.0, ge=0, le=1, description="Only tokens at least this share as probable as the best one."
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Taken from the logits of tokens that are in the output."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="The same, for each time that they are in the output."
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=1e3,
+        description="Divides positive logits of tokens of prompt and output, multiplies others.",
+    )
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=4096, description="Added to the logits of these tokens."
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, min_length=1, description="Only these tokens; None allows all."
+    )
+    bad_words: list[NonEmpty] = Field(
+        default_factory=list, max_length=256, description="Texts whose tokens are never completed."
+    )
+    bad_words_token_ids: list[Annotated[list[TokenId], Field(min_length=1, max_length=64)]] = Field(
+        default_factory=list, max_length=1024, description="Token sequences never completed."
     )
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="One seed, one text; None draws one."
@@ -32,13 +62,30 @@ class SamplingParams(StrictModel):
         0, ge=0, description="No stop token or string ends the output before this many tokens."
     )
     ignore_eos: bool = Field(False, description="Go on after the end-of-sequence token.")
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+    stop: list[NonEmpty] = Field(
         default_factory=list, max_length=64, description="The text ends before any of these."
     )
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+    include_stop_str_in_output: bool = Field(
+        False, description="The text ends with the stop string, not before it."
+    )
+    stop_token_ids: list[TokenId] = Field(
         default_factory=list, max_length=1024, description="Any of these tokens ends the output."
     )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log-probabilities of each output token and of so many most probable ones, "
+        "from the model's logits as they are: before penalties, biases and temperature.",
+    )
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="The same for the prompt's tokens."
+    )
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
+    detokenize: bool = Field(True, description="False leaves the text empty; tokens only.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Keep only so many last tokens of the prompt; -1: what fits."
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -52,3 +99,48 @@ class SamplingParams(StrictModel):
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _something_to_choose(self) -> "SamplingParams":
+        if self.allowed_token_ids is not None and (self.bad_words or self.bad_words_token_ids):
+            raise ValueError(
+                "allowed_token_ids and bad_words exclude each other: together they could leave no "
+                "token to choose"
+            )
+        if self.stop and not self.detokenize:
+            raise ValueError("stop: stop strings are found in the text; they need detokenize")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: at least 1, or -1 for what fits (got 0)")
+        return self
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    def truncated(self, prompt_token_ids: list[int], max_len: int) -> list[int]:
+        """The prompt as `truncate_prompt_tokens` has it, in a window of max_len tokens."""
+        limit = self.truncate_prompt_tokens
+        if limit is None:
+            return prompt_token_ids
+        return prompt_token_ids[-(max_len - 1 if limit == -1 else limit) :]
+
+    def choices(self, seed: int) -> "list[tuple[SamplingParams, int]]":
+        """Parameters and seed of each of the n outputs; only the first asks about the prompt.
+
+        Choice i has seed + i, as 64 bits count.
+        """
+        first = self if self.n == 1 else self.model_copy(update={"n": 1})
+        others = first.model_copy(update={"prompt_logprobs": None})
+        seeds = [(seed + i + MAX_SEED + 1) % 2**64 - MAX_SEED - 1 for i in range(self.n)]
+        return list(zip([first] + [others] * (self.n - 1), seeds, strict=True))
+
+    def in_tokens(self, tokenizer: Tokenizer) -> "SamplingParams":
+        """The same for an engine, which knows no words: bad_words as bad_words_token_ids."""
+        if not self.bad_words:
+            return self
+        sequences = self.bad_words_token_ids + tokenizer.encode_bad_words(self.bad_words)
+        return self.model_copy(update={"bad_words": [], "bad_words_token_ids": sequences})

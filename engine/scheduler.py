@@ -11,6 +11,8 @@ order in which they were scheduled, on every rank. This is why blocks and rows c
 full blocks published, at scheduling time: whoever gets them runs later.
 """
 
+import time
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,11 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.request import Request
-from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenDelta
+from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenDelta, TokenLogprobs
+
+# What a later arrival counts for, with the policy "shortest": a prompt that is longer by n tokens
+# is overtaken by n / 32 requests at most.
+_AGEING_TOKENS = 32
 
 
 @dataclass(slots=True)
@@ -29,6 +35,8 @@ class SchedulerStats:
     cached_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    admitted: int = 0
+    queue_time_s: float = 0.0  # of all admitted requests together
 
 
 class Scheduler:
@@ -44,8 +52,11 @@ class Scheduler:
         self.pool = pool
         self.stats = SchedulerStats()
         self.requests: dict[str, Request] = {}
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+        # Both in the policy's order: the first to be admitted, the last to be preempted.
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._policy = config.scheduling_policy
+        self._num_arrivals = 0
         self._block_size = config.block_size
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
@@ -65,8 +76,19 @@ class Scheduler:
             )
         if len(request.token_ids) >= request.max_len:
             raise ValueError(f"request {request.id!r} has all its {request.max_len} tokens already")
+        request.order = self._order(request)
         self.requests[request.id] = request
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_order)
+
+    def _order(self, request: Request) -> tuple[int, int]:
+        """The policy: what is least goes first, and it never changes."""
+        self._num_arrivals += 1
+        if self._policy == "priority":
+            return request.priority, self._num_arrivals
+        if self._policy == "shortest":
+            aged = len(request.token_ids) + self._num_arrivals * _AGEING_TOKENS
+            return aged, self._num_arrivals
+        return 0, self._num_arrivals
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, for it may just have finished."""
@@ -89,14 +111,14 @@ class Scheduler:
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         """Returns the budget that is left.
 
-        Only the request admitted last can have more than one token to compute, and the budget is
-        at least the number of rows, so none starves.
+        The budget is at least the number of rows, and a token of it is kept for every row yet to
+        come, so none starves.
         """
         index = 0
         while index < len(self.running):  # preemption shortens the list from its end
             request = self.running[index]
             index += 1
-            num_tokens = min(request.num_uncomputed, budget)
+            num_tokens = min(request.num_uncomputed, budget - (len(self.running) - index))
             if num_tokens == 0 or request.num_tokens >= request.max_len:
                 continue  # its last token is being sampled
             if self._make_room(request, num_tokens):
@@ -105,7 +127,7 @@ class Scheduler:
         return budget
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Preempt the latest comers until the next tokens of a running request have blocks.
+        """Preempt the last in order until the next tokens of a running request have blocks.
 
         Victims are later in the running list than `request`, so none is in the plan yet. False
         when the request itself had to go.
@@ -118,10 +140,10 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue; what is not evicted by then is found in the cache."""
+        """Back to its place in the queue; what is not evicted by then is found in the cache."""
         self._release(request)
         request.num_computed = request.num_published = 0
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_order)
         self.stats.preemptions += 1
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
@@ -132,7 +154,7 @@ class Scheduler:
             cached = self._find_cached(request)
             if not self._can_admit(request, cached):
                 break
-            self.waiting.popleft()
+            self.waiting.pop(0)
             self._admit(plan, request, cached)
             num_tokens = min(request.num_uncomputed, budget)
             self._plan_row(plan, request, num_tokens)
@@ -140,6 +162,8 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix that leaves a token to compute, for its logits."""
+        if request.wants_prompt_logprobs:
+            return []  # needs the logits of all its tokens
         hashes = request.hash_full_blocks(self._block_size)
         return self.pool.lookup(hashes[: (request.num_tokens - 1) // self._block_size])
 
@@ -164,8 +188,10 @@ class Scheduler:
             request.num_cached = request.num_computed
             self.stats.cached_tokens += request.num_computed
             self.stats.prompt_tokens += len(request.prompt_token_ids)
+            self.stats.admitted += 1
+            self.stats.queue_time_s += time.monotonic() - request.arrived_at
         request.row = self._free_rows.pop()
-        self.running.append(request)
+        insort(self.running, request, key=_order)
         plan.new_rows.append(
             NewRow(
                 request.row,
@@ -211,20 +237,29 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in the tokens of the oldest step in flight. Requests gone meanwhile are skipped."""
         deltas = []
-        for request, token in zip(self._sampling.popleft(), result.token_ids, strict=True):
+        sampling = self._sampling.popleft()
+        for i, (request, token) in enumerate(zip(sampling, result.token_ids, strict=True)):
             if self.requests.get(request.id) is not request:
                 continue
             request.num_pending -= 1
             request.append(token)
             self._publish(request)
-            delta = self._delta(request, token)
+            delta = self._delta(
+                request, token, result.logprobs.get(i), result.prompt_logprobs.get(i)
+            )
             if delta.finish_reason is not None:
                 self._remove(request)
             deltas.append(delta)
         self.stats.output_tokens += len(deltas)
         return deltas
 
-    def _delta(self, request: Request, token: int) -> TokenDelta:
+    def _delta(
+        self,
+        request: Request,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        prompt_logprobs: list[TokenLogprobs] | None,
+    ) -> TokenDelta:
         reason, stop_token = None, None
         if token in request.params.stop_token_ids:
             reason, stop_token = "stop", token
@@ -232,7 +267,15 @@ class Scheduler:
             reason = "stop"
         elif len(request.token_ids) >= request.max_len:
             reason = "length"
-        return TokenDelta(request.id, [token], reason, stop_token, request.num_cached or 0)
+        return TokenDelta(
+            request.id,
+            [token],
+            reason,
+            stop_token,
+            request.num_cached or 0,
+            None if logprobs is None else [logprobs],
+            prompt_logprobs,
+        )
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.id]
@@ -256,3 +299,7 @@ class Scheduler:
 
     def live_block_tables(self) -> Iterator[list[int]]:
         return (request.block_table for request in self.requests.values())
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order

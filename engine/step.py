@@ -3,7 +3,8 @@
 Small, picklable, without tensors, so that the leader can send it to its followers as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.sampling_params import SamplingParams
 
@@ -43,9 +44,21 @@ class StepPlan:
         return sum(row.num_tokens for row in self.scheduled)
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of its token, then of the most probable ones in order."""
+
+    rank: int  # of its token; 1 is the most probable
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     token_ids: list[int]  # one per scheduled row that samples, in the plan's order
+    # By index in token_ids, for the rows that ask for them.
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    # The same, for rows whose prompt is computed: from its second token on.
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +70,5 @@ class TokenDelta:
     finish_reason: str | None = None  # "stop", "length"
     stop_token: int | None = None  # the token of stop_token_ids that ended it
     num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for

@@ -4,6 +4,7 @@ transformers' AutoTokenizer would pull torch into the serving front, so this use
 beneath it, `tokenizers`, and transformers' own renderer for chat templates.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,44 @@ import jinja2
 from tokenizers import Tokenizer as FastTokenizer
 
 from engine.checkpoint import CheckpointError, read_json
+
+
+class _Pieces:
+    """The bytes of single tokens, by the kind of decoder that the tokenizer has."""
+
+    def __init__(self, tokenizer: FastTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = tokenizer.get_added_tokens_decoder()
+        decoder = tokenizer.decoder.__getstate__().decode() if tokenizer.decoder else ""
+        self._is_byte_level = '"ByteLevel"' in decoder
+        self._has_spaces = "▁" in decoder
+
+    def is_special(self, token: int) -> bool:
+        return token in self._added and self._added[token].special
+
+    def bytes_of(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].content.encode()
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._is_byte_level and all(letter in _BYTES for letter in piece):
+            return bytes(_BYTES[letter] for letter in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return (piece.replace("▁", " ") if self._has_spaces else piece).encode()
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: themselves, or 256 and up."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_letters()
 
 
 class Tokenizer:
@@ -33,6 +72,7 @@ class Tokenizer:
             for name, token in config.items()
             if name.endswith("_token") and isinstance(token, (str, dict))
         }
+        self._pieces = _Pieces(self.fast)
         template_file = directory / "chat_template.jinja"
         template = (
             template_file.read_text(encoding="utf-8")
@@ -50,6 +90,33 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which may be a part of a character; b"" beyond the vocabulary.
+
+        Special tokens stand for their names.
+        """
+        return self._pieces.bytes_of(token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether the token is one that texts are usually decoded without."""
+        return self._pieces.is_special(token)
+
+    def encode_bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The token sequences that write these words, at the beginning of a text and after a space.
+
+        As in vLLM: the second only where it is the same number of tokens and begins differently.
+        """
+        sequences: list[list[int]] = []
+        for word in words:
+            bare, spaced = (
+                self.encode(prefix + word.lstrip(), add_special_tokens=False)
+                for prefix in ("", " ")
+            )
+            sequences.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return [tokens for tokens in sequences if tokens]
 
     def render_chat(
         self,

@@ -42,6 +42,10 @@ class Ops:
     )
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
     sample: Callable[..., Tensor] = reference.sample
+    apply_bitmask: Callable[[Tensor, Tensor], None] = reference.apply_bitmask
+    top_logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = (
+        reference.top_logprobs
+    )
 
 
 REFERENCE = Ops("reference")
@@ -79,4 +83,6 @@ def _cpu_ops() -> Ops:
         add_rms_norm=fast.add_rms_norm,
         silu_and_mul=fast.silu_and_mul,
         sample=fast.sample,
+        apply_bitmask=fast.apply_bitmask,
+        top_logprobs=fast.top_logprobs,
     )

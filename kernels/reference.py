@@ -329,3 +329,65 @@ def _keep_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     # A token stays while those before it do not yet hold top_p; the first always stays.
     ordered = torch.where((before < budget) | (rank == 0), ordered, 0.0)
     return torch.zeros_like(probs).scatter_(-1, order, ordered)
+
+
+def penalize(
+    logits: Tensor,
+    token_ids: Tensor,
+    num_tokens: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> None:
+    """Penalize, in place, the tokens that rows of logits [N, V] float32 have had already.
+
+    Semantics as in vLLM: the logit of every token of prompt or output is divided by `repetition`
+    if positive and multiplied by it if not (Keskar et al., "CTRL", 2019); then it loses
+    frequency * (times in the output), and presence if it is in the output at all. Only logits of
+    tokens in the text are touched, so the cost does not grow with the vocabulary.
+
+    Args:
+        token_ids: [N, L] int64, prompt and output of each row; what follows num_tokens is ignored.
+        num_tokens: [N] int64, at least 1.
+        counts: [N, L] int32, how often token_ids[n, l] is in row n's output.
+        repetition, presence, frequency: [N] float32; 1, 0 and 0 are off.
+    """
+    # A token that comes twice is written twice with the same value; padding repeats the first.
+    padding = torch.arange(token_ids.shape[1], device=logits.device) >= num_tokens.unsqueeze(1)
+    token_ids = torch.where(padding, token_ids[:, :1], token_ids)
+    counts = torch.where(padding, counts[:, :1], counts)
+    seen = logits.gather(1, token_ids)
+    repetition = repetition.unsqueeze(1)
+    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    seen -= frequency.unsqueeze(1) * counts + presence.unsqueeze(1) * (counts > 0)
+    logits.scatter_(1, token_ids, seen)
+
+
+def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
+    """Set to -inf, in place, what is not allowed in logits [N, V] float32.
+
+    bitmask: [N, ceil(V / 32)] int32; token t is allowed if bit t % 32 of word t // 32 is set.
+    """
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = ((bitmask.unsqueeze(-1) >> bits) & 1).bool().flatten(1)
+    logits.masked_fill_(~allowed[:, : logits.shape[1]], -torch.inf)
+
+
+def top_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of one given token and of the `count` most probable ones, per row.
+
+    Args:
+        logits: [N, V].
+        token_ids: [N] int64, the given tokens.
+    Returns:
+        (ids [N, 1 + count] int64, logprobs [N, 1 + count] float32, ranks [N] int64). The given
+        token comes first, then the others from the most probable on (it may be among them). The
+        rank of a given token is 1 if none is more probable.
+    """
+    logits = logits.float()
+    given = token_ids.unsqueeze(1)
+    own = logits.gather(1, given)
+    top, ids = logits.topk(count, dim=-1)
+    logprobs = torch.cat((own, top), 1) - logits.logsumexp(-1, keepdim=True)
+    return torch.cat((given, ids), 1), logprobs, 1 + (logits > own).sum(-1)

@@ -2,7 +2,9 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,9 +12,18 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.api.common import check_model, check_prompt, sampling_params, usage
 from deployments.api.errors import ApiError
+from deployments.api.logprobs import chat_logprobs, prompt_logprobs
+from deployments.api.messages import AnswerParser
 from deployments.api.protocol import ChatCompletionRequest
-from deployments.api.streaming import collect, event, event_stream
+from deployments.api.streaming import Output, collect_all, event, event_stream, merge
+from deployments.api.tools import ForcedCall, find_format, forced_call
 from deployments.front import Front, TextDelta
+from deployments.parsing import OutputParser, Piece, ReasoningSplitter
+from deployments.parsing.reasoning import CLOSE, OPEN
+from engine.sampling_params import SamplingParams
+
+# Tokens at a prompt's end that show whether it opens a think block.
+_END_TOKENS = 8
 
 
 def routes(front: Front) -> APIRouter:
@@ -22,66 +33,172 @@ def routes(front: Front) -> APIRouter:
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_chat(front, request))
-        head, prompt, deltas = await _start(front, request)
-        return event_stream(_events(head, deltas, len(prompt), request.include_usage))
+        return event_stream(_events(await Chat.start(front, request)))
 
     return router
 
 
 async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[str, Any]:
     """The whole answer. Raises ApiError for a request that cannot be served."""
-    head, prompt, deltas = await _start(front, request)
-    output = await collect(deltas)
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": output.finish_reason,
-        "stop_reason": output.stop_reason,
+    chat = await Chat.start(front, request)
+    outputs = await collect_all(chat.streams())
+    answer = chat.head | {
+        "object": "chat.completion",
+        "choices": [_choice(chat, i, output) for i, output in enumerate(outputs)],
+        "usage": _usage(len(chat.prompt), outputs),
     }
-    counts = usage(len(prompt), output.num_tokens, output.num_cached_tokens)
-    return head | {"object": "chat.completion", "choices": [choice], "usage": counts}
+    if request.prompt_logprobs is None:
+        return answer
+    taken = outputs[0].prompt_logprobs or []
+    return answer | {"prompt_logprobs": prompt_logprobs(front.tokenizer, taken)}
 
 
-async def _start(
-    front: Front, request: ChatCompletionRequest
-) -> tuple[dict[str, Any], list[int], AsyncGenerator[TextDelta]]:
-    """(what all answers begin with, prompt tokens, the text to come)"""
-    check_model(front, request)
-    params = sampling_params(front, request)
-    prompt = await _encode(front, request)
-    check_prompt(front, prompt, params, "messages")
-    head = {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "created": int(time.time()),
-        "model": front.model_name,
-    }
-    return head, prompt, front.generate(prompt, params, request.cache_salt)
+@dataclass(frozen=True)
+class Chat:
+    """A chat request on its way: checked, in tokens, with what its answers are read with."""
+
+    front: Front
+    request: ChatCompletionRequest
+    prompt: list[int]
+    params: SamplingParams
+    head: dict[str, Any]  # what all answers begin with
+    forced: ForcedCall | None
+
+    @classmethod
+    async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
+        """Raises ApiError for a request that cannot be served."""
+        check_model(front, request)
+        params = sampling_params(front, request)
+        forced = None
+        if request.offered_tools:
+            tool_format = find_format(front)
+            forced = forced_call(request.offered_tools, request.tool_choice, tool_format)
+            if tool_format.has_special_tokens:
+                params = params.model_copy(update={"skip_special_tokens": False})
+            if forced is not None:
+                params = forced.constrain(params)
+        prompt = front.truncate(await _encode(front, request, forced), params)
+        check_prompt(front, prompt, params, "messages")
+        head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": front.model_name,
+        }
+        return cls(front, request, prompt, params, head, forced)
+
+    def streams(self) -> list[AsyncGenerator[TextDelta]]:
+        """The text to come for each choice."""
+        request = self.request
+        return self.front.generate_choices(
+            self.prompt, self.params, request.cache_salt, request.stream
+        )
+
+    def new_parser(self) -> AnswerParser:
+        """For one choice."""
+        tools = find_format(self.front).parser() if self.request.offered_tools else None
+        thinks = self.front.has_reasoning and self.forced is None
+        if tools is None and not thinks:
+            return AnswerParser()
+        if tools is not None and self.forced is not None:
+            tools.push(self.forced.prefix, last=False)
+        reasoning = ReasoningSplitter(_opens_reasoning(self.front, self.prompt)) if thinks else None
+        parser = OutputParser(reasoning, tools, not self.request.parallel_tool_calls)
+        return AnswerParser(parser, self.front.end_texts if tools is not None else ())
 
 
-async def _encode(front: Front, request: ChatCompletionRequest) -> list[int]:
+async def _encode(
+    front: Front, request: ChatCompletionRequest, forced: ForcedCall | None
+) -> list[int]:
     try:
-        return await front.encode_chat(
+        prompt = await front.encode_chat(
             [message.for_template() for message in request.messages],
             **request.template_options(),
         )
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
+    if forced is not None:
+        close = f"\n{CLOSE}\n\n" if _opens_reasoning(front, prompt) else ""
+        prompt += front.tokenizer.encode(close + forced.prefix, add_special_tokens=False)
+    return prompt
 
 
-async def _events(
-    head: dict[str, Any], deltas: AsyncGenerator[TextDelta], num_prompt: int, with_usage: bool
-) -> AsyncGenerator[str]:
-    head = head | {"object": "chat.completion.chunk"}
+def _opens_reasoning(front: Front, prompt: list[int]) -> bool:
+    """Whether the template has begun a think block for the model."""
+    end = front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
+    return front.has_reasoning and end.rstrip().endswith(OPEN)
 
-    def chunk(content: dict[str, Any], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": content, "logprobs": None, "finish_reason": finish_reason}
+
+def _choice(chat: Chat, index: int, output: Output) -> dict[str, Any]:
+    parser = chat.new_parser()
+    return {
+        "index": index,
+        "message": parser.message(output.text),
+        "logprobs": _logprobs(chat.front, output),
+        "finish_reason": parser.finish_reason(output.finish_reason),
+        "stop_reason": output.stop_reason,
+    }
+
+
+def _logprobs(front: Front, output: Output | TextDelta) -> dict[str, Any] | None:
+    return None if output.logprobs is None else chat_logprobs(front.tokenizer, output.logprobs)
+
+
+def _usage(num_prompt: int, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
+    num_output = sum(output.num_tokens for output in outputs)
+    return usage(num_prompt, num_output, outputs[0].num_cached_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step brought a choice, read."""
+
+    pieces: list[Piece]
+    delta: TextDelta
+    finish_reason: str | None
+
+
+async def read(stream: AsyncGenerator[TextDelta], parser: AnswerParser) -> AsyncGenerator[Step]:
+    """A choice's stream, up to where its parser says that all has been said."""
+    async with aclosing(stream):
+        async for delta in stream:
+            reason = delta.finish_reason
+            pieces = parser.pieces(delta.text, last=reason is not None)
+            if parser.is_over:
+                reason = "stop"
+            yield Step(pieces, delta, parser.finish_reason(reason))
+            if parser.is_over:
+                return
+
+
+async def _events(chat: Chat) -> AsyncGenerator[str]:
+    head = chat.head | {"object": "chat.completion.chunk"}
+
+    def chunk(
+        index: int,
+        content: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> str:
+        choice = {
+            "index": index,
+            "delta": content,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
         return event(head | {"choices": [choice]})
 
-    yield chunk({"role": "assistant", "content": ""})
-    async for delta in deltas:
-        if delta.text or delta.finish_reason:
-            yield chunk({"content": delta.text} if delta.text else {}, delta.finish_reason)
-    if with_usage:
-        counts = usage(num_prompt, delta.num_tokens, delta.num_cached_tokens)
+    streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
+    for index in range(len(streams)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    last: dict[int, TextDelta] = {}
+    async for index, step in merge(streams):
+        last[index] = step.delta
+        logprobs = _logprobs(chat.front, step.delta)
+        for piece in step.pieces:
+            yield chunk(index, AnswerParser.delta(piece), logprobs)
+            logprobs = None
+        if logprobs is not None or step.finish_reason is not None:
+            yield chunk(index, {}, logprobs, step.finish_reason)
+    if chat.request.include_usage:
+        counts = _usage(len(chat.prompt), [last[index] for index in range(len(streams))])
         yield event(head | {"choices": [], "usage": counts})

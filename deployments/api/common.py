@@ -33,6 +33,9 @@ def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param:
     try:
         front.check(prompt, params)
     except ValueError as error:
+        field = str(error).partition(":")[0]
+        if field in SamplingParams.model_fields:
+            raise ApiError(400, str(error), field) from error
         raise ApiError(400, str(error), param, "context_length_exceeded") from error
 
 

@@ -1,18 +1,47 @@
 """POST /v1/completions."""
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from deployments.api.common import check_model, check_prompt, sampling_params, usage
+from deployments.api.logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.protocol import CompletionRequest
-from deployments.api.streaming import Output, collect, event, event_stream, merge
+from deployments.api.streaming import Output, collect_all, event, event_stream, merge
 from deployments.front import Front, TextDelta
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A request under way: each prompt has num_choices streams, one after another."""
+
+    front: Front
+    request: CompletionRequest
+    head: dict[str, Any]  # what all answers begin with
+    prompts: list[list[int]]
+    streams: list[AsyncGenerator[TextDelta]]
+
+    def logprobs(self, prompt: list[int]) -> TextLogprobs | None:
+        """What makes the logprobs of a choice, if they are asked for."""
+        if self.request.logprobs is None:
+            return None
+        echoed = prompt if self.request.echo else None
+        return TextLogprobs(self.front.tokenizer, echoed, self.request.skip_special_tokens)
+
+    def usage(self, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
+        """Token counts, given the outputs of all streams."""
+        firsts = outputs[:: self.request.num_choices]
+        return usage(
+            sum(map(len, self.prompts)),
+            sum(output.num_tokens for output in outputs),
+            sum(output.num_cached_tokens for output in firsts),
+        )
 
 
 def routes(front: Front) -> APIRouter:
@@ -22,84 +51,110 @@ def routes(front: Front) -> APIRouter:
     async def create_completion(request: CompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_text(front, request))
-        head, num_prompt, streams = await _start(front, request)
-        return event_stream(_events(head, streams, num_prompt, request.include_usage))
+        return event_stream(_events(await _start(front, request)))
 
     return router
 
 
 async def complete_text(front: Front, request: CompletionRequest) -> dict[str, Any]:
     """The whole answer. Raises ApiError for a request that cannot be served."""
-    head, num_prompt, streams = await _start(front, request)
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(collect(stream)) for stream in streams]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None  # one answer has one error
-    outputs = [task.result() for task in tasks]
-    return (
-        head
-        | {"choices": [_choice(i, o) for i, o in enumerate(outputs)]}
-        | {"usage": _usage(num_prompt, outputs)}
-    )
+    started = await _start(front, request)
+    outputs = await collect_all(started.streams)
+    choices: list[dict[str, Any]] = []
+    for i, prompt in enumerate(started.prompts):
+        own = outputs[i * request.num_choices : (i + 1) * request.num_choices]
+        of_prompt = own[0].prompt_logprobs
+        if request.num_choices > request.n:
+            own = sorted(own, key=lambda output: output.mean_logprob, reverse=True)[: request.n]
+        for output in own:
+            output = replace(output, prompt_logprobs=of_prompt)
+            choices.append(_choice(started, len(choices), prompt, output))
+    return started.head | {"choices": choices, "usage": started.usage(outputs)}
 
 
-async def _start(
-    front: Front, request: CompletionRequest
-) -> tuple[dict[str, Any], int, list[AsyncGenerator[TextDelta]]]:
-    """(what all answers begin with, number of prompt tokens, the text to come for each prompt)"""
+async def _start(front: Front, request: CompletionRequest) -> _Started:
     check_model(front, request)
     params = sampling_params(front, request)
-    prompts = [
-        await front.encode(prompt) if isinstance(prompt, str) else prompt
-        for prompt in request.prompts
-    ]
-    for prompt in prompts:
-        check_prompt(front, prompt, params, "prompt")
+    prompts, texts = [], []
+    for prompt in request.prompts:
+        tokens = await front.encode(prompt) if isinstance(prompt, str) else prompt
+        kept = front.truncate(tokens, params)
+        check_prompt(front, kept, params, "prompt")
+        prompts.append(kept)
+        is_whole = isinstance(prompt, str) and len(kept) == len(tokens)
+        texts.append(
+            prompt if is_whole else front.tokenizer.decode(kept, params.skip_special_tokens)
+        )
     head = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": front.model_name,
     }
-    streams = [front.generate(prompt, params, request.cache_salt) for prompt in prompts]
-    return head, sum(map(len, prompts)), streams
+    streams = []
+    for tokens, text in zip(prompts, texts, strict=True):
+        choices = front.generate_choices(tokens, params, request.cache_salt, request.stream)
+        if request.max_tokens == 0:
+            choices = [_without_output(deltas) for deltas in choices]
+        if request.echo:
+            choices = [_echo(str(text), deltas) for deltas in choices]
+        streams += choices
+    return _Started(front, request, head, prompts, streams)
 
 
-def _choice(index: int, output: Output) -> dict[str, Any]:
-    return {
+async def _echo(prompt: str, deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
+    """The prompt as the beginning of the text."""
+    async with aclosing(deltas):
+        async for delta in deltas:
+            yield replace(delta, text=prompt + delta.text)
+            prompt = ""
+
+
+async def _without_output(deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
+    """Nothing of what was generated, as if max_tokens had been 0."""
+    async with aclosing(deltas):
+        async for delta in deltas:
+            yield replace(
+                delta,
+                text="",
+                num_tokens=0,
+                finish_reason="length",
+                stop_reason=None,
+                logprobs=None,
+            )
+            return
+
+
+def _choice(started: _Started, index: int, prompt: list[int], output: Output) -> dict[str, Any]:
+    logprobs = started.logprobs(prompt)
+    choice = {
         "index": index,
         "text": output.text,
-        "logprobs": None,
+        "logprobs": logprobs.take(output) if logprobs else None,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
     }
+    if started.request.prompt_logprobs is None:
+        return choice
+    taken = output.prompt_logprobs or []
+    return choice | {"prompt_logprobs": prompt_logprobs(started.front.tokenizer, taken)}
 
 
-def _usage(num_prompt: int, outputs: list[Output] | list[TextDelta]) -> dict[str, Any]:
-    return usage(
-        num_prompt,
-        sum(output.num_tokens for output in outputs),
-        sum(output.num_cached_tokens for output in outputs),
-    )
-
-
-async def _events(
-    head: dict[str, Any],
-    streams: list[AsyncGenerator[TextDelta]],
-    num_prompt: int,
-    with_usage: bool,
-) -> AsyncGenerator[str]:
+async def _events(started: _Started) -> AsyncGenerator[str]:
+    head, num_choices = started.head, started.request.num_choices
+    logprobs = [started.logprobs(p) for p in started.prompts for _ in range(num_choices)]
     last: dict[int, TextDelta] = {}
-    async for index, delta in merge(streams):
+    async for index, delta in merge(started.streams):
         last[index] = delta
-        if delta.text or delta.finish_reason:
+        if delta.text or delta.finish_reason or delta.logprobs:
+            own = logprobs[index]
             choice = {
                 "index": index,
                 "text": delta.text,
-                "logprobs": None,
+                "logprobs": own.take(delta) if own else None,
                 "finish_reason": delta.finish_reason,
             }
             yield event(head | {"choices": [choice]})
-    if with_usage:
-        yield event(head | {"choices": [], "usage": _usage(num_prompt, list(last.values()))})
+    if started.request.include_usage:
+        outputs = [last[index] for index in range(len(started.streams))]
+        yield event(head | {"choices": [], "usage": started.usage(outputs)})

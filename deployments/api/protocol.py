@@ -1,11 +1,21 @@
 """Request bodies. What is not a field here is refused by name."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from engine.sampling_params import SamplingParams
+from deployments.api.messages import Message
+from deployments.api.tools import NamedTool, Tool, ToolChoice
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.strict import StrictModel
+
+# What the template's renderer and its callers take themselves.
+_NOT_VARIABLES = frozenset(
+    (
+        *("self", "messages", "conversations", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    )
+)
 
 
 class StreamOptions(StrictModel):
@@ -18,7 +28,6 @@ class GenerationRequest(SamplingParams):
     model: str | None = Field(None, description="Default: the model being served.")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = Field(1, description="Only one choice per prompt is supported.")
     user: str | None = Field(None, description="The caller's own tag; changes nothing.")
     cache_salt: str = Field(
         "", max_length=256, description="Only requests of equal salt share cached prefixes."
@@ -39,6 +48,8 @@ class GenerationRequest(SamplingParams):
     def _options_need_stream(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: not in a stream; leave stream out")
         return self
 
     @property
@@ -48,32 +59,29 @@ class GenerationRequest(SamplingParams):
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         """What the request sets, over the model's recommended values."""
         given = self.model_fields_set & set(SamplingParams.model_fields)
-        return SamplingParams(**(defaults | {name: getattr(self, name) for name in given}))
+        values = {name: getattr(self, name) for name in given}
+        return SamplingParams(**defaults | values | self.translated())
 
-
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
-
-
-class Message(StrictModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: text in one string, and no newer role names."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
+    def translated(self) -> dict[str, Any]:
+        """Sampling parameters that this endpoint spells otherwise."""
+        return {}
 
 
 class ChatCompletionRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] = Field(default_factory=list, max_length=128)
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="none: no call; auto (default with tools): the model decides; required: a call "
+        "of any tool; or one by name. The last two are enforced by a grammar.",
+    )
+    parallel_tool_calls: bool = Field(True, description="False allows one call at most.")
     max_completion_tokens: int | None = Field(
         None, ge=1, description="OpenAI's newer name of max_tokens; default: to the window's end."
+    )
+    logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
+    top_logprobs: int = Field(
+        0, ge=0, le=MAX_LOGPROBS, description="And of so many most probable ones; needs logprobs."
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Variables for the chat template, as enable_thinking."
@@ -84,6 +92,12 @@ class ChatCompletionRequest(GenerationRequest):
     )
 
     @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only allowed when logprobs is true")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_go_on(self) -> "ChatCompletionRequest":
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError(
@@ -91,19 +105,48 @@ class ChatCompletionRequest(GenerationRequest):
             )
         return self
 
+    @model_validator(mode="after")
+    def _choice_among_tools(self) -> "ChatCompletionRequest":
+        if self.tool_choice in ("auto", "required") or isinstance(self.tool_choice, NamedTool):
+            names = [tool.function.name for tool in self.tools]
+            if not names:
+                raise ValueError("tool_choice: there are no tools to choose from")
+            if isinstance(self.tool_choice, NamedTool):
+                wanted = self.tool_choice.function.name
+                if wanted not in names:
+                    raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
+        return self
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in _NOT_VARIABLES or not name.isidentifier():
+                raise ValueError(f"{name!r} is not a variable of the template that can be set here")
+        return value
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
     def template_options(self) -> dict[str, Any]:
         """Arguments of the chat template beside the messages."""
         return {
+            "tools": [tool.for_template() for tool in self.offered_tools],
             "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
             **self.chat_template_kwargs,
         }
 
-    def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+    def translated(self) -> dict[str, Any]:
         longest = self.max_completion_tokens
         if longest is None:
             longest = self.max_tokens if "max_tokens" in self.model_fields_set else None
-        return super().sampling_params(defaults).model_copy(update={"max_tokens": longest})
+        return {
+            "max_tokens": longest,
+            "logprobs": self.top_logprobs if self.logprobs else None,
+        }
 
 
 TokenIds = Annotated[list[int], Field(min_length=1)]
@@ -111,6 +154,41 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 
 class CompletionRequest(GenerationRequest):
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    max_tokens: int | None = Field(16, ge=0, description="0, with echo, is for scoring a prompt.")
+    echo: bool = Field(False, description="Begin the text, and logprobs, with the prompt.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=128,
+        description="Make so many choices, return the n most probable per token.",
+    )
+
+    @model_validator(mode="after")
+    def _echo_and_best_of(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 leaves nothing to answer; it needs echo")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of ({self.best_of}) must be at least n ({self.n})")
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ValueError("best_of: a stream cannot wait for the best; leave stream out")
+        if self.echo and self.logprobs is not None and self.stream and self.n > 1:
+            raise ValueError("n: 1 where a stream echoes the prompt with logprobs")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """Choices to make for each prompt, of which n are returned."""
+        return self.best_of or self.n
+
+    def translated(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"n": self.num_choices}
+        if self.max_tokens == 0:
+            values["max_tokens"] = 1  # an engine always samples; the token is not shown
+        if self.num_choices > self.n and self.logprobs is None:
+            values["logprobs"] = 0
+        if self.echo and self.logprobs is not None:
+            values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return values
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from deployments.api.errors import ApiError
 from deployments.engine_client import EngineUnavailableError
 from deployments.front import TextDelta
+from engine.step import TokenLogprobs
 
 T = TypeVar("T")
 
@@ -25,20 +26,45 @@ class Output:
     num_cached_tokens: int
     finish_reason: str | None
     stop_reason: int | str | None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Per token, if it has logprobs."""
+        if not self.logprobs:
+            return 0.0
+        return sum(position.logprobs[0] for position in self.logprobs) / len(self.logprobs)
 
 
 async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
     """Raises what the stream raises: EngineUnavailableError, or ValueError if it is refused."""
     text = []
+    logprobs, prompt_logprobs = None, None
     async for delta in deltas:
         text.append(delta.text)
+        if delta.logprobs is not None:
+            logprobs = (logprobs or []) + delta.logprobs
+        prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
     return Output(
         "".join(text),
         delta.num_tokens,
         delta.num_cached_tokens,
         delta.finish_reason,
         delta.stop_reason,
+        logprobs,
+        prompt_logprobs,
     )
+
+
+async def collect_all(streams: Sequence[AsyncGenerator[TextDelta]]) -> list[Output]:
+    """As `collect`, of several at once; if one fails the others are given up."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(collect(stream)) for stream in streams]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None  # one answer has one error
+    return [task.result() for task in tasks]
 
 
 async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:

@@ -21,6 +21,8 @@ _SIGNATURES = {
     ],
     "paged_attention": [c_int, *[c_void_p] * 7, *[c_int64] * 7, c_float],
     "sample": [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 7],
+    "apply_bitmask": [c_void_p, *[c_int64] * 3, c_void_p],
+    "top_logprobs": [c_int, c_void_p, *[c_int64] * 4, *[c_void_p] * 4],
 }
 
 
@@ -46,6 +48,8 @@ class CpuOps:
         self._norm_rotary_store = library.manta_norm_rotary_store
         self._paged_attention = library.manta_paged_attention
         self._sample = library.manta_sample
+        self._apply_bitmask = library.manta_apply_bitmask
+        self._top_logprobs = library.manta_top_logprobs
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
@@ -192,3 +196,30 @@ class CpuOps:
             tokens.data_ptr(),
         )
         return tokens
+
+    def apply_bitmask(self, logits: Tensor, bitmask: Tensor) -> None:
+        assert logits.dtype == torch.float32 and logits.stride(1) == 1
+        bitmask = bitmask.contiguous()
+        rows, vocab = logits.shape
+        self._apply_bitmask(logits.data_ptr(), rows, vocab, logits.stride(0), bitmask.data_ptr())
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, vocab = logits.shape
+        ids = torch.empty(rows, 1 + count, dtype=torch.int64)
+        logprobs = torch.empty(rows, 1 + count)
+        ranks = torch.empty(rows, dtype=torch.int64)
+        self._top_logprobs(
+            DTYPES[logits.dtype],
+            logits.data_ptr(),
+            rows,
+            vocab,
+            logits.stride(0),
+            count,
+            token_ids.data_ptr(),
+            ids.data_ptr(),
+            logprobs.data_ptr(),
+            ranks.data_ptr(),
+        )
+        return ids, logprobs, ranks

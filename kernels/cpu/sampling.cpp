@@ -60,6 +60,23 @@ public:
 
     int64_t greedy() const { return best_token; }
 
+    // As kernels.reference.top_logprobs, for one row; `ids` and `logprobs` have 1 + count places.
+    void top_logprobs(int64_t token, int64_t count, int64_t* ids, float* logprobs, int64_t* rank) {
+        scale = LOG2_E;
+        last = {-INFINITY, INT32_MAX};
+        const double log_sum = highest + std::log(weigh_chunks());
+        const float own = logit(token);
+        ids[0] = token;
+        logprobs[0] = static_cast<float>(own - log_sum);
+        *rank = 1 + count_above(own);
+        if (count == 0) return;
+        const std::vector<Candidate> top = find_top(count);
+        for (int64_t i = 0; i < count; ++i) {
+            ids[1 + i] = top[i].token;
+            logprobs[1 + i] = static_cast<float>(top[i].logit - log_sum);
+        }
+    }
+
     int64_t sample(const Params& params, double uniform) {
         scale = std::min(LOG2_E / params.temperature, 1e30f);  // finite, for 0 * scale to be 0
         min_weight = params.min_p;
@@ -99,9 +116,36 @@ private:
         return c * CHUNK;  // nothing but NaN
     }
 
-    // The k-th token. At least k tokens are as high as the k-th highest chunk maximum, and only
-    // the chunks that reach it can hold one of the first k.
+    int64_t count_above(float bound) const {
+        int64_t count = 0;
+        for (int64_t c = 0; c < num_chunks(); ++c) {
+            if (!(chunk_maxima[c] > bound)) continue;
+            for (int64_t token = c * CHUNK; token < c * CHUNK + chunk_size(c); ++token)
+                count += logit(token) > bound;
+        }
+        return count;
+    }
+
+    // The k-th token.
     Candidate find_top_k(int64_t k) const {
+        std::vector<Candidate> candidates = top_candidates(k);
+        if (k > static_cast<int64_t>(candidates.size())) return last;  // NaN among the logits
+        std::nth_element(candidates.begin(), candidates.begin() + k - 1, candidates.end());
+        return candidates[k - 1];
+    }
+
+    // The first k tokens, in order.
+    std::vector<Candidate> find_top(int64_t k) const {
+        std::vector<Candidate> candidates = top_candidates(k);
+        while (static_cast<int64_t>(candidates.size()) < k)  // NaN among the logits
+            candidates.push_back({-INFINITY, 0});
+        std::partial_sort(candidates.begin(), candidates.begin() + k, candidates.end());
+        return candidates;
+    }
+
+    // Tokens among which the first k are. At least k tokens are as high as the k-th highest chunk
+    // maximum, and only the chunks that reach it can hold one of the first k.
+    std::vector<Candidate> top_candidates(int64_t k) const {
         float bound = -INFINITY;
         if (k <= num_chunks()) {
             std::vector<float> maxima = chunk_maxima;
@@ -117,9 +161,7 @@ private:
                 if (x >= bound) candidates.push_back({x, static_cast<int32_t>(token)});
             }
         }
-        if (k > static_cast<int64_t>(candidates.size())) return last;  // NaN among the logits
-        std::nth_element(candidates.begin(), candidates.begin() + k - 1, candidates.end());
-        return candidates[k - 1];
+        return candidates;
     }
 
     // Weights e^((logit - highest) / temperature) of one chunk, 0 for what is cut off.
@@ -238,5 +280,35 @@ MANTA_API void manta_sample(int dtype, const void* logits, int64_t rows, int64_t
                             : row.sample({temperature[i], top_k[i], top_p[i], min_p[i]},
                                          manta::uniform(seeds[i], positions[i]));
         });
+    });
+}
+
+// As kernels.reference.top_logprobs: token_ids and ranks [rows], ids and logprobs [rows, 1 + count].
+MANTA_API void manta_top_logprobs(int dtype, const void* logits, int64_t rows, int64_t vocab,
+                                  int64_t stride, int64_t count, const int64_t* token_ids,
+                                  int64_t* ids, float* logprobs, int64_t* ranks) {
+    manta::dispatch(dtype, [&](auto t) {
+        using T = decltype(t);
+        manta::parallel_for(rows, vocab, [&](int64_t i) {
+            manta::Row<T>((const T*)logits + i * stride, vocab)
+                .top_logprobs(token_ids[i], count, ids + i * (1 + count),
+                              logprobs + i * (1 + count), ranks + i);
+        });
+    });
+}
+
+// As kernels.reference.apply_bitmask; rows of logits are `stride` apart, bitmasks end to end.
+MANTA_API void manta_apply_bitmask(float* logits, int64_t rows, int64_t vocab, int64_t stride,
+                                   const uint32_t* bitmask) {
+    const int64_t words = (vocab + 31) / 32;
+    manta::parallel_for(rows, vocab, [&](int64_t i) {
+        for (int64_t w = 0; w < words; ++w) {
+            const uint32_t allowed = bitmask[i * words + w];
+            if (allowed == UINT32_MAX) continue;
+            float* row = logits + i * stride + w * 32;
+            const int64_t count = std::min<int64_t>(32, vocab - w * 32);
+            for (int64_t b = 0; b < count; ++b)
+                if (!(allowed >> b & 1)) row[b] = -INFINITY;
+        }
     });
 }

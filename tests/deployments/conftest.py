@@ -1,4 +1,7 @@
-"""One Ray cluster and one server of the demo model for all tests of this directory."""
+"""Servers of the demo model for all tests of this directory: one under Ray, one without.
+
+A test that is not about Ray takes `demo` or `tiny` (or `serve_locally`): those start in seconds.
+"""
 
 import os
 import socket
@@ -10,12 +13,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import pytest
-import ray
-from ray import serve
 
-from deployments import app
-from deployments.args import AppArgs
 from tests.conftest import CheckpointFactory
+from tests.deployments.local_server import LocalServer, serve_locally
 from tests.engine.small_tokenizer import one_character_each
 
 
@@ -36,6 +36,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60, what: str =
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """A local Ray cluster with Serve; yields the URL of its HTTP proxy."""
+    import ray
+    from ray import serve
+
     port = free_port()
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -55,9 +58,38 @@ def tiny_model(checkpoints: CheckpointFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(cluster: str) -> Iterator[str]:
     """The demo model in float32 under /demo; yields its base URL."""
+    from ray import serve
+
+    from deployments import app
+    from deployments.args import AppArgs
+
     args = AppArgs(
         dtype="float32", max_num_seqs=32, num_blocks=600, max_model_len=1024, num_threads=1
     )
     serve.run(app(args), name="demo", route_prefix="/demo")
     yield f"{cluster}/demo"
     serve.delete("demo")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[LocalServer]:
+    """The demo model in float32, without Ray."""
+    with serve_locally(
+        dtype="float32", max_num_seqs=32, num_blocks=600, max_model_len=1024
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model: Path) -> Iterator[LocalServer]:
+    """The tiny random model, without Ray and without a chat template."""
+    with serve_locally(
+        model=str(tiny_model),
+        served_model_name="tiny",
+        dtype="float32",
+        max_num_seqs=8,
+        num_blocks=64,
+        block_size=8,
+        max_num_batched_tokens=256,
+    ) as server:
+        yield server

@@ -31,13 +31,14 @@ def add(
     prompt: int | list[int],
     salt: str = "",
     output: tuple[int, ...] = (),
+    priority: int = 0,
     **params: Any,
 ) -> Request:
     """Queue a request; a prompt given as a length is of tokens that no other prompt has."""
     if isinstance(prompt, int):
         prompt = [1000 * ord(request_id) + i for i in range(prompt)]
     sampling = SamplingParams(**{"max_tokens": None} | params)
-    request = Request(request_id, prompt, sampling, 0, salt, list(output))
+    request = Request(request_id, prompt, sampling, 0, salt, list(output), priority)
     scheduler.add(request)
     return request
 
@@ -453,6 +454,60 @@ def test_a_request_preempted_within_its_prompt_does_not_count_as_cached() -> Non
     assert b in scheduler.running
     assert b.num_cached == 0
     assert scheduler.stats.prompt_tokens == 44
+
+
+# --- Policies --------------------------------------------------------------------------------
+
+
+def test_priority_admits_the_smallest_first_and_equals_as_they_came() -> None:
+    scheduler = new_scheduler(scheduling_policy="priority", max_num_seqs=1)
+    for request_id, priority in (("a", 1), ("b", 0), ("c", -5), ("d", 0)):
+        add(scheduler, request_id, 3, priority=priority, max_tokens=1)
+    order = []
+    while scheduler.requests:
+        order += list(step(scheduler))
+    assert order == ["c", "b", "d", "a"]
+
+
+def test_priority_preempts_the_least_urgent() -> None:
+    """The pool is full of an urgent newcomer and an older request that can wait."""
+    scheduler = new_scheduler(num_blocks=5, scheduling_policy="priority")
+    old = add(scheduler, "a", 7, priority=1)
+    step(scheduler)
+    urgent = add(scheduler, "b", 3, priority=0)
+    while not scheduler.stats.preemptions:
+        step(scheduler)
+    assert (scheduler.running, scheduler.waiting) == ([urgent], [old])
+
+
+def test_an_urgent_long_prompt_leaves_every_running_row_its_token() -> None:
+    scheduler = new_scheduler(
+        scheduling_policy="priority", max_num_seqs=4, max_num_batched_tokens=10
+    )
+    for request_id in "ab":
+        add(scheduler, request_id, 2, priority=1)
+    step(scheduler)
+    add(scheduler, "c", 30, priority=0)
+    assert step(scheduler) == {"a": (2, 1, True), "b": (2, 1, True), "c": (0, 8, False)}
+    assert step(scheduler) == {"c": (8, 8, False), "a": (3, 1, True), "b": (3, 1, True)}
+
+
+def test_shortest_lets_short_prompts_pass_but_only_so_many() -> None:
+    scheduler = new_scheduler(scheduling_policy="shortest", max_num_seqs=1)
+    add(scheduler, "L", 100, max_tokens=1)
+    for request_id in "abcde":
+        add(scheduler, request_id, 4, max_tokens=1)
+    order: list[str] = []
+    while scheduler.requests:
+        order += [request_id for request_id in step(scheduler) if request_id not in order]
+    assert order == ["a", "b", "L", "c", "d", "e"]
+
+
+def test_fcfs_takes_no_notice_of_priorities() -> None:
+    scheduler = new_scheduler(max_num_seqs=1)
+    add(scheduler, "a", 3, max_tokens=1)
+    add(scheduler, "b", 3, priority=-9, max_tokens=1)
+    assert list(step(scheduler)) == ["a"]
 
 
 # --- At the door ------------------------------------------------------------------------------

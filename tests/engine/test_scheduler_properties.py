@@ -7,6 +7,7 @@ vocabulary that they share prefixes all the time.
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Literal
 
 from hypothesis import event, settings
 from hypothesis import strategies as st
@@ -47,6 +48,7 @@ class Spec:
     ignore_eos: bool
     salt: str
     num_resumed: int  # output tokens it brings along
+    priority: int
 
 
 REQUEST = st.builds(
@@ -56,6 +58,7 @@ REQUEST = st.builds(
     ignore_eos=st.booleans(),
     salt=st.sampled_from(["", "", "salt"]),
     num_resumed=st.sampled_from([0, 0, 0, 1, 3]),
+    priority=st.integers(-1, 1),
 )
 
 
@@ -67,6 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_budget=st.integers(0, 8),
         prefix_caching=st.sampled_from([True, True, False]),
         max_in_flight=st.sampled_from([1, 2, 3, 3]),
+        policy=st.sampled_from(["fcfs", "fcfs", "priority", "shortest"]),
         specs=st.lists(REQUEST, min_size=2, max_size=8),
     )
     def start(
@@ -77,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_budget: int,
         prefix_caching: bool,
         max_in_flight: int,
+        policy: Literal["fcfs", "priority", "shortest"],
         specs: list[Spec],
     ) -> None:
         config = EngineConfig(
@@ -84,6 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + spare_budget,
+            scheduling_policy=policy,
         )
         self.config = config
         self.pool = BlockPool(num_blocks, prefix_caching)
@@ -111,7 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         output = continuation(prompt, VOCAB_SIZE, max_len - len(prompt), eos)
         resumed = output[: min(spec.num_resumed, len(output) - 1)]
         params = SamplingParams(max_tokens=spec.max_tokens, ignore_eos=spec.ignore_eos)
-        request = Request(request_id, prompt, params, 0, spec.salt, list(resumed))
+        request = Request(request_id, prompt, params, 0, spec.salt, list(resumed), spec.priority)
         self.limits.check(request.token_ids, params)
         self.scheduler.add(request)
         self.expected[request_id] = Expected(
@@ -159,11 +165,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert all(request in scheduler.running for request in had_work)
             admitted = queue[: len(plan.new_rows)]
             assert [request.row for request in admitted] == [new.row for new in plan.new_rows]
-            assert list(scheduler.waiting) == queue[len(admitted) :], "not first come, first served"
+            assert scheduler.waiting == queue[len(admitted) :], "not in the policy's order"
         else:
             event("preemption")
             assert not plan.new_rows, "admitted one while another was thrown out"
-            assert list(scheduler.waiting)[-len(queue) :] == queue or not queue, "lost its place"
+            assert [r for r in scheduler.waiting if r in queue] == queue, "lost its place"
         if any(new.block_table for new in plan.new_rows):
             event("prefix found")
         self.in_flight.append((plan, repr(plan)))
@@ -200,6 +206,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         self.pool.check(scheduler.live_block_tables())
         running, waiting = scheduler.running, scheduler.waiting
+        for requests in (running, waiting):
+            assert requests == sorted(requests, key=lambda request: request.order)
         everyone = [request.id for request in (*running, *waiting)]
         assert sorted(everyone) == sorted(scheduler.requests)
         rows = [request.row for request in running]

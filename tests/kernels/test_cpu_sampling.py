@@ -108,3 +108,49 @@ def test_distribution(ops: Ops) -> None:
     possible = expected > 0
     assert int(counts[~possible].sum()) == 0
     assert chisquare(counts[possible], expected[possible]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [20, 32, 255, 257, 5003])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_top_logprobs(ops: Ops, dtype: torch.dtype, vocab: int, count: int) -> None:
+    torch.manual_seed(vocab)
+    # No two equal, so that there is one right order.
+    logits = torch.stack([torch.randperm(vocab) for _ in range(5)]) / vocab * 16 - 8
+    logits = logits.to(dtype)
+    if vocab > 20:
+        logits[3, 7] = -torch.inf
+    tokens = torch.tensor([0, vocab - 1, 3, 4, 5])
+    ids, logprobs, ranks = ops.top_logprobs(logits, tokens, count)
+    expected = logits.double().log_softmax(-1)
+    assert torch.equal(ids[:, 0], tokens)
+    torch.testing.assert_close(logprobs.double(), expected.gather(1, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logprobs[:, 1:].double(), expected.topk(count).values, atol=1e-5, rtol=1e-5
+    )
+    own = expected.gather(1, tokens.unsqueeze(1))
+    assert torch.equal(ranks, 1 + (expected > own).sum(-1))
+    reference_ids, reference_logprobs, reference_ranks = reference.top_logprobs(
+        logits, tokens, count
+    )
+    assert torch.equal(reference_ranks, ranks)
+    assert torch.equal(reference_ids[:, 0], tokens)
+    torch.testing.assert_close(reference_logprobs, logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+def test_apply_bitmask(ops: Ops, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    allowed = torch.rand(6, vocab, generator=generator) < 0.4
+    allowed[0], allowed[1] = True, False
+    words = -(-vocab // 32)
+    bits = torch.zeros(6, words * 32, dtype=torch.int64)
+    bits[:, :vocab] = allowed
+    bitmask = (bits.view(6, words, 32) << torch.arange(32)).sum(-1).to(torch.int32)
+    logits = torch.randn(6, vocab + 3, generator=generator)
+    expected = logits.clone()
+    expected[:, :vocab][~allowed] = -torch.inf
+    for function in (ops.apply_bitmask, reference.apply_bitmask):
+        masked = logits.clone()
+        function(masked[:, :vocab], bitmask)
+        assert torch.equal(masked, expected)

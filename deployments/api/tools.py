@@ -1,0 +1,94 @@
+"""Tools in the chat API: what may be declared, and what a request's choice asks of the model."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from deployments.api.errors import ApiError
+from deployments.front import Front
+from deployments.parsing import ToolFormat
+from engine.sampling_params import SamplingParams
+from engine.strict import StrictModel
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class Function(StrictModel):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(
+        None, description="JSON schema of the arguments; default: there are none."
+    )
+    strict: bool | None = Field(
+        None, description="Taken for its name: forced calls are always strict, others never."
+    )
+
+
+class Tool(StrictModel):
+    type: Literal["function"] = "function"
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it: nothing that was not said."""
+        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return {"type": "function", "function": function}
+
+
+class FunctionReference(StrictModel):
+    name: FunctionName
+
+
+class NamedTool(StrictModel):
+    type: Literal["function"] = "function"
+    function: FunctionReference
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+@dataclass(frozen=True)
+class ForcedCall:
+    """A call that the model cannot but make: the prompt begins it, a grammar shapes the rest."""
+
+    prefix: str
+    schema: dict[str, Any]  # of what follows the prefix
+
+    def constrain(self, params: SamplingParams) -> SamplingParams:
+        """The sampling parameters with the grammar; raises ApiError while there is none."""
+        if "structured_outputs" not in SamplingParams.model_fields:
+            raise ApiError(
+                400,
+                "tool_choice: 'required' and a named function need grammar-constrained sampling, "
+                "which this server does not have; use 'auto' or 'none'",
+                "tool_choice",
+                "unsupported_value",
+            )
+        constraint = {"structured_outputs": {"json": self.schema}}
+        return SamplingParams(**(params.model_dump(exclude_unset=True) | constraint))
+
+
+def find_format(front: Front) -> ToolFormat:
+    """How this server's model writes calls; raises ApiError when it does not."""
+    if front.tool_format is None:
+        raise ApiError(
+            400,
+            f"tools: the chat template of {front.model_name!r} has no tool calls that this server "
+            "knows; deploy it with tool_parser=hermes, llama3_json or mistral if it does",
+            "tools",
+            "unsupported_value",
+        )
+    return front.tool_format
+
+
+def forced_call(
+    tools: list[Tool], choice: ToolChoice | None, tool_format: ToolFormat
+) -> ForcedCall | None:
+    """What the choice leaves no way around; None when the model may answer without a call."""
+    if choice in (None, "auto", "none"):
+        return None
+    wanted = tools
+    if isinstance(choice, NamedTool):
+        wanted = [tool for tool in tools if tool.function.name == choice.function.name]
+    schema = tool_format.forced_schema([tool.function.model_dump() for tool in wanted])
+    return ForcedCall(tool_format.prefix, schema)

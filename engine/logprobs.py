@@ -1,0 +1,81 @@
+"""Log-probabilities from logits, of sampled tokens and of the prompt's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from engine.decoder import Decoder
+from engine.step import NewRow, ScheduledRow, TokenLogprobs
+from kernels import Ops
+
+# Positions whose logits are in memory at once: they are many times larger than hidden states.
+_SLICE = 128
+
+
+@dataclass
+class _Prompt:
+    length: int
+    count: int  # most probable tokens wanted at each position
+    collected: list[TokenLogprobs] = field(default_factory=list)
+
+
+class PromptLogprobs:
+    """Collects the prompts', which are computed in chunks and come with the first sampled token.
+
+    Every rank computes them, for all take part in computing logits.
+    """
+
+    def __init__(self, token_ids: Tensor, model: Decoder, ops: Ops) -> None:
+        self._token_ids = token_ids  # the device's table
+        self._model = model
+        self._ops = ops
+        self._prompts: dict[int, _Prompt] = {}
+
+    def enter(self, new: NewRow) -> None:
+        """A request enters a row; one that comes with output has had its prompt's logprobs."""
+        self._prompts.pop(new.row, None)
+        count = new.params.prompt_logprobs
+        if count is not None and len(new.token_ids) == new.num_prompt_tokens:
+            self._prompts[new.row] = _Prompt(new.num_prompt_tokens, count)
+
+    def collect(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> None:
+        """Take what a step's hidden states [T, hidden] say about the tokens that follow them."""
+        if not self._prompts:
+            return
+        first = 0  # index of the row's first hidden state
+        for row in scheduled:
+            prompt = self._prompts.get(row.row)
+            if prompt is not None:
+                end = min(row.start + row.num_tokens, prompt.length - 1)
+                for start in range(row.start, end, _SLICE):
+                    stop = min(start + _SLICE, end)
+                    own = hidden[first + start - row.start : first + stop - row.start]
+                    following = self._token_ids[row.row, start + 1 : stop + 1]
+                    prompt.collected += take_logprobs(
+                        self._ops, self._model.logits(own), following, [prompt.count] * len(own)
+                    )
+            first += row.num_tokens
+
+    def take(self, rows: Sequence[int]) -> dict[int, list[TokenLogprobs]]:
+        """Of those of the rows, which have been computed to their end, that want them; by index."""
+        if not self._prompts:
+            return {}
+        return {
+            i: self._prompts.pop(row).collected
+            for i, row in enumerate(rows)
+            if row in self._prompts
+        }
+
+
+def take_logprobs(
+    ops: Ops, logits: Tensor, token_ids: Tensor, counts: Sequence[int]
+) -> list[TokenLogprobs]:
+    """For logits [N, V] and the tokens at hand [N], counts[i] most probable tokens of row i."""
+    ids, logprobs, ranks = ops.top_logprobs(logits, token_ids, min(max(counts), logits.shape[1]))
+    return [
+        TokenLogprobs(rank, own_ids[: 1 + count], own_logprobs[: 1 + count])
+        for rank, own_ids, own_logprobs, count in zip(
+            ranks.tolist(), ids.tolist(), logprobs.tolist(), counts, strict=True
+        )
+    ]
