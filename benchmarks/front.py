@@ -20,6 +20,7 @@ from typing import Any
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
 if __name__ == "__main__" and "--default-proxy" not in sys.argv:
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 
 import psutil
 import ray
@@ -41,7 +42,7 @@ class SimulatedEngine:
     def run(self, address: str) -> None:
         connection = MessageSocket(address)
         limits = {
-            "vocab_size": 1000,
+            "vocab_size": 1_000_000,
             "max_model_len": 100_000,
             "num_blocks": 10_000,
             "block_size": 32,

@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # read when Serve is imported
 os.environ["RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"] = "1"
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"  # no load balancer to inform
 
 import httpx
 import ray
