@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,8 @@ class Front:
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = checkpoint.sampling_defaults(directory)
         self.client = EngineClient()
+        # What is to be seen of every replica of this model; a replica among several asks them all.
+        self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
     async def encode(self, text: str) -> list[int]:
@@ -81,6 +83,9 @@ class Front:
                 yield TextDelta(
                     text, detokenizer.num_tokens, delta.num_cached_tokens, reason, stop_reason
                 )
+
+    async def watch_own_engine(self) -> list[dict[str, Any]]:
+        return [{"replica": "", **self.client.watch()}]
 
     def check_health(self) -> None:
         """Raises EngineUnavailableError when the engine is gone or has stopped beating."""

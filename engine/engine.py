@@ -39,6 +39,8 @@ class Engine:
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
         self._in_flight: deque[tuple[StepPlan, float, Future[StepResult]]] = deque()
         self.num_steps = 0
+        # When set to a deque, collects (step number, plan) of every launch.
+        self.journal: deque[tuple[int, StepPlan]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
@@ -63,6 +65,8 @@ class Engine:
                 break
             self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
             self.num_steps += 1
+            if self.journal is not None:
+                self.journal.append((self.num_steps, plan))
         if not self._in_flight:
             return []
         plan, launched_at, pending = self._in_flight.popleft()

@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import chat, completions
+from deployments.api import chat, completions, engine_events, playground
 from deployments.api.errors import ApiError, error_response, validation_error
 from deployments.engine_client import EngineUnavailableError
 from deployments.front import Front
@@ -21,6 +21,8 @@ def build_api(front: Front) -> FastAPI:
     _add_error_handlers(api)
     api.include_router(chat.routes(front))
     api.include_router(completions.routes(front))
+    api.include_router(engine_events.routes(front))
+    api.include_router(playground.routes())
 
     @api.get("/health")
     async def health() -> dict[str, str]:
