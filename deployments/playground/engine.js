@@ -49,7 +49,7 @@ function buildTiles() {
   charts = { speed: new Chart(speed[1], CHART_S), step: new Chart(step[1], CHART_S) };
   tiles = { speed: speed[0], step: step[0] };
   for (const [name, label] of [["running", "Running"], ["waiting", "Waiting"], ["blocks", "Blocks owned"],
-    ["hits", "Prompt from cache"], ["preemptions", "Preemptions"], ["steps", "Steps"]]) [tiles[name]] = tile(label);
+    ["hits", "Prefix hits"], ["preemptions", "Preemptions"], ["steps", "Steps"]]) [tiles[name]] = tile(label);
 }
 
 /** Connected only while somebody can see it: engines draw for nobody else. */
@@ -141,7 +141,7 @@ function measure(view) {
   if (!before) return void (before = view);
   const seconds = view.time - before.time, steps = view.stats.steps - before.stats.steps;
   if (seconds < 0.2) return;
-  const busy = steps > 0 && view.rows.length + before.rows.length > 0;
+  const busy = steps > 0 && view.rows.length > 0 && before.rows.length > 0;
   const speed = (view.stats.output_tokens - before.stats.output_tokens) / seconds;
   charts.speed.add(view.time, speed);
   charts.step.add(view.time, busy ? (seconds / steps) * 1000 : null);

@@ -72,7 +72,7 @@ export class Pool {
 
   layout(width) {
     const { length } = this.view.pool;
-    const size = Math.max(5, Math.min(14, Math.floor(Math.sqrt((width * TALL) / length))));
+    const size = Math.max(5, Math.min(18, Math.floor(Math.sqrt((width * TALL) / length))));
     const columns = Math.max(1, Math.floor(width / size));
     return { size, columns, height: Math.ceil(length / columns) * size };
   }

@@ -116,8 +116,10 @@ export function speeds({ times, usage, finish_reason }) {
   const facts = [];
   const count = usage?.completion_tokens;
   if (times?.first) {
-    const seconds = (times.last - times.first) / 1000;
-    if (count > 1 && seconds > 0) facts.push(`${Math.round((count - 1) / seconds).toLocaleString()} tok/s`);
+    // An answer that came in one piece has no speed but that of the whole request.
+    const decoding = times.last - times.first;
+    const speed = decoding > 50 ? (count - 1) / decoding : count / (times.last - times.sent);
+    if (count) facts.push(`${Math.round(speed * 1000).toLocaleString()} tok/s`);
     facts.push(`TTFT ${Math.round(times.first - times.sent)} ms`);
   }
   if (count) facts.push(`${count} tokens`);
