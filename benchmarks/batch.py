@@ -105,14 +105,19 @@ def _read_texts(output: Path) -> list[tuple[str, str]]:
     return [(r["custom_id"], r["response"]["body"]["choices"][0]["text"]) for r in rows]
 
 
-def run_llm(arguments: argparse.Namespace, workload: Workload) -> tuple[list[str], float]:
-    """(the texts, output tokens per second)"""
+def run_llm(
+    arguments: argparse.Namespace, workload: Workload, num_done: int
+) -> tuple[list[str], float]:
+    """(the texts, output tokens per second of the rows that the resumed job had to answer)"""
     llm = LLM(arguments.model, dtype=arguments.dtype, max_num_seqs=arguments.max_num_seqs)
+    prompts, params = workload.prompts, workload.params
+    outputs = llm.generate(prompts[:num_done], params[:num_done])
     start = time.perf_counter()
-    outputs = llm.generate(workload.prompts, workload.params)
+    outputs += llm.generate(prompts[num_done:], params[num_done:])
     seconds = time.perf_counter() - start
     llm.close()
-    return [output.outputs[0].text for output in outputs], sum(workload.max_tokens) / seconds
+    texts = [output.outputs[0].text for output in outputs]
+    return texts, sum(workload.max_tokens[num_done:]) / seconds
 
 
 def main() -> None:
@@ -134,7 +139,7 @@ def main() -> None:
     workload = Workload.draw(arguments.num_prompts, arguments.max_tokens, arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
         job = run_jobs(arguments, workload, Path(directory))
-    expected, llm_speed = run_llm(arguments, workload)
+    expected, llm_speed = run_llm(arguments, workload, job["rows_done_when_killed"])
     texts = job.pop("texts")
     result = job | {
         "rows": len(texts),

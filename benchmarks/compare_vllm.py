@@ -91,7 +91,12 @@ def run_apart(python: str, package: str, arguments: argparse.Namespace, workload
     options = arguments.option if package == "engine" else arguments.vllm_option
     command = [python, str(Path(__file__)), "--package", package, "--model", arguments.model]
     command += ["--workload", str(workload), *(f"--option={option}" for option in options)]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "4"}
+    # Left alone, vLLM keeps one core free of compute threads; here both engines have all cores.
+    cores = f"0-{(os.cpu_count() or 1) - 1}"
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_CPU_OMP_THREADS_BIND": cores,
+    }
     if package == "engine":
         environment["PYTHONPATH"] = str(_ROOT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -118,8 +118,9 @@ def _is_driver(process: psutil.Process, output: Path) -> bool:
 
 
 def _clean_environment() -> dict[str, str]:
-    """Without what would lead to another cluster."""
-    return {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+    """Without what would lead to another cluster; this one lives and dies with its owner."""
+    own = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+    return own | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _free_port() -> int:

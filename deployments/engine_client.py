@@ -9,7 +9,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class EngineUnavailableError(Exception):
 @dataclass(eq=False)
 class _Live:
     request: Request
+    stream: bool
     arrived: asyncio.Queue[TokenDelta | Exception] = field(default_factory=asyncio.Queue)
 
 
@@ -80,15 +81,21 @@ class EngineClient:
         return self._writer is not None and time.monotonic() - self._last_beat > timeout_s
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, seed: int, cache_salt: str = ""
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        cache_salt: str = "",
+        stream: bool = True,
     ) -> AsyncGenerator[TokenDelta]:
         """The tokens of one request, as they come; leaving the iteration early aborts it.
 
+        Without `stream` they come all at once with the last one: nobody is woken every step.
         Raises EngineUnavailableError, and ValueError when the engine refuses the request.
         """
         self.check_available()
         request = Request(str(next(self._ids)), prompt_token_ids, params, seed, cache_salt)
-        live = self._live[request.id] = _Live(request)
+        live = self._live[request.id] = _Live(request, stream)
         self._send("add", encode_request(request))
         try:
             while True:
@@ -188,9 +195,13 @@ class EngineClient:
             if live is None:
                 continue  # aborted while the step ran
             live.request.output_token_ids += delta.token_ids
-            live.arrived.put_nowait(delta)
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
+            if live.stream:
+                live.arrived.put_nowait(delta)
+            elif delta.finish_reason is not None:
+                whole = replace(delta, token_ids=live.request.output_token_ids)
+                live.arrived.put_nowait(whole)
         for request_id, reason in message["errors"]:
             refused = self._live.pop(request_id, None)
             if refused is not None:

@@ -57,16 +57,22 @@ class Front:
         self.client.limits.check(prompt_token_ids, params)
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, cache_salt: str = ""
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        cache_salt: str = "",
+        stream: bool = True,
     ) -> AsyncGenerator[TextDelta]:
         """The text of one request; at least one delta, the last one with a finish_reason.
 
+        Without `stream` the text comes in one piece where nothing in it can end the request.
         Leaving the iteration early aborts the request. Raises EngineUnavailableError when there is
         no engine. The caller has passed the request to `check`.
         """
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
-        tokens = self.client.generate(prompt_token_ids, params, seed, cache_salt)
+        stream = stream or bool(params.stop)  # a stop string is found only in the text
+        tokens = self.client.generate(prompt_token_ids, params, seed, cache_salt, stream)
         async with aclosing(tokens):
             async for delta in tokens:
                 reason, stop_reason = delta.finish_reason, delta.stop_token

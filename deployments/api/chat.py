@@ -56,7 +56,8 @@ async def _start(
         "created": int(time.time()),
         "model": front.model_name,
     }
-    return head, prompt, front.generate(prompt, params, request.cache_salt)
+    deltas = front.generate(prompt, params, request.cache_salt, request.stream)
+    return head, prompt, deltas
 
 
 async def _encode(front: Front, request: ChatCompletionRequest) -> list[int]:

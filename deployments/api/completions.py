@@ -62,7 +62,9 @@ async def _start(
         "created": int(time.time()),
         "model": front.model_name,
     }
-    streams = [front.generate(prompt, params, request.cache_salt) for prompt in prompts]
+    streams = [
+        front.generate(prompt, params, request.cache_salt, request.stream) for prompt in prompts
+    ]
     return head, sum(map(len, prompts)), streams
 
 
