@@ -87,7 +87,7 @@ class ModelRunner:
             load_dummy_weights(self.model, config.seed)
         else:
             load_weights(self.model, directory, show_progress)
-        self.model.pack(config.quantization)
+        self.model.pack(config.quantization, show_progress)
         self.num_blocks = config.num_blocks or self._default_num_blocks(config, model_config)
         self.kv_caches = [
             self.ops.new_kv_cache(

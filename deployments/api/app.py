@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import chat, completions
+from deployments.api import chat, completions, engine_events, playground
 from deployments.api.errors import error_response
 from deployments.api.gate import Gate
 from deployments.api.keys import KeyRing
@@ -24,6 +24,8 @@ def build_api(front: Front, service: ServiceArgs | None = None) -> FastAPI:
     api.add_middleware(Gate, front=front, service=service, keys=KeyRing.load(service))
     api.include_router(chat.routes(front))
     api.include_router(completions.routes(front))
+    api.include_router(engine_events.routes(front))
+    api.include_router(playground.routes())
 
     @api.get("/health")
     async def health() -> dict[str, str]:
