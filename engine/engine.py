@@ -40,6 +40,8 @@ class Engine:
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
         self._in_flight: deque[tuple[StepPlan, float, Callable[[], StepResult]]] = deque()
         self.num_steps = 0
+        # When set to a deque, collects (step number, plan) of every launch.
+        self.journal: deque[tuple[int, StepPlan]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
@@ -72,6 +74,8 @@ class Engine:
                 break
             self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
             self.num_steps += 1
+            if self.journal is not None:
+                self.journal.append((self.num_steps, plan))
         if not self._in_flight:
             return []
         plan, launched_at, wait_for_result = self._in_flight.popleft()

@@ -8,7 +8,6 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine.checkpoint import CheckpointError
 from engine.config import EngineConfig
@@ -16,6 +15,7 @@ from engine.decoder import Decoder
 from engine.decoder_config import DecoderConfig
 from engine.layers import ShardedModule, Source
 from engine.parallel import TensorParallel
+from engine.progress import Progress
 from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.
@@ -107,7 +107,7 @@ def load_model(
         load_dummy_weights(model, config.seed)
     else:
         load_weights(model, directory, show_progress)
-    model.pack(config.quantization)
+    model.pack(config.quantization, show_progress)
     return model
 
 
@@ -118,7 +118,7 @@ def load_weights(model: nn.Module, directory: Path, show_progress: bool = True) 
     used: set[str] = set()
     with (
         SafetensorsReader(directory) as reader,
-        tqdm(
+        Progress(
             total=sum(p.numel() * p.element_size() for _, p, _ in parameters),
             desc="Loading weights",
             unit="B",
