@@ -14,7 +14,7 @@ class EngineConfig(StrictModel):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Type of weights, activations and KV cache; auto takes the checkpoint's.",
+        description="Type of weights and activations; auto takes the checkpoint's.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes the GPU when there is one."
@@ -28,6 +28,16 @@ class EngineConfig(StrictModel):
         None,
         description="Round the linear layers' weights when they are loaded, on a CPU: w8a8 to 8 "
         "bits, int4 to 4.5; activations to 8. The language-model head always takes w8a8.",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="Type of the KV cache: auto is that of the activations; fp8 (e4m3) holds twice "
+        "as many tokens as 16 bits do, with 4 significant bits. On a CPU it is slow.",
+    )
+    attention_backend: Literal["auto", "triton", "flash-attn"] = Field(
+        "auto",
+        description="Who attends to prompts on a GPU: auto takes flash-attn where it is installed "
+        "and serves the model, else Triton, which always attends for decoding.",
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."

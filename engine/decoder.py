@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class Batch:
     query_starts: Tensor  # [B + 1] int32
     context_lens: Tensor  # [B] int32
     block_tables: Tensor  # [B, M] int32
+    attention_plan: Any  # of the ops' plan_attention
 
 
 class Attention(nn.Module):
@@ -75,6 +77,7 @@ class Attention(nn.Module):
             batch.block_tables,
             scale=self._head_dim**-0.5,
             window=self._window,
+            plan=batch.attention_plan,
         )
         return self.o_proj(attended.flatten(1))
 

@@ -1,5 +1,7 @@
 """Turns step plans into tokens on one rank's device."""
 
+import logging
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,7 +17,9 @@ from engine.memory import available_bytes
 from engine.parallel import TensorParallel
 from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenLogprobs
 from engine.threads import num_compute_threads
-from kernels import select_ops
+from kernels import AttentionNeeds, select_ops
+
+_logger = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are loaded; the rest is for activations and others.
 _KV_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85}
@@ -77,10 +81,22 @@ class ModelRunner:
                 f"quantization: {config.quantization!r} is for CPUs only; leave it out, or set "
                 "device to 'cpu'"
             )
-        self.ops = select_ops(self.device)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+        self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        self.ops = select_ops(
+            self.device,
+            AttentionNeeds(
+                config.attention_backend,
+                self.dtype,
+                self.cache_dtype,
+                model_config.head_dim,
+                config.block_size,
+            ),
+        )
+        _logger.info("ops: %s; KV cache: %s", self.ops.name, self.cache_dtype)
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
+        self._num_kv_heads = _local_kv_heads(model_config, self.parallel)
         self.eos_token_ids = eos_token_ids
         self._block_size = config.block_size
         self.model = self._build_model(model_config)
@@ -96,7 +112,7 @@ class ModelRunner:
                 config.block_size,
                 _local_kv_heads(model_config, self.parallel),
                 model_config.head_dim,
-                self.dtype,
+                self.cache_dtype,
                 self.device,
             )
             for _ in range(model_config.num_layers)
@@ -124,7 +140,7 @@ class ModelRunner:
         """A share of the free memory, but no more than the rows could ever fill."""
         kv_heads = _local_kv_heads(model_config, self.parallel)
         token_bytes = 2 * model_config.num_layers * kv_heads * model_config.head_dim
-        block_bytes = token_bytes * self.dtype.itemsize * config.block_size
+        block_bytes = token_bytes * self.cache_dtype.itemsize * config.block_size
         share = _KV_CACHE_SHARE[self.device.type]
         affordable = int(available_bytes(self.device) * share) // block_bytes
         usable = config.max_num_seqs * -(-self.max_len // config.block_size)
@@ -223,23 +239,53 @@ class ModelRunner:
         return self.model.logits(hidden[(batch.query_starts[1:] - 1).long()[last]])
 
     def _make_batch(self, scheduled: list[ScheduledRow]) -> Batch:
-        rows = self._tensor([row.row for row in scheduled])
-        starts = self._tensor([row.start for row in scheduled])
-        lengths = self._tensor([row.num_tokens for row in scheduled])
-        ends = lengths.cumsum(0)
-        total = sum(row.num_tokens for row in scheduled)
-        token_rows = rows.repeat_interleave(lengths, output_size=total)
-        # A token's position: its index in the step, less its request's, plus where that starts.
-        shift = (starts - ends + lengths).repeat_interleave(lengths, output_size=total)
-        positions = torch.arange(total, device=self.device) + shift
-        blocks = self.tables.block_tables[token_rows, positions // self._block_size].long()
+        lengths = [row.num_tokens for row in scheduled]
+        rows, starts, ends = (
+            torch.tensor(values, dtype=torch.int32, device=self.device)
+            for values in (
+                [row.row for row in scheduled],
+                [row.start for row in scheduled],
+                [0, *accumulate(lengths)],
+            )
+        )
+        # The scheduler puts rows with one token first.
+        num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
+        return self._look_up(rows, starts, ends, sum(lengths), num_decodes, max(lengths))
+
+    def _look_up(
+        self,
+        rows: Tensor,
+        starts: Tensor,
+        query_starts: Tensor,
+        num_tokens: int,
+        num_decodes: int,
+        max_query_len: int,
+    ) -> Batch:
+        """What a step computes, from the tables; for the arguments see `kernels.reference`.
+
+        Only numbers that are the same for all steps of a shape come from the host.
+        """
+        tables = self.tables
+        inputs = self.ops.prepare_step(
+            rows,
+            starts,
+            query_starts,
+            num_tokens,
+            tables.token_ids,
+            tables.block_tables,
+            self._block_size,
+        )
+        attention_plan = self.ops.plan_attention(
+            query_starts, inputs.context_lens, num_decodes, max_query_len, self._num_kv_heads
+        )
         return Batch(
-            token_ids=self.tables.token_ids[token_rows, positions],
-            positions=positions,
-            slots=blocks * self._block_size + positions % self._block_size,
-            query_starts=torch.cat((ends.new_zeros(1), ends)).int(),
-            context_lens=(starts + lengths).int(),
-            block_tables=self.tables.block_tables[rows],
+            inputs.token_ids,
+            inputs.positions,
+            inputs.slots,
+            query_starts,
+            inputs.context_lens,
+            inputs.block_tables,
+            attention_plan,
         )
 
     def _tensor(self, values: list[int]) -> Tensor:

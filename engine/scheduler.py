@@ -97,7 +97,10 @@ class Scheduler:
             self._remove(request)
 
     def schedule(self) -> StepPlan | None:
-        """Plan one step; None when nothing can run before a result arrives."""
+        """Plan one step; None when nothing can run before a result arrives.
+
+        Rows that compute one token come first: attention has a kernel of its own for them.
+        """
         plan = StepPlan([], [])
         preemptions = self.stats.preemptions
         budget = self._schedule_running(plan, self._token_budget)
@@ -105,6 +108,7 @@ class Scheduler:
             self._schedule_waiting(plan, budget)
         if not plan.scheduled:
             return None
+        plan.scheduled.sort(key=lambda row: row.num_tokens > 1)
         self._sampling.append([self.requests[r.request_id] for r in plan.scheduled if r.samples])
         return plan
 

@@ -42,6 +42,7 @@ class Ops:
     )
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
     sample: Callable[..., Tensor] = reference.sample
+    penalize: Callable[..., None] = reference.penalize
     apply_bitmask: Callable[[Tensor, Tensor], None] = reference.apply_bitmask
     top_logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = (
         reference.top_logprobs
@@ -57,6 +58,8 @@ def select_ops(device: torch.device, attention: AttentionNeeds | None = None) ->
     Raises ValueError when `attention.backend` asks for one that cannot serve here.
     """
     if device.type == "cpu":
+        if attention is not None and attention.backend != "auto":
+            raise ValueError(f"attention_backend: {attention.backend!r} is for GPUs; leave it out")
         return _cpu_ops()
     if device.type == "cuda":
         from kernels import cuda
