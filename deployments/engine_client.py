@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.metrics import Metrics
+from deployments.request_record import RequestOptions, RequestRecord
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
 from engine.request import Request, RequestLimits
 from engine.sampling_params import SamplingParams
@@ -23,21 +25,34 @@ class EngineUnavailableError(Exception):
     """No engine is there to serve the request, and none is about to be."""
 
 
+class RequestRefusedError(Exception):
+    """The engine cannot serve the request as it is."""
+
+
+class RequestTimeoutError(Exception):
+    """The request has had all the time that it may take."""
+
+
 @dataclass(eq=False)
 class _Live:
     request: Request
     stream: bool
+    record: RequestRecord
+    is_queued: bool = True  # no token has come yet
     arrived: asyncio.Queue[TokenDelta | Exception] = field(default_factory=asyncio.Queue)
 
 
 class EngineClient:
     """Listens on a Unix socket for one engine at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str = "") -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="manta-")
         self.address = str(Path(self._directory.name) / "engine.sock")
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
+        self.metrics = Metrics(model_name, lambda: self.stats)
+        self.num_queued = 0  # requests without a token yet
+        self.queued_tokens = 0  # of their prompts
         self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
@@ -80,29 +95,56 @@ class EngineClient:
         prompt_token_ids: list[int],
         params: SamplingParams,
         seed: int,
-        cache_salt: str = "",
-        stream: bool = True,
+        options: RequestOptions,
+        record: RequestRecord,
     ) -> AsyncGenerator[TokenDelta]:
         """The tokens of one request, as they come; leaving the iteration early aborts it.
 
-        Without `stream` they come all at once with the last one: nobody is woken every step.
-        Raises EngineUnavailableError, and ValueError when the engine refuses the request.
+        Without `options.stream` they come all at once with the last one: nobody is woken every
+        step. Raises EngineUnavailableError, RequestRefusedError, and RequestTimeoutError.
         """
         self.check_available()
-        request = Request(str(next(self._ids)), prompt_token_ids, params, seed, cache_salt)
-        live = self._live[request.id] = _Live(request, stream)
+        request = Request(
+            str(next(self._ids)),
+            prompt_token_ids,
+            params,
+            seed,
+            options.cache_salt,
+            priority=options.priority,
+        )
+        live = self._live[request.id] = _Live(request, options.stream, record)
+        self.num_queued += 1
+        self.queued_tokens += len(prompt_token_ids)
         self._send("add", encode_request(request))
+        deadline = self._set_deadline(live, options.timeout_s)
         try:
             while True:
                 delta = await live.arrived.get()
                 if isinstance(delta, Exception):
+                    record.finish_reason = _reason(delta)
                     raise delta
                 yield delta
                 if delta.finish_reason is not None:
                     return
         finally:
+            if deadline is not None:
+                deadline.cancel()
             if self._live.pop(request.id, None) is not None:
                 self._send("abort", request.id)
+            self._leave_queue(live)
+            self.metrics.count_end(record, time.monotonic())
+
+    def _set_deadline(self, live: _Live, timeout_s: float | None) -> asyncio.TimerHandle | None:
+        if timeout_s is None:
+            return None
+        error = RequestTimeoutError(f"the request took longer than its {timeout_s:g} s")
+        return asyncio.get_running_loop().call_later(timeout_s, live.arrived.put_nowait, error)
+
+    def _leave_queue(self, live: _Live) -> None:
+        if live.is_queued:
+            live.is_queued = False
+            self.num_queued -= 1
+            self.queued_tokens -= len(live.request.prompt_token_ids)
 
     def fail(self, error: EngineUnavailableError) -> None:
         """End every live request with an error, and refuse new ones: no engine will come."""
@@ -155,6 +197,7 @@ class EngineClient:
         self._outbox = {}
         self.cached_blocks.clear()
         self._last_beat = time.monotonic()
+        self.metrics.engine_starts += 1
         self._connected.set()
         if self._live:
             requests = [encode_request(live.request) for live in self._live.values()]
@@ -174,8 +217,13 @@ class EngineClient:
             if live is None:
                 continue  # aborted while the step ran
             live.request.output_token_ids += delta.token_ids
+            self.metrics.count_tokens(live.record, len(delta.token_ids), self._last_beat)
+            if live.is_queued:
+                self._leave_queue(live)
+                live.record.num_cached = delta.num_cached_tokens
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
+                live.record.finish_reason = delta.finish_reason
             if live.stream:
                 live.arrived.put_nowait(delta)
             elif delta.finish_reason is not None:
@@ -184,7 +232,7 @@ class EngineClient:
         for request_id, reason in message["errors"]:
             refused = self._live.pop(request_id, None)
             if refused is not None:
-                refused.arrived.put_nowait(ValueError(reason))
+                refused.arrived.put_nowait(RequestRefusedError(reason))
 
     async def close(self) -> None:
         """Let the engine go: it ends when the connection does."""
@@ -193,3 +241,7 @@ class EngineClient:
         if self._server is not None:
             self._server.close()
         self._directory.cleanup()
+
+
+def _reason(error: Exception) -> str:
+    return "timeout" if isinstance(error, RequestTimeoutError) else "error"

@@ -32,7 +32,7 @@ class Replica:
         await self._shards.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._front)
+        return build_api(self._front, self._args)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's numbers and this front's, for callers with a handle."""

@@ -1,6 +1,7 @@
 """Turns step plans into tokens on one rank's device."""
 
 import logging
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.decoder import Batch, Decoder
 from engine.decoder_config import DecoderConfig
+from engine.device_tables import DeviceTables
 from engine.loader import load_dummy_weights, load_weights
 from engine.logits_processor import LogitsProcessor
-from engine.logprobs import PromptLogprobs, take_logprobs
+from engine.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
 from engine.memory import available_bytes
 from engine.parallel import TensorParallel
-from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenLogprobs
+from engine.step import ScheduledRow, StepPlan, StepResult
 from engine.threads import num_compute_threads
+from engine.transfer import ToHost, to_device
 from kernels import AttentionNeeds, select_ops
 
 _logger = logging.getLogger(__name__)
@@ -25,36 +28,31 @@ _logger = logging.getLogger(__name__)
 _KV_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85}
 
 
-class DeviceTables:
-    """What the device knows of the running requests, one row each.
+class PendingStep:
+    """A step that the device is running."""
 
-    A sampled token is written here and read by the next step without visiting the host.
-    """
+    def __init__(
+        self,
+        tokens: ToHost | None = None,
+        logprobs: tuple[list[int], PendingLogprobs] | None = None,
+        prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
+    ) -> None:
+        self._tokens = tokens
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs or {}
 
-    def __init__(self, num_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
-        self.token_ids = torch.zeros(num_rows, max_len, dtype=torch.int64, device=device)
-        max_blocks = -(-max_len // block_size)
-        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
-
-    def enter(self, new: NewRow) -> None:
-        row, params = new.row, new.params
-        self.token_ids[row, : len(new.token_ids)] = torch.tensor(new.token_ids)
-        self.append_blocks(row, 0, new.block_table)
-        self.temperature[row] = params.temperature
-        self.top_k[row] = max(params.top_k, 0)
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.seeds[row] = new.seed
-
-    def append_blocks(self, row: int, num_held: int, blocks: list[int]) -> None:
-        if blocks:
-            table = torch.tensor(blocks, dtype=torch.int32)
-            self.block_tables[row, num_held : num_held + len(blocks)] = table
+    def result(self) -> StepResult:
+        """What it has brought, once it has."""
+        if self._tokens is None:
+            return StepResult([])
+        logprobs = {}
+        if self._logprobs is not None:
+            logprobs = dict(zip(self._logprobs[0], self._logprobs[1].wait(), strict=True))
+        prompt_logprobs = {
+            i: [position for part in parts for position in part.wait()]
+            for i, parts in self._prompt_logprobs.items()
+        }
+        return StepResult(self._tokens.wait().tolist(), logprobs, prompt_logprobs)
 
 
 class ModelRunner:
@@ -152,19 +150,23 @@ class ModelRunner:
         return self.parallel.agree_on_minimum(min(affordable, usable))
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. The sampled tokens also stay in the device's tables."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step, behind those before it; the host waits for nothing that a GPU does.
+
+        The sampled tokens also stay in the device's tables, where the next step finds them.
+        """
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
         logits = self.forward(plan)
         if not sampling:
-            return StepResult([])
-        rows = self._tensor([row.row for row in sampling])
-        positions = self._tensor([row.start + row.num_tokens for row in sampling])
+            return PendingStep()
+        rows, positions = self._tensor(
+            [[row.row for row in sampling], [row.start + row.num_tokens for row in sampling]]
+        )
         tokens = self._sample(logits, sampling, rows, positions)
         self.tables.token_ids[rows, positions] = tokens
-        return StepResult(
-            tokens.tolist(),
+        return PendingStep(
+            ToHost(tokens),
             self._take_logprobs(logits, sampling, tokens),
             self._prompt_logprobs.take([row.row for row in sampling]),
         )
@@ -177,8 +179,7 @@ class ModelRunner:
             self._num_logprobs.pop(new.row, None)
             if new.params.logprobs is not None:
                 self._num_logprobs[new.row] = new.params.logprobs
-        for row in plan.scheduled:
-            self.tables.append_blocks(row.row, row.num_held_blocks, row.new_blocks)
+        self.tables.append_blocks(plan.scheduled)
 
     def _sample(
         self, logits: Tensor, sampling: list[ScheduledRow], rows: Tensor, positions: Tensor
@@ -204,53 +205,48 @@ class ModelRunner:
         return self._draw(logits, rows, positions).index_copy(0, index, own_tokens)
 
     def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        tables = self.tables
-        return self.ops.sample(
-            logits,
-            tables.temperature[rows],
-            tables.top_k[rows],
-            tables.top_p[rows],
-            tables.min_p[rows],
-            tables.seeds[rows],
-            positions,
-        )
+        temperature, top_p, min_p = self.tables.shares[:, rows]
+        top_k, seeds = self.tables.numbers[:, rows]
+        return self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
     def _take_logprobs(
         self, logits: Tensor, sampling: list[ScheduledRow], tokens: Tensor
-    ) -> dict[int, TokenLogprobs]:
-        """Of the rows that want them, by index in `sampling`; only the leader is asked."""
+    ) -> tuple[list[int], PendingLogprobs] | None:
+        """Of the rows that want them, and their indices in `sampling`; only the leader is asked."""
         if not self._num_logprobs or self.parallel.rank != 0:
-            return {}
+            return None
         wanted = [i for i, row in enumerate(sampling) if row.row in self._num_logprobs]
         if not wanted:
-            return {}
-        index = self._tensor(wanted)
-        own = logits if len(wanted) == len(sampling) else logits[index]
+            return None
         counts = [self._num_logprobs[sampling[i].row] for i in wanted]
-        taken = take_logprobs(self.ops, own, tokens[index], counts)
-        return dict(zip(wanted, taken, strict=True))
+        if len(wanted) < len(sampling):
+            index = self._tensor(wanted)
+            logits, tokens = logits[index], tokens[index]
+        return wanted, take_logprobs(self.ops, logits, tokens, counts)
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [rows that sample, vocab] of a plan whose rows have been entered."""
-        batch = self._make_batch(plan.scheduled)
-        hidden = self.model(batch, self.kv_caches)
+        hidden = self.model(self._make_batch(plan.scheduled), self.kv_caches)
         self._prompt_logprobs.collect(plan.scheduled, hidden)
-        last = [i for i, row in enumerate(plan.scheduled) if row.samples]
-        return self.model.logits(hidden[(batch.query_starts[1:] - 1).long()[last]])
+        ends = accumulate(row.num_tokens for row in plan.scheduled)
+        last = [end - 1 for row, end in zip(plan.scheduled, ends, strict=True) if row.samples]
+        return self.model.logits(hidden if len(last) == len(hidden) else hidden[self._tensor(last)])
 
     def _make_batch(self, scheduled: list[ScheduledRow]) -> Batch:
         lengths = [row.num_tokens for row in scheduled]
-        rows, starts, ends = (
-            torch.tensor(values, dtype=torch.int32, device=self.device)
-            for values in (
-                [row.row for row in scheduled],
-                [row.start for row in scheduled],
-                [0, *accumulate(lengths)],
-            )
+        plan = to_device(
+            [
+                *(row.row for row in scheduled),
+                *(row.start for row in scheduled),
+                *(0, *accumulate(lengths)),
+            ],
+            torch.int32,
+            self.device,
         )
+        rows, starts, query_starts = plan.split([len(lengths), len(lengths), len(lengths) + 1])
         # The scheduler puts rows with one token first.
         num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
-        return self._look_up(rows, starts, ends, sum(lengths), num_decodes, max(lengths))
+        return self._look_up(rows, starts, query_starts, sum(lengths), num_decodes, max(lengths))
 
     def _look_up(
         self,
@@ -288,8 +284,8 @@ class ModelRunner:
             attention_plan,
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _tensor(self, values: Sequence[object]) -> Tensor:
+        return to_device(values, torch.int64, self.device)
 
 
 def select_device(name: str) -> torch.device:
