@@ -14,7 +14,7 @@ class EngineConfig(StrictModel):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Type of weights, activations and KV cache; auto takes the checkpoint's.",
+        description="Type of weights and activations; auto takes the checkpoint's.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes the GPU when there is one."
@@ -28,6 +28,16 @@ class EngineConfig(StrictModel):
         None,
         description="Round the linear layers' weights when they are loaded, on a CPU: w8a8 to 8 "
         "bits, int4 to 4.5; activations to 8. The language-model head always takes w8a8.",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="Type of the KV cache: auto is that of the activations; fp8 (e4m3) holds twice "
+        "as many tokens as 16 bits do, with 4 significant bits. On a CPU it is slow.",
+    )
+    attention_backend: Literal["auto", "triton", "flash-attn"] = Field(
+        "auto",
+        description="Who attends to prompts on a GPU: auto takes flash-attn where it is installed "
+        "and serves the model, else Triton, which always attends for decoding.",
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."
@@ -53,6 +63,12 @@ class EngineConfig(StrictModel):
         ge=1,
         description="Memory of a rank's KV cache; default: on a GPU what gpu_memory_utilization "
         "leaves, on a CPU half of what is free, but no more than max_num_seqs can fill.",
+    )
+    host_cache_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Host memory of a rank for blocks that the KV cache evicts, from which later "
+        "requests with the same prefix get them back; 0 drops them.",
     )
     gpu_memory_utilization: float | None = Field(
         None,
@@ -92,6 +108,11 @@ class EngineConfig(StrictModel):
         given = [name for name in sizes if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each say how large the KV cache is; give one")
+        if self.host_cache_memory_bytes and not self.enable_prefix_caching:
+            raise ValueError(
+                "host_cache_memory_bytes: without enable_prefix_caching nothing is found there; "
+                "leave one out"
+            )
         if self.enforce_eager and self.cuda_graph_sizes is not None:
             raise ValueError("cuda_graph_sizes: enforce_eager means no graphs; leave one out")
         return self

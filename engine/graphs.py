@@ -62,7 +62,7 @@ class CudaRecorder:
 
 
 def select_recorder(device: torch.device) -> Recorder | None:
-    """None where launching costs nothing worth saving."""
+    """A new one, with memory of its own; None where launching costs nothing worth saving."""
     return CudaRecorder() if device.type == "cuda" else None
 
 
@@ -70,7 +70,7 @@ class DecodeGraphs:
     """One recorded step per batch size.
 
     Args:
-        step: from rows and starts, both [N] int64 on the device, to hidden states [N, hidden]. It
+        step: from rows and starts, both [N] int32 on the device, to hidden states [N, hidden]. It
             must do the same for every content of them, and wait for nothing.
         padding_row: a row of the tables that belongs to no request.
     """
@@ -87,7 +87,7 @@ class DecodeGraphs:
         self._step = step
         self._padding_row = padding_row
         self._device = device
-        self._inputs = torch.zeros(2, self.sizes[-1], dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(2, self.sizes[-1], dtype=torch.int32, device=device)
         self._inputs[0] = padding_row
         # Whatever it does, a step of padding does it to no request.
         self._hidden = torch.empty_like(step(*self._inputs))
@@ -109,6 +109,6 @@ class DecodeGraphs:
         size = self.sizes[bisect_left(self.sizes, len(rows))]
         padding = size - len(rows)
         inputs = [rows + [self._padding_row] * padding, starts + [0] * padding]
-        self._inputs[:, :size].copy_(to_device(inputs, torch.int64, self._device))
+        self._inputs[:, :size].copy_(to_device(inputs, torch.int32, self._device))
         self._replay[size]()
         return self._hidden[: len(rows)]

@@ -59,13 +59,14 @@ class MemoryMeter:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one rank's device, by what they are for."""
+    """Bytes of one rank, by what they are for: on its device, but for the host cache."""
 
     weights: int
     other: int  # tables of the running requests; on a host, this process' code and data
     activations: int | None  # at the largest step; None: not measured
     graphs: int
     kv_cache: int
+    host_cache: int  # for evicted blocks
     left: int
 
     def __str__(self) -> str:
@@ -75,6 +76,7 @@ class MemoryUse:
             "CUDA graphs": self.graphs or None,
             "other": self.other,
             "KV cache": self.kv_cache,
+            "host cache": self.host_cache or None,
             "left for activations and others" if self.activations is None else "left": self.left,
         }
         return ", ".join(f"{name} {_readable(n)}" for name, n in parts.items() if n is not None)

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.decoder_config import DecoderConfig
 from engine.device_tables import DeviceTables
 from engine.forward_pass import ForwardPass
+from engine.host_cache import HostCache
 from engine.kv_cache import KVCacheShape
 from engine.loader import load_model
 from engine.logits_processor import LogitsProcessor
@@ -23,7 +24,7 @@ from engine.step import ScheduledRow, StepPlan
 from engine.threads import num_compute_threads
 from engine.transfer import ToHost, to_device
 from engine.warm_up import warm_up_plans
-from kernels import select_ops
+from kernels import AttentionNeeds, select_ops, watch_compilation
 
 
 class ModelRunner:
@@ -46,8 +47,18 @@ class ModelRunner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.parallel.size))
         config.check_device(self.device.type)
-        self.ops = select_ops(self.device)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+        self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        self.ops = select_ops(
+            self.device,
+            AttentionNeeds(
+                config.attention_backend,
+                self.dtype,
+                self.cache_dtype,
+                model_config.head_dim,
+                config.block_size,
+            ),
+        )
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = eos_token_ids
@@ -76,14 +87,30 @@ class ModelRunner:
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
         self._cache_shape = KVCacheShape.of(
-            model_config, self.parallel, config.block_size, self.dtype
+            model_config, self.parallel, config.block_size, self.cache_dtype
         )
         self.forward_pass = ForwardPass(
             config, self.model, self.tables, self._cache_shape, self.ops, self.device
         )
+        block_bytes, host_bytes = self._cache_shape.block_bytes, config.host_cache_memory_bytes
+        if 0 < host_bytes < block_bytes:
+            raise ValueError(
+                f"host_cache_memory_bytes: {host_bytes} is less than one block, which takes "
+                f"{block_bytes}; give more, or 0"
+            )
+        self.num_host_blocks = host_bytes // block_bytes
+        self._host_cache: HostCache | None = None
+        if self.num_host_blocks:
+            self._host_cache = HostCache(self.num_host_blocks, block_bytes, self.device)
+        watch = watch_compilation(self.device)
         self.memory = self._open(meter, weights)
+        watch.start_serving()
+        # Kernels that were compiled while requests were waiting; there should be none.
+        self.late_compilations = watch.late
         if show_progress:
-            print(f"{self.num_blocks} KV cache blocks; {self.memory}", file=sys.stderr)
+            blocks = f"{self.num_blocks} KV cache blocks of {self.cache_dtype}"
+            print(f"{blocks} on {self.device}; {self.memory}", file=sys.stderr)
+            print(f"{self.ops.name} kernels", file=sys.stderr)
 
     @torch.inference_mode()
     def _open(self, meter: MemoryMeter, weights: int) -> MemoryUse:
@@ -98,8 +125,15 @@ class ModelRunner:
         self.forward_pass.allocate(self.num_blocks)
         self.forward_pass.record()
         kv_cache = (self.num_blocks + 1) * self._cache_shape.block_bytes
-        left = memory.left(peak + graphs, kv_cache)
-        return MemoryUse(weights, max(in_use - weights, 0), activations, graphs, kv_cache, left)
+        return MemoryUse(
+            weights=weights,
+            other=max(in_use - weights, 0),
+            activations=activations,
+            graphs=graphs,
+            kv_cache=kv_cache,
+            host_cache=self.num_host_blocks * self._cache_shape.block_bytes,
+            left=memory.left(peak + graphs, kv_cache),
+        )
 
     def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
         """Run the largest steps and record all graphs, over a cache of next to nothing.
@@ -142,6 +176,8 @@ class ModelRunner:
 
         The sampled tokens also stay in the device's tables, where the next step finds them.
         """
+        if self._host_cache is not None:
+            self._host_cache.run(plan.copies, self.forward_pass.kv_caches)
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
         logits = self.forward(plan)

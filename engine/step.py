@@ -34,10 +34,19 @@ class ScheduledRow:
     samples: bool  # whether its last token's logits yield the next token
 
 
+class BlockCopy(NamedTuple):
+    """A block of the KV cache to a slot of host memory, or back."""
+
+    to_host: bool
+    block: int
+    slot: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     new_rows: list[NewRow]
     scheduled: list[ScheduledRow]
+    copies: list[BlockCopy] = field(default_factory=list)  # in this order, before all else
 
     @property
     def num_tokens(self) -> int:

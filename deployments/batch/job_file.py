@@ -22,6 +22,7 @@ _FREE = {
     "block_size",
     "num_blocks",
     "kv_cache_memory_bytes",
+    "host_cache_memory_bytes",
     "gpu_memory_utilization",
     "enable_prefix_caching",
     "async_scheduling",

@@ -8,9 +8,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine import forward_pass
+from engine import forward_pass, model_runner
 from engine.config import EngineConfig
 from engine.graphs import DecodeGraphs, default_sizes
+from engine.model_runner import ModelRunner
+from engine.pending_step import PendingStep
+from engine.step import StepPlan
 from engine.warm_up import warm_up_plans
 from kernels import select_ops
 from tests.conftest import CheckpointFactory
@@ -79,7 +82,7 @@ def test_padding_touches_nothing_of_anybody(
             engine.add(request)
         engine.step()
         tokens_before = engine.runner.tables.token_ids.clone()
-        caches = engine.runner.forward_pass._kv_caches
+        caches = engine.runner.forward_pass.kv_caches
         before = [(k.clone(), v.clone()) for k, v in caches]
         replays = engine.runner.forward_pass.num_replays
         engine.step()
@@ -187,3 +190,40 @@ def test_rehearsal_leaves_no_trace(checkpoints: CheckpointFactory, recorder: Fak
         assert not engine.runner._num_logprobs
         assert not engine.runner._processor._rules
         assert engine.runner.memory.activations is not None
+
+
+# --- Compilation ------------------------------------------------------------------------------
+
+
+def test_kernels_compiled_while_serving_are_counted(
+    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rehearsal compiles is not: the watch begins before and serves after it."""
+
+    class Watch:
+        def __init__(self) -> None:
+            self.late: list[str] = []
+            self.serving = False
+
+        def start_serving(self) -> None:
+            self.serving = True
+
+        def count(self, kernel: str) -> None:
+            if self.serving:
+                self.late.append(kernel)
+
+    watch = Watch()
+    monkeypatch.setattr(model_runner, "watch_compilation", lambda _: watch)
+    launch = ModelRunner.launch
+
+    def compile_and_launch(runner: ModelRunner, plan: StepPlan) -> PendingStep:
+        watch.count(f"for {plan.num_tokens} tokens")
+        return launch(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "launch", compile_and_launch)
+    monkeypatch.setattr(forward_pass, "select_recorder", lambda _: FakeRecorder())
+    with new_engine(checkpoints("qwen3")) as engine:
+        assert engine.stats()["late_compilations"] == 0
+        run(engine, new_requests([[5] * 7], max_tokens=2))
+        assert engine.stats()["late_compilations"] == 2
+        assert watch.late == ["for 7 tokens", "for 1 tokens"]

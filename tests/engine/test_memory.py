@@ -61,7 +61,7 @@ def test_size_of_the_pool(
         assert engine.limits.num_blocks == engine.scheduler.pool.num_blocks == num_blocks
         use = engine.runner.memory
         assert use.kv_cache == (num_blocks + 1) * BLOCK_BYTES
-        keys, values = engine.runner.forward_pass._kv_caches[0]
+        keys, values = engine.runner.forward_pass.kv_caches[0]
         assert 3 * (keys.nbytes + values.nbytes) == use.kv_cache
         assert use.left == GIB - use.kv_cache
         assert use.weights >= 0 and use.activations is None
@@ -89,16 +89,16 @@ def test_startup_says_what_went_where(
 ) -> None:
     LLM(str(checkpoints("qwen3")), num_blocks=50, num_threads=1, device="cpu", load_format="dummy")
     said = capfd.readouterr().err
-    assert "50 KV cache blocks; weights " in said
+    assert "50 KV cache blocks of torch.float32 on cpu; weights " in said
     assert f"KV cache {51 * 2 * 3 * 2 * 32 * 32 * 4 / (1 << 20):.1f} MiB" in said
     assert "left for activations and others" in said
 
 
 def test_a_report_names_each_part() -> None:
-    use = MemoryUse(16 * GIB, 100 << 20, 2 * GIB, 300 << 20, 100 * GIB, 20 * GIB)
+    use = MemoryUse(16 * GIB, 100 << 20, 2 * GIB, 300 << 20, 100 * GIB, 8 * GIB, 20 * GIB)
     assert str(use) == (
         "weights 16.00 GiB, activations 2.00 GiB, CUDA graphs 300.0 MiB, other 100.0 MiB, "
-        "KV cache 100.00 GiB, left 20.00 GiB"
+        "KV cache 100.00 GiB, host cache 8.00 GiB, left 20.00 GiB"
     )
 
 
