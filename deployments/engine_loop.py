@@ -32,8 +32,8 @@ class EngineLoop:
                 deltas = self._engine.step() if self._engine.has_work else []
                 self._socket.send(
                     {
-                        "deltas": [encode_delta(delta) for delta in deltas],
-                        "errors": errors,
+                        "deltas": [encode_delta(d) for d in deltas if d.error is None],
+                        "errors": errors + [(d.request_id, d.error) for d in deltas if d.error],
                         "stats": self._engine.stats(),
                         "cache": self._cache_changes,
                     }

@@ -1,5 +1,6 @@
 """Turns step plans into tokens on one rank's device."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.decoder import Batch, Decoder
 from engine.decoder_config import DecoderConfig
+from engine.grammar_matcher import GrammarMatchers
 from engine.loader import load_dummy_weights, load_weights
 from engine.logits_processor import LogitsProcessor
 from engine.logprobs import PromptLogprobs, take_logprobs
@@ -107,6 +109,7 @@ class ModelRunner:
         self._processor = LogitsProcessor(
             self.tables.token_ids, self.vocab_size, eos_token_ids, self.ops
         )
+        self.matchers = GrammarMatchers(self.vocab_size)
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
 
@@ -140,17 +143,29 @@ class ModelRunner:
         """Run one step. The sampled tokens also stay in the device's tables."""
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
+        processed = self._processor.concerned(sampling)
+        constrained = self.matchers.constrained([row.row for row in sampling])
+        mask = None  # of the rows to be processed: computed while the model runs
+        if constrained and self.parallel.rank == 0:
+            mask = self.matchers.start([sampling[i].row for i in processed])
         logits = self.forward(plan)
         if not sampling:
             return StepResult([])
         rows = self._tensor([row.row for row in sampling])
-        positions = self._tensor([row.start + row.num_tokens for row in sampling])
-        tokens = self._sample(logits, sampling, rows, positions)
+        positions = self._tensor([row.end for row in sampling])
+        tokens = self._sample(logits, sampling, rows, positions, processed, mask)
+        if constrained:  # only the leader follows the grammars, so its choice is everyone's
+            tokens = self.parallel.broadcast(tokens)
         self.tables.token_ids[rows, positions] = tokens
+        token_ids = tokens.tolist()
+        errors = self.matchers.accept(
+            [sampling[i].row for i in constrained], [token_ids[i] for i in constrained]
+        )
         return StepResult(
-            tokens.tolist(),
+            token_ids,
             self._take_logprobs(logits, sampling, tokens),
             self._prompt_logprobs.take([row.row for row in sampling]),
+            {constrained[i]: error for i, error in errors.items()},
         )
 
     def _enter_rows(self, plan: StepPlan) -> None:
@@ -158,6 +173,7 @@ class ModelRunner:
             self.tables.enter(new)
             self._processor.enter(new)
             self._prompt_logprobs.enter(new)
+            self.matchers.enter(new)
             self._num_logprobs.pop(new.row, None)
             if new.params.logprobs is not None:
                 self._num_logprobs[new.row] = new.params.logprobs
@@ -165,13 +181,15 @@ class ModelRunner:
             self.tables.append_blocks(row.row, row.num_held_blocks, row.new_blocks)
 
     def _sample(
-        self, logits: Tensor, sampling: list[ScheduledRow], rows: Tensor, positions: Tensor
+        self,
+        logits: Tensor,
+        sampling: list[ScheduledRow],
+        rows: Tensor,
+        positions: Tensor,
+        processed: list[int],
+        mask: "Future[Tensor] | None",
     ) -> Tensor:
         """The next token of each row, [N] int64, from logits [N, V], which stay as they are."""
-        ends = [row.start + row.num_tokens for row in sampling]
-        processed = [
-            i for i, row in enumerate(sampling) if self._processor.applies(row.row, ends[i])
-        ]
         if not processed:
             return self._draw(logits, rows, positions)
         # In float32, for in 16 bits a small penalty would be lost in rounding; and only these rows,
@@ -179,7 +197,10 @@ class ModelRunner:
         index = self._tensor(processed)
         own = logits[index].float()
         self._processor.process(
-            own, [sampling[i].row for i in processed], [ends[i] for i in processed]
+            own,
+            [sampling[i].row for i in processed],
+            [sampling[i].end for i in processed],
+            mask.result() if mask is not None else None,
         )
         own_tokens = self._draw(own, rows[index], positions[index])
         self._processor.count(rows[index], own_tokens)
