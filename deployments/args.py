@@ -1,13 +1,13 @@
 """What users tell a deployment: `serve run deployments:app key=value …`, or `args:` in YAML."""
 
-from typing import Any
+from typing import Any, Literal
 
 import click
 from pydantic import Field, ValidationError, model_validator
 
 from deployments.parsing.formats import ReasoningParserName, ToolParserName
 from engine.config import EngineConfig
-from engine.strict import explain
+from engine.strict import StrictModel, explain
 
 
 class DeploymentArgs(EngineConfig):
@@ -51,7 +51,45 @@ class DeploymentArgs(EngineConfig):
         )
 
 
-class AppArgs(DeploymentArgs):
+class ServiceArgs(StrictModel):
+    """What the HTTP interface lets in, and what it tells."""
+
+    max_queued_requests: int | None = Field(
+        2048, ge=1, description="Requests without a first token; more are refused with 429."
+    )
+    max_queued_tokens: int | None = Field(
+        None, ge=1, description="Tokens of those requests' prompts; more are refused with 429."
+    )
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="A request that takes longer is ended with an error (504)."
+    )
+    max_request_bytes: int = Field(
+        16 * 2**20, ge=1024, description="Largest request body; more is refused with 413."
+    )
+    max_messages: int = Field(4096, ge=1, description="Longest conversation, in messages.")
+    api_keys_file: str | None = Field(
+        None,
+        description="A file on the replicas' nodes with an API key on each line, as KEY or "
+        "NAME:KEY; the environment variable MANTA_API_KEYS holds them separated by commas.",
+    )
+    require_api_key: bool = Field(
+        False, description="Do not start without API keys. Set by serve run where it finds some."
+    )
+    isolate_cache_by_key: bool = Field(
+        False,
+        description="Requests share cached prefixes only with those of the same key (by name), so "
+        "that none can learn from response times what others have asked.",
+    )
+    request_log: Literal["off", "on", "body"] = Field(
+        "on", description="A JSON line per request: ids, counts, times; body adds what was sent."
+    )
+
+    @classmethod
+    def unlimited(cls) -> "ServiceArgs":
+        return cls(max_queued_requests=None, max_messages=2**31)
+
+
+class AppArgs(DeploymentArgs, ServiceArgs):
     """The arguments of the Serve application."""
 
     model: str = Field(
@@ -69,7 +107,7 @@ class AppArgs(DeploymentArgs):
         120, ge=0, description="How long a replica that is to stop may finish its streams."
     )
     max_ongoing_requests: int = Field(
-        1024, ge=1, description="Requests a replica takes on at once, running and waiting."
+        4096, ge=1, description="Requests a replica takes on at once, running and waiting."
     )
 
     @model_validator(mode="after")

@@ -1,11 +1,13 @@
 """`deployments:app`, the builder that `serve run` and `serve deploy` call."""
 
+import os
 from typing import Any
 
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from deployments import ray_private
+from deployments.api.keys import KEYS_VARIABLE
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
 from deployments.devices import with_device
@@ -30,6 +32,8 @@ def app(args: AppArgs) -> Application:
 def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
     """As `app`, with a routing policy to choose."""
     args = with_device(args)
+    if os.environ.get(KEYS_VARIABLE):  # replicas that cannot see them must not serve everyone
+        args = args.model_copy(update={"require_api_key": True})
     by_body = ray_private.can_route_by_body()
     options: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:

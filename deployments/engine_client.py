@@ -13,31 +13,50 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.metrics import Metrics
+from deployments.request_record import RequestOptions, RequestRecord
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
 from engine.request import Request, RequestLimits
 from engine.sampling_params import SamplingParams
 from engine.step import TokenDelta
+
+# How long an engine draws views for a front that does not ask again, in seconds.
+_WATCH_S = 2.0
 
 
 class EngineUnavailableError(Exception):
     """No engine is there to serve the request, and none is about to be."""
 
 
+class RequestRefusedError(Exception):
+    """The engine cannot serve the request as it is."""
+
+
+class RequestTimeoutError(Exception):
+    """The request has had all the time that it may take."""
+
+
 @dataclass(eq=False)
 class _Live:
     request: Request
     stream: bool
+    record: RequestRecord
+    is_queued: bool = True  # no token has come yet
     arrived: asyncio.Queue[TokenDelta | Exception] = field(default_factory=asyncio.Queue)
 
 
 class EngineClient:
     """Listens on a Unix socket for one engine at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str = "") -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="manta-")
         self.address = str(Path(self._directory.name) / "engine.sock")
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
+        self.metrics = Metrics(model_name, lambda: self.stats)
+        self.num_queued = 0  # requests without a token yet
+        self.queued_tokens = 0  # of their prompts
+        self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
         self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
@@ -47,6 +66,7 @@ class EngineClient:
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
         self._last_beat = time.monotonic()
+        self._watched_until = 0.0
 
     async def start(self) -> None:
         self._server = await asyncio.start_unix_server(self._serve, self.address)
@@ -80,29 +100,70 @@ class EngineClient:
         prompt_token_ids: list[int],
         params: SamplingParams,
         seed: int,
-        cache_salt: str = "",
-        stream: bool = True,
+        options: RequestOptions,
+        record: RequestRecord,
     ) -> AsyncGenerator[TokenDelta]:
         """The tokens of one request, as they come; leaving the iteration early aborts it.
 
-        Without `stream` they come all at once with the last one: nobody is woken every step.
-        Raises EngineUnavailableError, and ValueError when the engine refuses the request.
+        Without `options.stream` they come all at once with the last one: nobody is woken every
+        step. Raises EngineUnavailableError, RequestRefusedError, and RequestTimeoutError.
         """
         self.check_available()
-        request = Request(str(next(self._ids)), prompt_token_ids, params, seed, cache_salt)
-        live = self._live[request.id] = _Live(request, stream)
+        request = Request(
+            str(next(self._ids)),
+            prompt_token_ids,
+            params,
+            seed,
+            options.cache_salt,
+            priority=options.priority,
+        )
+        live = self._live[request.id] = _Live(request, options.stream, record)
+        self.num_queued += 1
+        self.queued_tokens += len(prompt_token_ids)
         self._send("add", encode_request(request))
+        deadline = self._set_deadline(live, options.timeout_s)
         try:
             while True:
                 delta = await live.arrived.get()
                 if isinstance(delta, Exception):
+                    record.finish_reason = _reason(delta)
                     raise delta
                 yield delta
                 if delta.finish_reason is not None:
                     return
         finally:
+            if deadline is not None:
+                deadline.cancel()
             if self._live.pop(request.id, None) is not None:
                 self._send("abort", request.id)
+            self._leave_queue(live)
+            self.metrics.count_end(record, time.monotonic())
+
+    def _set_deadline(self, live: _Live, timeout_s: float | None) -> asyncio.TimerHandle | None:
+        if timeout_s is None:
+            return None
+        error = RequestTimeoutError(f"the request took longer than its {timeout_s:g} s")
+        return asyncio.get_running_loop().call_later(timeout_s, live.arrived.put_nowait, error)
+
+    def _leave_queue(self, live: _Live) -> None:
+        if live.is_queued:
+            live.is_queued = False
+            self.num_queued -= 1
+            self.queued_tokens -= len(live.request.prompt_token_ids)
+
+    def watch(self) -> dict[str, Any]:
+        """The engine as it is now: {"connected", "live", "view"}.
+
+        The engine draws the view only while somebody calls this, and the first one takes a step
+        to come: until then it is None.
+        """
+        now = time.monotonic()
+        if now > self._watched_until:
+            self.view = None  # from an earlier watch
+        if now > self._watched_until - _WATCH_S / 2 and self._writer is not None:
+            self._watched_until = now + _WATCH_S
+            self._writer.write(pack({"watch": _WATCH_S}))
+        return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
 
     def fail(self, error: EngineUnavailableError) -> None:
         """End every live request with an error, and refuse new ones: no engine will come."""
@@ -147,7 +208,8 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
-        self.stats = {}
+        self.stats, self.view = {}, None
+        self._watched_until = 0.0
         self._connected.clear()
 
     def _adopt(self, writer: asyncio.StreamWriter) -> None:
@@ -155,6 +217,7 @@ class EngineClient:
         self._outbox = {}
         self.cached_blocks.clear()
         self._last_beat = time.monotonic()
+        self.metrics.engine_starts += 1
         self._connected.set()
         if self._live:
             requests = [encode_request(live.request) for live in self._live.values()]
@@ -163,6 +226,7 @@ class EngineClient:
     def _take_in(self, message: Message) -> None:
         self._last_beat = time.monotonic()
         self.stats = message["stats"]
+        self.view = message.get("view", self.view)
         for block_hash, cached in message["cache"]:
             if cached:
                 self.cached_blocks.add(block_hash)
@@ -174,8 +238,13 @@ class EngineClient:
             if live is None:
                 continue  # aborted while the step ran
             live.request.output_token_ids += delta.token_ids
+            self.metrics.count_tokens(live.record, len(delta.token_ids), self._last_beat)
+            if live.is_queued:
+                self._leave_queue(live)
+                live.record.num_cached = delta.num_cached_tokens
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
+                live.record.finish_reason = delta.finish_reason
             if live.stream:
                 live.arrived.put_nowait(delta)
             elif delta.finish_reason is not None:
@@ -184,7 +253,7 @@ class EngineClient:
         for request_id, reason in message["errors"]:
             refused = self._live.pop(request_id, None)
             if refused is not None:
-                refused.arrived.put_nowait(ValueError(reason))
+                refused.arrived.put_nowait(RequestRefusedError(reason))
 
     async def close(self) -> None:
         """Let the engine go: it ends when the connection does."""
@@ -193,3 +262,7 @@ class EngineClient:
         if self._server is not None:
             self._server.close()
         self._directory.cleanup()
+
+
+def _reason(error: Exception) -> str:
+    return "timeout" if isinstance(error, RequestTimeoutError) else "error"

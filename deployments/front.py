@@ -2,14 +2,15 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.args import DeploymentArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
 from deployments.parsing import reasoning_format, tool_format
+from deployments.request_record import RequestOptions, RequestRecord
 from engine import checkpoint
 from engine.detokenizer import Detokenizer
 from engine.sampling_params import SamplingParams
@@ -44,7 +45,10 @@ class Front:
         self.end_texts = tuple(
             filter(None, map(self.tokenizer.fast.id_to_token, checkpoint.eos_token_ids(directory)))
         )
-        self.client = EngineClient()
+        self.has_priorities = args.scheduling_policy == "priority"
+        self.client = EngineClient(self.model_name)
+        # What is to be seen of every replica of this model; a replica among several asks them all.
+        self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
     async def encode(self, text: str) -> list[int]:
@@ -73,14 +77,11 @@ class Front:
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        cache_salt: str = "",
-        stream: bool = True,
+        options: RequestOptions,
     ) -> list[AsyncGenerator[TextDelta]]:
         """The texts of a request's n choices, each as `generate` has it."""
         return [
-            self.generate(
-                prompt_token_ids, own.model_copy(update={"seed": seed}), cache_salt, stream
-            )
+            self.generate(prompt_token_ids, own.model_copy(update={"seed": seed}), options)
             for own, seed in params.choices(_seed_of(params))
         ]
 
@@ -88,22 +89,25 @@ class Front:
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        cache_salt: str = "",
-        stream: bool = True,
+        options: RequestOptions,
     ) -> AsyncGenerator[TextDelta]:
         """The text of one request; at least one delta, the last one with a finish_reason.
 
-        Without `stream` the text comes in one piece where nothing in it can end the request.
-        Leaving the iteration early aborts the request. Raises EngineUnavailableError when there is
-        no engine. The caller has passed the request to `check`.
+        Without `options.stream` the text comes in one piece where nothing in it can end the
+        request. Leaving the iteration early aborts it. Raises EngineUnavailableError when there is
+        no engine, RequestTimeoutError when its time is up. The caller has passed it to `check`.
         """
         seed = _seed_of(params)
         params = params.in_tokens(self.tokenizer)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
         # A stop string is found only in the text, and logprobs come token by token.
-        stream = stream or bool(params.stop) or params.logprobs is not None
+        stream = options.stream or bool(params.stop) or params.logprobs is not None
         stream = stream or params.prompt_logprobs is not None
-        tokens = self.client.generate(prompt_token_ids, params, seed, cache_salt, stream)
+        record = RequestRecord(len(prompt_token_ids), params.max_tokens)
+        options.records.append(record)
+        tokens = self.client.generate(
+            prompt_token_ids, params, seed, replace(options, stream=stream), record
+        )
         held: list[TokenLogprobs] = []  # of tokens whose text is held back
         async with aclosing(tokens):
             async for delta in tokens:
@@ -113,6 +117,7 @@ class Front:
                 text = detokenizer.push(delta.token_ids, last=reason is not None)
                 if detokenizer.stop_string is not None:
                     reason, stop_reason = "stop", detokenizer.stop_string
+                    record.finish_reason = reason
                 if delta.logprobs is not None:
                     held += delta.logprobs
                     if reason or not detokenizer.holds_back:
@@ -128,6 +133,9 @@ class Front:
                 )
                 if detokenizer.stop_string is not None:
                     return
+
+    async def watch_own_engine(self) -> list[dict[str, Any]]:
+        return [{"replica": "", **self.client.watch()}]
 
     def check_health(self) -> None:
         """Raises EngineUnavailableError when the engine is gone or has stopped beating."""

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from typing import Any
@@ -48,8 +49,10 @@ class Engine:
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
         self._compiler: GrammarCompiler | None = None
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
-        self._in_flight: deque[tuple[StepPlan, float, Future[StepResult]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, float, Callable[[], StepResult]]] = deque()
         self.num_steps = 0
+        # When set to a deque, collects (step number, plan) of every launch.
+        self.journal: deque[tuple[int, StepPlan]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
@@ -117,10 +120,12 @@ class Engine:
                 break
             self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
             self.num_steps += 1
+            if self.journal is not None:
+                self.journal.append((self.num_steps, plan))
         if not self._in_flight:
             return refused
-        plan, launched_at, pending = self._in_flight.popleft()
-        result = pending.result()
+        plan, launched_at, wait_for_result = self._in_flight.popleft()
+        result = wait_for_result()
         self._speed.count_step(plan.num_tokens, launched_at)
         return refused + self.scheduler.update(plan, result)
 

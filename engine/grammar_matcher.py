@@ -2,10 +2,12 @@
 
 This lives beside the sampler, on the rank whose tokens count. Steps run one after another, so what
 a row may have in step N + 1 follows from its token of step N although the scheduler, which planned
-the step ahead, did not know that yet. The masks are computed while the model runs.
+the step ahead, did not know that yet. The masks are computed while the model runs: a thread waits
+for the tokens of step N, the device is busy with step N + 1 meanwhile.
 """
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.request import Request
-from engine.step import NewRow
+from engine.step import NewRow, ScheduledRow
+from engine.transfer import ToHost
 
 # What a request may use of the processor's time for its grammar: an ambiguous one takes ever
 # longer, the longer the text. Many times what honest ones need (about 0.1 ms per token).
@@ -33,11 +36,17 @@ class _Row:
                 gone before it ran.
             output: the tokens that it has already.
         """
-        self.unmatched = list(output)  # tokens that the matcher has not been told
+        # What the matcher has not been told: tokens, some of which are still on their way.
+        self._unmatched: deque[int | tuple[ToHost, int]] = deque(output)
         self.error: str | None = None
         self._matcher = None if grammar is None else _new_matcher(grammar)
         self._num_tokens = 0
         self._seconds = 0.0
+
+    def accept(self, tokens: ToHost, index: int) -> None:
+        """The token that is, or will be, in tokens [N] at this index."""
+        if self._matcher is not None and self.error is None:
+            self._unmatched.append((tokens, index))
 
     def fill(self, bitmask: Tensor, index: int) -> None:
         """Allow what may come next in row `index` of bitmask; all, once there is nothing left."""
@@ -55,14 +64,17 @@ class _Row:
     def _advance(self, start: float) -> str | None:
         """Go on by the tokens there are; what is wrong, if that cannot be."""
         assert self._matcher is not None
-        for token in self.unmatched:
+        while self._unmatched:
+            token = self._unmatched.popleft()
+            if not isinstance(token, int):
+                brought, index = token
+                token = int(brought.wait()[index])
             self._num_tokens += 1
             if not self._matcher.is_terminated() and not self._matcher.accept_token(token):
                 return f"the text so far does not match: token {token} does not fit"
             spent = self._seconds + time.thread_time() - start
             if spent > _FREE_S + self._num_tokens * _PER_TOKEN_S:
                 return "this grammar is too ambiguous to follow; make it simpler"
-        self.unmatched.clear()
         return None
 
 
@@ -78,8 +90,9 @@ class GrammarMatchers:
     Tokens come in through `enter` and `accept`, and nowhere else is a grammar advanced.
     """
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._num_words = -(-vocab_size // 32)
+        self._pins = device.type == "cuda"
         # By the key of its StructuredOutputs; the requests keep them alive. Only on the leader.
         self._grammars: WeakValueDictionary[str, Any] = WeakValueDictionary()
         self._rows: dict[int, _Row] = {}
@@ -116,21 +129,25 @@ class GrammarMatchers:
         return self._thread.submit(self._fill, [self._rows.get(row) for row in rows])
 
     def _fill(self, rows: "Sequence[_Row | None]") -> Tensor:
-        bitmask = torch.full((len(rows), self._num_words), -1, dtype=torch.int32)
+        shape = len(rows), self._num_words
+        bitmask = torch.full(shape, -1, dtype=torch.int32, pin_memory=self._pins)
         for i, row in enumerate(rows):
             if row is not None:
                 row.fill(bitmask, i)
         return bitmask
 
-    def accept(self, rows: Sequence[int], tokens: Sequence[int]) -> dict[int, str]:
-        """These rows have had these tokens; why some cannot go on, by their index.
+    def accept(
+        self, sampling: Sequence[ScheduledRow], constrained: Sequence[int], tokens: ToHost
+    ) -> dict[int, str]:
+        """A step brings its rows these tokens, [N]; why some cannot go on, by their index.
 
-        Of those the tokens mean nothing. The others' take effect when their next mask is computed.
+        Of those the tokens mean nothing. The others' count when the next mask is computed, which
+        waits for them if need be.
         """
         errors = {}
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            place = self._rows[row]
-            place.unmatched.append(token)
+        for i in constrained:
+            place = self._rows[sampling[i].row]
+            place.accept(tokens, i)
             if place.error is not None:
                 errors[i] = f"structured_outputs: {place.error}"
         return errors

@@ -60,10 +60,16 @@ class SamplingParams(StrictModel):
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="One seed, one text; None draws one."
     )
     max_tokens: int | None = Field(
-        16, ge=1, description="Most tokens to generate; None goes on to the end of the window."
+        16,
+        ge=1,
+        lt=2**31,
+        description="Most tokens to generate; None goes on to the end of the window.",
     )
     min_tokens: int = Field(
-        0, ge=0, description="No stop token or string ends the output before this many tokens."
+        0,
+        ge=0,
+        lt=2**31,
+        description="No stop token or string ends the output before this many tokens.",
     )
     ignore_eos: bool = Field(False, description="Go on after the end-of-sequence token.")
     stop: list[NonEmpty] = Field(
@@ -88,7 +94,10 @@ class SamplingParams(StrictModel):
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the text.")
     detokenize: bool = Field(True, description="False leaves the text empty; tokens only.")
     truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, description="Keep only so many last tokens of the prompt; -1: what fits."
+        None,
+        ge=-1,
+        lt=2**31,
+        description="Keep only so many last tokens of the prompt; -1: what fits.",
     )
 
     @field_validator("stop", mode="before")

@@ -46,16 +46,20 @@ _LOOKAROUND = re.compile(r"(?<!\\)(\\\\)*\(\?<?[=!]")
 class StructuredOutputs:
     """One kind of constraint on the text of an output; names as in vLLM."""
 
-    json: dict[str, Any] | str | None = Field(None, description="A JSON schema.")
-    regex: str | None = Field(None, min_length=1, description="The whole text matches it.")
-    choice: list[str] | None = Field(None, min_length=1, description="The text is one of these.")
-    grammar: str | None = Field(None, min_length=1, description="EBNF; its start rule is root.")
-    json_object: bool = Field(False, description="Any JSON object.")
+    json: dict[str, Any] | str | None = Field(default=None, description="A JSON schema.")
+    regex: str | None = Field(default=None, min_length=1, description="The whole text matches it.")
+    choice: list[str] | None = Field(
+        default=None, min_length=1, description="The text is one of these."
+    )
+    grammar: str | None = Field(
+        default=None, min_length=1, description="EBNF; its start rule is root."
+    )
+    json_object: bool = Field(default=False, description="Any JSON object.")
     disable_any_whitespace: bool = Field(
-        False, description="JSON with one space after colons and commas, and no other."
+        default=False, description="JSON with one space after colons and commas, and no other."
     )
     structural_tag: str | dict[str, Any] | None = Field(
-        None, description="Free text with constrained parts, as xgrammar describes it."
+        default=None, description="Free text with constrained parts, as xgrammar describes it."
     )
 
     @model_validator(mode="after")

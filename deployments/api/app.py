@@ -7,20 +7,25 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import chat, completions
-from deployments.api.errors import ApiError, error_response, validation_error
-from deployments.engine_client import EngineUnavailableError
+from deployments.api import chat, completions, engine_events, playground
+from deployments.api.errors import error_response
+from deployments.api.gate import Gate
+from deployments.api.keys import KeyRing
+from deployments.args import ServiceArgs
 from deployments.front import Front
-from engine.strict import explain
 
 
-def build_api(front: Front) -> FastAPI:
-    """A plain ASGI app, testable without Ray."""
+def build_api(front: Front, service: ServiceArgs | None = None) -> FastAPI:
+    """A plain ASGI app, testable without Ray. Raises ApiKeysError for keys that cannot be had."""
+    service = service or ServiceArgs()
     api = FastAPI(title="Manta", docs_url="/docs", redoc_url=None)
     created = int(time.time())
     _add_error_handlers(api)
+    api.add_middleware(Gate, front=front, service=service, keys=KeyRing.load(service))
     api.include_router(chat.routes(front))
     api.include_router(completions.routes(front))
+    api.include_router(engine_events.routes(front))
+    api.include_router(playground.routes())
 
     @api.get("/health")
     async def health() -> dict[str, str]:
@@ -44,22 +49,9 @@ def build_api(front: Front) -> FastAPI:
 
 
 def _add_error_handlers(api: FastAPI) -> None:
-    @api.exception_handler(ApiError)
-    async def api_error(_: object, error: ApiError) -> JSONResponse:
-        return error_response(error)
+    """For what FastAPI answers by itself; all other errors reach the gate."""
 
     @api.exception_handler(RequestValidationError)
-    async def invalid_body(_: object, error: RequestValidationError) -> JSONResponse:
-        return error_response(validation_error(explain(error.errors())))
-
-    @api.exception_handler(EngineUnavailableError)
-    async def unavailable(_: object, error: EngineUnavailableError) -> JSONResponse:
-        return error_response(ApiError.unavailable(error))
-
     @api.exception_handler(HTTPException)
-    async def http_error(_: object, error: HTTPException) -> JSONResponse:
-        return error_response(ApiError(error.status_code, str(error.detail)))
-
-    @api.exception_handler(Exception)
-    async def internal(_: object, error: Exception) -> JSONResponse:
-        return error_response(ApiError(500, f"internal error: {type(error).__name__}"))
+    async def answer(_: object, error: Exception) -> JSONResponse:
+        return error_response(error)

@@ -10,7 +10,15 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from deployments.api.common import check_model, check_prompt, sampling_params, usage
+from deployments.api.common import (
+    check_messages,
+    check_model,
+    check_prompt,
+    check_queue,
+    request_options,
+    sampling_params,
+    usage,
+)
 from deployments.api.errors import ApiError
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.messages import AnswerParser
@@ -20,6 +28,7 @@ from deployments.api.tools import ForcedCall, find_format, forced_call
 from deployments.front import Front, TextDelta
 from deployments.parsing import OutputParser, Piece, ReasoningSplitter
 from deployments.parsing.reasoning import CLOSE, OPEN
+from deployments.request_record import RequestOptions
 from engine.sampling_params import SamplingParams
 
 # Tokens at a prompt's end that show whether it opens a think block.
@@ -63,11 +72,15 @@ class Chat:
     params: SamplingParams
     head: dict[str, Any]  # what all answers begin with
     forced: ForcedCall | None
+    options: RequestOptions
 
     @classmethod
     async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
         """Raises ApiError for a request that cannot be served."""
         check_model(front, request)
+        check_messages(request.messages)
+        check_queue(front, 1)
+        options = request_options(front, request)
         params = sampling_params(front, request)
         forced = None
         if request.offered_tools:
@@ -79,19 +92,17 @@ class Chat:
                 params = forced.constrain(params)
         prompt = front.truncate(await _encode(front, request, forced), params)
         check_prompt(front, prompt, params, "messages")
+        check_queue(front, params.n, len(prompt) * params.n)
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": front.model_name,
         }
-        return cls(front, request, prompt, params, head, forced)
+        return cls(front, request, prompt, params, head, forced, options)
 
     def streams(self) -> list[AsyncGenerator[TextDelta]]:
         """The text to come for each choice."""
-        request = self.request
-        return self.front.generate_choices(
-            self.prompt, self.params, request.cache_salt, request.stream
-        )
+        return self.front.generate_choices(self.prompt, self.params, self.options)
 
     def new_parser(self) -> AnswerParser:
         """For one choice."""

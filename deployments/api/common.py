@@ -1,12 +1,16 @@
 """What chat and text completions share on the way in and out."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from deployments.api.errors import ApiError, validation_error
+from deployments.api.errors import RETRY_AFTER_S, ApiError, validation_error
 from deployments.api.protocol import GenerationRequest
+from deployments.api.scope import scope
 from deployments.front import Front
+from deployments.request_record import RequestOptions
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 
@@ -37,6 +41,72 @@ def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param:
         if field in SamplingParams.model_fields:
             raise ApiError(400, str(error), field) from error
         raise ApiError(400, str(error), param, "context_length_exceeded") from error
+
+
+def check_messages(messages: Sequence[Any]) -> None:
+    """400 for a longer conversation than this server takes."""
+    limit = scope().service.max_messages
+    if len(messages) > limit:
+        raise ApiError(
+            400, f"messages: {len(messages)} are too many, the limit is {limit}", "messages"
+        )
+
+
+def check_queue(front: Front, num_requests: int, num_tokens: int = 0) -> None:
+    """429 when the queue has no room for so many more requests, or for their prompts' tokens.
+
+    An empty queue takes what could be served at all: a limit on tokens never bars a long prompt.
+    """
+    limits, client = scope().service, front.client
+    if limits.max_queued_requests is not None and num_requests > limits.max_queued_requests:
+        raise ApiError(
+            400,
+            f"{num_requests} prompts or choices in one request are more than the queue holds "
+            f"({limits.max_queued_requests}); send fewer",
+        )
+    if client.num_queued == 0:
+        return
+    for name, queued, more, limit in (
+        ("requests", client.num_queued, num_requests, limits.max_queued_requests),
+        ("prompt tokens", client.queued_tokens, num_tokens, limits.max_queued_tokens),
+    ):
+        if limit is not None and queued + more > limit:
+            raise ApiError(
+                429,
+                f"{queued} {name} are waiting and {more} more would exceed the limit of {limit}; "
+                "try again later",
+                code="queue_full",
+                headers={"Retry-After": str(_queue_time_s(client.stats))},
+            )
+
+
+def _queue_time_s(stats: dict[str, Any]) -> int:
+    """A guess of when there is room: the prompts that wait, at the engine's speed; 1 to 60 s."""
+    if not stats:
+        return RETRY_AFTER_S
+    seconds = stats["uncomputed_tokens"] / max(stats["tokens_per_s"], 1.0)
+    return min(max(math.ceil(seconds), 1), 60)
+
+
+def request_options(front: Front, request: GenerationRequest) -> RequestOptions:
+    """How the server treats the request: its own wishes within the limits, its tenant's salt."""
+    if request.priority != 0 and not front.has_priorities:
+        raise ApiError(
+            400,
+            "priority: this server takes requests as they come; deploy it with "
+            "scheduling_policy=priority",
+            "priority",
+            "unsupported_value",
+        )
+    current = scope()
+    timeouts = [t for t in (request.timeout, current.service.request_timeout_s) if t is not None]
+    return RequestOptions(
+        stream=request.stream,
+        cache_salt=current.cache_salt + request.cache_salt,
+        priority=request.priority,
+        timeout_s=min(timeouts, default=None),
+        records=current.records,
+    )
 
 
 def usage(num_prompt: int, num_output: int, num_cached: int) -> dict[str, Any]:

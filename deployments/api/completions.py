@@ -10,7 +10,14 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from deployments.api.common import check_model, check_prompt, sampling_params, usage
+from deployments.api.common import (
+    check_model,
+    check_prompt,
+    check_queue,
+    request_options,
+    sampling_params,
+    usage,
+)
 from deployments.api.logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.protocol import CompletionRequest
 from deployments.api.streaming import Output, collect_all, event, event_stream, merge
@@ -74,6 +81,8 @@ async def complete_text(front: Front, request: CompletionRequest) -> dict[str, A
 
 async def _start(front: Front, request: CompletionRequest) -> _Started:
     check_model(front, request)
+    check_queue(front, len(request.prompts))
+    options = request_options(front, request)
     params = sampling_params(front, request)
     prompts, texts = [], []
     for prompt in request.prompts:
@@ -85,6 +94,8 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         texts.append(
             prompt if is_whole else front.tokenizer.decode(kept, params.skip_special_tokens)
         )
+    num_choices = request.num_choices
+    check_queue(front, len(prompts) * num_choices, sum(map(len, prompts)) * num_choices)
     head = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",
@@ -93,7 +104,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     }
     streams = []
     for tokens, text in zip(prompts, texts, strict=True):
-        choices = front.generate_choices(tokens, params, request.cache_salt, request.stream)
+        choices = front.generate_choices(tokens, params, options)
         if request.max_tokens == 0:
             choices = [_without_output(deltas) for deltas in choices]
         if request.echo:

@@ -1,55 +1,109 @@
 """Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from deployments.api.scope import scope
+from deployments.engine_client import (
+    EngineUnavailableError,
+    RequestRefusedError,
+    RequestTimeoutError,
+)
+from engine.strict import explain
 
 # Seconds after which a client should try again when there is no engine.
 RETRY_AFTER_S = 5
 
 _TYPES = {
+    401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
+
+logger = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
     """An answer other than 200."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.headers = dict(headers or {})
 
     @classmethod
-    def unavailable(cls, error: Exception) -> "ApiError":
-        return cls(503, str(error), code="engine_unavailable")
+    def of(cls, error: Exception) -> "ApiError":
+        """What clients are told of a failure: no more than they can use."""
+        match error:
+            case ApiError():
+                return error
+            case RequestValidationError():
+                return validation_error(explain(error.errors()))
+            case HTTPException():
+                return cls(error.status_code, str(error.detail), headers=error.headers)
+            case RequestRefusedError():
+                return cls(400, str(error))
+            case EngineUnavailableError():
+                retry = {"Retry-After": str(RETRY_AFTER_S)}
+                return cls(503, str(error), code="engine_unavailable", headers=retry)
+            case RequestTimeoutError():
+                # OpenAI's clients would try again: and it would not be faster.
+                stay = {"x-should-retry": "false"}
+                return cls(504, str(error), code="request_timeout", headers=stay)
+        return cls(500, f"internal error: {type(error).__name__}")
 
     def body(self) -> dict[str, Any]:
         default = "invalid_request_error" if self.status < 500 else "internal_server_error"
         return {
             "error": {
-                "message": self.message,
+                "message": _encodable(self.message),
                 "type": _TYPES.get(self.status, default),
-                "param": self.param,
+                "param": None if self.param is None else _encodable(self.param),
                 "code": self.code,
             }
         }
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else None
-    return JSONResponse(error.body(), error.status, headers)
+def report(error: Exception) -> ApiError:
+    """What the client is told; noted for logs and metrics."""
+    told = ApiError.of(error)
+    current = scope()
+    current.error = told.code or str(told.status)
+    if told.status == 500:
+        logger.error("request %s failed", current.request_id, exc_info=error)
+    return told
+
+
+def error_response(error: Exception) -> JSONResponse:
+    told = report(error)
+    return JSONResponse(told.body(), told.status, told.headers)
 
 
 def validation_error(faults: list[tuple[str, str]]) -> ApiError:
-    """A 400 naming every faulty field; `param` is the first."""
+    """400 for (field, sentence) pairs as `engine.strict.explain` gives."""
     faults = [(field.removeprefix("body").removeprefix("."), message) for field, message in faults]
     message = "; ".join(f"{field}: {fault}" if field else fault for field, fault in faults)
     return ApiError(400, message, param=faults[0][0] or None)
+
+
+def _encodable(text: str) -> str:
+    """Lone surrogates, which JSON can hold but UTF-8 cannot, in a form that it can."""
+    return text.encode("utf-8", "backslashreplace").decode()

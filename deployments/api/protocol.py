@@ -32,6 +32,19 @@ class GenerationRequest(SamplingParams):
     cache_salt: str = Field(
         "", max_length=256, description="Only requests of equal salt share cached prefixes."
     )
+    priority: int = Field(
+        0,
+        ge=-(2**31),
+        lt=2**31,
+        description="Smaller is sooner; only with scheduling_policy=priority.",
+    )
+    timeout: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Seconds after which the request is ended with an error; the server's own "
+        "limit still holds.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +90,10 @@ class ChatCompletionRequest(GenerationRequest):
     )
     parallel_tool_calls: bool = Field(True, description="False allows one call at most.")
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="OpenAI's newer name of max_tokens; default: to the window's end."
+        None,
+        ge=1,
+        lt=2**31,
+        description="OpenAI's newer name of max_tokens; default: to the window's end.",
     )
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
     top_logprobs: int = Field(
@@ -154,7 +170,9 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 
 class CompletionRequest(GenerationRequest):
     prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
-    max_tokens: int | None = Field(16, ge=0, description="0, with echo, is for scoring a prompt.")
+    max_tokens: int | None = Field(
+        16, ge=0, lt=2**31, description="0, with echo, is for scoring a prompt."
+    )
     echo: bool = Field(False, description="Begin the text, and logprobs, with the prompt.")
     best_of: int | None = Field(
         None,

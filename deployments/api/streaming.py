@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
 
-from deployments.api.errors import ApiError
-from deployments.engine_client import EngineUnavailableError
+from deployments.api.errors import report
 from deployments.front import TextDelta
 from engine.step import TokenLogprobs
 
@@ -38,7 +37,7 @@ class Output:
 
 
 async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
-    """Raises what the stream raises: EngineUnavailableError, or ValueError if it is refused."""
+    """Raises what the stream raises."""
     text = []
     logprobs, prompt_logprobs = None, None
     async for delta in deltas:
@@ -112,10 +111,8 @@ def event_stream(events: AsyncGenerator[str]) -> StreamingResponse:
             async with aclosing(events):
                 async for item in events:
                     yield item
-        except EngineUnavailableError as error:
-            yield event(ApiError.unavailable(error).body())
-        except ValueError as error:
-            yield event(ApiError(400, str(error)).body())
+        except Exception as error:
+            yield event(report(error).body())
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(

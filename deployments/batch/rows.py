@@ -60,15 +60,13 @@ async def answer(front: Front, row: Row, defaults: dict[str, Any], seed: int) ->
         return Answer(200, await _complete(front, row.url, row.body | unset, seed))
     except EngineUnavailableError:
         raise
-    except ApiError as error:
-        return Answer(error.status, error.body())
     except ValidationError as error:
         return Answer(400, validation_error(explain(error.errors())).body())
-    except ValueError as error:  # the engine's refusal
-        return Answer(400, ApiError(400, str(error)).body())
     except Exception as error:
-        logger.exception("A row failed")
-        return Answer(500, ApiError(500, f"internal error: {type(error).__name__}").body())
+        told = ApiError.of(error)
+        if told.status == 500:
+            logger.exception("A row failed")
+        return Answer(told.status, told.body())
 
 
 async def _complete(front: Front, url: str, body: dict[str, Any], seed: int) -> dict[str, Any]:

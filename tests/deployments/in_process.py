@@ -60,7 +60,9 @@ def serve_in_process(model: str, **args: Any) -> Iterator[InProcessApi]:
         try:
             runner.run(asyncio.wait_for(front.client.wait_connected(), 60))
             http = httpx.AsyncClient(
-                transport=httpx.ASGITransport(build_api(front)), base_url="http://test", timeout=60
+                transport=httpx.ASGITransport(build_api(front, arguments)),
+                base_url="http://test",
+                timeout=60,
             )
             client = openai.AsyncOpenAI(
                 base_url="http://test/v1", api_key="none", http_client=http, max_retries=0

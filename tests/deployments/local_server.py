@@ -94,7 +94,7 @@ class _Server:
         await front.client.start()
         engine = await asyncio.to_thread(self._start_engine, front.client.address)
         await front.client.wait_connected()
-        api = build_api(front)
+        api = build_api(front, self._args)
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -1,0 +1,86 @@
+"""API keys: who may ask, and under which name. Keys are kept as digests and never written out."""
+
+import hashlib
+import hmac
+import os
+from pathlib import Path
+
+from deployments.args import ServiceArgs
+
+KEYS_VARIABLE = "MANTA_API_KEYS"
+
+
+class ApiKeysError(ValueError):
+    """The keys cannot be read, or are needed and missing."""
+
+
+class KeyRing:
+    """Names by key. Without any key everyone may ask, and has no name."""
+
+    def __init__(self, entries: list[str]) -> None:
+        """
+        Args:
+            entries: KEY or NAME:KEY each. Several keys may have one name, as while one replaces
+                another; a key without a name is called by its place in the list.
+        """
+        self._names: list[tuple[bytes, str]] = []
+        for number, entry in enumerate(entries, start=1):
+            name, colon, key = entry.partition(":")
+            if not colon:
+                name, key = f"key-{number}", entry
+            if not name.strip() or not key.strip():
+                raise ApiKeysError(
+                    f"API key {number}: should be KEY or NAME:KEY, and has an empty part"
+                )
+            self._names.append((_digest(key.strip()), name.strip()))
+
+    @classmethod
+    def load(cls, args: ServiceArgs) -> "KeyRing":
+        """From the environment and the file; raises ApiKeysError if they must be and are not."""
+        entries = os.environ.get(KEYS_VARIABLE, "").split(",")
+        if args.api_keys_file is not None:
+            try:
+                lines = Path(args.api_keys_file).read_text(encoding="utf-8").splitlines()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "not a text file"
+                raise ApiKeysError(f"api_keys_file: {args.api_keys_file}: {reason}") from None
+            entries += [line for line in lines if not line.lstrip().startswith("#")]
+        ring = cls([entry.strip() for entry in entries if entry.strip()])
+        if not ring and (args.require_api_key or args.api_keys_file is not None):
+            raise ApiKeysError(
+                f"there are no API keys: {KEYS_VARIABLE} must be set where the replicas run (the "
+                "shell of `ray start`), or api_keys_file name a file on their nodes"
+            )
+        if not ring and args.isolate_cache_by_key:
+            raise ApiKeysError(
+                "isolate_cache_by_key: there are no API keys to tell tenants apart by"
+            )
+        return ring
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def find(self, authorization: str | None) -> str | None:
+        """The name of the key in an Authorization header; None when it is none of ours.
+
+        Takes the same time whichever key it is or is not.
+        """
+        if not self._names:
+            return ""
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        found = None
+        for digest, name in self._names:
+            if hmac.compare_digest(digest, given):
+                found = name
+        return found
+
+
+def cache_salt(name: str) -> str:
+    """What stands before the salts of a key's requests; all are equally long, so none is another's
+    beginning."""
+    return hashlib.sha256(f"manta tenant {name}".encode()).hexdigest()[:32]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

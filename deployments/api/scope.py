@@ -1,0 +1,52 @@
+"""What belongs to one HTTP request, wherever it is handled."""
+
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+
+from deployments.args import ServiceArgs
+from deployments.request_record import RequestRecord
+
+
+@dataclass
+class RequestScope:
+    """Made by the gate (`deployments.api.gate`), which also tells afterwards what happened."""
+
+    service: ServiceArgs = field(default_factory=ServiceArgs.unlimited)
+    request_id: str = ""
+    method: str = ""
+    path: str = ""
+    headers: Headers = field(default_factory=Headers)
+    body: bytes = b""
+    tenant: str = ""  # the name of its API key
+    cache_salt: str = ""  # put before the request's own
+    records: list[RequestRecord] = field(default_factory=list)  # one per choice
+    arrived_at: float = field(default_factory=time.time)
+    began: float = field(default_factory=time.perf_counter)
+    error: str = ""  # the code of what the client was told, if it was an error
+    status: int = 0  # 0 while no response has begun: then the client went first
+    handler: str = "none"  # the route's path, not the request's: so there are few
+
+    @property
+    def status_class(self) -> str:
+        return f"{self.status // 100}xx" if self.status else "gone"
+
+    @property
+    def seconds(self) -> float:
+        """Since it came."""
+        return time.perf_counter() - self.began
+
+
+_current: ContextVar[RequestScope | None] = ContextVar("request_scope", default=None)
+
+
+def scope() -> RequestScope:
+    """Of the request being handled; without limits or tenant outside of HTTP."""
+    return _current.get() or RequestScope()
+
+
+def enter(new: RequestScope) -> None:
+    """Make it the scope of this task, and of those that it starts."""
+    _current.set(new)

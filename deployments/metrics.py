@@ -1,0 +1,200 @@
+"""What an operator watches, as Prometheus metrics under the names that vLLM's dashboards know.
+
+Everything is a plain number until somebody asks: a token costs one lookup in a list of bounds, and
+the engine's own counts come once per step as they are. Histograms are not `prometheus_client`'s
+because those take a lock, and a call per label, for every observation.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from deployments.request_record import RequestRecord
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Bounds of the buckets, as vLLM has them.
+_TTFT_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_ITL_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+_LATENCY_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
+    *(240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+
+
+class Buckets:
+    """A histogram: how many observations are at most each bound, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """(upper bound, observations up to it) as Prometheus has them."""
+        total, buckets = 0, []
+        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound is None else str(bound), total))
+        return buckets
+
+    @property
+    def sum(self) -> float:
+        return self._sum
+
+
+class Metrics(Collector):
+    """One front's metrics, and its engine's.
+
+    Args:
+        engine_stats: gives the engine's latest numbers, or {} while there is none.
+    """
+
+    def __init__(self, model_name: str, engine_stats: Callable[[], dict[str, Any]]) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._engine_stats = engine_stats
+        self._last_stats: dict[str, Any] = {}
+        self.ttft = Buckets(_TTFT_S)
+        self.itl = Buckets(_ITL_S)
+        self._latency = Buckets(_LATENCY_S)
+        self._mean_itl = Buckets(_ITL_S)
+        self._decode_time = Buckets(_LATENCY_S)
+        self._num_prompt = Buckets(_TOKENS)
+        self._num_output = Buckets(_TOKENS)
+        self._max_tokens = Buckets(_TOKENS)
+        self.finished = Counter[str]({"stop": 0, "length": 0, "abort": 0, "timeout": 0, "error": 0})
+        self.errors = Counter[str]()  # by code, or status where there is none
+        self.http = Counter[tuple[str, str, str]]()  # (method, handler, status as 2xx)
+        self.engine_starts = 0
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+
+    def count_tokens(self, record: RequestRecord, num_tokens: int, now: float) -> None:
+        """A step has brought a request tokens."""
+        if record.first_token_at is None:
+            record.first_token_at = now
+            self.ttft.observe(now - record.arrived_at)
+        else:
+            self.itl.observe(now - record.last_token_at)
+        record.last_token_at = now
+        record.num_output += num_tokens
+
+    def count_end(self, record: RequestRecord, now: float) -> None:
+        """A request has ended, for whatever reason."""
+        record.ended_at = now
+        self.finished[record.finish_reason or "abort"] += 1
+        self._latency.observe(now - record.arrived_at)
+        self._num_prompt.observe(record.num_prompt)
+        self._num_output.observe(record.num_output)
+        if record.max_tokens is not None:
+            self._max_tokens.observe(record.max_tokens)
+        if record.first_token_at is not None:
+            decode_s = record.last_token_at - record.first_token_at
+            self._decode_time.observe(decode_s)
+            if record.num_output > 1:
+                self._mean_itl.observe(decode_s / (record.num_output - 1))
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._engine_metrics()
+        yield from self._request_metrics()
+        yield from self._server_metrics()
+
+    def _engine_metrics(self) -> Iterator[Metric]:
+        stats = self._engine_stats()
+        self._last_stats = last = stats or self._last_stats
+        yield self._gauge("num_requests_running", "Requests in the batch.", stats.get("running", 0))
+        yield self._gauge("num_requests_waiting", "Requests queued.", stats.get("waiting", 0))
+        used = 1 - stats["free_blocks"] / stats["num_blocks"] if stats else 0.0
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache held, 1 is full.", used)
+        if not last:
+            return
+        for name, about, value in (
+            ("prompt_tokens", "Prompt tokens of admitted requests.", last["prompt_tokens"]),
+            ("generation_tokens", "Tokens generated.", last["output_tokens"]),
+            ("prefix_cache_queries", "Prompt tokens looked up.", last["prompt_tokens"]),
+            ("prefix_cache_hits", "Prompt tokens found in the cache.", last["cached_tokens"]),
+            ("num_preemptions", "Requests thrown out of the batch.", last["preemptions"]),
+        ):
+            yield self._counter(name, about, value)
+        queue = SummaryMetricFamily(
+            "vllm:request_queue_time_seconds", "Waiting for admission.", labels=list(self._labels)
+        )
+        queue.add_metric(list(self._labels.values()), last["admitted"], last["queue_time_s"])
+        yield queue
+
+    def _request_metrics(self) -> Iterator[Metric]:
+        for name, about, buckets in (
+            ("time_to_first_token_seconds", "From arrival to the first token.", self.ttft),
+            ("inter_token_latency_seconds", "Between a request's tokens.", self.itl),
+            ("request_time_per_output_token_seconds", "Its mean, by request.", self._mean_itl),
+            ("e2e_request_latency_seconds", "From arrival to the end.", self._latency),
+            ("request_decode_time_seconds", "From the first token to the end.", self._decode_time),
+            ("request_prompt_tokens", "Prompt tokens, by request.", self._num_prompt),
+            ("request_generation_tokens", "Generated tokens, by request.", self._num_output),
+            ("request_params_max_tokens", "max_tokens, where it is given.", self._max_tokens),
+        ):
+            family = HistogramMetricFamily(f"vllm:{name}", about, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), buckets.cumulative(), buckets.sum)
+            yield family
+        yield self._counter_by(
+            "vllm:request_success", "Requests ended.", ("finished_reason",), self.finished
+        )
+
+    def _server_metrics(self) -> Iterator[Metric]:
+        yield self._counter_by(
+            "manta:request_errors", "Requests answered with an error.", ("code",), self.errors
+        )
+        starts = CounterMetricFamily("manta:engine_starts", "Engines that came up.")
+        starts.add_metric([], self.engine_starts)
+        yield starts
+        http = CounterMetricFamily(
+            "http_requests", "HTTP requests.", labels=("method", "handler", "status")
+        )
+        for values, count in self.http.items():
+            http.add_metric(values, count)
+        yield http
+
+    def _gauge(self, name: str, about: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", about, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, about: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", about, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter_by(
+        self, name: str, about: str, extra: tuple[str, ...], counts: Counter[str]
+    ) -> Metric:
+        family = CounterMetricFamily(name, about, labels=(*self._labels, *extra))
+        for value, count in counts.items():
+            family.add_metric([*self._labels.values(), value], count)
+        return family

@@ -1,0 +1,322 @@
+"""Who is let in: keys, sizes, a full queue, priorities, and how long a request may take."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from deployments.api.keys import ApiKeysError, KeyRing
+from deployments.api.request_log import LOGGER
+from deployments.args import ServiceArgs
+from tests.deployments.conftest import wait_until
+from tests.deployments.local_server import LocalServer, serve_locally
+
+ASK: list[Any] = [{"role": "user", "content": "Repeat these words: apple river stone"}]
+LONG = {"ignore_eos": True}  # with max_tokens: goes on until it is told to stop
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """With keys, small limits, and prefixes shared by key alone."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("# who may ask\nacme:sk-acme\nacme:sk-acme-next\nglobex:sk-globex\n")
+    with serve_locally(
+        api_keys_file=str(keys),
+        isolate_cache_by_key=True,
+        max_request_bytes=10_000,
+        max_messages=3,
+        num_blocks=128,
+        max_model_len=1024,
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[LocalServer]:
+    """One request at a time, two in the queue; by priority."""
+    with serve_locally(
+        max_num_seqs=1,
+        max_queued_requests=2,
+        max_queued_tokens=100,
+        scheduling_policy="priority",
+        num_blocks=128,
+        max_model_len=1024,
+    ) as server:
+        yield server
+
+
+# Keys
+
+
+def test_only_our_keys_are_let_in(guarded: LocalServer) -> None:
+    for key in ("sk-acme", "sk-acme-next", "sk-globex"):
+        with guarded.client(api_key=key) as client:
+            answer = client.chat.completions.create(model="manta-demo", messages=ASK, temperature=0)
+            assert answer.choices[0].message.content == "apple river stone"
+    for key in ("sk-acme-", "acme", "acme:sk-acme"):
+        with guarded.client(api_key=key) as client, pytest.raises(openai.AuthenticationError) as e:
+            client.models.list()
+        assert e.value.code == "invalid_api_key" and key not in e.value.message
+
+
+@pytest.mark.parametrize("header", [{}, {"Authorization": "Basic sk-acme"}])
+def test_without_a_key_only_what_runs_no_model(
+    guarded: LocalServer, header: dict[str, str]
+) -> None:
+    assert httpx.get(f"{guarded.url}/health", headers=header).status_code == 200
+    refused = httpx.get(f"{guarded.url}/v1/models", headers=header)
+    assert refused.status_code == 401
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert refused.json()["error"]["type"] == "authentication_error"
+    body = {"messages": ASK}
+    post = httpx.post(f"{guarded.url}/v1/chat/completions", json=body, headers=header)
+    assert post.status_code == 401
+
+
+def test_keys_from_the_environment_and_file_are_one_ring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text("globex:two\n")
+    monkeypatch.setenv("MANTA_API_KEYS", "one, acme:three")
+    ring = KeyRing.load(ServiceArgs(api_keys_file=str(tmp_path / "keys")))
+    given = [ring.find(f"Bearer {key}") for key in ("one", "two", "three", "four", "")]
+    assert given == ["key-1", "globex", "acme", None, None]
+    assert ring.find(None) is None
+    assert not any(key in repr(vars(ring)) for key in ("one", "two", "three"))
+
+
+@pytest.mark.parametrize(
+    ("args", "fault"),
+    [
+        ({"require_api_key": True}, "MANTA_API_KEYS must be set"),
+        ({"isolate_cache_by_key": True}, "isolate_cache_by_key: there are no API keys"),
+        ({"api_keys_file": "/nowhere"}, "/nowhere: No such file"),
+    ],
+)
+def test_keys_that_must_be_there_and_are_not(args: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ApiKeysError, match=fault):
+        KeyRing.load(ServiceArgs(**args))
+
+
+def test_an_entry_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_API_KEYS", "good,acme:")
+    with pytest.raises(ApiKeysError, match=r"API key 2: should be KEY or NAME:KEY"):
+        KeyRing.load(ServiceArgs())
+
+
+def test_tenants_do_not_share_prefixes(guarded: LocalServer) -> None:
+    """Two keys of one name do; a tenant cannot take another's salt, as its own comes first."""
+    words = " ".join(["mirror"] * 60)
+
+    def cached(key: str, salt: str = "") -> int:
+        with guarded.client(api_key=key) as client:
+            answer = client.completions.create(
+                model="manta-demo", prompt=words, max_tokens=1, extra_body={"cache_salt": salt}
+            )
+        assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+        return answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached("sk-acme") == 0
+    assert cached("sk-acme-next") > 0
+    assert cached("sk-globex") == 0
+    assert cached("sk-globex", salt="own") == 0
+    assert cached("sk-globex", salt="own") > 0
+
+
+def test_the_log_names_the_key_and_says_neither_it_nor_the_prompt(
+    guarded: LocalServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger(LOGGER)
+    log.addHandler(caplog.handler)
+    try:
+        with guarded.client(api_key="sk-globex") as client:
+            answer = client.chat.completions.with_raw_response.create(
+                model="manta-demo",
+                messages=ASK,
+                temperature=0,
+                extra_headers={"x-request-id": "trace-me"},
+            )
+        assert answer.headers["x-request-id"] == "trace-me"
+        wait_until(lambda: len(caplog.messages) > 0)
+    finally:
+        log.removeHandler(caplog.handler)
+    line = json.loads(caplog.messages[0])
+    assert line["request_id"] == "trace-me" and line["key"] == "globex"
+    assert line["status"] == 200 and line["finish_reasons"] == ["stop"]
+    assert line["output_tokens"] > 3 and 0 < line["ttft_ms"] <= line["duration_ms"]
+    assert "sk-globex" not in caplog.text and "apple" not in caplog.text
+
+
+# Sizes
+
+
+def test_a_body_that_is_too_large(guarded: LocalServer) -> None:
+    with guarded.client(api_key="sk-acme") as client, pytest.raises(openai.APIStatusError) as e:
+        client.completions.create(model="manta-demo", prompt="a" * 10_001)
+    assert e.value.status_code == 413 and e.value.code == "request_too_large"
+
+
+def test_a_body_that_does_not_say_how_large_it_is(guarded: LocalServer) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(200):
+            yield b"[" * 100
+
+    answer = httpx.post(
+        f"{guarded.url}/v1/completions",
+        content=endless(),
+        headers={"Authorization": "Bearer sk-acme"},
+    )
+    assert answer.status_code == 413
+    assert "10000 bytes" in answer.json()["error"]["message"]
+
+
+def test_too_many_messages(guarded: LocalServer) -> None:
+    with guarded.client(api_key="sk-acme") as client, pytest.raises(openai.BadRequestError) as e:
+        client.chat.completions.create(model="manta-demo", messages=ASK * 4)
+    assert e.value.param == "messages" and "the limit is 3" in e.value.message
+
+
+# The queue
+
+
+Ask = Callable[..., "asyncio.Task[Any]"]
+
+
+@asynccontextmanager
+async def _busy(server: LocalServer) -> AsyncIterator[Ask]:
+    """The server's only row is taken while this lasts; then all that was asked is served."""
+    async with server.async_client() as client, asyncio.TaskGroup() as asked:
+
+        def ask(prompt: str = "a", **options: Any) -> "asyncio.Task[Any]":
+            answer = client.completions.create(
+                model="manta-demo", prompt=prompt, max_tokens=1, **options
+            )
+            return asked.create_task(answer)
+
+        stream = await client.completions.create(
+            model="manta-demo", prompt="on and on", max_tokens=1000, stream=True, extra_body=LONG
+        )
+        async for _ in stream:
+            break
+        yield ask
+        await stream.close()
+
+
+async def _until_queued(server: LocalServer, number: int) -> None:
+    while server.front.client.num_queued != number:
+        await asyncio.sleep(0.005)
+
+
+def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def test_a_full_queue_is_429_and_the_queued_are_served(narrow: LocalServer) -> None:
+    async def run() -> None:
+        async with _busy(narrow) as ask, httpx.AsyncClient(base_url=narrow.url) as http:
+            queued = [ask(), ask()]
+            await _until_queued(narrow, 2)
+            for path, body in (
+                ("/v1/completions", {"prompt": "b"}),
+                ("/v1/chat/completions", {"messages": ASK, "stream": True}),
+            ):
+                answer = await http.post(path, json=body)
+                assert answer.status_code == 429
+                assert answer.json()["error"]["code"] == "queue_full"
+                assert answer.json()["error"]["type"] == "rate_limit_error"
+                assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert [task.result().usage.completion_tokens for task in queued] == [1, 1]
+
+    _run(run())
+    wait_until(narrow.is_idle)
+    assert narrow.front.client.num_queued == 0 and narrow.front.client.queued_tokens == 0
+
+
+def test_a_client_that_goes_leaves_the_queue(narrow: LocalServer) -> None:
+    async def run() -> None:
+        async with _busy(narrow) as ask:
+            gone = ask()
+            await _until_queued(narrow, 1)
+            gone.cancel()
+            await _until_queued(narrow, 0)
+
+    _run(run())
+    assert narrow.front.client.queued_tokens == 0
+
+
+def test_queued_tokens_are_limited_too_but_bar_no_single_prompt(narrow: LocalServer) -> None:
+    long = " ".join(["mirror"] * 200)
+    assert len(narrow.front.tokenizer.encode(long)) > 100
+
+    async def run() -> None:
+        async with _busy(narrow) as ask, httpx.AsyncClient(base_url=narrow.url) as http:
+            ask(long)
+            await _until_queued(narrow, 1)
+            answer = await http.post("/v1/completions", json={"prompt": "a few more"})
+            assert answer.status_code == 429
+            assert "prompt tokens are waiting" in answer.json()["error"]["message"]
+
+    _run(run())
+
+
+def test_more_choices_than_the_queue_ever_holds_are_no_reason_to_retry(narrow: LocalServer) -> None:
+    with narrow.client() as client, pytest.raises(openai.BadRequestError, match="send fewer"):
+        client.completions.create(model="manta-demo", prompt=["a"] * 3)
+
+
+def test_the_more_urgent_goes_first(narrow: LocalServer) -> None:
+    served: list[int] = []
+
+    async def run() -> None:
+        async with _busy(narrow) as ask:
+            for number, priority in enumerate((5, -5), start=1):
+                task = ask(extra_body={"priority": priority})
+                task.add_done_callback(lambda _, priority=priority: served.append(priority))
+                await _until_queued(narrow, number)
+
+    _run(run())
+    assert served == [-5, 5]
+
+
+def test_priority_is_refused_where_it_would_change_nothing(demo: LocalServer) -> None:
+    with demo.client() as client, pytest.raises(openai.BadRequestError) as e:
+        client.completions.create(model="manta-demo", prompt="a", extra_body={"priority": 1})
+    assert e.value.param == "priority" and "scheduling_policy=priority" in e.value.message
+
+
+# Time
+
+
+def test_a_request_that_takes_too_long(demo: LocalServer) -> None:
+    body = {"timeout": 0.05, **LONG}
+    with demo.client() as client:
+        with pytest.raises(openai.InternalServerError) as e:
+            client.completions.create(
+                model="manta-demo", prompt="on", max_tokens=900, extra_body=body
+            )
+        assert e.value.status_code == 504 and e.value.code == "request_timeout"
+        assert e.value.response.headers["x-should-retry"] == "false"
+        stream = client.completions.create(
+            model="manta-demo", prompt="on", max_tokens=900, extra_body=body, stream=True
+        )
+        with pytest.raises(openai.APIError, match=r"longer than its 0\.05 s"):
+            list(stream)
+    wait_until(demo.is_idle, what="a request that has timed out holds nothing")
+
+
+def test_the_servers_limit_holds_for_all(tiny_model: Path) -> None:
+    with serve_locally(
+        model=str(tiny_model), served_model_name="tiny", request_timeout_s=0.01, num_blocks=64
+    ) as server:
+        with server.client() as client, pytest.raises(openai.InternalServerError) as e:
+            client.completions.create(
+                model="tiny", prompt="ab", max_tokens=60, extra_body={"timeout": 100, **LONG}
+            )
+        assert "0.01 s" in e.value.message
