@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine.config import EngineConfig
 from engine.decoder_config import DecoderConfig
 from engine.device_tables import DeviceTables
 from engine.forward_pass import ForwardPass
+from engine.grammar_matcher import GrammarMatchers
 from engine.host_cache import HostCache
 from engine.kv_cache import KVCacheShape
 from engine.loader import load_model
@@ -84,6 +86,7 @@ class ModelRunner:
         self._processor = LogitsProcessor(
             self.tables.token_ids, self.vocab_size, eos_token_ids, self.ops
         )
+        self.matchers = GrammarMatchers(self.vocab_size, self.device)
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
         self._cache_shape = KVCacheShape.of(
@@ -180,18 +183,28 @@ class ModelRunner:
             self._host_cache.run(plan.copies, self.forward_pass.kv_caches)
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
+        processed = self._processor.concerned(sampling)
+        constrained = self.matchers.constrained([row.row for row in sampling])
+        mask = None  # of the rows to be processed, computed while the model runs
+        if constrained and self.parallel.rank == 0:
+            mask = self.matchers.start([sampling[i].row for i in processed])
         logits = self.forward(plan)
         if not sampling:
             return PendingStep()
         rows, positions = self._tensor(
-            [[row.row for row in sampling], [row.start + row.num_tokens for row in sampling]]
+            [[row.row for row in sampling], [row.end for row in sampling]]
         )
-        tokens = self._sample(logits, sampling, rows, positions)
+        tokens = self._sample(logits, sampling, rows, positions, processed, mask)
+        if constrained:  # only the leader follows the grammars, so its choice is everyone's
+            tokens = self.parallel.broadcast(tokens)
         self.tables.token_ids[rows, positions] = tokens
+        brought = ToHost(tokens)
+        errors = self.matchers.accept(sampling, constrained, brought)
         return PendingStep(
-            ToHost(tokens),
+            brought,
             self._take_logprobs(logits, sampling, tokens),
             self._prompt_logprobs.take([row.row for row in sampling]),
+            errors,
         )
 
     def _enter_rows(self, plan: StepPlan) -> None:
@@ -199,19 +212,22 @@ class ModelRunner:
             self.tables.enter(new)
             self._processor.enter(new)
             self._prompt_logprobs.enter(new)
+            self.matchers.enter(new)
             self._num_logprobs.pop(new.row, None)
             if new.params.logprobs is not None:
                 self._num_logprobs[new.row] = new.params.logprobs
         self.tables.append_blocks(plan.scheduled)
 
     def _sample(
-        self, logits: Tensor, sampling: list[ScheduledRow], rows: Tensor, positions: Tensor
+        self,
+        logits: Tensor,
+        sampling: list[ScheduledRow],
+        rows: Tensor,
+        positions: Tensor,
+        processed: list[int],
+        mask: "Future[Tensor] | None",
     ) -> Tensor:
         """The next token of each row, [N] int64, from logits [N, V], which stay as they are."""
-        ends = [row.start + row.num_tokens for row in sampling]
-        processed = [
-            i for i, row in enumerate(sampling) if self._processor.applies(row.row, ends[i])
-        ]
         if not processed:
             return self._draw(logits, rows, positions)
         # In float32, for in 16 bits a small penalty would be lost in rounding; and only these rows,
@@ -219,7 +235,10 @@ class ModelRunner:
         index = self._tensor(processed)
         own = logits[index].float()
         self._processor.process(
-            own, [sampling[i].row for i in processed], [ends[i] for i in processed]
+            own,
+            [sampling[i].row for i in processed],
+            [sampling[i].end for i in processed],
+            mask.result() if mask is not None else None,
         )
         own_tokens = self._draw(own, rows[index], positions[index])
         self._processor.count(rows[index], own_tokens)

@@ -12,6 +12,7 @@ class PendingStep:
         tokens: [N] int64, of the N rows that sample.
         logprobs: indices of the rows that want them, and what they get.
         prompt_logprobs: parts of the prompt's, by index of the row.
+        errors: why rows cannot go on, by their index.
     """
 
     def __init__(
@@ -19,10 +20,12 @@ class PendingStep:
         tokens: ToHost | None = None,
         logprobs: tuple[list[int], PendingLogprobs] | None = None,
         prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
+        errors: dict[int, str] | None = None,
     ) -> None:
         self._tokens = tokens
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs or {}
+        self._errors = errors or {}
 
     def result(self) -> StepResult:
         """What it has brought, once it has."""
@@ -35,4 +38,4 @@ class PendingStep:
             i: [position for part in parts for position in part.wait()]
             for i, parts in self._prompt_logprobs.items()
         }
-        return StepResult(self._tokens.wait().tolist(), logprobs, prompt_logprobs)
+        return StepResult(self._tokens.wait().tolist(), logprobs, prompt_logprobs, self._errors)

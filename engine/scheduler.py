@@ -258,6 +258,10 @@ class Scheduler:
             if self.requests.get(request.id) is not request:
                 continue
             request.num_pending -= 1
+            if i in result.errors:
+                self._remove(request)
+                deltas.append(TokenDelta(request.id, [], "error", error=result.errors[i]))
+                continue
             request.append(token)
             self._publish(request)
             delta = self._delta(
