@@ -195,6 +195,8 @@ class LLM:
 
     def _advance(self, one: _Prompted, choice: _Choice, delta: TokenDelta) -> RequestOutput | None:
         """Take in one step's tokens; the finished output if they end the prompt's last choice."""
+        if delta.error is not None:
+            raise ValueError(f"request {one.request_id}: {delta.error}")
         if not one.first_token_time:
             one.first_token_time = time.monotonic()
             one.num_cached_tokens = delta.num_cached_tokens
