@@ -103,6 +103,19 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
+async def begun(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The same once the first is there. What is raised until then is an answer of its own."""
+    first = await anext(events)
+
+    async def rest() -> AsyncGenerator[T]:
+        async with aclosing(events):
+            yield first
+            async for item in events:
+                yield item
+
+    return rest()
+
+
 def event_stream(events: AsyncGenerator[str]) -> StreamingResponse:
     """The response; an error after the first byte becomes the stream's last event."""
 
