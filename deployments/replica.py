@@ -12,6 +12,7 @@ from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
 from deployments.front import Front
+from deployments.ray_metrics import RayMetrics
 from deployments.routing import ReplicaReport, short
 from deployments.shard_group import ShardGroup
 
@@ -30,6 +31,9 @@ class Replica:
         self._shards = ShardGroup(args, self._front.client, bundles)
         self._num_reports = 0
         await self._shards.start()
+        self._metrics = asyncio.create_task(
+            RayMetrics(self._front.client.metrics).publish_forever()
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._front, self._args)
@@ -69,5 +73,6 @@ class Replica:
         self._shards.check()
 
     async def __del__(self) -> None:
+        self._metrics.cancel()
         self._shards.stop()
         await self._front.client.close()
