@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.floor import Machine, measure_machine
+from benchmarks.throughput import SHAPE
 from engine.decoder_config import DecoderConfig
 from engine.threads import num_compute_threads
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 from kernels.reference import penalize
 
-_SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"
 _TURN_BYTES = 2**28  # the layers that take turns have together: more than any cache
 _BLOCK_SIZE = 32
 _DTYPE = torch.bfloat16
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=_SHAPE, help="directory of a config.json")
+    parser.add_argument("--model", type=Path, default=SHAPE, help="directory of a config.json")
     parser.add_argument("--only", default="", help="only ops whose name contains this")
     parser.add_argument("--seconds", type=float, default=0.5, help="per op")
     parser.add_argument("--threads", type=int, default=num_compute_threads())

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from engine.decoder_config import DecoderConfig
+from kernels import Ops
+from kernels.quantization import Quantization
+
+# Bits per weight: (layers, head). Groups of int4 share a scale; the head stays at 8 bits.
+_WEIGHT_BITS: dict[str | None, tuple[float, float]] = {"w8a8": (8, 8), "int4": (4.5, 8)}
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,27 @@ def best_seconds(run: Callable[[], object], device: torch.device, repeats: int =
     return min(times[1:])
 
 
-def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Bandwidth by summing 1 GiB, compute rate by a 4096 x 2048 x 4096 product."""
+def measure_machine(
+    device: torch.device,
+    dtype: torch.dtype,
+    ops: Ops | None = None,
+    quantization: Quantization | None = None,
+) -> Machine:
+    """Bandwidth by summing 1 GiB, compute rate by a 4096 x 2048 x 4096 product.
+
+    The product is torch's or, where that is faster, the one of `ops`, whose quantized weights
+    count for as many operations.
+    """
     data = torch.ones(2**28, dtype=torch.float32, device=device)
     read_s = best_seconds(data.sum, device)
-    a = torch.randn(4096, 2048, device=device).to(dtype)
-    b = torch.randn(2048, 4096, device=device).to(dtype)
-    product_s = best_seconds(lambda: a @ b, device)
-    return Machine(data.nbytes / read_s, 2 * 4096 * 2048 * 4096 / product_s)
+    del data
+    x = torch.randn(4096, 2048, device=device).to(dtype)
+    weight = torch.randn(4096, 2048, device=device).to(dtype)
+    product_s = best_seconds(lambda: x @ weight.T, device)
+    if ops is not None:
+        linear = ops.pack_linear(weight, None, quantization)
+        product_s = min(product_s, best_seconds(lambda: linear(x), device))
+    return Machine(2**30 / read_s, 2 * 4096 * 2048 * 4096 / product_s)
 
 
 def count_parameters(config: DecoderConfig) -> tuple[int, int]:
@@ -60,12 +78,35 @@ def count_parameters(config: DecoderConfig) -> tuple[int, int]:
     return config.num_layers * (attention + mlp), config.vocab_size * config.hidden_size
 
 
+def weight_bytes(config: DecoderConfig, quantization: str | None, dtype_bytes: int = 2) -> float:
+    """Bytes of weights that a decode step reads."""
+    bits = (8 * dtype_bytes, 8 * dtype_bytes)
+    layer_bits, head_bits = _WEIGHT_BITS.get(quantization, bits)
+    layers, head = count_parameters(config)
+    return (layers * layer_bits + head * head_bits) / 8
+
+
+def decode_step_s(
+    config: DecoderConfig,
+    batch: int,
+    context: float,
+    machine: Machine,
+    quantization: str | None = None,
+) -> float:
+    """Least seconds of a step in which `batch` requests of `context` tokens get one more."""
+    layers, head = count_parameters(config)
+    kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * context * batch
+    read_s = (weight_bytes(config, quantization) + kv_bytes) / machine.bytes_per_s
+    return max(read_s, 2 * (layers + head) * batch / machine.flops_per_s)
+
+
 def workload_floor(
     config: DecoderConfig,
     lengths: list[tuple[int, int]],
     max_num_seqs: int,
     bytes_per_value: int,
     machine: Machine,
+    quantization: str | None = None,
 ) -> Floor:
     """The floor of requests with these (prompt, output) lengths, run as many at once as allowed.
 
@@ -84,7 +125,8 @@ def workload_floor(
         kv_bytes += contexts * token_bytes
     outputs = [output for _, output in lengths]
     num_steps = max(max(outputs), sum(outputs) / max_num_seqs)
-    weights_s = num_steps * (layers + head) * bytes_per_value / machine.bytes_per_s
+    step_bytes = weight_bytes(config, quantization, bytes_per_value)
+    weights_s = num_steps * step_bytes / machine.bytes_per_s
     return Floor(
         prompt_flops_s=prompt_flops / machine.flops_per_s,
         kv_read_s=kv_bytes / machine.bytes_per_s,

@@ -25,6 +25,8 @@ from benchmarks.floor import measure_machine, workload_floor
 from engine import LLM, SamplingParams, checkpoint
 from engine.decoder_config import DecoderConfig
 
+SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"  # a config.json, for dummy weights
+
 
 def make_workload(
     num_prompts: int,
@@ -48,7 +50,7 @@ def make_workload(
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     sampling = {"temperature": arguments.temperature}
-    sampling |= dict(_parse_option(option) for option in arguments.sampling)
+    sampling |= dict(parse_option(option) for option in arguments.sampling)
     prompts, params = make_workload(
         arguments.num_prompts,
         arguments.max_input,
@@ -61,10 +63,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         load_format=arguments.load_format,
         max_model_len=arguments.max_input + arguments.max_output,
         max_num_seqs=arguments.max_num_seqs,
-        **dict(_parse_option(option) for option in arguments.option),
+        **dict(parse_option(option) for option in arguments.option),
     )
     runner = llm.engine.runner
-    machine = measure_machine(runner.device, runner.dtype)
+    quantization = llm.config.quantization
+    machine = measure_machine(runner.device, runner.dtype, runner.ops, quantization)
     vocabulary = llm.engine.limits.vocab_size
     prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
     warm_up = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
@@ -77,7 +80,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     lengths = [(len(o.prompt_token_ids), len(o.outputs[0].token_ids)) for o in outputs]
     config = DecoderConfig.from_checkpoint(checkpoint.resolve(arguments.model))
-    floor = workload_floor(config, lengths, arguments.max_num_seqs, runner.dtype.itemsize, machine)
+    floor = workload_floor(
+        config, lengths, arguments.max_num_seqs, runner.dtype.itemsize, machine, quantization
+    )
     num_input, num_output = map(sum, zip(*lengths, strict=True))
     return {
         "seconds": seconds,
@@ -111,7 +116,8 @@ def report(result: dict[str, Any]) -> None:
     )
 
 
-def _parse_option(option: str) -> tuple[str, Any]:
+def parse_option(option: str) -> tuple[str, Any]:
+    """NAME=VALUE of a command line; values are JSON where they can be, else text."""
     name, _, value = option.partition("=")
     try:
         return name, json.loads(value)

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +47,8 @@ class Front:
         )
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)
+        # What is to be seen of every replica of this model; a replica among several asks them all.
+        self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
     async def encode(
@@ -138,6 +140,9 @@ class Front:
                 )
                 if detokenizer.stop_string is not None:
                     return
+
+    async def watch_own_engine(self) -> list[dict[str, Any]]:
+        return [{"replica": "", **self.client.watch()}]
 
     def check_health(self) -> None:
         """Raises EngineUnavailableError when the engine is gone or has stopped beating."""

@@ -54,6 +54,13 @@ class BlockPool:
     def is_free(self, block: int) -> bool:
         return block in self._free
 
+    def occupancy(self) -> str:
+        """A character per block: "." free, "c" free but cached, "o" held once, "s" shared."""
+        return "".join(
+            ("o" if count == 1 else "s") if count else ("." if block_hash is None else "c")
+            for count, block_hash in zip(self._ref_counts, self._hashes, strict=True)
+        )
+
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest cached prefix of a chain of hashes. Holds none of them."""
         blocks = []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from engine.decoder_config import DecoderConfig, RopeConfig
 from engine.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
 from engine.parallel import TensorParallel
+from engine.progress import Progress
 from kernels import Ops
 from kernels.quantization import Quantization
 from kernels.reference import KVCache
@@ -155,11 +156,13 @@ class Decoder(nn.Module):
             "cos_sin", rotary_table(config.rope, config.head_dim, max_model_len), persistent=False
         )
 
-    def pack(self, quantization: Quantization | None) -> None:
+    def pack(self, quantization: Quantization | None, show_progress: bool = False) -> None:
         """Once the parameters are loaded: bring the linear layers into the device's layout."""
-        for module in self.modules():
-            if isinstance(module, (ColumnLinear, RowLinear)):
-                module.pack(self._ops, quantization)
+        linears = [m for m in self.modules() if isinstance(m, (ColumnLinear, RowLinear))]
+        for module in Progress(
+            linears, desc="Packing weights", unit="layers", disable=not show_progress
+        ):
+            module.pack(self._ops, quantization)
         # A few logits decide every token: the head keeps 8 bits where the layers have 4.
         self.lm_head.pack_head(
             self._ops,

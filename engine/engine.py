@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import asdict
 
 from engine.block_pool import BlockPool
@@ -38,8 +38,10 @@ class Engine:
         )
         pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
-        self._in_flight: deque[tuple[StepPlan, float, Future[StepResult]]] = deque()
+        self._in_flight: deque[tuple[StepPlan, float, Callable[[], StepResult]]] = deque()
         self.num_steps = 0
+        # When set to a deque, collects (step number, plan) of every launch.
+        self.journal: deque[tuple[int, StepPlan]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
@@ -72,10 +74,12 @@ class Engine:
                 break
             self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
             self.num_steps += 1
+            if self.journal is not None:
+                self.journal.append((self.num_steps, plan))
         if not self._in_flight:
             return []
-        plan, launched_at, pending = self._in_flight.popleft()
-        result = pending.result()
+        plan, launched_at, wait_for_result = self._in_flight.popleft()
+        result = wait_for_result()
         self._speed.count_step(plan.num_tokens, launched_at)
         return self.scheduler.update(plan, result)
 

@@ -1,6 +1,7 @@
 """Runs step plans on all ranks, in the order in which they were scheduled."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from engine import checkpoint
 from engine.config import EngineConfig
@@ -18,25 +19,25 @@ class Executor:
         self._leader = leader
         device = select_device(config.device)
         self.runner = load_runner(config, leader.gather(device), show_progress)
-        overlap = config.async_scheduling
-        if overlap is None:
-            overlap = device.type == "cuda"
-        # One thread runs all steps, so they run in order and beside the scheduler.
-        self._thread = ThreadPoolExecutor(1, "model-runner") if overlap else None
+        self._overlaps = config.async_scheduling
+        if self._overlaps is None:
+            self._overlaps = device.type == "cuda"
+        # A GPU runs beside the host anyway, a CPU in a thread: one, so that steps stay in order.
+        in_thread = self._overlaps and device.type == "cpu"
+        self._thread = ThreadPoolExecutor(1, "model-runner") if in_thread else None
 
     @property
     def max_in_flight(self) -> int:
-        """Steps worth launching before the oldest one's result is awaited."""
-        return 1 if self._thread is None else 2
+        """Steps to launch before the oldest one's result is awaited."""
+        return 2 if self._overlaps else 1
 
-    def launch(self, plan: StepPlan) -> "Future[StepResult]":
-        """Start a step; the result is there at once unless steps overlap with scheduling."""
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Start a step behind those before it. What is returned waits for its result."""
         self._leader.send(plan)
-        if self._thread is not None:
-            return self._thread.submit(self.runner.execute, plan)
-        done: Future[StepResult] = Future()
-        done.set_result(self.runner.execute(plan))
-        return done
+        if self._thread is None:
+            return self.runner.launch(plan).result
+        launched = self._thread.submit(self.runner.launch, plan)
+        return lambda: launched.result().result()
 
     def close(self) -> None:
         """Let the followers go and stop the thread. The memory goes with the object."""
@@ -70,4 +71,4 @@ def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:
             plan = follower.receive()
         except EOFError:
             return
-        runner.execute(plan)
+        runner.launch(plan)

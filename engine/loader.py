@@ -8,10 +8,10 @@ from types import TracebackType
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine.checkpoint import CheckpointError
 from engine.layers import ShardedModule, Source
+from engine.progress import Progress
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -86,7 +86,7 @@ def load_weights(model: nn.Module, directory: Path, show_progress: bool = True) 
     used: set[str] = set()
     with (
         SafetensorsReader(directory) as reader,
-        tqdm(
+        Progress(
             total=sum(p.numel() * p.element_size() for _, p, _ in parameters),
             desc="Loading weights",
             unit="B",

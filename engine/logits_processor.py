@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from engine.step import NewRow
+from engine.transfer import to_device
 from kernels import Ops
 from kernels.reference import penalize
 
 _NEVER = 2**62  # a position that no row reaches
+_NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, presence, frequency
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class LogitsProcessor:
         if new.params.has_penalties:
             self._enter_penalties(new)
         elif self._penalties is not None:
-            self._penalties[new.row] = torch.tensor([1.0, 0.0, 0.0])
+            self._penalties[new.row] = self._floats(_NO_PENALTIES)
 
     def applies(self, row: int, position: int) -> bool:
         """Whether a row wants anything done for the token at this position."""
@@ -135,7 +137,7 @@ class LogitsProcessor:
         return _Rules(
             index=self._tensor([0] * len(additions)),
             token=self._tensor([token for token, _, _ in additions]),
-            value=torch.tensor([value for _, value, _ in additions], device=self._device),
+            value=self._floats([value for _, value, _ in additions]),
             until=self._tensor([until for _, _, until in additions]),
             word_index=self._tensor([0] * len(words)),
             word_prefix=self._tensor(
@@ -188,21 +190,25 @@ class LogitsProcessor:
             self._counts = torch.zeros(
                 num_rows, self._vocab_size, dtype=torch.int32, device=self._device
             )
-            self._penalties = torch.tensor([1.0, 0.0, 0.0], device=self._device)
-            self._penalties = self._penalties.repeat(num_rows, 1)
+            self._penalties = self._floats(_NO_PENALTIES).repeat(num_rows, 1)
         params = new.params
         output = self._tensor(new.token_ids[new.num_prompt_tokens :])
-        self._counts[new.row] = output.bincount(minlength=self._vocab_size)
-        self._penalties[new.row] = torch.tensor(
+        counts = self._counts[new.row].zero_()
+        counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        self._penalties[new.row] = self._floats(
             [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
         )
 
     def _bitmask(self, tokens: Sequence[int]) -> Tensor:
         """[ceil(V / 32)] int32, the bits of these tokens set."""
-        bits = torch.zeros(-(-self._vocab_size // 32) * 32, dtype=torch.int64)
-        bits[torch.tensor(tokens)] = 1
-        words = (bits.view(-1, 32) << torch.arange(32)).sum(1)
-        return words.to(torch.int32).to(self._device)
+        num_bits = -(-self._vocab_size // 32) * 32
+        bits = torch.zeros(num_bits, dtype=torch.int64, device=self._device)
+        bits[self._tensor(tokens)] = 1
+        words = (bits.view(-1, 32) << torch.arange(32, device=self._device)).sum(1)
+        return words.to(torch.int32)
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return to_device(values, torch.int64, self._device)
+
+    def _floats(self, values: Sequence[float]) -> Tensor:
+        return to_device(values, torch.float32, self._device)

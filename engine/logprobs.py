@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.decoder import Decoder
 from engine.step import NewRow, ScheduledRow, TokenLogprobs
+from engine.transfer import ToHost
 from kernels import Ops
 
 # Positions whose logits are in memory at once: they are many times larger than hidden states.
@@ -17,7 +18,7 @@ _SLICE = 128
 class _Prompt:
     length: int
     count: int  # most probable tokens wanted at each position
-    collected: list[TokenLogprobs] = field(default_factory=list)
+    collected: "list[PendingLogprobs]" = field(default_factory=list)
 
 
 class PromptLogprobs:
@@ -52,12 +53,12 @@ class PromptLogprobs:
                     stop = min(start + _SLICE, end)
                     own = hidden[first + start - row.start : first + stop - row.start]
                     following = self._token_ids[row.row, start + 1 : stop + 1]
-                    prompt.collected += take_logprobs(
-                        self._ops, self._model.logits(own), following, [prompt.count] * len(own)
-                    )
+                    logits = self._model.logits(own)
+                    counts = [prompt.count] * len(own)
+                    prompt.collected.append(take_logprobs(self._ops, logits, following, counts))
             first += row.num_tokens
 
-    def take(self, rows: Sequence[int]) -> dict[int, list[TokenLogprobs]]:
+    def take(self, rows: Sequence[int]) -> "dict[int, list[PendingLogprobs]]":
         """Of those of the rows, which have been computed to their end, that want them; by index."""
         if not self._prompts:
             return {}
@@ -68,14 +69,28 @@ class PromptLogprobs:
         }
 
 
+class PendingLogprobs:
+    """Log-probabilities at N positions, on their way to the host."""
+
+    def __init__(self, ids: Tensor, logprobs: Tensor, ranks: Tensor, counts: Sequence[int]) -> None:
+        self._ids, self._logprobs, self._ranks = ToHost(ids), ToHost(logprobs), ToHost(ranks)
+        self._counts = counts
+
+    def wait(self) -> list[TokenLogprobs]:
+        ids, logprobs, ranks = (
+            arrived.wait().tolist() for arrived in (self._ids, self._logprobs, self._ranks)
+        )
+        return [
+            TokenLogprobs(rank, own_ids[: 1 + count], own_logprobs[: 1 + count])
+            for rank, own_ids, own_logprobs, count in zip(
+                ranks, ids, logprobs, self._counts, strict=True
+            )
+        ]
+
+
 def take_logprobs(
     ops: Ops, logits: Tensor, token_ids: Tensor, counts: Sequence[int]
-) -> list[TokenLogprobs]:
+) -> PendingLogprobs:
     """For logits [N, V] and the tokens at hand [N], counts[i] most probable tokens of row i."""
-    ids, logprobs, ranks = ops.top_logprobs(logits, token_ids, min(max(counts), logits.shape[1]))
-    return [
-        TokenLogprobs(rank, own_ids[: 1 + count], own_logprobs[: 1 + count])
-        for rank, own_ids, own_logprobs, count in zip(
-            ranks.tolist(), ids.tolist(), logprobs.tolist(), counts, strict=True
-        )
-    ]
+    taken = ops.top_logprobs(logits, token_ids, min(max(counts), logits.shape[1]))
+    return PendingLogprobs(*taken, counts)

@@ -1,5 +1,7 @@
 """Turns step plans into tokens on one rank's device."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -8,49 +10,46 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.decoder import Batch, Decoder
 from engine.decoder_config import DecoderConfig
+from engine.device_tables import DeviceTables
 from engine.loader import load_dummy_weights, load_weights
 from engine.logits_processor import LogitsProcessor
-from engine.logprobs import PromptLogprobs, take_logprobs
+from engine.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
 from engine.memory import available_bytes
 from engine.parallel import TensorParallel
-from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenLogprobs
+from engine.step import ScheduledRow, StepPlan, StepResult
 from engine.threads import num_compute_threads
+from engine.transfer import ToHost, to_device
 from kernels import select_ops
 
 # Of the memory that is free once the weights are loaded; the rest is for activations and others.
 _KV_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85}
 
 
-class DeviceTables:
-    """What the device knows of the running requests, one row each.
+class PendingStep:
+    """A step that the device is running."""
 
-    A sampled token is written here and read by the next step without visiting the host.
-    """
+    def __init__(
+        self,
+        tokens: ToHost | None = None,
+        logprobs: tuple[list[int], PendingLogprobs] | None = None,
+        prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
+    ) -> None:
+        self._tokens = tokens
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs or {}
 
-    def __init__(self, num_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
-        self.token_ids = torch.zeros(num_rows, max_len, dtype=torch.int64, device=device)
-        max_blocks = -(-max_len // block_size)
-        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
-
-    def enter(self, new: NewRow) -> None:
-        row, params = new.row, new.params
-        self.token_ids[row, : len(new.token_ids)] = torch.tensor(new.token_ids)
-        self.append_blocks(row, 0, new.block_table)
-        self.temperature[row] = params.temperature
-        self.top_k[row] = max(params.top_k, 0)
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.seeds[row] = new.seed
-
-    def append_blocks(self, row: int, num_held: int, blocks: list[int]) -> None:
-        if blocks:
-            table = torch.tensor(blocks, dtype=torch.int32)
-            self.block_tables[row, num_held : num_held + len(blocks)] = table
+    def result(self) -> StepResult:
+        """What it has brought, once it has."""
+        if self._tokens is None:
+            return StepResult([])
+        logprobs = {}
+        if self._logprobs is not None:
+            logprobs = dict(zip(self._logprobs[0], self._logprobs[1].wait(), strict=True))
+        prompt_logprobs = {
+            i: [position for part in parts for position in part.wait()]
+            for i, parts in self._prompt_logprobs.items()
+        }
+        return StepResult(self._tokens.wait().tolist(), logprobs, prompt_logprobs)
 
 
 class ModelRunner:
@@ -88,7 +87,7 @@ class ModelRunner:
             load_dummy_weights(self.model, config.seed)
         else:
             load_weights(self.model, directory, show_progress)
-        self.model.pack(config.quantization)
+        self.model.pack(config.quantization, show_progress)
         self.num_blocks = config.num_blocks or self._default_num_blocks(config, model_config)
         self.kv_caches = [
             self.ops.new_kv_cache(
@@ -136,19 +135,23 @@ class ModelRunner:
         return self.parallel.agree_on_minimum(min(affordable, usable))
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. The sampled tokens also stay in the device's tables."""
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Start a step, behind those before it; the host waits for nothing that a GPU does.
+
+        The sampled tokens also stay in the device's tables, where the next step finds them.
+        """
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
         logits = self.forward(plan)
         if not sampling:
-            return StepResult([])
-        rows = self._tensor([row.row for row in sampling])
-        positions = self._tensor([row.start + row.num_tokens for row in sampling])
+            return PendingStep()
+        rows, positions = self._tensor(
+            [[row.row for row in sampling], [row.start + row.num_tokens for row in sampling]]
+        )
         tokens = self._sample(logits, sampling, rows, positions)
         self.tables.token_ids[rows, positions] = tokens
-        return StepResult(
-            tokens.tolist(),
+        return PendingStep(
+            ToHost(tokens),
             self._take_logprobs(logits, sampling, tokens),
             self._prompt_logprobs.take([row.row for row in sampling]),
         )
@@ -161,8 +164,7 @@ class ModelRunner:
             self._num_logprobs.pop(new.row, None)
             if new.params.logprobs is not None:
                 self._num_logprobs[new.row] = new.params.logprobs
-        for row in plan.scheduled:
-            self.tables.append_blocks(row.row, row.num_held_blocks, row.new_blocks)
+        self.tables.append_blocks(plan.scheduled)
 
     def _sample(
         self, logits: Tensor, sampling: list[ScheduledRow], rows: Tensor, positions: Tensor
@@ -188,62 +190,69 @@ class ModelRunner:
         return self._draw(logits, rows, positions).index_copy(0, index, own_tokens)
 
     def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        tables = self.tables
-        return self.ops.sample(
-            logits,
-            tables.temperature[rows],
-            tables.top_k[rows],
-            tables.top_p[rows],
-            tables.min_p[rows],
-            tables.seeds[rows],
-            positions,
-        )
+        temperature, top_p, min_p = self.tables.shares[:, rows]
+        top_k, seeds = self.tables.numbers[:, rows]
+        return self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
     def _take_logprobs(
         self, logits: Tensor, sampling: list[ScheduledRow], tokens: Tensor
-    ) -> dict[int, TokenLogprobs]:
-        """Of the rows that want them, by index in `sampling`; only the leader is asked."""
+    ) -> tuple[list[int], PendingLogprobs] | None:
+        """Of the rows that want them, and their indices in `sampling`; only the leader is asked."""
         if not self._num_logprobs or self.parallel.rank != 0:
-            return {}
+            return None
         wanted = [i for i, row in enumerate(sampling) if row.row in self._num_logprobs]
         if not wanted:
-            return {}
-        index = self._tensor(wanted)
-        own = logits if len(wanted) == len(sampling) else logits[index]
+            return None
         counts = [self._num_logprobs[sampling[i].row] for i in wanted]
-        taken = take_logprobs(self.ops, own, tokens[index], counts)
-        return dict(zip(wanted, taken, strict=True))
+        if len(wanted) < len(sampling):
+            index = self._tensor(wanted)
+            logits, tokens = logits[index], tokens[index]
+        return wanted, take_logprobs(self.ops, logits, tokens, counts)
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [rows that sample, vocab] of a plan whose rows have been entered."""
-        batch = self._make_batch(plan.scheduled)
-        hidden = self.model(batch, self.kv_caches)
+        hidden = self.model(self._make_batch(plan.scheduled), self.kv_caches)
         self._prompt_logprobs.collect(plan.scheduled, hidden)
-        last = [i for i, row in enumerate(plan.scheduled) if row.samples]
-        return self.model.logits(hidden[(batch.query_starts[1:] - 1).long()[last]])
+        ends = accumulate(row.num_tokens for row in plan.scheduled)
+        last = [end - 1 for row, end in zip(plan.scheduled, ends, strict=True) if row.samples]
+        return self.model.logits(hidden if len(last) == len(hidden) else hidden[self._tensor(last)])
 
     def _make_batch(self, scheduled: list[ScheduledRow]) -> Batch:
-        rows = self._tensor([row.row for row in scheduled])
-        starts = self._tensor([row.start for row in scheduled])
-        lengths = self._tensor([row.num_tokens for row in scheduled])
-        ends = lengths.cumsum(0)
-        total = sum(row.num_tokens for row in scheduled)
+        lengths = [row.num_tokens for row in scheduled]
+        rows, starts, ends = self._tensor(
+            [
+                [row.row for row in scheduled],
+                [row.start for row in scheduled],
+                [*accumulate(lengths)],
+            ]
+        )
+        query_starts = torch.nn.functional.pad(ends, (1, 0))
+        return self._prepare(rows, starts, query_starts, sum(lengths))
+
+    def _prepare(self, rows: Tensor, starts: Tensor, query_starts: Tensor, total: int) -> Batch:
+        """Look up in the tables what a step of `total` tokens computes.
+
+        Args:
+            rows, starts: [B] int64.
+            query_starts: [B + 1] int64.
+        """
+        lengths = query_starts.diff()
         token_rows = rows.repeat_interleave(lengths, output_size=total)
         # A token's position: its index in the step, less its request's, plus where that starts.
-        shift = (starts - ends + lengths).repeat_interleave(lengths, output_size=total)
+        shift = (starts - query_starts[:-1]).repeat_interleave(lengths, output_size=total)
         positions = torch.arange(total, device=self.device) + shift
         blocks = self.tables.block_tables[token_rows, positions // self._block_size].long()
         return Batch(
             token_ids=self.tables.token_ids[token_rows, positions],
             positions=positions,
             slots=blocks * self._block_size + positions % self._block_size,
-            query_starts=torch.cat((ends.new_zeros(1), ends)).int(),
+            query_starts=query_starts.int(),
             context_lens=(starts + lengths).int(),
             block_tables=self.tables.block_tables[rows],
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _tensor(self, values: Sequence[object]) -> Tensor:
+        return to_device(values, torch.int64, self.device)
 
 
 def select_device(name: str) -> torch.device:

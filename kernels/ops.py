@@ -2,11 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+
+
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What a model asks of attention on a GPU."""
+
+    backend: Literal["auto", "triton", "flash-attn"]
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    head_dim: int
+    block_size: int
 
 
 @dataclass(frozen=True)
@@ -19,6 +31,8 @@ class Ops:
 
     name: str
     new_kv_cache: Callable[..., reference.KVCache] = reference.new_kv_cache
+    prepare_step: Callable[..., reference.StepInputs] = reference.prepare_step
+    plan_attention: Callable[..., Any] = reference.plan_attention
     norm_rotary_store: Callable[..., Tensor] = reference.norm_rotary_store
     paged_attention: Callable[..., Tensor] = reference.paged_attention
     pack_linear: Callable[..., reference.Linear] = reference.pack_linear
@@ -37,9 +51,18 @@ class Ops:
 REFERENCE = Ops("reference")
 
 
-def select_ops(device: torch.device) -> Ops:
-    """The fastest ops this installation has for the device."""
-    return _cpu_ops() if device.type == "cpu" else REFERENCE
+def select_ops(device: torch.device, attention: AttentionNeeds | None = None) -> Ops:
+    """The fastest ops this installation has for the device.
+
+    Raises ValueError when `attention.backend` asks for one that cannot serve here.
+    """
+    if device.type == "cpu":
+        return _cpu_ops()
+    if device.type == "cuda":
+        from kernels import cuda
+
+        return cuda.select_ops(device, attention)
+    return REFERENCE
 
 
 def _cpu_ops() -> Ops:

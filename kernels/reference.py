@@ -5,7 +5,9 @@ heads, K = key/value heads, D = head dimension, V = vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,57 @@ from kernels.quantization import (
 
 KVCache = tuple[Tensor, Tensor]
 Linear = Callable[[Tensor], Tensor]
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the model reads of one step: T tokens of B requests, end to end."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, where each token's keys and values go; -1 is nowhere
+    context_lens: Tensor  # [B] int32
+    block_tables: Tensor  # [B, M] int32
+
+
+def prepare_step(
+    rows: Tensor,
+    starts: Tensor,
+    query_starts: Tensor,
+    num_tokens: int,
+    token_table: Tensor,
+    block_table: Tensor,
+    block_size: int,
+) -> StepInputs:
+    """Look up what a step computes in the device's tables.
+
+    Request i of the step computes tokens starts[i], starts[i] + 1, ... of table row rows[i], as
+    many as query_starts has it. A request whose row is -1 only pads the batch: its context is
+    empty, its token is 0 at position 0, and nothing of it is kept.
+
+    Args:
+        rows, starts: [B] int32.
+        query_starts: [B + 1] int32, from 0 to num_tokens.
+        token_table: [rows, max_len] int64.
+        block_table: [rows, M] int32.
+    """
+    lengths = query_starts.diff()
+    index = torch.arange(num_tokens, device=rows.device)
+    request = torch.arange(len(rows), device=rows.device).repeat_interleave(
+        lengths, output_size=num_tokens
+    )
+    real = rows[request] >= 0
+    token_rows = rows[request].long().clamp(min=0)
+    positions = torch.where(real, starts[request] + index - query_starts[request], 0).long()
+    slots = block_table[token_rows, positions // block_size].long() * block_size
+    return StepInputs(
+        token_ids=torch.where(real, token_table[token_rows, positions], 0),
+        positions=positions,
+        slots=torch.where(real, slots + positions % block_size, -1),
+        context_lens=torch.where(rows >= 0, starts + lengths, 0).int(),
+        block_tables=block_table[rows.long().clamp(min=0)],
+    )
 
 
 def new_kv_cache(
@@ -42,11 +95,33 @@ def new_kv_cache(
 
 
 def store_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slots: Tensor) -> None:
-    """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset in the block."""
+    """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset in the block.
+
+    A cache of float8_e4m3fn takes values up to +-448, and what lies beyond as that.
+    """
     block_size = kv_cache[0].shape[2]
     blocks, offsets = slots // block_size, slots % block_size
     for cache, new in zip(kv_cache, (k, v), strict=True):
+        if cache.dtype == torch.float8_e4m3fn:
+            new = new.float().clamp(-FP8_MAX, FP8_MAX)
         cache[blocks, :, offsets] = new.to(cache.dtype)
+
+
+def plan_attention(
+    query_starts: Tensor,
+    context_lens: Tensor,
+    num_decodes: int,
+    max_query_len: int,
+    num_kv_heads: int,
+) -> Any:
+    """What the attention of all layers of a step can share; opaque, None if that is nothing.
+
+    Args:
+        query_starts, context_lens: see `paged_attention`.
+        num_decodes: the first requests of the step, which have one query each.
+        max_query_len: most queries of any request.
+    """
+    return None
 
 
 def paged_attention(
@@ -57,6 +132,7 @@ def paged_attention(
     block_tables: Tensor,
     scale: float,
     window: int | None = None,
+    plan: Any = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over a paged cache.
 
@@ -69,6 +145,7 @@ def paged_attention(
         context_lens: [B] int32.
         block_tables: [B, M] int32, entries past a request's last block are never read.
         window: a query sees itself and the window - 1 tokens before it; None sees all.
+        plan: what the same table's `plan_attention` made of the step.
     Returns:
         [T, H, D], q's dtype.
     """

@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Triton's kernels run in its interpreter where there is no GPU: to be said before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CheckpointFactory = Callable[..., Path]
 

@@ -7,7 +7,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import chat, completions, responses, server, tokens
+from deployments.api import (
+    chat,
+    completions,
+    engine_events,
+    playground,
+    responses,
+    server,
+    tokens,
+)
 from deployments.api.errors import error_response
 from deployments.api.gate import OPEN_PATHS, Gate
 from deployments.api.keys import KeyRing
@@ -23,8 +31,9 @@ def build_api(front: Front, service: ServiceArgs | None = None) -> FastAPI:
     api = _Api(bool(keys))
     _add_error_handlers(api)
     api.add_middleware(Gate, front=front, service=service, keys=keys)
-    for part in (chat, completions, responses, tokens, server):
+    for part in (chat, completions, responses, tokens, server, engine_events):
         api.include_router(part.routes(front))
+    api.include_router(playground.routes())
     return api
 
 
@@ -32,7 +41,13 @@ class _Api(FastAPI):
     """FastAPI's document, with what the gate asks for."""
 
     def __init__(self, needs_key: bool) -> None:
-        super().__init__(title="Manta", version=VERSION, docs_url="/docs", redoc_url=None)
+        super().__init__(
+            title="Manta",
+            version=VERSION,
+            docs_url="/docs",
+            redoc_url=None,
+            strict_content_type=False,
+        )
         self._needs_key = needs_key
 
     def openapi(self) -> dict[str, Any]:

@@ -139,6 +139,7 @@ class CpuOps:
         block_tables: Tensor,
         scale: float,
         window: int | None = None,
+        plan: None = None,  # the kernels divide the work themselves
     ) -> Tensor:
         k_cache, v_cache = kv_cache
         _, kv_heads, block_size, head_dim = k_cache.shape

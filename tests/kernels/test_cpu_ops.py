@@ -9,74 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels import Ops, reference, select_ops
 from kernels.cpu import build
 from kernels.quantization import Quantization
+from tests.kernels.steps import (
+    TOLERANCE,
+    Attention,
+    assert_close,
+    poison_allocations,
+    random_lengths,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-NAN = float("nan")
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    tolerance = TOLERANCE[expected.dtype]
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def poison_allocations() -> None:
-    """New tensors of common sizes then reuse memory full of NaN, so that gaps in outputs show."""
-    for size in (256, 4096, 65536):
-        torch.full((size,), NAN)
-
-
-class Attention:
-    """A random step of paged attention: NaN wherever no key or value belongs."""
-
-    def __init__(
-        self,
-        rng: random.Random,
-        dtype: torch.dtype,
-        lengths: list[tuple[int, int]],  # (queries, context) of each request
-        head_dim: int,
-        kv_heads: int,
-        group: int,
-        block_size: int,
-        window: int | None = None,
-    ) -> None:
-        blocks_each = [-(-context // block_size) for _, context in lengths]
-        num_blocks = sum(blocks_each) + 3
-        free = rng.sample(range(num_blocks), num_blocks)
-        self.kv_cache = reference.new_kv_cache(
-            num_blocks, block_size, kv_heads, head_dim, dtype, torch.device("cpu")
-        )
-        for cache in self.kv_cache:
-            cache.fill_(NAN)
-        tables = torch.full((len(lengths), max(blocks_each) + 2), 2**30, dtype=torch.int32)
-        for i, (_, context) in enumerate(lengths):
-            blocks = [free.pop() for _ in range(blocks_each[i])]
-            tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-            slots = torch.arange(context)
-            slots = torch.tensor(blocks)[slots // block_size] * block_size + slots % block_size
-            k, v = torch.randn(2, context, kv_heads, head_dim)
-            reference.store_kv(k, v, self.kv_cache, slots)
-        counts = torch.tensor([queries for queries, _ in lengths])
-        self.query_starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
-        self.context_lens = torch.tensor([context for _, context in lengths], dtype=torch.int32)
-        self.block_tables = tables
-        self.q = torch.randn(int(counts.sum()), kv_heads * group, head_dim).to(dtype)
-        self.scale, self.window = head_dim**-0.5, window
-
-    def check(self, ops: Ops) -> None:
-        arguments = (self.query_starts, self.context_lens, self.block_tables)
-        poison_allocations()
-        actual = ops.paged_attention(self.q, self.kv_cache, *arguments, self.scale, self.window)
-        exact = [cache.float() for cache in self.kv_cache]
-        expected = reference.paged_attention(
-            self.q.float(), (exact[0], exact[1]), *arguments, self.scale, self.window
-        )
-        assert_close(actual, expected.to(self.q.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,11 +29,7 @@ class Attention:
 def test_attention_random(ops: Ops, dtype: torch.dtype, seed: int) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    lengths = []
-    for _ in range(rng.randint(1, 7)):
-        context = rng.choice([1, 2, 31, 32, 33, 63, 64, 65, rng.randint(1, 400)])
-        queries = rng.choice([0, 1, 1, context, rng.randint(1, context)])
-        lengths.append((queries, context))
+    lengths = random_lengths(rng)
     window = rng.choice([None, None, 1, 24, rng.randint(1, 200)])
     Attention(
         rng,

@@ -1,0 +1,103 @@
+"""How fast a few requests decode: prompts of one length at a time, all at once.
+
+For each batch size: prompt tokens per second, then the median decode step and its share of the
+floor, which is the weights and the keys and values over the bandwidth measured in the same run.
+
+    python -m benchmarks.latency --batch 1 8 32
+    python -m benchmarks.latency --prompt 8000 --batch 4 --option quantization=w8a8
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from typing import Any
+
+from benchmarks.floor import decode_step_s, measure_machine
+from benchmarks.throughput import SHAPE, parse_option
+from engine import LLM, SamplingParams, checkpoint
+from engine.decoder_config import DecoderConfig
+from engine.request import Request
+
+
+def measure(llm: LLM, batch: int, prompt: int, output: int, seed: int) -> dict[str, float]:
+    """Seconds until all prompts are computed, and those of each decode step after that."""
+    draw = random.Random(seed)
+    vocabulary = llm.engine.limits.vocab_size
+    params = SamplingParams(temperature=0.6, max_tokens=output, ignore_eos=True)
+    for i in range(batch):
+        tokens = [draw.randrange(vocabulary) for _ in range(prompt)]
+        llm.engine.add(Request(f"{seed}.{i}", tokens, params, seed=i))
+    ends = [time.perf_counter()]
+    prompt_end = 0
+    started: set[str] = set()
+    while llm.engine.has_work:
+        started |= {delta.request_id for delta in llm.engine.step()}
+        ends.append(time.perf_counter())
+        if len(started) < batch:
+            prompt_end = len(ends)
+    steps = [end - begin for begin, end in itertools.pairwise(ends[prompt_end:])]
+    prompt_s = ends[prompt_end] - ends[0]
+    return {
+        "batch": batch,
+        "prompt_tok_s": batch * prompt / prompt_s,
+        "step_ms": statistics.median(steps) * 1e3,
+        "tok_s": batch * len(steps) / sum(steps),
+        "context": prompt + output / 2,
+    }
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    options: dict[str, Any] = dict(map(parse_option, arguments.option))
+    llm = LLM(
+        arguments.model,
+        load_format=arguments.load_format,
+        max_model_len=arguments.prompt + arguments.output,
+        max_num_seqs=max(arguments.batch),
+        enable_prefix_caching=False,
+        **options,
+    )
+    runner = llm.engine.runner
+    quantization = options.get("quantization")
+    machine = measure_machine(runner.device, runner.dtype, runner.ops, quantization)
+    config = DecoderConfig.from_checkpoint(checkpoint.resolve(arguments.model))
+    measure(llm, 2, 16, 4, seed=1)  # to warm up
+    results = []
+    for batch in arguments.batch:
+        result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
+        floor_s = decode_step_s(config, batch, result["context"], machine, quantization)
+        result["floor_ms"] = floor_s * 1e3
+        results.append(result)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=str(SHAPE), help="checkpoint directory or hub id")
+    parser.add_argument("--load-format", default="dummy", choices=["safetensors", "dummy"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=300, help="tokens of each prompt")
+    parser.add_argument("--output", type=int, default=64, help="tokens of each output")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="any EngineConfig field"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
+    arguments = parser.parse_args()
+    results = run(arguments)
+    if arguments.json:
+        print(json.dumps(results))
+        return
+    print("batch  prompt tok/s   step ms    tok/s  floor ms  share")
+    for r in results:
+        print(
+            f"{r['batch']:5} {r['prompt_tok_s']:13.0f} {r['step_ms']:9.1f} {r['tok_s']:8.1f} "
+            f"{r['floor_ms']:9.1f} {r['floor_ms'] / r['step_ms']:6.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What the device knows of the running requests, one row each."""
+
+import torch
+
+from engine.step import NewRow, ScheduledRow
+from engine.transfer import to_device
+
+
+class DeviceTables:
+    """Tokens, block tables and sampling parameters by row.
+
+    A sampled token is written here and read by the next step without visiting the host.
+    """
+
+    def __init__(self, num_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
+        self._device = device
+        self.token_ids = torch.zeros(num_rows, max_len, dtype=torch.int64, device=device)
+        max_blocks = -(-max_len // block_size)
+        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        # One below the other, so that a step gathers each of the two in one go.
+        self.shares = torch.zeros(3, num_rows, device=device)  # temperature, top_p, min_p
+        self.numbers = torch.zeros(2, num_rows, dtype=torch.int64, device=device)  # top_k, seed
+
+    def enter(self, new: NewRow) -> None:
+        """A request enters a row; what the row held before is gone."""
+        row, params = new.row, new.params
+        tokens = to_device(new.token_ids, torch.int64, self._device)
+        self.token_ids[row, : len(new.token_ids)] = tokens
+        if new.block_table:
+            blocks = to_device(new.block_table, torch.int32, self._device)
+            self.block_tables[row, : len(new.block_table)] = blocks
+        shares = [params.temperature, params.top_p, params.min_p]
+        self.shares[:, row] = to_device(shares, torch.float32, self._device)
+        numbers = [max(params.top_k, 0), new.seed]
+        self.numbers[:, row] = to_device(numbers, torch.int64, self._device)
+
+    def append_blocks(self, scheduled: list[ScheduledRow]) -> None:
+        """The new blocks of all rows of a step, in one go."""
+        entries = [
+            (row.row, row.num_held_blocks + i, block)
+            for row in scheduled
+            for i, block in enumerate(row.new_blocks)
+        ]
+        if entries:
+            rows, index, blocks = to_device(
+                [*zip(*entries, strict=True)], torch.int64, self._device
+            )
+            self.block_tables[rows, index] = blocks.int()

@@ -1,0 +1,188 @@
+"""Prompts by flash-attn (Tri Dao and others), where it is installed; decoding stays with Triton.
+
+Its kernels make full use of the tensor cores, which is what prompts need. Decoding is bound by
+memory, and there flash-attn-4 does not split contexts on Hopper, while `kernels.triton` does.
+The rule is measured by `benchmarks.kernels`, which runs both on both.
+
+Both packages address the cache by strides, so its layout stays that of `reference.new_kv_cache`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionNeeds
+from kernels.reference import KVCache
+
+
+@dataclass(frozen=True)
+class FlashPlan:
+    """What a step's layers share: the decode kernel's plan, and the lengths of the others."""
+
+    decodes: Any
+    num_decodes: int
+    max_query_len: int
+    query_starts: Tensor  # [P + 1] int32, of the P requests that are not decodes, from 0
+    context_starts: Tensor | None  # [P + 1] int32, cumulative contexts, for flash-attn 2
+
+
+class FlashAttention:
+    """`reference.plan_attention` and `reference.paged_attention` by one of the two packages.
+
+    Args:
+        version: 2 for `flash_attn`, 4 for `flash_attn.cute`.
+        varlen: the package's flash_attn_varlen_func.
+        decoding: a table whose plan_attention and paged_attention serve the decodes.
+    """
+
+    def __init__(self, version: int, varlen: Callable[..., Any], decoding: Any) -> None:
+        self.name = f"flash-attn-{version}"
+        self._version = version
+        self._varlen = varlen
+        self._decoding = decoding
+
+    def plan_attention(
+        self,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        num_decodes: int,
+        max_query_len: int,
+        num_kv_heads: int,
+    ) -> FlashPlan:
+        context_starts = None
+        if self._version == 2:
+            ends = context_lens[num_decodes:].cumsum(0, dtype=torch.int32)
+            context_starts = torch.nn.functional.pad(ends, (1, 0))
+        return FlashPlan(
+            self._decoding.plan_attention(query_starts, context_lens, num_decodes, 1, num_kv_heads),
+            num_decodes,
+            max_query_len,
+            query_starts[num_decodes:] - num_decodes,
+            context_starts,
+        )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv_cache: KVCache,
+        query_starts: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+        window: int | None = None,
+        plan: FlashPlan | None = None,
+    ) -> Tensor:
+        if plan is None:
+            longest = int(query_starts.diff().max())
+            plan = self.plan_attention(query_starts, context_lens, 0, longest, kv_cache[0].shape[1])
+        first = plan.num_decodes
+        parts = []
+        if first > 0:
+            parts.append(
+                self._decoding.paged_attention(
+                    q[:first],
+                    kv_cache,
+                    query_starts[: first + 1],
+                    context_lens[:first],
+                    block_tables[:first],
+                    scale,
+                    window,
+                    plan.decodes,
+                )
+            )
+        if context_lens.shape[0] > first:
+            parts.append(
+                self._attend_prompts(
+                    q[first:],
+                    kv_cache,
+                    context_lens[first:],
+                    block_tables[first:],
+                    scale,
+                    window,
+                    plan,
+                )
+            )
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend_prompts(
+        self,
+        q: Tensor,
+        kv_cache: KVCache,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+        window: int | None,
+        plan: FlashPlan,
+    ) -> Tensor:
+        # [blocks, K, block_size, D] -> [blocks, block_size, K, D], as views
+        k, v = (part.transpose(1, 2) for part in kv_cache)
+        shared = dict(
+            cu_seqlens_q=plan.query_starts,
+            max_seqlen_q=plan.max_query_len,
+            max_seqlen_k=block_tables.shape[1] * k.shape[1],
+            softmax_scale=scale,
+            causal=True,
+        )
+        if self._version == 2:
+            return self._varlen(
+                q,
+                k,
+                v,
+                cu_seqlens_k=plan.context_starts,
+                block_table=block_tables,
+                window_size=(-1, -1) if window is None else (window - 1, 0),
+                **shared,
+            )
+        attended = self._varlen(
+            q,
+            k,
+            v,
+            seqused_k=context_lens,
+            page_table=block_tables,
+            window_size=(None, None) if window is None else (window - 1, 0),
+            **shared,
+        )
+        return attended[0] if isinstance(attended, tuple) else attended
+
+
+def find(
+    needs: AttentionNeeds, capability: tuple[int, int], num_processors: int
+) -> FlashAttention | str:
+    """The best version that is installed and serves these needs, or why there is none."""
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in 16 bits, not {needs.dtype}"
+    if needs.cache_dtype != needs.dtype:
+        return f"it does not mix {needs.dtype} with a cache of {needs.cache_dtype}"
+    reasons = []
+    for version, module in ((4, "flash_attn.cute"), (2, "flash_attn")):
+        reason = _refuses(version, needs, capability)
+        if reason is None:
+            try:
+                varlen = import_module(module).flash_attn_varlen_func
+            except (ImportError, AttributeError, RuntimeError, OSError) as error:
+                reason = f"cannot be imported ({error})"
+            else:
+                from kernels.triton.attention import TritonAttention
+
+                return FlashAttention(version, varlen, TritonAttention(num_processors))
+        reasons.append(f"flash-attn {version} {reason}")
+    return "; ".join(reasons)
+
+
+def _refuses(version: int, needs: AttentionNeeds, capability: tuple[int, int]) -> str | None:
+    """Why a version cannot serve these needs on a GPU of this compute capability, or None."""
+    major = capability[0]
+    largest = 128 if version == 4 and major in (10, 11) and needs.head_dim != 256 else 256
+    if needs.head_dim % 8 != 0 or needs.head_dim > largest:
+        return f"has no kernel for heads of {needs.head_dim}"
+    if version == 4 and major < 9:
+        return "is for Hopper and later"
+    if version == 2 and major < 8:
+        return "is for Ampere and later"
+    if version == 2 and needs.block_size % 256 != 0:
+        return f"needs a block_size of 256, not {needs.block_size}"
+    return None

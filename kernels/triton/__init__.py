@@ -1,0 +1,1 @@
+"""Triton kernels: the ops of `kernels.reference`, which documents them, for GPUs."""

@@ -1,0 +1,184 @@
+"""Sampling without sorting: one program per row bisects for the thresholds of top-k and top-p.
+
+Both cuts, and min-p's, keep a prefix of the tokens ordered by probability, ties by token id. Such a
+prefix is a threshold and how many of the tokens that equal it are in. A threshold is found by
+bisection over the values that occur: each pass over the row counts and sums what is above the
+middle, and notes the nearest values on both sides, so that an interval ends on values of the row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 8192
+
+
+@triton.jit
+def _mix(x):
+    """The splitmix64 finalizer, as `reference._mix`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _uniform(seed, position):
+    """As `reference.uniform`."""
+    bits = _mix(_mix(seed) + (position + 1) * -0x61C8864680B583EB)
+    return ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def _scaled(logits, start, vocab, best, temperature, BLOCK: tl.constexpr):
+    """Logits less the best, over the temperature: their exponentials are the weights."""
+    tokens = start + tl.arange(0, BLOCK)
+    x = tl.load(logits + tokens, tokens < vocab, float("-inf")).to(tl.float32)
+    return (x - best) / temperature
+
+
+@triton.jit
+def _split(logits, vocab, best, temperature, low, middle, BLOCK: tl.constexpr):
+    """Of the values at or above low: (how many are at or above middle, their weight, the least of
+    them, the greatest below middle)."""
+    count = tl.zeros([], tl.int32)
+    mass = tl.zeros([], tl.float64)
+    above = tl.full([], float("inf"), tl.float32)
+    below = tl.full([], float("-inf"), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        z = _scaled(logits, start, vocab, best, temperature, BLOCK)
+        over = z >= middle
+        count += tl.sum(over.to(tl.int32), 0)
+        mass += tl.sum(tl.where(over, tl.exp(z), 0.0), 0).to(tl.float64)
+        above = tl.minimum(above, tl.min(tl.where(over, z, float("inf")), 0))
+        beneath = (z >= low) & (z < middle)
+        below = tl.maximum(below, tl.max(tl.where(beneath, z, float("-inf")), 0))
+    return count, mass, above, below
+
+
+@triton.jit
+def _cut(logits, vocab, best, temperature, low, enough, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The shortest prefix that has `enough` (tokens, or weight), given that those from low on have.
+
+    Returns the least value in it, how many of the tokens that equal it are in, and its weight.
+    """
+    floor = low
+    high = tl.zeros([], tl.float32)  # the best token's
+    count_above = tl.zeros([], tl.int32)  # of high
+    mass_above = tl.zeros([], tl.float64)
+    ties = vocab
+    while low < high:
+        middle = low + (high - low) * 0.5
+        middle = tl.where(middle > low, middle, high)
+        count, mass, above, below = _split(logits, vocab, best, temperature, floor, middle, BLOCK)
+        if BY_MASS:
+            reached = mass >= enough
+            exact = reached & False
+        else:
+            reached = count >= enough
+            exact = count == enough
+        low = tl.where(reached, above, low)
+        # Should rounding leave nothing in between, the interval ends all the same.
+        high = tl.where(exact, above, tl.where(reached, high, tl.maximum(below, low)))
+        count_above = tl.where(reached, tl.where(exact, 0, count_above), count)
+        mass_above = tl.where(reached & (exact == 0), mass_above, mass)
+        ties = tl.where(exact, 0, ties)
+    weight = tl.exp(low).to(tl.float64)
+    if BY_MASS:
+        ties = tl.maximum(tl.ceil((enough - mass_above) / weight).to(tl.int32), 1)
+        return low, ties, mass_above + ties.to(tl.float64) * weight
+    else:
+        all_in = ties == 0  # the count came out exactly: mass_above is that of the whole prefix
+        rest = (enough - count_above).to(tl.int32)
+        mass = tl.where(all_in, mass_above, mass_above + rest.to(tl.float64) * weight)
+        return low, tl.where(all_in, vocab, rest), mass
+
+
+@triton.jit
+def _sample_kernel(
+    logits, logits_stride, vocab, temperatures, top_ks, top_ps, min_ps, seeds, positions, tokens,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    best = tl.full([], float("-inf"), tl.float32)
+    best_token = tl.zeros([], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + ids, ids < vocab, float("-inf")).to(tl.float32)
+        peak, index = tl.max(x, 0, return_indices=True)
+        best_token = tl.where(peak > best, start + index, best_token)
+        best = tl.maximum(best, peak)
+    temperature = tl.load(temperatures + row)
+    if (temperature == 0) | (best == float("-inf")):
+        tl.store(tokens + row, best_token.to(tl.int64))
+        return
+    temperature = tl.maximum(temperature, 1e-30)  # below it is greedy but for exact ties
+
+    # Weights under e^-80 of the best are nothing beside it, whatever their number.
+    min_p = tl.load(min_ps + row)
+    cut = tl.where(min_p > 0, tl.maximum(tl.log(min_p), -80.0), -80.0)
+    count, mass, _, _ = _split(logits, vocab, best, temperature, cut, cut, BLOCK)
+    ties = vocab  # how many of the tokens that equal the cut are in
+    top_k = tl.load(top_ks + row)
+    if (top_k > 0) & (top_k < count):
+        cut, ties, mass = _cut(logits, vocab, best, temperature, cut, top_k, False, BLOCK)
+    top_p = tl.load(top_ps + row)
+    if top_p < 1:
+        budget = mass * top_p.to(tl.float64)
+        shorter, shorter_ties, mass = _cut(
+            logits, vocab, best, temperature, cut, budget, True, BLOCK
+        )
+        ties = tl.where(shorter == cut, tl.minimum(ties, shorter_ties), shorter_ties)
+        cut = shorter
+
+    drawn = _uniform(tl.load(seeds + row), tl.load(positions + row)) * mass
+    before = tl.zeros([], tl.float64)
+    num_ties = tl.zeros([], tl.int32)
+    token = tl.full([], -1, tl.int32)
+    last = best_token
+    start = 0
+    while (token < 0) & (start < vocab):
+        ids = start + tl.arange(0, BLOCK)
+        z = _scaled(logits, start, vocab, best, temperature, BLOCK)
+        equal = (z == cut).to(tl.int32)
+        rank = num_ties + tl.cumsum(equal, 0)  # from 1
+        kept = (z > cut) | ((equal > 0) & (rank <= ties))
+        weights = tl.where(kept, tl.exp(z), 0.0)
+        passed = kept & (tl.cumsum(weights, 0) > (drawn - before).to(tl.float32))
+        first = tl.min(tl.where(passed, ids, vocab), 0)
+        token = tl.where(first < vocab, first, -1)
+        last = tl.maximum(last, tl.max(tl.where(kept, ids, 0), 0))
+        before += tl.sum(weights, 0).to(tl.float64)
+        num_ties += tl.sum(equal, 0)
+        start += BLOCK
+    tl.store(tokens + row, tl.where(token < 0, last, token).to(tl.int64))
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    rows, vocab = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows > 0:
+        _sample_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            vocab,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seeds,
+            positions,
+            tokens,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=16,
+        )
+    return tokens

@@ -1,0 +1,139 @@
+"""Compiles the Triton kernels for a GPU that is not there, as the ops launch them.
+
+    python -m tests.kernels.compile_for_gpu [compute capability, default 90]
+
+Runs the ops on CPU tensors, with a driver that only says which GPU to compile for and launches
+nothing. Prints what each kernel takes of a multiprocessor; fails if a kernel does not compile,
+spills more than a few registers, wants more shared memory than there is, or is compiled again for
+other lengths.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.cuda import triton_ops
+from kernels.triton.compiles import CompileWatch
+
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+# Bytes that a block may have, by compute capability; 99 KiB is the least of those since Ampere.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}.get(CAPABILITY, 99 * 1024)
+FP8 = torch.float8_e4m3fn
+BF16 = torch.bfloat16
+
+
+class NoDriver:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+compiled: dict[str, tuple[str, Any]] = {}
+launch = JITFunction.run
+
+
+def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    compiled[kernel.hash] = (self.__name__, kernel)
+    return kernel
+
+
+def attend(
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    block_size: int,
+    window: int | None,
+    cache: torch.dtype,
+    lengths: tuple[int, int, int] = (5, 20, 3),
+) -> None:
+    requests, tokens, decodes = lengths
+    kv_cache = tuple(torch.empty(4, 8, block_size, head_dim).to(cache) for _ in "kv")
+    starts, contexts = torch.zeros(requests + 1).int(), torch.zeros(requests).int()
+    plan = ops.plan_attention(starts, contexts, decodes, tokens, 8)
+    q = torch.empty(tokens, 8 * group, head_dim, dtype=dtype)
+    tables = torch.zeros(requests, 64).int()
+    ops.paged_attention(q, kv_cache, starts, contexts, tables, 0.1, window, plan)
+
+
+def run_the_rest(tokens: int, cache: torch.dtype) -> None:
+    """The other ops, as a step of Qwen3-0.6B calls them."""
+    x, weight = torch.empty(tokens, 1024, dtype=BF16), torch.empty(1024, dtype=BF16)
+    ops.rms_norm(x, weight, 1e-6)
+    ops.add_rms_norm(x, x, weight, 1e-6)
+    ops.silu_and_mul(torch.empty(tokens, 6144, dtype=BF16))
+    kv_cache = tuple(torch.empty(4, 8, 32, 128).to(cache) for _ in "kv")
+    norm, at = torch.empty(128, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
+    qkv = torch.empty(tokens, 4096, dtype=BF16)
+    ops.norm_rotary_store(qkv, (norm, norm), 1e-6, at, torch.empty(4096, 128), kv_cache, at)
+    numbers = torch.empty(tokens)
+    logits = torch.empty(tokens, 151_936, dtype=BF16)
+    ops.sample(logits, numbers, at, numbers, numbers, at, at)
+    plan = torch.zeros(3 * tokens + 1, dtype=torch.int32)  # rows, starts, query_starts
+    parts = plan[:tokens], plan[tokens : 2 * tokens], plan[2 * tokens :]
+    tables = torch.zeros(64, 4096, dtype=torch.int64), torch.zeros(64, 128, dtype=torch.int32)
+    ops.prepare_step(*parts, tokens * 3, *tables, 32)
+
+
+def resources(kernel: Any) -> tuple[int, int]:
+    """(registers a thread, bytes a thread spills)"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(tool), "-res-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found, printed
+    return int(found[1]), int(found[2])
+
+
+ATTENTION = [
+    (BF16, 128, 2, 32, None, BF16),  # Qwen3-0.6B
+    (BF16, 128, 4, 16, 4096, BF16),  # Mistral-7B
+    (BF16, 64, 7, 32, None, BF16),
+    (torch.float16, 80, 4, 64, None, torch.float16),
+]
+
+CACHES = [BF16]
+if CAPABILITY >= 89:  # those before have no instructions for 8 bits
+    ATTENTION.append((BF16, 128, 2, 128, None, FP8))
+    CACHES.append(FP8)
+
+if __name__ == "__main__":
+    driver.set_active(NoDriver())
+    JITFunction.run = only_compile
+    ops = triton_ops(num_processors=132)
+    watch = CompileWatch()
+    for shape in ATTENTION:
+        attend(*shape)
+    for cache in CACHES:
+        run_the_rest(5, cache)
+    watch.start_serving()
+    for shape in ATTENTION:
+        for lengths in ((1, 1, 1), (7, 7, 7), (16, 16, 16), (17, 2048, 16), (3, 999, 0)):
+            attend(*shape, lengths)
+    for tokens in (1, 2, 15, 16, 17, 256):
+        run_the_rest(tokens, BF16)
+    failed = bool(watch.late)
+    for name, kernel in compiled.values():
+        registers, spilled = resources(kernel)
+        shared = kernel.metadata.shared
+        failed |= spilled > 64 or shared > SHARED_MEMORY
+        print(f"{name:26} {registers:4} registers, {spilled} B spilled, {shared:6} B shared")
+    print(f"compiled {watch.num_compiled}, again for other lengths: {watch.late or 'none'}")
+    sys.exit(failed)

@@ -1,0 +1,318 @@
+"""The Triton kernels against their oracles in plain torch, on whatever there is to run them on."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.cuda import triton_ops
+from tests.kernels.steps import NAN, Attention, assert_close, poison_allocations, random_lengths
+from tests.kernels.test_cpu_sampling import assert_same_draws, params
+from tests.triton_interpreter import DEVICE
+
+FP8 = torch.float8_e4m3fn
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Few multiprocessors, so that short contexts are cut into chunks too.
+OPS = triton_ops(num_processors=2)
+
+
+def on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(DEVICE)
+
+
+# --- Attention --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_attention_head_dims(dtype: torch.dtype, head_dim: int) -> None:
+    torch.manual_seed(head_dim)
+    lengths = [(1, 130), (1, 1), (1, 33), (5, 5), (9, 70)]
+    Attention(
+        random.Random(0), dtype, lengths, head_dim, kv_heads=2, group=2, block_size=16,
+        device=DEVICE,
+    ).check(OPS)  # fmt: skip
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256, 7])
+@pytest.mark.parametrize("window", [None, 1, 24, 64, 1000])
+def test_attention_blocks_and_windows(block_size: int, window: int | None) -> None:
+    torch.manual_seed(block_size)
+    lengths = [(1, 300), (1, 64), (1, 2), (2, 65), (17, 140), (64, 64)]
+    Attention(
+        random.Random(0), torch.float32, lengths, 16, kv_heads=1, group=2, block_size=block_size,
+        window=window, device=DEVICE,
+    ).check(OPS)  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+def test_attention_heads_sharing_keys(group: int) -> None:
+    torch.manual_seed(group)
+    lengths = [(1, 200), (1, 3), (70, 75), (1, 9)]
+    Attention(
+        random.Random(0), torch.float32, lengths, 16, kv_heads=2, group=group, block_size=16,
+        device=DEVICE,
+    ).check(OPS)  # fmt: skip
+
+
+@pytest.mark.parametrize("planned", [True, False], ids=["planned", "without a plan"])
+@pytest.mark.parametrize("seed", range(10))
+def test_attention_random(seed: int, planned: bool) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    Attention(
+        rng,
+        rng.choice(DTYPES),
+        random_lengths(rng),
+        head_dim=rng.choice([16, 64, 80]),
+        kv_heads=rng.choice([1, 2, 3]),
+        group=rng.choice([1, 2, 5]),
+        block_size=rng.choice([16, 32, 64]),
+        window=rng.choice([None, None, 1, rng.randint(1, 200)]),
+        device=DEVICE,
+    ).check(OPS, planned)
+
+
+def test_attention_of_a_long_context_beside_short_ones() -> None:
+    """Its chunks spread over the device; the short ones have one each."""
+    torch.manual_seed(0)
+    lengths = [(1, 5), (1, 3001), (1, 128), (1, 129)]
+    step = Attention(random.Random(0), torch.float32, lengths, 16, 1, 4, 32, device=DEVICE)
+    step.check(OPS)
+    contexts = on_device(step.context_lens)
+    plan = OPS.plan_attention(on_device(step.query_starts), contexts, 4, 1, 1)
+    counts = plan.chunk_starts.diff().tolist()
+    assert counts[0] == counts[2] == 1 and counts[1] > 4
+    assert sum(counts) <= plan.max_chunks
+    assert all(
+        -(-n // int(plan.chunk_len)) == count
+        for n, count in zip(contexts.tolist(), counts, strict=True)
+    )
+
+
+def test_attention_of_rows_that_pad_a_batch() -> None:
+    """Requests without context among the decodes: nothing is read for them, and they get zeros."""
+    torch.manual_seed(0)
+    step = Attention(random.Random(0), torch.float32, [(1, 40), (1, 7)], 16, 1, 2, 16)
+    q = torch.cat((step.q, torch.full_like(step.q, 3.0)))
+    contexts = torch.cat((step.context_lens, torch.zeros(2, dtype=torch.int32)))
+    tables = torch.cat((step.block_tables, torch.full_like(step.block_tables, 2**30)))
+    starts = torch.arange(5, dtype=torch.int32)
+    arguments = [on_device(tensor) for tensor in (starts, contexts, tables)]
+    plan = OPS.plan_attention(*arguments[:2], 4, 1, 1)
+    cache = tuple(map(on_device, step.kv_cache))
+    poison_allocations(DEVICE)
+    out = OPS.paged_attention(on_device(q), cache, *arguments, step.scale, None, plan).cpu()
+    expected = reference.paged_attention(
+        step.q, step.kv_cache, step.query_starts, step.context_lens, step.block_tables, step.scale
+    )
+    assert_close(out[:2], expected)
+    assert out[2:].eq(0).all()
+
+
+def test_attention_with_extreme_scores() -> None:
+    torch.manual_seed(0)
+    lengths = [(1, 100), (60, 100)]
+    step = Attention(random.Random(0), torch.float32, lengths, 64, 2, 2, 32, device=DEVICE)
+    step.q *= 30.0  # weights of 1 and 0
+    step.check(OPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_over_a_cache_of_8_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    lengths = [(1, 150), (1, 9), (20, 60)]
+    Attention(random.Random(0), dtype, lengths, 64, 2, 2, 16, device=DEVICE, cache_dtype=FP8).check(
+        OPS
+    )
+
+
+# --- Between the projections ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 80, 1000, 1024])
+def test_norms_and_activation(dtype: torch.dtype, size: int) -> None:
+    torch.manual_seed(size)
+    for rows in (0, 1, 3):
+        x, residual = torch.randn(2, rows, size).to(dtype)
+        weight = torch.randn(size).to(dtype)
+        gate_up = torch.randn(rows, 2 * size).to(dtype) * 8
+        poison_allocations(DEVICE)
+        got = OPS.rms_norm(on_device(x), on_device(weight), 1e-6)
+        assert_close(got.cpu(), reference.rms_norm(x, weight, 1e-6))
+        pair = OPS.add_rms_norm(on_device(x), on_device(residual), on_device(weight), 1e-6)
+        for got, expected in zip(
+            pair, reference.add_rms_norm(x, residual, weight, 1e-6), strict=True
+        ):
+            assert_close(got.cpu(), expected)
+        assert_close(OPS.silu_and_mul(on_device(gate_up)).cpu(), reference.silu_and_mul(gate_up))
+
+
+def test_norm_of_strided_rows() -> None:
+    x, weight = torch.randn(6, 5, 64)[:, :3], torch.randn(64)
+    got = OPS.rms_norm(on_device(x), on_device(weight), 1e-6)
+    assert_close(got.cpu(), reference.rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", [None, FP8], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize("normed", [True, False], ids=["with norms", "without"])
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_norm_rotary_store(
+    dtype: torch.dtype, cache_dtype: torch.dtype | None, normed: bool, head_dim: int
+) -> None:
+    torch.manual_seed(head_dim)
+    heads, kv_heads, block_size = 5, 2, 7
+    cache_dtype = cache_dtype or dtype
+    for tokens in (0, 1, 19):
+        # Large enough for some values to leave the range of 8 bits.
+        qkv = (torch.randn(tokens, (heads + 2 * kv_heads) * head_dim) * 200).to(dtype)
+        norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype))
+        positions = torch.randint(0, 9_000, (tokens,))
+        positions[:1] = 8_999
+        angles = torch.outer(torch.arange(9_000.0), torch.rand(head_dim // 2))
+        cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+        slots = torch.randperm(10 * block_size)[:tokens]
+        poison = torch.full((10, kv_heads, block_size, head_dim), NAN).to(cache_dtype)
+        results = []
+        for ops, device in ((OPS, DEVICE), (reference, torch.device("cpu"))):
+            cache = poison.to(device).clone(), poison.to(device).clone()
+            arguments = [tensor.to(device) for tensor in (positions, cos_sin)]
+            weights = tuple(norm.to(device) for norm in norms) if normed else None
+            poison_allocations(device)
+            q = ops.norm_rotary_store(
+                qkv.to(device), weights, 1e-6, *arguments, cache, slots.to(device)
+            )
+            results.append([part.cpu().float() for part in (q, *cache)])
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3, FP8: 0.13}
+        for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+            rounding = tolerance[dtype if i == 0 else cache_dtype]
+            torch.testing.assert_close(
+                actual, expected, rtol=rounding, atol=rounding, equal_nan=True
+            )
+
+
+def test_what_pads_a_step_is_stored_nowhere() -> None:
+    cache = tuple(torch.full((2, 1, 4, 16), NAN, device=DEVICE) for _ in "kv")
+    qkv = torch.ones(3, 3 * 16, device=DEVICE)
+    slots = torch.tensor([-1, 5, -1], device=DEVICE)
+    positions, cos_sin = torch.zeros(3, dtype=torch.int64), torch.ones(1, 16)
+    OPS.norm_rotary_store(qkv, None, 1e-6, on_device(positions), on_device(cos_sin), cache, slots)
+    for part in cache:
+        assert part[1, 0, 1].isfinite().all() and part.isfinite().sum() == 16
+
+
+# --- The step's inputs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [16, 7])
+@pytest.mark.parametrize(
+    "chunks",  # (row, start, tokens); row -1 is padding
+    [
+        [(3, 0, 1)],
+        [(0, 5, 1), (2, 90, 1), (1, 0, 1)],
+        [(1, 41, 1), (-1, 0, 1), (0, 15, 1), (-1, 0, 1)],
+        [(2, 99, 1), (0, 0, 300), (3, 16, 33)],
+    ],
+)
+def test_prepare_step(chunks: list[tuple[int, int, int]], block_size: int) -> None:
+    torch.manual_seed(0)
+    token_table = torch.randint(0, 10**6, (4, 400))
+    block_table = torch.randint(0, 2**24, (4, 60), dtype=torch.int32)  # slots beyond 32 bits
+    rows, starts, lengths = (torch.tensor(part) for part in zip(*chunks, strict=True))
+    query_starts = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
+    arguments = rows.int(), starts.int(), query_starts, int(query_starts[-1])
+    expected = reference.prepare_step(*arguments, token_table, block_table, block_size)
+    moved = [on_device(tensor) for tensor in arguments[:3]]
+    tables = on_device(token_table), on_device(block_table)
+    actual = OPS.prepare_step(*moved, arguments[3], *tables, block_size)
+    for field in dataclasses.fields(expected):
+        got, wanted = getattr(actual, field.name).cpu(), getattr(expected, field.name)
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        if field.name == "block_tables":  # what lies past a context is not looked at
+            for i, context in enumerate(expected.context_lens.tolist()):
+                assert got[i, : -(-context // block_size)].equal(
+                    wanted[i, : -(-context // block_size)]
+                )
+        else:
+            assert got.equal(wanted), field.name
+
+
+# --- Sampling ---------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, **values: Tensor) -> Tensor:
+    moved = {name: on_device(value) for name, value in values.items()}
+    return OPS.sample(on_device(logits), **moved).cpu()
+
+
+SAMPLER = dataclasses.replace(OPS, sample=sample)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 2, 257, 8500])
+def test_same_tokens_as_the_reference(dtype: torch.dtype, vocab: int) -> None:
+    torch.manual_seed(vocab)
+    rows = 30
+    logits = (torch.randn(rows, vocab) * torch.rand(rows, 1) * 6).to(dtype)
+    assert_same_draws(SAMPLER, logits, params(rows, vocab))
+
+
+@pytest.mark.parametrize("only", ["none", "top_k", "top_p", "min_p"])
+def test_each_filter_alone(only: str) -> None:
+    torch.manual_seed(1)
+    fixed: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    fixed.pop(only, None)
+    assert_same_draws(SAMPLER, torch.randn(30, 3000) * 2, params(30, 5, **fixed))
+
+
+def test_full_vocabulary() -> None:
+    torch.manual_seed(1)
+    logits = (torch.randn(3, 151_936) * 2).bfloat16()
+    assert_same_draws(SAMPLER, logits, params(3, 5))
+
+
+def test_greedy() -> None:
+    logits = torch.randn(20, 9000).bfloat16()  # with ties: the first of the highest wins
+    assert sample(logits, **params(20, temperature=0)).equal(logits.float().argmax(-1))
+
+
+def test_ties_are_cut_by_token_id() -> None:
+    logits = torch.zeros(40, 100)
+    tokens = sample(logits, **params(40, temperature=1, top_k=3, top_p=1, min_p=0))
+    assert set(tokens.tolist()) == set(range(3))
+    tokens = sample(logits, **params(40, temperature=1, top_k=0, top_p=3.5 / 100, min_p=0))
+    assert set(tokens.tolist()) == set(range(4))
+    tokens = sample(logits, **params(40, temperature=1, top_k=8, top_p=0.31, min_p=0))
+    assert set(tokens.tolist()) == set(range(3))
+
+
+def test_top_k_of_several_that_are_equal() -> None:
+    """2, 1, 1, 1, 0: two and one of the ones; then the ones together, which makes four exactly."""
+    logits = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0]).expand(60, -1).contiguous()
+    off = dict(temperature=1, top_p=1, min_p=0)
+    assert set(sample(logits, **params(60, top_k=2, **off)).tolist()) == {0, 2}
+    assert set(sample(logits, **params(60, top_k=4, **off)).tolist()) == {0, 2, 3, 4}
+
+
+def test_banned_tokens_are_never_drawn() -> None:
+    logits = torch.full((50, 600), -torch.inf)
+    logits[:, [3, 300, 599]] = torch.tensor([1.0, 2.0, 0.5])
+    assert set(sample(logits, **params(50)).tolist()) <= {3, 300, 599}
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-44])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.randn(20, 1000) * 10
+    assert sample(logits, **params(20, temperature=temperature)).equal(logits.argmax(-1))
+
+
+def test_strided_logits() -> None:
+    logits = on_device(torch.randn(10, 1001))
+    values = {name: on_device(value) for name, value in params(10).items()}
+    whole = OPS.sample(logits[:, :1000].contiguous(), **values)
+    assert OPS.sample(logits[:, :1000], **values).equal(whole)
