@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from deployments.api import answers
+from deployments.api.answers import documented
 from deployments.api.common import (
     check_messages,
     check_model,
@@ -38,7 +40,11 @@ _END_TOKENS = 8
 def routes(front: Front) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=documented(answers.ChatCompletion, streams=True),
+    )
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_chat(front, request))
@@ -91,7 +97,7 @@ class Chat:
                 params = params.model_copy(update={"skip_special_tokens": False})
             if forced is not None:
                 params = forced.constrain(params)
-        prompt = await _encode(front, request)
+        prompt = await _encode(front, request, params)
         if params.structured_outputs is not None:
             prompt += _beginning(front, prompt, forced)
         prompt = front.truncate(prompt, params)
@@ -128,10 +134,13 @@ class Chat:
         return AnswerParser(parser, self.front.end_texts if tools is not None else ())
 
 
-async def _encode(front: Front, request: ChatCompletionRequest) -> list[int]:
+async def _encode(
+    front: Front, request: ChatCompletionRequest, params: SamplingParams
+) -> list[int]:
     try:
         return await front.encode_chat(
             [message.for_template() for message in request.messages],
+            max_len=front.max_prompt_len(params),
             **request.template_options(),
         )
     except ValueError as error:

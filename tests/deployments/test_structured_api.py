@@ -148,6 +148,25 @@ def test_all_of_n_choices_have_the_form(api: InProcessApi) -> None:
         jsonschema.validate(json.loads(text), SCHEMA)
 
 
+def test_the_responses_api_has_forms_too(api: InProcessApi) -> None:
+    form: Any = {"type": "json_schema", "name": "person", "schema": SCHEMA, "strict": True}
+
+    def respond(**options: Any) -> Any:
+        return api.run(
+            api.openai.responses.create(
+                model=api.front.model_name, input=PROMPT, store=False, **options
+            )
+        )
+
+    answer = respond(text={"format": form})
+    jsonschema.validate(json.loads(answer.output_text), SCHEMA)
+    assert answer.text.format.name == "person"
+    with pytest.raises(openai.BadRequestError, match="'not'"):
+        respond(text={"format": form | {"schema": {"not": {}}}})
+    with pytest.raises(openai.BadRequestError, match="Unsupported type"):
+        respond(text={"format": form | {"schema": {"type": "thing"}}})
+
+
 def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_path: Path) -> None:
     """Though the template opens a think block, and the text could be read as a call."""
     thinker = tmp_path / "thinker"
