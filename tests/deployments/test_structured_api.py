@@ -171,7 +171,7 @@ def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_pa
     """Though the template opens a think block, and the text could be read as a call."""
     thinker = tmp_path / "thinker"
     shutil.copytree(model, thinker)
-    (thinker / "chat_template.jinja").write_text(TEMPLATE + "<think>\n")
+    (thinker / "chat_template.jinja").write_text(TEMPLATE + "<think>")
     text = '{"name": "stop", "parameters": {}}'
     options: dict[str, Any] = {"extra_body": {"guided_choice": [text]}, "tools": TOOLS}
     parsers = dict(tool_parser="llama3_json", reasoning_parser="think")
@@ -184,7 +184,7 @@ def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_pa
             )
         )
     assert not answer.choices[0].message.tool_calls
-    prompt = api.front.tokenizer.encode(PROMPT + "<think>\n\n</think>\n\n")
+    prompt = api.front.tokenizer.encode(PROMPT + "<think>\n</think>\n\n")
     assert answer.usage is not None and answer.usage.prompt_tokens == len(prompt)
 
 
