@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import yaml
@@ -67,6 +67,20 @@ def parse_options(model: str, options: list[str]) -> dict[str, Any]:
     except click.ClickException as error:
         raise SystemExit(f"error: {error.format_message()}") from None
     return args.model_dump(mode="json", exclude_unset=True)
+
+
+def completions(incomplete: str) -> list[str]:
+    """What NAME=VALUE may become: names, then the values of a field that has few."""
+    name, equals, begun = incomplete.partition("=")
+    if not equals:
+        return [f"{field}=" for field in AppArgs.model_fields if field.startswith(name)]
+    if name not in AppArgs.model_fields:
+        return []
+    annotation = AppArgs.model_fields[name].annotation
+    parts = [annotation, *get_args(annotation)]
+    values = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    values += ["true", "false"] if bool in parts else []
+    return [f"{name}={value}" for value in values if value.startswith(begun)]
 
 
 def serve_config(args: dict[str, Any], host: str, port: int) -> dict[str, Any]:

@@ -44,6 +44,33 @@ def test_help_is_there_at_once_and_names_every_command() -> None:
     assert "--install-completion" in text
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("manta d", {"doctor"}),
+        ("manta serve Qwen/Qwen3-8B max_num", {"max_num_seqs=", "max_num_batched_tokens="}),
+        ("manta serve ./model quantization=", {"quantization=w8a8", "quantization=int4"}),
+        ("manta serve ./model enable_prefix_caching=f", {"enable_prefix_caching=false"}),
+        ("manta bench thr", {"throughput"}),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: set[str]) -> None:
+    words = len(typed.split()) - 1
+    environment = {
+        "_MANTA_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(words),
+    }
+    code = (
+        "import sys; from deployments.cli import app; sys.argv = ['manta']; app(prog_name='manta')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
 def test_serve_writes_the_config_that_serve_deploy_takes() -> None:
     done = manta("serve", "Qwen/Qwen3-8B", "max_model_len=4096", "--port", "9000", "--dry-run")
     config = yaml.safe_load(done.stdout)
