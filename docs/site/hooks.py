@@ -9,6 +9,7 @@ So nothing here can differ from the code; what is not there any more ends the bu
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,21 @@ _DIRECTIVE = re.compile(r"^::: (\w+) (.+)$", re.MULTILINE)
 
 
 def on_config(config: Any, **_: Any) -> Any:
+    """Adds the plots; and pages that nobody has put into the navigation, under "More"."""
     fence = {"name": "bars", "class": "bars", "format": bars.draw}
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [fence]
+    pages = {path.name for path in Path(config.docs_dir).glob("*.md")}
+    if more := sorted(pages - set(_pages(config.nav))):
+        config.nav.append({"More": more})
     return config
+
+
+def _pages(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for item in nav.values() if isinstance(nav, dict) else nav:
+            yield from _pages(item)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
