@@ -6,6 +6,8 @@ Names are imported on first use: the serving front needs the configuration class
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine.threads import spin_briefly
+
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.llm import LLM
@@ -21,6 +23,8 @@ _HOME = {
     "RequestOutput": "engine.outputs",
     "SamplingParams": "engine.sampling_params",
 }
+
+spin_briefly()
 
 
 def __getattr__(name: str) -> Any:
