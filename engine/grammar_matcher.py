@@ -113,11 +113,11 @@ class GrammarMatchers:
             output = new.token_ids[new.num_prompt_tokens :]
             self._rows[new.row] = _Row(grammar, output)
 
-    def constrained(self, rows: Sequence[int]) -> list[int]:
+    def constrained(self, sampling: Sequence[ScheduledRow]) -> list[int]:
         """Which of the rows have a grammar, by index."""
-        if self._rows.keys().isdisjoint(rows):
+        if not self._rows or self._rows.keys().isdisjoint([row.row for row in sampling]):
             return []
-        return [i for i, row in enumerate(rows) if row in self._rows]
+        return [i for i, row in enumerate(sampling) if row.row in self._rows]
 
     def start(self, rows: Sequence[int]) -> "Future[Tensor]":
         """Compute, beside the caller, the bitmask [N, ceil(V / 32)] int32 of these rows.

@@ -78,7 +78,7 @@ class LogitsProcessor:
     def concerned(self, sampling: Sequence[ScheduledRow]) -> list[int]:
         """Which of the rows want anything done for their next tokens, by index."""
         rules = self._rules
-        if rules.keys().isdisjoint([row.row for row in sampling]):
+        if not rules or rules.keys().isdisjoint([row.row for row in sampling]):
             return []
         return [
             i

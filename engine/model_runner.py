@@ -186,7 +186,7 @@ class ModelRunner:
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
         processed = self._processor.concerned(sampling)
-        constrained = self.matchers.constrained([row.row for row in sampling])
+        constrained = self.matchers.constrained(sampling)
         mask = None  # of the rows to be processed, computed while the model runs
         if constrained and self.parallel.rank == 0:
             mask = self.matchers.start([sampling[i].row for i in processed])

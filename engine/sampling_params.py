@@ -76,7 +76,7 @@ class SamplingParams(StrictModel):
         default_factory=list, max_length=64, description="The text ends before any of these."
     )
     include_stop_str_in_output: bool = Field(
-        False, description="The text ends with the stop string, not before it."
+        False, description="The text ends with the stop string or token, not before it."
     )
     stop_token_ids: list[TokenId] = Field(
         default_factory=list, max_length=1024, description="Any of these tokens ends the output."
