@@ -14,7 +14,7 @@ from kernels import reference
 class AttentionNeeds:
     """What a model asks of attention on a GPU."""
 
-    backend: Literal["auto", "triton", "flash-attn"]
+    backend: Literal["auto", "triton", "flash-attn-2", "flash-attn-4"]
     dtype: torch.dtype
     cache_dtype: torch.dtype
     head_dim: int

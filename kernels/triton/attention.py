@@ -199,7 +199,10 @@ def _combine_kernel(
     tl.store(out + at_out, acc.to(out.dtype.element_ty), dims < D)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows"],
+    do_not_specialize_on_alignment=["query_starts"],  # part of a larger tensor
+)
 def _prompt_kernel(
     q, k_cache, v_cache, out,
     query_starts, context_lens, block_tables, table_stride, first_row, num_rows, scale,
