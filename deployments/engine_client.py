@@ -20,6 +20,9 @@ from engine.request import Request, RequestLimits
 from engine.sampling_params import SamplingParams
 from engine.step import TokenDelta
 
+# How long an engine draws views for a front that does not ask again, in seconds.
+_WATCH_S = 2.0
+
 
 class EngineUnavailableError(Exception):
     """No engine is there to serve the request, and none is about to be."""
@@ -53,6 +56,7 @@ class EngineClient:
         self.metrics = Metrics(model_name, lambda: self.stats)
         self.num_queued = 0  # requests without a token yet
         self.queued_tokens = 0  # of their prompts
+        self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
         self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
@@ -62,6 +66,7 @@ class EngineClient:
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
         self._last_beat = time.monotonic()
+        self._watched_until = 0.0
 
     async def start(self) -> None:
         self._server = await asyncio.start_unix_server(self._serve, self.address)
@@ -146,6 +151,20 @@ class EngineClient:
             self.num_queued -= 1
             self.queued_tokens -= len(live.request.prompt_token_ids)
 
+    def watch(self) -> dict[str, Any]:
+        """The engine as it is now: {"connected", "live", "view"}.
+
+        The engine draws the view only while somebody calls this, and the first one takes a step
+        to come: until then it is None.
+        """
+        now = time.monotonic()
+        if now > self._watched_until:
+            self.view = None  # from an earlier watch
+        if now > self._watched_until - _WATCH_S / 2 and self._writer is not None:
+            self._watched_until = now + _WATCH_S
+            self._writer.write(pack({"watch": _WATCH_S}))
+        return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
+
     def fail(self, error: EngineUnavailableError) -> None:
         """End every live request with an error, and refuse new ones: no engine will come."""
         self._failure = error
@@ -189,7 +208,8 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
-        self.stats = {}
+        self.stats, self.view = {}, None
+        self._watched_until = 0.0
         self._connected.clear()
 
     def _adopt(self, writer: asyncio.StreamWriter) -> None:
@@ -206,6 +226,7 @@ class EngineClient:
     def _take_in(self, message: Message) -> None:
         self._last_beat = time.monotonic()
         self.stats = message["stats"]
+        self.view = message.get("view", self.view)
         for block_hash, cached in message["cache"]:
             if cached:
                 self.cached_blocks.add(block_hash)

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from deployments.wire import Message, MessageSocket, decode_request, encode_delta
+from engine.view import Watch
 
 if TYPE_CHECKING:  # imports torch, which the front, sharing a module with this one, never does
     from engine.engine import Engine
@@ -19,6 +20,7 @@ class EngineLoop:
         self._engine = engine
         self._cache_changes = engine.scheduler.pool.journal = []
         self._socket = MessageSocket(address)
+        self._watch = Watch(engine)
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
@@ -30,14 +32,15 @@ class EngineLoop:
                 for message in self._socket.receive(timeout):
                     errors += self._take_in(message)
                 deltas = self._engine.step() if self._engine.has_work else []
-                self._socket.send(
-                    {
-                        "deltas": [encode_delta(delta) for delta in deltas],
-                        "errors": errors,
-                        "stats": self._engine.stats(),
-                        "cache": self._cache_changes,
-                    }
-                )
+                message = {
+                    "deltas": [encode_delta(d) for d in deltas if d.error is None],
+                    "errors": errors + [(d.request_id, d.error) for d in deltas if d.error],
+                    "stats": self._engine.stats(),
+                    "cache": self._cache_changes,
+                }
+                if (picture := self._watch.picture()) is not None:
+                    message["view"] = picture
+                self._socket.send(message)
                 self._cache_changes.clear()
         except ConnectionError:
             return  # the front's death or wish
@@ -56,4 +59,6 @@ class EngineLoop:
                 errors.append((request.id, str(error)))
         for request_id in message.get("abort", ()):
             self._engine.abort(request_id)
+        if "watch" in message:
+            self._watch.renew(message["watch"])
         return errors

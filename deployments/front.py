@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,11 +47,15 @@ class Front:
         )
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)
+        # What is to be seen of every replica of this model; a replica among several asks them all.
+        self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, max_len: int | None = None
+    ) -> list[int]:
         """Off the event loop, which must go on streaming while a long prompt is tokenized."""
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, max_len)
 
     async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
@@ -65,6 +69,11 @@ class Front:
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
         self.client.limits.check(prompt_token_ids, params)
+
+    def max_prompt_len(self, params: SamplingParams) -> int | None:
+        """Tokens that a prompt may have; None if any number, as it will be truncated."""
+        limits = self.client.limits
+        return limits.max_len if limits and params.truncate_prompt_tokens is None else None
 
     def truncate(self, prompt_token_ids: list[int], params: SamplingParams) -> list[int]:
         """The prompt as the request's truncate_prompt_tokens has it."""
@@ -112,7 +121,9 @@ class Front:
                 reason: str | None = delta.finish_reason
                 stop_reason: int | str | None = delta.stop_token
                 logprobs: list[TokenLogprobs] | None = None
-                text = detokenizer.push(delta.token_ids, last=reason is not None)
+                text = detokenizer.push(
+                    delta.token_ids, last=reason is not None, stopped=reason == "stop"
+                )
                 if detokenizer.stop_string is not None:
                     reason, stop_reason = "stop", detokenizer.stop_string
                     record.finish_reason = reason
@@ -131,6 +142,9 @@ class Front:
                 )
                 if detokenizer.stop_string is not None:
                     return
+
+    async def watch_own_engine(self) -> list[dict[str, Any]]:
+        return [{"replica": "", **self.client.watch()}]
 
     def check_health(self) -> None:
         """Raises EngineUnavailableError when the engine is gone or has stopped beating."""

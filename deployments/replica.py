@@ -12,6 +12,8 @@ from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
 from deployments.front import Front
+from deployments.ray_metrics import RayMetrics
+from deployments.replica_watch import ReplicaWatch
 from deployments.routing import ReplicaReport, short
 from deployments.shard_group import ShardGroup
 
@@ -29,7 +31,12 @@ class Replica:
         await self._front.client.start()
         self._shards = ShardGroup(args, self._front.client, bundles)
         self._num_reports = 0
+        if args.num_replicas > 1 or args.max_replicas is not None:
+            self._front.watch = ReplicaWatch().pictures
         await self._shards.start()
+        self._metrics = asyncio.create_task(
+            RayMetrics(self._front.client.metrics).publish_forever()
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._front, self._args)
@@ -38,6 +45,10 @@ class Replica:
         """The engine's numbers and this front's, for callers with a handle."""
         client = self._front.client
         return {"live": client.num_live, **client.stats}
+
+    async def watch(self) -> dict[str, Any]:
+        """This replica for whoever watches them all; see `EngineClient.watch`."""
+        return {"replica": serve.get_replica_context().replica_tag, **self._front.client.watch()}
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every routing stats period; routers see the result."""
@@ -69,5 +80,6 @@ class Replica:
         self._shards.check()
 
     async def __del__(self) -> None:
+        self._metrics.cancel()
         self._shards.stop()
         await self._front.client.close()

@@ -5,9 +5,10 @@ message takes about 27 µs one way like this, against 542 µs through a Ray stre
 socket tells at once when the other side is gone. One message carries all that happened in an engine
 step, for all requests together.
 
-Front to engine:   {"add": [request, …], "abort": [id, …]}
+Front to engine:   {"add": [request, …], "abort": [id, …], "watch": seconds}
 Engine to front:   {"hello": {…}} once, then per step {"deltas": […], "errors": […], "stats": {…},
-                   "cache": [[block hash, whether it is cached now], …]}
+                   "cache": [[block hash, whether it is cached now], …]}, and with "view": {…},
+                   an engine.view.EngineView, in some of them while a watch lasts
 """
 
 import asyncio

@@ -6,13 +6,23 @@ Names are imported on first use: the serving front needs the configuration class
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine.threads import spin_briefly
+
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.llm import LLM
     from engine.outputs import CompletionOutput, RequestOutput
     from engine.sampling_params import SamplingParams
+    from engine.structured_outputs import StructuredOutputs
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+]
 
 _HOME = {
     "LLM": "engine.llm",
@@ -20,7 +30,10 @@ _HOME = {
     "EngineConfig": "engine.config",
     "RequestOutput": "engine.outputs",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputs": "engine.structured_outputs",
 }
+
+spin_briefly()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from engine.demo import DEMO_MODEL
+from engine.progress import Progress
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
@@ -29,7 +30,10 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if path.is_absolute() or model.startswith((".", "~")):
         raise CheckpointError(f"model: there is no directory {model!r}")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        directory = snapshot_download(
+            model, revision=revision, allow_patterns=_FILES, tqdm_class=Progress
+        )
+        return Path(directory)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"model: {model!r} is neither a directory nor a repository that the Hugging Face hub "

@@ -158,12 +158,13 @@ class Decoder(nn.Module):
             "cos_sin", rotary_table(config.rope, config.head_dim, max_model_len), persistent=False
         )
 
-    def pack(self, quantization: Quantization | None) -> None:
-        """Once the parameters are loaded: bring the linear layers into the device's layout."""
-        for module in self.modules():
-            if isinstance(module, (ColumnLinear, RowLinear)):
-                module.pack(self._ops, quantization)
-        # A few logits decide every token: the head keeps 8 bits where the layers have 4.
+    def pack_linear(self, module: nn.Module, quantization: Quantization | None) -> None:
+        """Once its parameters are loaded: bring a linear layer into the device's layout."""
+        if isinstance(module, (ColumnLinear, RowLinear)):
+            module.pack(self._ops, quantization)
+
+    def pack_head(self, quantization: Quantization | None) -> None:
+        """As `pack_linear`; in 8 bits where the layers have 4, for few logits decide each token."""
         self.lm_head.pack_head(
             self._ops,
             "w8a8" if quantization else None,

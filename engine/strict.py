@@ -21,10 +21,11 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         errors: list[InitErrorDetails] = []
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name in data:
-            if name in cls.model_fields:
+            if name in known:
                 continue
-            close = get_close_matches(str(name), cls.model_fields, n=1)
+            close = get_close_matches(str(name), known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "it is not supported"
             error = PydanticCustomError("unknown_field", "unknown field, {hint}", {"hint": hint})
             errors.append(InitErrorDetails(type=error, loc=(str(name),), input=data[name]))
@@ -44,7 +45,14 @@ def explain(errors: Iterable[Any]) -> list[tuple[str, str]]:
         field = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] not in ("missing", "json_invalid"):
-            given = repr(detail["input"])
-            message += f" (got {given if len(given) <= 100 else given[:97] + '...'})"
+            message += f" (got {_shown(detail['input'])})"
         faults.append((field, message))
     return faults
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "what is nested too deeply"
+    return text if len(text) <= 100 else text[:97] + "..."

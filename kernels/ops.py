@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,34 @@ def select_ops(device: torch.device, attention: AttentionNeeds | None = None) ->
 
         return cuda.select_ops(device, attention)
     return REFERENCE
+
+
+class CompilationWatch(Protocol):
+    """Knows which kernels were compiled only after `start_serving`: they held up requests."""
+
+    late: list[str]
+
+    def start_serving(self) -> None:
+        """Warm-up is over."""
+
+
+def watch_compilation(device: torch.device) -> CompilationWatch:
+    """From now on; where nothing is compiled at run time, its list stays empty."""
+    if device.type == "cuda":
+        try:
+            from kernels.triton.compiles import CompileWatch
+
+            return CompileWatch()
+        except ImportError:  # without Triton
+            pass
+    return _NothingCompiles()
+
+
+class _NothingCompiles:
+    def __init__(self) -> None:
+        self.late: list[str] = []
+
+    def start_serving(self) -> None: ...
 
 
 def _cpu_ops() -> Ops:

@@ -14,6 +14,7 @@ from deployments.engine_client import (
     RequestRefusedError,
     RequestTimeoutError,
 )
+from engine.sampling_params import SamplingParams
 from engine.strict import explain
 
 # Seconds after which a client should try again when there is no engine.
@@ -60,7 +61,8 @@ class ApiError(Exception):
             case HTTPException():
                 return cls(error.status_code, str(error.detail), headers=error.headers)
             case RequestRefusedError():
-                return cls(400, str(error))
+                field = str(error).partition(":")[0]
+                return cls(400, str(error), field if field in SamplingParams.model_fields else None)
             case EngineUnavailableError():
                 retry = {"Retry-After": str(RETRY_AFTER_S)}
                 return cls(503, str(error), code="engine_unavailable", headers=retry)
@@ -69,6 +71,11 @@ class ApiError(Exception):
                 stay = {"x-should-retry": "false"}
                 return cls(504, str(error), code="request_timeout", headers=stay)
         return cls(500, f"internal error: {type(error).__name__}")
+
+    @classmethod
+    def no_such_model(cls, asked: str, served: str) -> "ApiError":
+        message = f"the model {asked!r} does not exist; this server has {served!r}"
+        return cls(404, message, "model", "model_not_found")
 
     def body(self) -> dict[str, Any]:
         default = "invalid_request_error" if self.status < 500 else "internal_server_error"

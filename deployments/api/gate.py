@@ -23,6 +23,7 @@ _MAX_DRAINED_BYTES = 64 * 2**20
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/openapi.json"})
+_OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
 
 
 class Gate:
@@ -68,6 +69,7 @@ class Gate:
             self._admit(http, current)
             if http["method"] in ("POST", "PUT", "PATCH"):
                 current.body = await self._read_body(current.headers, receive)
+                _check_media_type(current.headers)
                 receive = _replay(current.body, receive)
             await self._app(http, receive, send)
         except Exception as error:
@@ -77,7 +79,8 @@ class Gate:
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
         """Raises ApiError unless the path is open or the key is ours."""
-        if _route_path(http) in OPEN_PATHS:
+        path = _route_path(http)
+        if path in OPEN_PATHS or path.startswith(_OPEN_FILES):
             return
         name = self._keys.find(current.headers.get("authorization"))
         if name is None:
@@ -116,6 +119,13 @@ class Gate:
                 code="request_too_large",
             )
         return b"".join(chunks)
+
+
+def _check_media_type(headers: Headers) -> None:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/json", ""):
+        message = f"the body must be JSON, sent with content-type: application/json (got {kind!r})"
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 def _request_id(headers: Headers) -> str:

@@ -90,13 +90,13 @@ def _cpu_features() -> set[str]:
 
 def _build(isa: str) -> Path:
     """Path of the library for an instruction set. Processes that start at once build it once."""
-    compiler = _find_compiler()
+    compiler = find_compiler()
     flags = (*_FLAGS, *next(flags for name, _, flags in _LEVELS if name == isa))
     sources = sorted(_SOURCE_DIR.glob("*.cpp"))
-    digest = hashlib.sha256(repr((flags, platform.machine(), _version(compiler))).encode())
+    digest = hashlib.sha256(repr((flags, platform.machine(), version_of(compiler))).encode())
     for path in sorted([*sources, *_SOURCE_DIR.glob("*.h")]):
         digest.update(path.read_bytes())
-    directory = _cache_directory()
+    directory = cache_directory()
     library = directory / f"cpu-{isa}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         with _lock(directory / f"{library.name}.lock"):
@@ -105,7 +105,7 @@ def _build(isa: str) -> Path:
     return library
 
 
-def _find_compiler() -> str:
+def find_compiler() -> str:
     for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
         path = shutil.which(name)
         if path is not None:
@@ -113,12 +113,12 @@ def _find_compiler() -> str:
     raise BuildError("no C++ compiler was found; install g++ (apt-get install g++), or set CXX")
 
 
-def _version(compiler: str) -> str:
+def version_of(compiler: str) -> str:
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """MANTA_CACHE_DIR, or the user's cache directory, or a temporary one where neither works."""
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

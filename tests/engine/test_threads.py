@@ -1,6 +1,8 @@
 """The number of compute threads follows affinity, cores and the container's limit."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,23 @@ def test_cgroup_v1(machine: Path, quota: str, expected: int) -> None:
 
 def test_ranks_share_the_cores(machine: Path) -> None:
     assert [threads.num_compute_threads(ranks) for ranks in (1, 2, 3, 16)] == [4, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, "200"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_the_openmp_runtime_is_told_to_spin_briefly(own: dict[str, str], expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import engine, torch"],
+        env=_environment_without_policy() | {"OMP_DISPLAY_ENV": "VERBOSE"} | own,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_" not in done.stderr:
+        pytest.skip("torch's OpenMP runtime is not GNU's")
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+def _environment_without_policy() -> dict[str, str]:
+    """The tests' own says how to wait."""
+    policy = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    return {name: value for name, value in os.environ.items() if name not in policy}

@@ -1,0 +1,195 @@
+"""The `manta` command as a user types it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.cli import serve
+from engine import doctor
+from tests.deployments.conftest import demo  # noqa: F401
+from tests.deployments.local_server import LocalServer, serve_locally
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def manta(
+    *arguments: str, typed: str = "", **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", "from deployments.cli import main; main()", *arguments],
+        cwd=ROOT,
+        input=typed,
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_is_there_at_once_and_names_every_command() -> None:
+    code = "import sys; from deployments.cli import app; print(sorted(set(sys.modules) & heavy))"
+    heavy = "heavy = {'torch', 'ray', 'transformers', 'tokenizers', 'fastapi', 'numpy'}; "
+    loaded = subprocess.run(
+        [sys.executable, "-c", heavy + code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.strip() == "[]"
+    start = time.monotonic()
+    text = manta("--help").stdout
+    assert time.monotonic() - start < 5  # 0.3 s on an idle machine
+    assert all(name in text for name in ("serve", "chat", "bench", "doctor"))
+    assert "--install-completion" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("manta d", {"doctor"}),
+        ("manta serve Qwen/Qwen3-8B max_num", {"max_num_seqs=", "max_num_batched_tokens="}),
+        ("manta serve ./model quantization=", {"quantization=w8a8", "quantization=int4"}),
+        ("manta serve ./model enable_prefix_caching=f", {"enable_prefix_caching=false"}),
+        ("manta bench thr", {"throughput"}),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: set[str]) -> None:
+    words = len(typed.split()) - 1
+    environment = {
+        "_MANTA_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(words),
+    }
+    code = (
+        "import sys; from deployments.cli import app; sys.argv = ['manta']; app(prog_name='manta')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_serve_writes_the_config_that_serve_deploy_takes() -> None:
+    done = manta("serve", "Qwen/Qwen3-8B", "max_model_len=4096", "--port", "9000", "--dry-run")
+    config = yaml.safe_load(done.stdout)
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 9000}
+    (application,) = config["applications"]
+    assert application["import_path"] == "deployments:app"
+    assert application["args"] == {"model": "Qwen/Qwen3-8B", "max_model_len": 4096}
+    demo_config = yaml.safe_load(manta("serve", "max_num_seqs=8", "--dry-run").stdout)
+    assert demo_config["applications"][0]["args"] == {"model": "manta-demo", "max_num_seqs": 8}
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("max_modl_len=5", "did you mean 'max_model_len'?"),
+        ("block_size=0", "block_size"),
+        ("oops", "should be NAME=VALUE"),
+    ],
+)
+def test_serve_refuses_bad_arguments_before_anything_starts(option: str, says: str) -> None:
+    done = manta("serve", "manta-demo", option)
+    assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811
+    typed = "My name is Maria.\n/think\n/help\nWhat is my name?\n/new\nWhat is \\\n17 + 25?\n"
+    done = manta(
+        "chat", "--url", demo.url, "--temperature", "0", typed=typed, XDG_STATE_HOME=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "manta-demo" in done.stdout and "TTFT" in done.stdout and "tok/s" in done.stdout
+    assert done.stdout.count("Maria") == 2 and "42" in done.stdout
+    assert "thinking is on" in done.stdout and "/undo" in done.stdout
+    # The history is for those who type: readline keeps it only on a terminal.
+
+
+def test_serve_tells_what_serves_and_not_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert not serve.announce("http://127.0.0.1:1", "")
+    monkeypatch.setenv("MANTA_API_KEYS", "alice:sk-hush,bob:sk-other")
+    with serve_locally(num_blocks=48, block_size=16, max_num_seqs=4) as locked:
+        assert serve.announce(locked.url, serve._first_key())
+        said = capsys.readouterr().out
+        for expected in (
+            locked.url,
+            "manta-demo",
+            "48 blocks of 16 tokens: 768",
+            "cpu",
+            "required",
+        ):
+            assert expected in said
+        assert "hush" not in said
+        assert serve.announce(locked.url, "")
+        said = capsys.readouterr().out
+        assert locked.url in said and "required" in said and "blocks" not in said
+
+
+def test_chat_says_what_to_do_without_a_server() -> None:
+    done = manta("chat", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 1 and "manta serve" in done.stderr
+
+
+def test_bench_lists_and_runs_the_benchmarks(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811
+    listed = manta("bench").stdout
+    assert "throughput" in listed and "serving" in listed and "floor" not in listed
+    assert manta("bench", "nonsense").returncode == 1
+    assert "--clients" in manta("bench", "serving", "--help").stdout
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "load.svg"
+    done = manta("bench", "serving", "--url", demo.url, "--clients", "1,4", "--requests", "4",
+                 "--tokens", "8", "--plot", str(path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    clients = [line.split()[0] for line in done.stdout.splitlines()]
+    assert clients == ["clients", "1", "4"] and "▇" in done.stdout
+    assert path.read_text().startswith("<?xml")
+
+
+def test_doctor_names_devices_ops_and_reasons() -> None:
+    done = manta("doctor")
+    assert done.returncode == 0, done.stdout
+    for what in ("PyTorch", "CPU", "C++ compiler", "Ops on CPU", "Ray", "HAProxy", "Model cache"):
+        assert what in done.stdout, what
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_doctor_names_the_attention_of_a_gpu_and_why(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    from kernels import flash_attention
+
+    pytest.importorskip("triton")
+
+    def imported(name: str) -> Any:
+        if not installed:
+            raise ImportError(f"No module named {name!r}")
+        return SimpleNamespace(flash_attn_varlen_func=None)
+
+    monkeypatch.setattr(flash_attention, "import_module", imported)
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    finding = doctor._attention(hopper)
+    if installed:
+        assert finding.state == "ok" and "flash-attn-4 for prompts" in finding.text
+    else:
+        assert finding.state == "note" and "flash-attn 4 cannot be imported" in finding.text
+        assert finding.fix == "pip install -e '.[cuda]'"
+
+
+def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.cpu import build
+
+    def no_compiler() -> str:
+        raise build.BuildError("no C++ compiler was found")
+
+    monkeypatch.setattr(build, "find_compiler", no_compiler)
+    (finding,) = [found for found in doctor.examine() if found.what == "C++ compiler"]
+    assert (finding.state, finding.fix) == ("note", "apt-get install g++")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert [found.state for found in doctor.examine() if found.what == "kernels"] == ["bad"]
