@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine import model_runner
+from engine import forward_pass, model_runner
 from engine.engine import Engine
 from kernels.cuda import triton_ops
+from tests.engine.fake_recorder import FakeRecorder
 from tests.engine.helpers import new_engine
 from tests.triton_interpreter import DEVICE
 
@@ -36,9 +37,14 @@ def record(run: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def gpu_engine(directory: Path, **config: Any) -> Iterator[Engine]:
-    """An engine on the GPU; in a rehearsal one on the CPU with a GPU's ops."""
+    """An engine on the GPU; in a rehearsal one on the CPU with a GPU's ops.
+
+    That records, which takes its time, only if it is given sizes of graphs.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
             patch.setattr(model_runner, "select_ops", lambda *_: OPS)
+            patch.setattr(forward_pass, "select_recorder", lambda _: FakeRecorder(strict=True))
+            config.setdefault("enforce_eager", "cuda_graph_sizes" not in config)
         with new_engine(directory, device=DEVICE.type, **config) as engine:
             yield engine

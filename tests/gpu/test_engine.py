@@ -12,8 +12,6 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from engine.config import EngineConfig
-from kernels.triton.compiles import CompileWatch
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -105,11 +103,11 @@ def test_greedy_at_the_size_of_a_real_model(tmp_path: Path) -> None:
     "change",
     [
         pytest.param(dict(enforce_eager=True), marks=needs_gpu),
-        pytest.param(dict(cuda_graph_sizes=[3, 5]), marks=needs_gpu),
+        dict(cuda_graph_sizes=[3]),
         pytest.param(dict(async_scheduling=False), marks=needs_gpu),
         pytest.param(dict(attention_backend="triton"), marks=needs_gpu),
         pytest.param(dict(num_blocks=20), marks=needs_gpu),  # rows are preempted
-        dict(block_size=64),
+        pytest.param(dict(block_size=64), marks=needs_gpu),
     ],
     ids=lambda change: " ".join(f"{name}={value}" for name, value in change.items()),
 )
@@ -118,8 +116,6 @@ def test_same_text_however_it_is_run(
 ) -> None:
     """Graphs or not, overlapped or not, and so on: one seed, one text."""
     directory = checkpoints("qwen3")
-    missing = set(change) - set(EngineConfig.model_fields)
-    assert not missing, f"EngineConfig has no {missing}"
     assert text(directory, sampling=sampling, **change) == text(directory, sampling=sampling)
 
 
@@ -156,10 +152,13 @@ def test_cache_of_8_bits(checkpoints: CheckpointFactory) -> None:
 
 
 @needs_gpu
-def test_nothing_is_compiled_while_requests_wait(checkpoints: CheckpointFactory) -> None:
-    watch = CompileWatch()
-    with gpu_engine(checkpoints("qwen3"), **SMALL) as engine:
-        watch.start_serving()
+@pytest.mark.parametrize("eager", [False, True])
+def test_nothing_is_compiled_while_requests_wait(
+    checkpoints: CheckpointFactory, eager: bool
+) -> None:
+    with gpu_engine(checkpoints("qwen3"), enforce_eager=eager, **SMALL) as engine:
         for lengths in ([1], [200, 3], [17, 16, 15, 130, 1]):
-            run(engine, new_requests(random_prompts(lengths), max_tokens=5, ignore_eos=True))
-    assert watch.late == []
+            for sampling in ({}, dict(temperature=1.0, allowed_token_ids=[5, 6, 7])):
+                prompts = random_prompts(lengths)
+                run(engine, new_requests(prompts, max_tokens=5, ignore_eos=True, **sampling))
+        assert engine.runner.late_compilations == []
