@@ -6,13 +6,17 @@ import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
 
+from engine.config import EngineConfig
 from engine.memory import available_bytes
 from engine.threads import num_compute_threads
+from kernels import AttentionNeeds, select_ops
+
+_HEAD_DIM = 128  # of most models
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ def examine() -> list[Finding]:
         return [*found, shadowed]
     found.append(_compiler())
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    return [*found, *(_ops(torch.device(device)) for device in devices)]
+    return [*found, *(each for device in devices for each in _ops(torch.device(device)))]
 
 
 def _gpus() -> list[Finding]:
@@ -46,7 +50,7 @@ def _gpus() -> list[Finding]:
                 f"{free:.0f} of {total:.0f} GiB free; CUDA {torch.version.cuda}"
             )
             found.append(Finding("ok", f"GPU {index}", text))
-        return [*found, _flash_attention()]
+        return found
     if shutil.which("nvidia-smi") is None and not any(Path("/dev").glob("nvidia[0-9]*")):
         return [Finding("ok", "GPU", "none; engines run on the CPU")]
     if torch.version.cuda is None:
@@ -70,11 +74,21 @@ def _driver() -> str:
     return f"driver {done.stdout.strip().splitlines()[0]}"
 
 
-def _flash_attention() -> Finding:
-    if find_spec("flash_attn") is not None:
-        return Finding("ok", "flash-attn", "installed")
-    text = "not installed; attention runs on the kernels that come with Manta"
-    return Finding("note", "flash-attn", text, "pip install flash-attn --no-build-isolation")
+def _attention(properties: Any) -> Finding:
+    """Which kernels attend, for what models usually need; `properties` are a CUDA device's."""
+    from kernels import flash_attention
+
+    dtype, block_size = torch.bfloat16, EngineConfig.model_fields["block_size"].default
+    needs = AttentionNeeds("auto", dtype, dtype, _HEAD_DIM, block_size)
+    capability = (properties.major, properties.minor)
+    found = flash_attention.find(needs, capability, properties.multi_processor_count)
+    if not isinstance(found, str):
+        text = f"{found.name} for prompts (tensor cores), Triton for decoding (bound by memory)"
+        return Finding("ok", "Attention", text)
+    text = f"Triton for prompts and decoding, for {found}"
+    if "cannot be imported" in found:
+        return Finding("note", "Attention", text, "pip install -e '.[cuda]'")
+    return Finding("ok", "Attention", text)
 
 
 def _cpu() -> Finding:
@@ -91,7 +105,7 @@ def _cpu() -> Finding:
 
 
 def _memory() -> Finding:
-    free = available_bytes(torch.device("cpu")) / 2**30
+    free = available_bytes() / 2**30
     total = psutil.virtual_memory().total / 2**30
     text = f"{free:.1f} of {total:.1f} GiB available"
     if free < 2:
@@ -123,14 +137,23 @@ def _compiler() -> Finding:
     return Finding("ok", "C++ compiler", build.version_of(compiler).splitlines()[0])
 
 
-def _ops(device: torch.device) -> Finding:
+def _ops(device: torch.device) -> list[Finding]:
     """Builds the CPU kernels if they have not been built yet."""
-    from kernels import select_ops
+    name = select_ops(device).name
+    if device.type == "cpu":
+        return [_cpu_ops(name)]
+    if name == "cuda-torch":
+        text = "plain torch, slowly, for Triton is not installed"
+        return [Finding("bad", "Ops on CUDA", text, "pip install -e '.[cuda]'")]
+    return [
+        Finding("ok", "Ops on CUDA", name),
+        _attention(torch.cuda.get_device_properties(device)),
+    ]
+
+
+def _cpu_ops(name: str) -> Finding:
     from kernels.cpu import build
 
-    name = select_ops(device).name
-    if device.type != "cpu":
-        return Finding("ok", "Ops on CUDA", name)
     if name == "cpu-torch":
         text = "plain torch, for the kernels could not be compiled (see the warning above)"
         return Finding("note", "Ops on CPU", text, "apt-get install g++")

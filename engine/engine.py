@@ -45,7 +45,9 @@ class Engine:
             block_size=config.block_size,
             eos_token_ids=sorted(self.runner.eos_token_ids),
         )
-        pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
+        pool = BlockPool(
+            self.runner.num_blocks, config.enable_prefix_caching, self.runner.num_host_blocks
+        )
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
         self._compiler: GrammarCompiler | None = None
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
@@ -138,7 +140,11 @@ class Engine:
             "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.requests.values()),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
+            "host_blocks": scheduler.pool.host.num_slots,
+            "used_host_blocks": len(scheduler.pool.host),
             "steps": self.num_steps,
+            "late_compilations": len(self.runner.late_compilations),
+            "replayed_steps": self.runner.forward_pass.num_replays,
             "tokens_per_s": self._speed.tokens_per_s,
             **asdict(scheduler.stats),
         }

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.step import NewRow, ScheduledRow
 from engine.transfer import to_device
 from kernels import Ops
-from kernels.reference import penalize
 
 _NEVER = 2**62  # a position that no row reaches
 _NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, presence, frequency
@@ -118,7 +117,7 @@ class LogitsProcessor:
             token_ids = self._token_ids[row_index, : max(positions)]
             counts = self._counts[row_index.unsqueeze(1), token_ids]
             repetition, presence, frequency = self._penalties[row_index].unbind(1)
-            penalize(logits, token_ids, position, counts, repetition, presence, frequency)
+            self._ops.penalize(logits, token_ids, position, counts, repetition, presence, frequency)
 
     def count(self, rows: Tensor, tokens: Tensor) -> None:
         """These rows, [N] int64, have had these tokens, [N] int64."""

@@ -39,10 +39,19 @@ class ScheduledRow:
         return self.start + self.num_tokens
 
 
+class BlockCopy(NamedTuple):
+    """A block of the KV cache to a slot of host memory, or back."""
+
+    to_host: bool
+    block: int
+    slot: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     new_rows: list[NewRow]
     scheduled: list[ScheduledRow]
+    copies: list[BlockCopy] = field(default_factory=list)  # in this order, before all else
 
     @property
     def num_tokens(self) -> int:

@@ -19,13 +19,28 @@ _PASS_ON: dict[str, Any] = {
 }
 
 
+def _complete_option(incomplete: str) -> list[str]:
+    """Fields of AppArgs, as far as they are typed, and the values of those that have few."""
+    from deployments.cli.serve import completions
+
+    return completions(incomplete)
+
+
+def _complete_benchmark(incomplete: str) -> list[tuple[str, str]]:
+    from deployments.cli.bench import benchmarks
+
+    return [(name, text) for name, text in benchmarks().items() if name.startswith(incomplete)]
+
+
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="Hub id or checkpoint directory.")] = "manta-demo",
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]…", help="Any field of AppArgs, such as max_model_len=4096."
+            metavar="[NAME=VALUE]…",
+            help="Any field of AppArgs, such as max_model_len=4096.",
+            autocompletion=_complete_option,
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -82,7 +97,10 @@ def chat(
 @app.command(context_settings=_PASS_ON)
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Which one; none lists them.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Which one; none lists them.", autocompletion=_complete_benchmark),
+    ] = None,
 ) -> None:
     """Run a benchmark: `manta bench` lists them, `manta bench NAME --help` explains one.
 

@@ -8,7 +8,11 @@ import httpx
 
 
 class ServerError(Exception):
-    """The server refused, in its own words, or cannot be reached."""
+    """The server refused, in its own words, or cannot be reached (status 0)."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Client:
@@ -63,7 +67,7 @@ class Client:
             message = f"{response.status_code} {response.reason_phrase}"
         if response.status_code == 401:
             message += " (give it by --key or MANTA_API_KEY)"
-        raise ServerError(message)
+        raise ServerError(message, response.status_code)
 
     def _unreachable(self, error: Exception) -> ServerError:
         return ServerError(

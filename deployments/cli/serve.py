@@ -1,6 +1,5 @@
 """`manta serve`: a Serve config from the command line, run with the right environment."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import yaml
@@ -69,6 +68,20 @@ def parse_options(model: str, options: list[str]) -> dict[str, Any]:
     return args.model_dump(mode="json", exclude_unset=True)
 
 
+def completions(incomplete: str) -> list[str]:
+    """What NAME=VALUE may become: names, then the values of a field that has few."""
+    name, equals, begun = incomplete.partition("=")
+    if not equals:
+        return [f"{field}=" for field in AppArgs.model_fields if field.startswith(name)]
+    if name not in AppArgs.model_fields:
+        return []
+    annotation = AppArgs.model_fields[name].annotation
+    parts = [annotation, *get_args(annotation)]
+    values = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    values += ["true", "false"] if bool in parts else []
+    return [f"{name}={value}" for value in values if value.startswith(begun)]
+
+
 def serve_config(args: dict[str, Any], host: str, port: int) -> dict[str, Any]:
     """What `serve run` and `serve deploy` take."""
     application = {
@@ -94,27 +107,42 @@ def _announce(process: "subprocess.Popen[bytes]", host: str, port: int) -> None:
     """Once the engine serves: where everything is, and what it runs on."""
     shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::") else host
     url = f"http://{shown}:{port}"
-    keys = os.environ.get("MANTA_API_KEYS", "")
-    client = Client(url, keys.split(",")[0].strip())
-    while process.poll() is None:
-        try:
-            (model,) = client.get("/v1/models")["data"]
-            view = client.first_view()
-        except (ServerError, OSError):
-            time.sleep(0.5)
-            continue
-        print_summary(url, model, view, bool(keys))
-        return
+    while process.poll() is None and not announce(url, _first_key()):
+        time.sleep(0.5)
+
+
+def _first_key() -> str:
+    """One of the keys that the server will take, without its name."""
+    entry = os.environ.get("MANTA_API_KEYS", "").split(",")[0].strip()
+    return entry.partition(":")[2] or entry
+
+
+def announce(url: str, key: str) -> bool:
+    """Prints the summary if the engine serves; without a key that fits, what can be known."""
+    client = Client(url, key)
+    try:
+        client.get("/health")
+    except (ServerError, OSError):
+        return False
+    try:
+        (model,) = client.get("/v1/models")["data"]
+        print_summary(url, model, client.first_view(), bool(key))
+    except ServerError as error:
+        if error.status != 401:
+            return False
+        print_summary(url, None, None, True)  # its keys are in a file, on other nodes perhaps
+    return True
 
 
 def print_summary(
-    url: str, model: dict[str, Any], view: dict[str, Any] | None, has_keys: bool
+    url: str, model: dict[str, Any] | None, view: dict[str, Any] | None, has_keys: bool
 ) -> None:
     table = Table.grid(padding=(0, 3))
     table.add_column(style="bold")
     table.add_row("Playground", url)
     table.add_row("API", f"{url}/v1 (base URL for OpenAI clients), reference at {url}/docs")
-    table.add_row("Model", f"{model['id']}, window {model['max_model_len']:,} tokens")
+    if model is not None:
+        table.add_row("Model", f"{model['id']}, window {model['max_model_len']:,} tokens")
     if view is not None:
         ranks = view["tensor_parallel_size"]
         table.add_row(
@@ -126,19 +154,13 @@ def print_summary(
             f"{view['num_blocks']:,} blocks of {view['block_size']} tokens: {tokens:,} tokens",
         )
     if has_keys:
-        table.add_row("API key", "required (MANTA_API_KEYS)")
-    table.add_row("Try", _example(url, model["id"], has_keys))
+        table.add_row("API key", "required: one of MANTA_API_KEYS or api_keys_file")
+    table.add_row("Try", "MANTA_API_KEY=… " * has_keys + _example(url))
     console = Console(highlight=False)
     console.print()
     console.print(table)
     console.print("\nCtrl-C stops the server.\n", style="dim")
 
 
-def _example(url: str, model: str, has_key: bool) -> str:
-    if not has_key:
-        return f"manta chat --url {url}" if ":8000" not in url else "manta chat"
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    return (
-        f"curl {url}/v1/chat/completions -H 'content-type: application/json' "
-        f"-H \"authorization: Bearer $MANTA_API_KEY\" -d '{body}'"
-    )
+def _example(url: str) -> str:
+    return "manta chat" if url == "http://localhost:8000" else f"manta chat --url {url}"

@@ -26,9 +26,11 @@ export class Happenings {
       else if (num_cached) this.say(`Request ${id} enters row ${row}; ${num_cached} of its ${num_prompt} prompt tokens were cached`, "hit");
       else this.say(`Request ${id} enters row ${row} with ${num_prompt} prompt tokens`);
     }
-    for (const id of preempted) {
-      if (!this.preempted.has(id)) this.say(`Request ${id} is preempted: no block was free for its next token, or another’s`, "preempted");
-    }
+    const fresh = [...preempted].filter((id) => !this.preempted.has(id));
+    for (const id of fresh) this.say(`Request ${id} is preempted: no block was free for its next token, or another’s`, "preempted");
+    // Some are back before the next picture: only the engine's count tells of them.
+    const unseen = this.stats ? stats.preemptions - this.stats.preemptions - fresh.length : 0;
+    if (unseen > 0) this.say(`${unseen === 1 ? "A request was" : `${unseen} requests were`} preempted for a moment`, "preempted");
     for (const [id, { num_tokens }] of this.rows) {
       if (!now.has(id) && !preempted.has(id)) this.say(`Request ${id} has left after about ${num_tokens} tokens`);
     }

@@ -48,11 +48,13 @@ async function refresh() {
       $("model").textContent = `${model.id}${window}`;
       document.title = `${model.id} · Manta`;
     }
+    $("key").placeholder = "None needed";
     await getJson("health");
     state("ok", "The engine is serving");
   } catch (error) {
     state("bad", error.message);
     if (!model) $("model").textContent = error.status === 401 ? "an API key is needed" : "not reachable";
+    if (error.status === 401) $("key").placeholder = "This server asks for one";
     if (error.status === 401 && $("settings").hidden && !refresh.asked) {
       refresh.asked = true;
       showSettings(true);

@@ -15,7 +15,8 @@ export function tokenSpans(items) {
   for (const item of items) {
     // A character may be spread over several tokens: it is shown where it is complete.
     const text = item.bytes ? decoder.decode(new Uint8Array(item.bytes), { stream: true }) : item.token;
-    const span = el("span.tok", {
+    const special = /^<[|/].*>$/.test(item.token); // the end, and other marks that are no text
+    const span = el(special ? "span.tok.special" : "span.tok", {
       tabindex: box.childElementCount ? -1 : 0,
       role: "note",
       "aria-label": `${visible(item.token)} ${percent(item.logprob)}`,

@@ -5,13 +5,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
+from deployments.cli import serve
 from engine import doctor
 from tests.deployments.conftest import demo  # noqa: F401
-from tests.deployments.local_server import LocalServer
+from tests.deployments.local_server import LocalServer, serve_locally
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +45,33 @@ def test_help_is_there_at_once_and_names_every_command() -> None:
     assert time.monotonic() - start < 5  # 0.3 s on an idle machine
     assert all(name in text for name in ("serve", "chat", "bench", "doctor"))
     assert "--install-completion" in text
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("manta d", {"doctor"}),
+        ("manta serve Qwen/Qwen3-8B max_num", {"max_num_seqs=", "max_num_batched_tokens="}),
+        ("manta serve ./model quantization=", {"quantization=w8a8", "quantization=int4"}),
+        ("manta serve ./model enable_prefix_caching=f", {"enable_prefix_caching=false"}),
+        ("manta bench thr", {"throughput"}),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: set[str]) -> None:
+    words = len(typed.split()) - 1
+    environment = {
+        "_MANTA_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(words),
+    }
+    code = (
+        "import sys; from deployments.cli import app; sys.argv = ['manta']; app(prog_name='manta')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert set(done.stdout.split()) == offered, done.stderr
 
 
 def test_serve_writes_the_config_that_serve_deploy_takes() -> None:
@@ -80,6 +110,28 @@ def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None
     # The history is for those who type: readline keeps it only on a terminal.
 
 
+def test_serve_tells_what_serves_and_not_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert not serve.announce("http://127.0.0.1:1", "")
+    monkeypatch.setenv("MANTA_API_KEYS", "alice:sk-hush,bob:sk-other")
+    with serve_locally(num_blocks=48, block_size=16, max_num_seqs=4) as locked:
+        assert serve.announce(locked.url, serve._first_key())
+        said = capsys.readouterr().out
+        for expected in (
+            locked.url,
+            "manta-demo",
+            "48 blocks of 16 tokens: 768",
+            "cpu",
+            "required",
+        ):
+            assert expected in said
+        assert "hush" not in said
+        assert serve.announce(locked.url, "")
+        said = capsys.readouterr().out
+        assert locked.url in said and "required" in said and "blocks" not in said
+
+
 def test_chat_says_what_to_do_without_a_server() -> None:
     done = manta("chat", "--url", "http://127.0.0.1:1")
     assert done.returncode == 1 and "manta serve" in done.stderr
@@ -105,6 +157,29 @@ def test_doctor_names_devices_ops_and_reasons() -> None:
     assert done.returncode == 0, done.stdout
     for what in ("PyTorch", "CPU", "C++ compiler", "Ops on CPU", "Ray", "HAProxy", "Model cache"):
         assert what in done.stdout, what
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_doctor_names_the_attention_of_a_gpu_and_why(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    from kernels import flash_attention
+
+    pytest.importorskip("triton")
+
+    def imported(name: str) -> Any:
+        if not installed:
+            raise ImportError(f"No module named {name!r}")
+        return SimpleNamespace(flash_attn_varlen_func=None)
+
+    monkeypatch.setattr(flash_attention, "import_module", imported)
+    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    finding = doctor._attention(hopper)
+    if installed:
+        assert finding.state == "ok" and "flash-attn-4 for prompts" in finding.text
+    else:
+        assert finding.state == "note" and "flash-attn 4 cannot be imported" in finding.text
+        assert finding.fix == "pip install -e '.[cuda]'"
 
 
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

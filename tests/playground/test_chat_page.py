@@ -1,12 +1,16 @@
 """The chat on the playground page, in a real browser against the real server."""
 
 import json
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from tests.deployments.local_server import LocalServer
 from tests.playground.conftest import OpenPage
 
 Screenshot = Callable[[Page, str], None]
@@ -86,7 +90,7 @@ def test_a_conversation(open_page: OpenPage, screenshot: Screenshot) -> None:
     expect(page.locator("#welcome")).to_be_visible()
 
 
-def test_stop_keeps_what_has_come(open_page: OpenPage, server: Any) -> None:
+def test_stop_keeps_what_has_come(open_page: OpenPage, server: LocalServer) -> None:
     page = open_page()
     page.route(CHAT, lambda route: route.continue_(post_data=json.dumps(
         route.request.post_data_json | {"ignore_eos": True})))  # fmt: skip
@@ -139,32 +143,38 @@ def test_reasoning_is_folded_wherever_the_server_puts_it(open_page: OpenPage) ->
     expect(answer.locator("summary")).to_have_text("Reasoning")
 
 
-def test_tokens_show_their_probabilities(open_page: OpenPage, screenshot: Screenshot) -> None:
+def test_tokens_show_their_probabilities(
+    open_page: OpenPage, server: LocalServer, screenshot: Screenshot
+) -> None:
     page = open_page()
-    pretend_fields(page, "logprobs", "top_logprobs")
-    page.reload()
-    content = [
-        {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": [
-            {"token": token, "logprob": logprob, "bytes": None},
-            {"token": " pear", "logprob": -1.9, "bytes": None}]}
-        for token, logprob in (("apple", -0.2), (" river", -0.01), (" stone", -1.2))
-    ]  # fmt: skip
-    sent: list[dict[str, Any]] = []
-    answer_with(page, chunks({"content": "apple river stone"}, logprobs={"content": content}), sent)
-    settings(page, logprobs=True)
-    say(page, "Three words")
+    settings(page, logprobs=True, temperature="0")
+    with page.expect_request(CHAT) as request:
+        say(page, "What is 37 + 48?")
     tokens = last_answer(page).locator(".tok")
-    assert sent[0]["logprobs"] is True and sent[0]["top_logprobs"] == 5
-    expect(tokens).to_have_count(3)
-    expect(page.locator(".tokens")).to_have_text("apple river stone")
-    tokens.nth(0).hover()
-    expect(page.locator("#popover")).to_contain_text("81.9 %")
-    expect(page.locator("#popover")).to_contain_text("␣pear")
+    expect(page.locator(".tokens")).to_contain_text("85")
+    body = request.value.post_data_json | {"stream": False, "stream_options": None}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+    items = answer["choices"][0]["logprobs"]["content"]
+    expect(tokens).to_have_count(len(items))
+    for i, item in enumerate(items):
+        tokens.nth(i).hover() if item["token"].strip() else tokens.nth(i).focus()
+        chosen = page.locator("#popover b")
+        expect(chosen).to_have_count(1)
+        assert len(item["top_logprobs"]) == 5
+        expect(page.locator("#popover i")).to_have_count(5)
+        shown = page.locator("#popover").inner_text()
+        assert re.search(percent(item["logprob"]), shown), (shown, item)
     tokens.nth(0).focus()
+    first = page.locator("#popover").inner_text()
     page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    expect(page.locator("#popover")).to_contain_text("30.1 %")
+    expect(page.locator("#popover")).not_to_have_text(first)
     screenshot(page, "tokens")
+
+
+def percent(logprob: float) -> str:
+    """How the page writes a probability."""
+    share = 100 * math.exp(logprob)
+    return "100 %" if share >= 99.95 else f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"
 
 
 @pytest.mark.parametrize("field", ["logprobs", "response_format"])
@@ -215,34 +225,43 @@ def test_a_structured_answer_is_asked_for_and_checked(open_page: OpenPage) -> No
 
 def test_tool_calls_are_shown_and_answered(open_page: OpenPage, screenshot: Screenshot) -> None:
     page = open_page()
-    pretend_fields(page, "tools")
-    page.reload()
     page.click("#toggle-settings")
+    page.fill('#settings-form [name="temperature"]', "0")
     page.locator('[data-example="tools"]').click()
     page.click("#close-settings")
-    call = {"index": 0, "id": "call_1", "type": "function"}
-    body = chunks(
-        {"tool_calls": [call | {"function": {"name": "get_weather", "arguments": ""}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
-        {"tool_calls": [{"index": 0, "function": {"arguments": '"Paris"}'}}]},
-    )
-    sent: list[dict[str, Any]] = []
-    answer_with(page, body, sent)
     say(page, "What is the weather in Paris?")
     answer = last_answer(page)
     expect(answer.locator(".call header")).to_contain_text("get_weather")
     expect(answer.locator(".call pre")).to_contain_text('"city": "Paris"')
-    assert sent[0]["tools"][0]["function"]["name"] == "get_weather"
+    expect(answer.locator(".meta")).to_contain_text("tool_calls")
     screenshot(page, "tool-call")
 
-    page.unroute(CHAT)
-    answer_with(page, chunks({"content": "It is sunny in Paris."}), sent)
     answer.locator(".answer-call textarea").fill('{"temperature": 18, "condition": "sunny"}')
-    answer.locator(".answer-call button").click()
-    expect(last_answer(page).locator(".text")).to_have_text("It is sunny in Paris.")
-    assistant, tool = sent[1]["messages"][-2:]
-    assert assistant["tool_calls"][0]["function"]["arguments"] == '{"city": "Paris"}'
-    assert (tool["role"], tool["tool_call_id"]) == ("tool", "call_1")
+    with page.expect_request(CHAT) as request:
+        answer.locator(".answer-call button").click()
+    assistant, tool = request.value.post_data_json["messages"][-2:]
+    assert assistant["tool_calls"][0]["function"]["name"] == "get_weather"
+    assert (tool["role"], tool["tool_call_id"]) == ("tool", assistant["tool_calls"][0]["id"])
+    expect(last_answer(page).locator(".text")).to_contain_text("18 degrees and sunny in Paris")
+    screenshot(page, "tool-answered")
+
+
+def test_a_call_that_comes_in_pieces_is_put_together(open_page: OpenPage) -> None:
+    page = open_page()
+    call = {"index": 0, "id": "call_1", "type": "function"}
+    second = {"index": 1, "id": "call_2", "type": "function"}
+    body = chunks(
+        {"tool_calls": [call | {"function": {"name": "get_weather", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '"Paris"}'}}]},
+        {"tool_calls": [second | {"function": {"name": "get_time", "arguments": "{}"}}]},
+    )
+    answer_with(page, body)
+    say(page, "What is the weather in Paris, and the time?")
+    answer = last_answer(page)
+    expect(answer.locator(".call header")).to_have_text([re.compile("weather"), re.compile("time")])
+    expect(answer.locator(".call pre").first).to_contain_text('"city": "Paris"')
+    expect(answer.locator(".answer-call button")).to_have_text("Send results")
 
 
 def test_an_error_is_shown_in_the_servers_words(open_page: OpenPage) -> None:

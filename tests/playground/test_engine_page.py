@@ -47,7 +47,7 @@ def test_a_load_is_seen_in_the_batch_the_pool_and_the_queue(
     assert pixels(page) != idle
     screenshot(page, "both-under-load")
     expect(page.locator("#events")).to_contain_text("prompt tokens were cached")
-    expect(page.locator("#load-status")).to_contain_text("48 answered", timeout=30_000)
+    expect(page.locator("#load-status")).to_have_text(re.compile("^48 answered"), timeout=60_000)
     expect(tile(page, "Running")).to_have_text("0")
     expect(tile(page, "Prefix hits")).not_to_have_text(re.compile("^0"))
     expect(pool).to_have_attribute("aria-label", re.compile(r"[1-9]\d* free and cached, 0 owned"))
@@ -56,7 +56,7 @@ def test_a_load_is_seen_in_the_batch_the_pool_and_the_queue(
 def test_preemption_is_told(open_page: OpenPage) -> None:
     page = open_page("engine")
     expect(page.locator("#engine-body")).to_be_visible()
-    start_load(page, "short", 16, 420)
+    start_load(page, "short", 16, 700)
     expect(page.locator("#events .preempted").first).to_contain_text("preempted", timeout=30_000)
     expect(tile(page, "Preemptions")).not_to_have_text("0")
     page.click("#load-start")
