@@ -51,9 +51,11 @@ class Front:
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(
+        self, text: str, add_special_tokens: bool = True, max_len: int | None = None
+    ) -> list[int]:
         """Off the event loop, which must go on streaming while a long prompt is tokenized."""
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, max_len)
 
     async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
@@ -67,6 +69,11 @@ class Front:
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
         self.client.limits.check(prompt_token_ids, params)
+
+    def max_prompt_len(self, params: SamplingParams) -> int | None:
+        """Tokens that a prompt may have; None if any number, as it will be truncated."""
+        limits = self.client.limits
+        return limits.max_len if limits and params.truncate_prompt_tokens is None else None
 
     def truncate(self, prompt_token_ids: list[int], params: SamplingParams) -> list[int]:
         """The prompt as the request's truncate_prompt_tokens has it."""

@@ -12,6 +12,7 @@ from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
 from deployments.front import Front
+from deployments.ray_metrics import RayMetrics
 from deployments.replica_watch import ReplicaWatch
 from deployments.routing import ReplicaReport, short
 from deployments.shard_group import ShardGroup
@@ -33,6 +34,9 @@ class Replica:
         if args.num_replicas > 1 or args.max_replicas is not None:
             self._front.watch = ReplicaWatch().pictures
         await self._shards.start()
+        self._metrics = asyncio.create_task(
+            RayMetrics(self._front.client.metrics).publish_forever()
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._front, self._args)
@@ -76,5 +80,6 @@ class Replica:
         self._shards.check()
 
     async def __del__(self) -> None:
+        self._metrics.cancel()
         self._shards.stop()
         await self._front.client.close()

@@ -44,7 +44,14 @@ def explain(errors: Iterable[Any]) -> list[tuple[str, str]]:
         field = ".".join(str(part) for part in detail["loc"])
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] not in ("missing", "json_invalid"):
-            given = repr(detail["input"])
-            message += f" (got {given if len(given) <= 100 else given[:97] + '...'})"
+            message += f" (got {_shown(detail['input'])})"
         faults.append((field, message))
     return faults
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "what is nested too deeply"
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -6,6 +6,7 @@ beneath it, `tokenizers`, and transformers' own renderer for chat templates.
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,23 @@ class Tokenizer:
             template = named.get("default")
         self.chat_template: str | None = template
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; by default with the model's own prefix, such as a BOS token."""
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.fast.get_vocab()))
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_len: int | None = None
+    ) -> list[int]:
+        """Token ids of a text; by default with the model's own prefix, such as a BOS token.
+
+        Raises ValueError for a text so long that it must be more than `max_len` tokens, before time
+        is spent on it.
+        """
+        if max_len is not None and len(text) > max_len * self.longest_token:
+            raise ValueError(
+                f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
+            )
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -150,6 +166,9 @@ class Tokenizer:
             raise ValueError(f"the chat template refused the messages: {error}") from error
         return str(rendered[0])
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], max_len: int | None = None, **options: Any
+    ) -> list[int]:
         """Token ids of a chat; options as for `render_chat`. The template writes its own BOS."""
-        return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+        text = self.render_chat(messages, **options)
+        return self.encode(text, add_special_tokens=False, max_len=max_len)

@@ -1,51 +1,51 @@
-"""The ASGI application: routes, and every error in OpenAI's shape."""
+"""The ASGI application: routes, the document that describes them, and errors in OpenAI's shape."""
 
-import time
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import chat, completions, engine_events, playground
+from deployments.api import chat, completions, engine_events, playground, responses, server, tokens
 from deployments.api.errors import error_response
-from deployments.api.gate import Gate
+from deployments.api.gate import OPEN_PATHS, Gate
 from deployments.api.keys import KeyRing
 from deployments.args import ServiceArgs
 from deployments.front import Front
+from deployments.version import VERSION
 
 
 def build_api(front: Front, service: ServiceArgs | None = None) -> FastAPI:
     """A plain ASGI app, testable without Ray. Raises ApiKeysError for keys that cannot be had."""
     service = service or ServiceArgs()
-    api = FastAPI(title="Manta", docs_url="/docs", redoc_url=None)
-    created = int(time.time())
+    keys = KeyRing.load(service)
+    api = _Api(bool(keys))
     _add_error_handlers(api)
-    api.add_middleware(Gate, front=front, service=service, keys=KeyRing.load(service))
-    api.include_router(chat.routes(front))
-    api.include_router(completions.routes(front))
-    api.include_router(engine_events.routes(front))
+    api.add_middleware(Gate, front=front, service=service, keys=keys)
+    for part in (chat, completions, responses, tokens, server, engine_events):
+        api.include_router(part.routes(front))
     api.include_router(playground.routes())
-
-    @api.get("/health")
-    async def health() -> dict[str, str]:
-        """200 while the engine beats, 503 when it does not."""
-        front.check_health()
-        return {"status": "ok"}
-
-    @api.get("/v1/models")
-    async def models() -> dict[str, object]:
-        limits = front.client.limits
-        model = {
-            "id": front.model_name,
-            "object": "model",
-            "created": created,
-            "owned_by": "manta",
-            "max_model_len": limits.max_len if limits else None,
-        }
-        return {"object": "list", "data": [model]}
-
     return api
+
+
+class _Api(FastAPI):
+    """FastAPI's document, with what the gate asks for."""
+
+    def __init__(self, needs_key: bool) -> None:
+        super().__init__(title="Manta", version=VERSION, docs_url="/docs", redoc_url=None)
+        self._needs_key = needs_key
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        if self._needs_key:
+            document["components"]["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"}
+            }
+            for path in document["paths"].keys() - OPEN_PATHS:
+                for operation in document["paths"][path].values():
+                    operation["security"] = [{"bearer": []}]
+        return document
 
 
 def _add_error_handlers(api: FastAPI) -> None:

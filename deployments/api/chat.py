@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from deployments.api import answers
+from deployments.api.answers import documented
 from deployments.api.common import (
     check_messages,
     check_model,
@@ -38,7 +40,11 @@ _END_TOKENS = 8
 def routes(front: Front) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=None)
+    @router.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=documented(answers.ChatCompletion, streams=True),
+    )
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_chat(front, request))
@@ -90,7 +96,7 @@ class Chat:
                 params = params.model_copy(update={"skip_special_tokens": False})
             if forced is not None:
                 params = forced.constrain(params)
-        prompt = front.truncate(await _encode(front, request, forced), params)
+        prompt = front.truncate(await _encode(front, request, params, forced), params)
         check_prompt(front, prompt, params, "messages")
         check_queue(front, params.n, len(prompt) * params.n)
         head = {
@@ -118,11 +124,12 @@ class Chat:
 
 
 async def _encode(
-    front: Front, request: ChatCompletionRequest, forced: ForcedCall | None
+    front: Front, request: ChatCompletionRequest, params: SamplingParams, forced: ForcedCall | None
 ) -> list[int]:
     try:
         prompt = await front.encode_chat(
             [message.for_template() for message in request.messages],
+            max_len=front.max_prompt_len(params),
             **request.template_options(),
         )
     except ValueError as error:

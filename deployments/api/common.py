@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deployments.api.errors import RETRY_AFTER_S, ApiError, validation_error
-from deployments.api.protocol import GenerationRequest
+from deployments.api.protocol import GenerationRequest, ModelRequest, ServedRequest
 from deployments.api.scope import scope
 from deployments.front import Front
 from deployments.request_record import RequestOptions
@@ -15,14 +15,9 @@ from engine.sampling_params import SamplingParams
 from engine.strict import explain
 
 
-def check_model(front: Front, request: GenerationRequest) -> None:
+def check_model(front: Front, request: ModelRequest) -> None:
     if request.model is not None and request.model != front.model_name:
-        raise ApiError(
-            404,
-            f"the model {request.model!r} does not exist; this server has {front.model_name!r}",
-            "model",
-            "model_not_found",
-        )
+        raise ApiError.no_such_model(request.model, front.model_name)
 
 
 def sampling_params(front: Front, request: GenerationRequest) -> SamplingParams:
@@ -88,7 +83,7 @@ def _queue_time_s(stats: dict[str, Any]) -> int:
     return min(max(math.ceil(seconds), 1), 60)
 
 
-def request_options(front: Front, request: GenerationRequest) -> RequestOptions:
+def request_options(front: Front, request: ServedRequest) -> RequestOptions:
     """How the server treats the request: its own wishes within the limits, its tenant's salt."""
     if request.priority != 0 and not front.has_priorities:
         raise ApiError(

@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from deployments.api import answers
+from deployments.api.answers import documented
 from deployments.api.common import (
     check_model,
     check_prompt,
@@ -18,10 +20,12 @@ from deployments.api.common import (
     sampling_params,
     usage,
 )
+from deployments.api.errors import ApiError
 from deployments.api.logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.protocol import CompletionRequest
 from deployments.api.streaming import Output, collect_all, event, event_stream, merge
 from deployments.front import Front, TextDelta
+from engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,11 @@ class _Started:
 def routes(front: Front) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=None)
+    @router.post(
+        "/v1/completions",
+        response_model=None,
+        responses=documented(answers.TextCompletion, streams=True),
+    )
     async def create_completion(request: CompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_text(front, request))
@@ -86,7 +94,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     params = sampling_params(front, request)
     prompts, texts = [], []
     for prompt in request.prompts:
-        tokens = await front.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = await _encode(front, prompt, params) if isinstance(prompt, str) else prompt
         kept = front.truncate(tokens, params)
         check_prompt(front, kept, params, "prompt")
         prompts.append(kept)
@@ -111,6 +119,13 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
             choices = [_echo(str(text), deltas) for deltas in choices]
         streams += choices
     return _Started(front, request, head, prompts, streams)
+
+
+async def _encode(front: Front, prompt: str, params: SamplingParams) -> list[int]:
+    try:
+        return await front.encode(prompt, max_len=front.max_prompt_len(params))
+    except ValueError as error:
+        raise ApiError(400, str(error), "prompt", "context_length_exceeded") from error
 
 
 async def _echo(prompt: str, deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:

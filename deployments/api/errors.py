@@ -70,6 +70,11 @@ class ApiError(Exception):
                 return cls(504, str(error), code="request_timeout", headers=stay)
         return cls(500, f"internal error: {type(error).__name__}")
 
+    @classmethod
+    def no_such_model(cls, asked: str, served: str) -> "ApiError":
+        message = f"the model {asked!r} does not exist; this server has {served!r}"
+        return cls(404, message, "model", "model_not_found")
+
     def body(self) -> dict[str, Any]:
         default = "invalid_request_error" if self.status < 500 else "internal_server_error"
         return {

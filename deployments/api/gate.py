@@ -69,6 +69,7 @@ class Gate:
             self._admit(http, current)
             if http["method"] in ("POST", "PUT", "PATCH"):
                 current.body = await self._read_body(current.headers, receive)
+                _check_media_type(current.headers)
                 receive = _replay(current.body, receive)
             await self._app(http, receive, send)
         except Exception as error:
@@ -118,6 +119,13 @@ class Gate:
                 code="request_too_large",
             )
         return b"".join(chunks)
+
+
+def _check_media_type(headers: Headers) -> None:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = f"the body must be JSON, sent with content-type: application/json (got {kind!r})"
+        raise ApiError(415, message, code="unsupported_media_type")
 
 
 def _request_id(headers: Headers) -> str:

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+import msgpack
+from pydantic import AfterValidator, Field, model_validator
 
 from deployments.api.messages import Message
 from deployments.api.tools import NamedTool, Tool, ToolChoice
@@ -12,22 +13,55 @@ from engine.strict import StrictModel
 # What the template's renderer and its callers take themselves.
 _NOT_VARIABLES = frozenset(
     (
-        *("self", "messages", "conversations", "tools", "documents", "chat_template"),
+        *("self", "messages", "conversations", "tools", "documents", "chat_template", "max_len"),
         *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
     )
 )
 
 
-class StreamOptions(StrictModel):
-    include_usage: bool = Field(False, description="End the stream with a chunk of token counts.")
+def _only_variables(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if name in _NOT_VARIABLES or not name.isidentifier():
+            raise ValueError(f"{name!r} is not a variable of the template that can be set here")
+    return value
 
 
-class GenerationRequest(SamplingParams):
-    """What chat and text completions have in common: all sampling parameters, and these."""
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_only_variables)]
+
+
+class ModelRequest(StrictModel):
+    """What all requests have in common. A field that is null has its default."""
 
     model: str | None = Field(None, description="Default: the model being served.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_sent_on(cls, data: Any) -> Any:
+        """JSON can hold what no tokenizer, template or socket takes."""
+        try:
+            msgpack.packb(data, default=lambda _: None)
+        except UnicodeEncodeError:
+            raise ValueError("a text has half of a surrogate pair, which is no character") from None
+        except ValueError:
+            raise ValueError("the request is nested too deeply") from None
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None or name not in cls.model_fields
+        }
+
+
+class ServedRequest(ModelRequest):
+    """What requests that make the model generate have in common."""
+
     stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="The caller's own tag; changes nothing.")
     cache_salt: str = Field(
         "", max_length=256, description="Only requests of equal salt share cached prefixes."
@@ -46,16 +80,15 @@ class GenerationRequest(SamplingParams):
         "limit still holds.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None or name not in cls.model_fields
-        }
+
+class StreamOptions(StrictModel):
+    include_usage: bool = Field(False, description="End the stream with a chunk of token counts.")
+
+
+class GenerationRequest(SamplingParams, ServedRequest):
+    """What chat and text completions have in common: all sampling parameters, and these."""
+
+    stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
@@ -99,7 +132,7 @@ class ChatCompletionRequest(GenerationRequest):
     top_logprobs: int = Field(
         0, ge=0, le=MAX_LOGPROBS, description="And of so many most probable ones; needs logprobs."
     )
-    chat_template_kwargs: dict[str, Any] = Field(
+    chat_template_kwargs: TemplateVariables = Field(
         default_factory=dict, description="Variables for the chat template, as enable_thinking."
     )
     add_generation_prompt: bool = True
@@ -132,14 +165,6 @@ class ChatCompletionRequest(GenerationRequest):
                 if wanted not in names:
                     raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
         return self
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _only_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if name in _NOT_VARIABLES or not name.isidentifier():
-                raise ValueError(f"{name!r} is not a variable of the template that can be set here")
-        return value
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -99,21 +99,42 @@ async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[in
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_to_json(content)}\n\n"
 
 
-def event_stream(events: AsyncGenerator[str]) -> StreamingResponse:
-    """The response; an error after the first byte becomes the stream's last event."""
+def named_event(content: dict[str, Any]) -> str:
+    """An event that says its type twice, as the Responses API has it."""
+    return f"event: {content['type']}\n{event(content)}"
+
+
+def end_of_chunks(error: Exception | None) -> str:
+    """How streams of completions end: an error after the first byte becomes the last event."""
+    return ("" if error is None else event(report(error).body())) + "data: [DONE]\n\n"
+
+
+def event_stream(
+    events: AsyncGenerator[str], end: Callable[[Exception | None], str] = end_of_chunks
+) -> StreamingResponse:
+    """The response.
+
+    Args:
+        end: what comes last, given what went wrong, if anything did.
+    """
 
     async def guarded() -> AsyncGenerator[str]:
+        failure: Exception | None = None
         try:
             async with aclosing(events):
                 async for item in events:
                     yield item
         except Exception as error:
-            yield event(report(error).body())
-        yield "data: [DONE]\n\n"
+            failure = error
+        if last := end(failure):
+            yield last
 
     return StreamingResponse(
         guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}

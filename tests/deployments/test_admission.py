@@ -80,6 +80,13 @@ def test_without_a_key_only_what_runs_no_model(
     assert post.status_code == 401
 
 
+def test_the_document_says_where_a_key_is_needed(guarded: LocalServer) -> None:
+    document = httpx.get(f"{guarded.url}/openapi.json").json()
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    assert document["paths"]["/v1/models"]["get"]["security"] == [{"bearer": []}]
+    assert "security" not in document["paths"]["/health"]["get"]
+
+
 def test_keys_from_the_environment_and_file_are_one_ring(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,0 +1,184 @@
+"""POST /v1/responses: the Responses API, without state: nothing is stored between requests."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field, StringConstraints, ValidationError
+
+from deployments.api import answers
+from deployments.api.answers import documented
+from deployments.api.chat import Chat, read
+from deployments.api.errors import report, validation_error
+from deployments.api.messages import Message
+from deployments.api.protocol import ChatCompletionRequest, ServedRequest, TemplateVariables
+from deployments.api.response_items import InputItem, to_messages
+from deployments.api.response_output import ResponseOutput
+from deployments.api.streaming import event_stream, named_event
+from deployments.api.tools import Function, FunctionName, NamedTool, Tool
+from deployments.front import Front, TextDelta
+from engine.sampling_params import SamplingParams
+from engine.strict import StrictModel, explain
+
+
+class FunctionTool(Function):
+    """The API's functions are flat."""
+
+    type: Literal["function"]
+
+
+class FunctionChoice(StrictModel):
+    type: Literal["function"]
+    name: FunctionName
+
+
+class TextFormat(StrictModel):
+    type: Literal["text"] = "text"
+
+
+class TextOptions(StrictModel):
+    format: TextFormat = TextFormat()
+
+
+def _sampling(name: str) -> Any:
+    """The sampling parameter of that name, as everywhere."""
+    return SamplingParams.model_fields[name]
+
+
+class ResponseRequest(ServedRequest):
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: str | None = Field(None, description="A system message before the input.")
+    max_output_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="Default: to the window's end."
+    )
+    temperature: float = _sampling("temperature")
+    top_p: float = _sampling("top_p")
+    top_k: int = _sampling("top_k")
+    min_p: float = _sampling("min_p")
+    presence_penalty: float = _sampling("presence_penalty")
+    frequency_penalty: float = _sampling("frequency_penalty")
+    repetition_penalty: float = _sampling("repetition_penalty")
+    seed: int | None = _sampling("seed")
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
+    parallel_tool_calls: bool = True
+    text: TextOptions = TextOptions()
+    store: Literal[False] = Field(False, description="Nothing is: send the conversation each time.")
+    truncation: Literal["disabled"] = "disabled"
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ] = Field(default_factory=dict, max_length=16, description="Comes back as it is.")
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
+
+    def to_chat(self) -> ChatCompletionRequest:
+        """The same as a chat."""
+        system = [Message(role="system", content=self.instructions)] if self.instructions else []
+        if isinstance(self.input, str):
+            messages = [Message(role="user", content=self.input)]
+        else:
+            messages = to_messages(self.input)
+        same = (set(SamplingParams.model_fields) | set(ServedRequest.model_fields)) & set(
+            self.model_fields_set
+        )
+        choice: Any = self.tool_choice
+        if isinstance(choice, FunctionChoice):
+            choice = NamedTool.model_validate({"function": {"name": choice.name}})
+        return ChatCompletionRequest(
+            messages=system + messages,
+            tools=[Tool(function=_plain(tool)) for tool in self.tools],
+            tool_choice=choice if self.tools or choice != "auto" else None,
+            parallel_tool_calls=self.parallel_tool_calls,
+            max_completion_tokens=self.max_output_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+            **{name: getattr(self, name) for name in same},
+        )
+
+    def head(self, front: Front, params: SamplingParams) -> dict[str, Any]:
+        """What the response says of the request."""
+        choice = self.tool_choice
+        return {
+            "id": f"resp_{secrets.token_hex(16)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "model": front.model_name,
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": params.temperature,
+            "text": self.text.model_dump(),
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in self.tools],
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "user": self.user,
+        }
+
+
+def _plain(tool: FunctionTool) -> Function:
+    return Function(**{name: getattr(tool, name) for name in Function.model_fields})
+
+
+def routes(front: Front) -> APIRouter:
+    router = APIRouter()
+
+    @router.post(
+        "/v1/responses",
+        response_model=None,
+        responses=documented(answers.Response, streams=True),
+    )
+    async def create_response(request: ResponseRequest) -> Response:
+        try:
+            as_chat = request.to_chat()
+        except ValidationError as error:
+            raise validation_error(explain(error.errors())) from error
+        chat = await Chat.start(front, as_chat)
+        output = ResponseOutput(request.head(front, chat.params))
+        events = _events(chat, output)
+        if request.stream:
+            return event_stream(events, lambda error: _failed(output, error))
+        async with aclosing(events):
+            async for _ in events:
+                pass
+        return JSONResponse(output.response())
+
+    return router
+
+
+async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
+    yield "".join(map(named_event, output.begin()))
+    (stream,) = chat.streams()
+    reason: str | None = None
+    delta: TextDelta | None = None
+    async with aclosing(read(stream, chat.new_parser())) as steps:
+        async for step in steps:
+            delta, reason = step.delta, step.finish_reason
+            news = [named_event(e) for piece in step.pieces for e in output.add(piece)]
+            if news:
+                yield "".join(news)
+    assert delta is not None, "a stream has at least one delta"
+    yield "".join(map(named_event, output.end(reason, _usage(chat, output, delta))))
+
+
+def _failed(output: ResponseOutput, error: Exception | None) -> str:
+    return "" if error is None else named_event(output.fail(report(error).message))
+
+
+def _usage(chat: Chat, output: ResponseOutput, last: TextDelta) -> dict[str, Any]:
+    thoughts = chat.front.tokenizer.encode(output.reasoning, add_special_tokens=False)
+    cached = last.num_cached_tokens
+    details = {"cached_tokens": cached, "cache_write_tokens": len(chat.prompt) - cached}
+    return {
+        "input_tokens": len(chat.prompt),
+        "input_tokens_details": details,
+        "output_tokens": last.num_tokens,
+        "output_tokens_details": {"reasoning_tokens": len(thoughts)},
+        "total_tokens": len(chat.prompt) + last.num_tokens,
+    }

@@ -1,0 +1,56 @@
+"""What is asked about the server rather than of its model."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse, Response
+
+from deployments.api import answers
+from deployments.api.answers import documented
+from deployments.api.errors import ApiError
+from deployments.front import Front
+from deployments.metrics import CONTENT_TYPE
+from deployments.version import VERSION
+
+
+def routes(front: Front) -> APIRouter:
+    router = APIRouter()
+    created = int(time.time())
+
+    @router.get("/health", responses=documented(answers.Health))
+    async def health() -> dict[str, str]:
+        """200 while the engine beats, 503 when it does not."""
+        front.check_health()
+        return {"status": "ok"}
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """This replica's numbers in Prometheus' text format."""
+        return Response(front.client.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    @router.get("/version", responses=documented(answers.Version))
+    async def get_version() -> dict[str, str]:
+        return {"version": VERSION}
+
+    def model() -> dict[str, Any]:
+        limits = front.client.limits
+        return {
+            "id": front.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "manta",
+            "max_model_len": limits.max_len if limits else None,
+        }
+
+    @router.get("/v1/models", responses=documented(answers.ModelList))
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model()]}
+
+    @router.get("/v1/models/{model_id:path}", responses=documented(answers.Model))
+    async def get_model(model_id: str) -> dict[str, Any]:
+        if model_id != front.model_name:
+            raise ApiError.no_such_model(model_id, front.model_name)
+        return model()
+
+    return router

@@ -1,0 +1,205 @@
+"""What operators see: numbers that add up to what was asked, under the names they know."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.deployments.conftest import wait_until
+from tests.deployments.local_server import LocalServer, serve_locally
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+Samples = dict[str, float]
+
+
+@pytest.fixture
+def fresh(tiny_model: Path) -> Iterator[LocalServer]:
+    with serve_locally(
+        model=str(tiny_model), served_model_name="tiny", num_blocks=32, block_size=8, max_num_seqs=4
+    ) as server:
+        yield server
+
+
+def parse(text: str) -> Samples:
+    """Values by name and labels, without those that are the same everywhere."""
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            written = ",".join(f"{k}={v}" for k, v in sorted(labels.items()))
+            samples[f"{sample.name}{{{written}}}" if written else sample.name] = sample.value
+    return samples
+
+
+def scrape(server: LocalServer) -> Samples:
+    answer = httpx.get(f"{server.url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return parse(answer.text)
+
+
+def complete(server: LocalServer, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/completions", json=body)
+
+
+def test_counts_and_times_of_what_was_asked(fresh: LocalServer) -> None:
+    prompt = "abcdefgh" * 3
+    for _ in range(2):  # the second finds two of the prompt's three blocks: its last is computed
+        complete(fresh, prompt=prompt, max_tokens=5, ignore_eos=True)
+    complete(fresh, prompt="abc", max_tokens=7, ignore_eos=True, n=2, stream=True)
+    complete(fresh, prompt="abc", max_tokens=0)  # refused
+    wait_until(fresh.is_idle)
+    seen = scrape(fresh)
+    num_prompt, num_output, num_requests = 24 * 2 + 3 * 2, 5 * 2 + 7 * 2, 4
+    assert seen["vllm:prompt_tokens_total"] == num_prompt
+    assert seen["vllm:generation_tokens_total"] == num_output
+    assert seen["vllm:prefix_cache_queries_total"] == num_prompt
+    assert seen["vllm:prefix_cache_hits_total"] == 16
+    assert seen["vllm:request_success_total{finished_reason=length}"] == num_requests
+    assert seen["vllm:request_success_total{finished_reason=stop}"] == 0
+    assert seen["vllm:request_prompt_tokens_sum"] == num_prompt
+    assert seen["vllm:request_generation_tokens_sum"] == num_output
+    assert seen["vllm:request_params_max_tokens_sum"] == num_output
+    assert seen["manta:request_errors_total{code=400}"] == 1
+    assert seen["http_requests_total{handler=/v1/completions,method=POST,status=2xx}"] == 3
+    assert seen["http_requests_total{handler=/v1/completions,method=POST,status=4xx}"] == 1
+    assert seen["vllm:num_requests_running"] == seen["vllm:kv_cache_usage_perc"] == 0
+    assert seen["manta:engine_starts_total"] == 1
+    for name in ("time_to_first_token", "e2e_request_latency", "request_decode_time"):
+        assert seen[f"vllm:{name}_seconds_count"] == num_requests, name
+        assert seen[f"vllm:{name}_seconds_bucket{{le=+Inf}}"] == num_requests
+        assert 0 < seen[f"vllm:{name}_seconds_sum"] < 60
+    assert seen["vllm:request_queue_time_seconds_count"] == num_requests
+    # Answers that are not streamed count tokens as they come from the engine, too.
+    assert seen["vllm:inter_token_latency_seconds_count"] == num_output - num_requests
+    assert (
+        seen["vllm:e2e_request_latency_seconds_sum"] > seen["vllm:request_decode_time_seconds_sum"]
+    )
+
+
+def test_a_request_that_runs_and_is_given_up(fresh: LocalServer) -> None:
+    body = {"prompt": "ab", "stream": True, "ignore_eos": True, "max_tokens": 200}
+    with httpx.stream("POST", f"{fresh.url}/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        during = scrape(fresh)
+    wait_until(fresh.is_idle)
+    after = scrape(fresh)
+    assert during["vllm:num_requests_running"] == 1 and during["vllm:kv_cache_usage_perc"] > 0
+    assert after["vllm:num_requests_running"] == 0 and after["vllm:kv_cache_usage_perc"] == 0
+    assert after["vllm:request_success_total{finished_reason=abort}"] == 1
+
+
+def test_preemptions_are_counted(fresh: LocalServer) -> None:
+    """Two requests grow until the pool holds but one."""
+    complete(fresh, prompt=["ab", "cd"], ignore_eos=True, max_tokens=150)
+    assert scrape(fresh)["vllm:num_preemptions_total"] >= 1
+
+
+def test_the_dashboard_shows_what_is_there(demo: LocalServer) -> None:
+    """Every metric that it asks for is one that a server has."""
+    httpx.post(f"{demo.url}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    httpx.post(f"{demo.url}/v1/completions", json={})
+    there = {name.partition("{")[0] for name in scrape(demo)}
+    dashboard = json.loads((ROOT / "docs/examples/grafana-dashboard.json").read_text())
+    asked = {
+        name.replace("${prefix}", "vllm:").replace("${own}", "manta:")
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\$\{(?:prefix|own)\}\w+", target["expr"])
+    }
+    assert len(asked) > 15
+    assert asked <= there, asked - there
+
+
+def test_rays_metrics_have_them_too(server: str) -> None:
+    """On the port of the replica's node, with the replica's name."""
+    import ray
+
+    httpx.post(f"{server}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+
+    def seen() -> Samples:
+        return parse(httpx.get(url).text)
+
+    def of(name: str) -> list[str]:
+        return [sample for sample in seen() if sample.startswith(f"ray_vllm_{name}{{")]
+
+    wait_until(lambda: bool(of("generation_tokens_total")), 30, "the replica's metrics at Ray's")
+    (sample,) = of("generation_tokens_total")
+    assert "deployment=Replica" in sample and "replica=" in sample
+    assert of("time_to_first_token_seconds_bucket") and of("kv_cache_usage_perc")
+
+
+# Spans
+
+
+@contextmanager
+def _collector() -> Iterator[tuple[str, list[Any]]]:
+    """An OTLP collector: its address, and the spans that it has been sent."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = self.rfile.read(int(self.headers["content-length"]))
+            for resource in ExportTraceServiceRequest.FromString(sent).resource_spans:
+                spans.extend(span for scope in resource.scope_spans for span in scope.spans)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", spans
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+
+def test_a_span_for_each_request_where_a_collector_is_configured(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with _collector() as (address, spans):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+        with serve_locally(
+            model=str(tiny_model), served_model_name="tiny", num_blocks=32
+        ) as server:
+            httpx.post(
+                f"{server.url}/v1/completions",
+                json={"prompt": "abc", "max_tokens": 4, "ignore_eos": True, "n": 2},
+                headers={"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "mine"},
+            )
+            wait_until(lambda: bool(spans), timeout_s=10)
+    (span,) = spans
+    assert span.name == "POST /v1/completions"
+    assert span.trace_id.hex() == trace and span.parent_span_id.hex() == parent
+    assert 0 < span.end_time_unix_nano - span.start_time_unix_nano < 60e9
+    told = {item.key: item.value for item in span.attributes}
+    assert told["gen_ai.request.id"].string_value == "mine"
+    assert told["gen_ai.request.model"].string_value == "tiny"
+    assert told["gen_ai.usage.output_tokens"].int_value == 8
+    assert told["gen_ai.server.time_to_first_token"].double_value > 0
+    assert [event.name for event in span.events] == ["first token"] * 2
+    assert all(
+        span.start_time_unix_nano <= event.time_unix_nano <= span.end_time_unix_nano
+        for event in span.events
+    )
