@@ -36,8 +36,8 @@ def measure(llm: LLM, batch: int, prompt: int, output: int, seed: int) -> dict[s
     while llm.engine.has_work:
         started |= {delta.request_id for delta in llm.engine.step()}
         ends.append(time.perf_counter())
-        if len(started) < batch:
-            prompt_end = len(ends)
+        if len(started) == batch and prompt_end == 0:
+            prompt_end = len(ends) - 1
     steps = [end - begin for begin, end in itertools.pairwise(ends[prompt_end:])]
     prompt_s = ends[prompt_end] - ends[0]
     return {

@@ -64,16 +64,16 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     memory = PeakMemory()
     memory.start()
     from benchmarks.floor import weight_bytes
-    from engine import LLM, SamplingParams, checkpoint, model_runner
+    from engine import LLM, SamplingParams, checkpoint, loader, model_runner
     from engine.decoder import Decoder
     from engine.decoder_config import DecoderConfig
 
     phases.seconds["import"] = time.perf_counter() - _BEGIN
     for name, owner, attribute in (
         ("kernels", model_runner, "select_ops"),
-        ("load weights", model_runner, "load_weights"),
-        ("load weights", model_runner, "load_dummy_weights"),
-        ("pack weights", Decoder, "pack"),
+        ("load and pack weights", loader, "load_weights"),
+        ("load and pack weights", loader, "load_dummy_weights"),
+        ("pack head", Decoder, "pack_head"),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute)))
     llm = phases.timed("LLM", LLM)(model, load_format=load_format, **options)
@@ -81,7 +81,7 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
         [[1, 2, 3]], SamplingParams(max_tokens=1), use_tqdm=False
     )
     total = time.perf_counter() - _BEGIN
-    inner = sum(phases.seconds[n] for n in ("kernels", "load weights", "pack weights"))
+    inner = sum(phases.seconds[n] for n in ("kernels", "load and pack weights", "pack head"))
     phases.seconds["rest of LLM"] = phases.seconds.pop("LLM") - inner
     # Fill the pool and a whole step, for the memory that serving takes.
     config, limits = llm.config, llm.engine.limits
@@ -91,7 +91,7 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     memory.stop()
 
     runner = llm.engine.runner
-    pool = sum(part.nbytes for cache in runner.kv_caches for part in cache)
+    pool = sum(part.nbytes for cache in runner.forward_pass.kv_caches for part in cache)
     shape = DecoderConfig.from_checkpoint(checkpoint.resolve(model))
     embedding = shape.vocab_size * shape.hidden_size * runner.dtype.itemsize
     weights = weight_bytes(shape, llm.config.quantization, runner.dtype.itemsize) + embedding

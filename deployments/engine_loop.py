@@ -33,8 +33,8 @@ class EngineLoop:
                     errors += self._take_in(message)
                 deltas = self._engine.step() if self._engine.has_work else []
                 message = {
-                    "deltas": [encode_delta(delta) for delta in deltas],
-                    "errors": errors,
+                    "deltas": [encode_delta(d) for d in deltas if d.error is None],
+                    "errors": errors + [(d.request_id, d.error) for d in deltas if d.error],
                     "stats": self._engine.stats(),
                     "cache": self._cache_changes,
                 }

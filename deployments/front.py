@@ -121,7 +121,9 @@ class Front:
                 reason: str | None = delta.finish_reason
                 stop_reason: int | str | None = delta.stop_token
                 logprobs: list[TokenLogprobs] | None = None
-                text = detokenizer.push(delta.token_ids, last=reason is not None)
+                text = detokenizer.push(
+                    delta.token_ids, last=reason is not None, stopped=reason == "stop"
+                )
                 if detokenizer.stop_string is not None:
                     reason, stop_reason = "stop", detokenizer.stop_string
                     record.finish_reason = reason

@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from engine.outputs import CompletionOutput, RequestOutput
     from engine.sampling_params import SamplingParams
+    from engine.structured_outputs import StructuredOutputs
 
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+]
 
 _HOME = {
     "LLM": "engine.llm",
@@ -22,6 +30,7 @@ _HOME = {
     "EngineConfig": "engine.config",
     "RequestOutput": "engine.outputs",
     "SamplingParams": "engine.sampling_params",
+    "StructuredOutputs": "engine.structured_outputs",
 }
 
 spin_briefly()

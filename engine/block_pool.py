@@ -2,6 +2,7 @@
 
 A block is free when no table holds it. Free blocks keep their content and their name in the hash
 map until the space is needed, least recently used first: prefix caching costs nothing but the map.
+With a `HostPool`, what is evicted then moves to host memory, and comes back when it is asked for.
 """
 
 from collections import OrderedDict
@@ -9,6 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xxhash
+
+from engine.host_pool import HostPool
+from engine.step import BlockCopy
 
 ROOT_HASH = b""
 
@@ -36,13 +40,18 @@ def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, s
 class BlockPool:
     """Reference-counted block ids 0 .. num_blocks - 1."""
 
-    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, enable_prefix_caching: bool = True, num_host_blocks: int = 0
+    ) -> None:
         self.num_blocks = num_blocks
         self._enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._cached: dict[bytes, int] = {}
-        # When set to a list, collects (hash, whether it is cached now) of every change.
+        self.host = HostPool(num_host_blocks)
+        self._copies: list[BlockCopy] = []
+        # When set to a list, collects (hash, whether it is cached now, here or in host memory) of
+        # every change.
         self.journal: list[tuple[bytes, bool]] | None = None
         # Ordered by last use: the front is evicted first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -91,14 +100,33 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def restore(self, hashes: Iterable[bytes]) -> list[int]:
+        """Take a block for each of the longest prefix of a chain of hashes that the host holds.
+
+        They will have their content when the plan of this step runs. The caller has checked that
+        there are as many free blocks as hashes.
+        """
+        found = self.host.lookup(hashes)
+        with self.host.pinned(found) as slots:
+            blocks = self.allocate(len(found))  # after copies of what they cached, if that is kept
+            self._copies += [BlockCopy(False, *pair) for pair in zip(blocks, slots, strict=True)]
+        for block, block_hash in zip(blocks, found, strict=True):
+            self.publish(block, block_hash)
+        return blocks
+
+    def take_copies(self) -> list[BlockCopy]:
+        """What has to be copied before the step that is being planned, in this order."""
+        copies, self._copies = self._copies, []
+        return copies
+
     def publish(self, block: int, block_hash: bytes) -> None:
         """Name a held, full block for later requests to find. The first of equals stays."""
         if self._enable_prefix_caching and block_hash not in self._cached:
             self._forget(block)
             self._cached[block_hash] = block
             self._hashes[block] = block_hash
-            if self.journal is not None:
-                self.journal.append((block_hash, True))
+            if block_hash not in self.host:
+                self._note(block_hash, True)
 
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference on each block of a table.
@@ -111,12 +139,23 @@ class BlockPool:
                 self._free[block] = None
 
     def _forget(self, block: int) -> None:
+        """Evict what a block caches: to host memory, if there is room."""
         old_hash = self._hashes[block]
-        if old_hash is not None:
-            del self._cached[old_hash]
-            self._hashes[block] = None
-            if self.journal is not None:
-                self.journal.append((old_hash, False))
+        if old_hash is None:
+            return
+        del self._cached[old_hash]
+        self._hashes[block] = None
+        stored = self.host.store(old_hash)
+        if stored is not None:
+            self._copies.append(BlockCopy(True, block, stored.slot))
+            if stored.replaced is not None and stored.replaced not in self._cached:
+                self._note(stored.replaced, False)
+        if old_hash not in self.host:
+            self._note(old_hash, False)
+
+    def _note(self, block_hash: bytes, is_cached: bool) -> None:
+        if self.journal is not None:
+            self.journal.append((block_hash, is_cached))
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert every invariant, given all live block tables. For tests: it walks everything."""
@@ -131,3 +170,4 @@ class BlockPool:
             assert self._hashes[block] == block_hash, "hash map and block disagree"
         named = sum(block_hash is not None for block_hash in self._hashes)
         assert named == len(self._cached), "a block has a name the map does not know"
+        self.host.check()

@@ -1,6 +1,6 @@
 """What an engine is told when it starts."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ class EngineConfig(StrictModel):
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Type of weights, activations and KV cache; auto takes the checkpoint's.",
+        description="Type of weights and activations; auto takes the checkpoint's.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes the GPU when there is one."
@@ -28,6 +28,16 @@ class EngineConfig(StrictModel):
         None,
         description="Round the linear layers' weights when they are loaded, on a CPU: w8a8 to 8 "
         "bits, int4 to 4.5; activations to 8. The language-model head always takes w8a8.",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="Type of the KV cache: auto is that of the activations; fp8 (e4m3) holds twice "
+        "as many tokens as 16 bits do, with 4 significant bits. On a CPU it is slow.",
+    )
+    attention_backend: Literal["auto", "triton", "flash-attn"] = Field(
+        "auto",
+        description="Who attends to prompts on a GPU: auto takes flash-attn where it is installed "
+        "and serves the model, else Triton, which always attends for decoding.",
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."
@@ -46,7 +56,26 @@ class EngineConfig(StrictModel):
     )
     block_size: int = Field(32, ge=1, le=256, description="Tokens per KV cache block.")
     num_blocks: int | None = Field(
-        None, ge=1, description="Size of the block pool; default: from free memory."
+        None, ge=1, description="Size of the block pool; default: as kv_cache_memory_bytes says."
+    )
+    kv_cache_memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="Memory of a rank's KV cache; default: on a GPU what gpu_memory_utilization "
+        "leaves, on a CPU half of what is free, but no more than max_num_seqs can fill.",
+    )
+    host_cache_memory_bytes: int = Field(
+        0,
+        ge=0,
+        description="Host memory of a rank for blocks that the KV cache evicts, from which later "
+        "requests with the same prefix get them back; 0 drops them.",
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a GPU's memory for weights, activations, CUDA graphs and KV cache "
+        "together; default 0.9. Measured by this engine's own peak, whatever else runs there.",
     )
     scheduling_policy: Literal["fcfs", "priority", "shortest"] = Field(
         "fcfs",
@@ -62,7 +91,31 @@ class EngineConfig(StrictModel):
         description="Schedule step N + 1 while step N runs; default: on a GPU yes, on a CPU no, "
         "where host and device are the same cores.",
     )
+    enforce_eager: bool = Field(
+        False, description="Launch the kernels of every step; else a GPU replays CUDA graphs."
+    )
+    cuda_graph_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="Batch sizes for which decoding is recorded as a CUDA graph; batches between "
+        "two are padded, larger ones not replayed. Default: a ladder up to max_num_seqs.",
+    )
     seed: int = Field(0, description="Seeds dummy weights and, in LLM, requests without a seed.")
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "EngineConfig":
+        sizes = ("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization")
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say how large the KV cache is; give one")
+        if self.host_cache_memory_bytes and not self.enable_prefix_caching:
+            raise ValueError(
+                "host_cache_memory_bytes: without enable_prefix_caching nothing is found there; "
+                "leave one out"
+            )
+        if self.enforce_eager and self.cuda_graph_sizes is not None:
+            raise ValueError("cuda_graph_sizes: enforce_eager means no graphs; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _budget_covers_rows(self) -> "EngineConfig":
@@ -73,3 +126,12 @@ class EngineConfig(StrictModel):
                 "in every step; raise the first or lower the second"
             )
         return self
+
+    def check_device(self, device_type: str) -> None:
+        """Raises ValueError for settings that mean nothing on the device found: cpu or cuda."""
+        name, other = ("quantization", "CPU")
+        if device_type == "cpu":
+            name, other = ("gpu_memory_utilization", "GPU")
+        value = getattr(self, name)
+        if value is not None:
+            raise ValueError(f"{name}: {value!r} is for {other}s only; leave it out")

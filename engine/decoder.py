@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from engine.decoder_config import DecoderConfig, RopeConfig
 from engine.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
 from engine.parallel import TensorParallel
-from engine.progress import Progress
 from kernels import Ops
 from kernels.quantization import Quantization
 from kernels.reference import KVCache
@@ -25,6 +25,7 @@ class Batch:
     query_starts: Tensor  # [B + 1] int32
     context_lens: Tensor  # [B] int32
     block_tables: Tensor  # [B, M] int32
+    attention_plan: Any  # of the ops' plan_attention
 
 
 class Attention(nn.Module):
@@ -76,6 +77,7 @@ class Attention(nn.Module):
             batch.block_tables,
             scale=self._head_dim**-0.5,
             window=self._window,
+            plan=batch.attention_plan,
         )
         return self.o_proj(attended.flatten(1))
 
@@ -156,14 +158,13 @@ class Decoder(nn.Module):
             "cos_sin", rotary_table(config.rope, config.head_dim, max_model_len), persistent=False
         )
 
-    def pack(self, quantization: Quantization | None, show_progress: bool = False) -> None:
-        """Once the parameters are loaded: bring the linear layers into the device's layout."""
-        linears = [m for m in self.modules() if isinstance(m, (ColumnLinear, RowLinear))]
-        for module in Progress(
-            linears, desc="Packing weights", unit="layers", disable=not show_progress
-        ):
+    def pack_linear(self, module: nn.Module, quantization: Quantization | None) -> None:
+        """Once its parameters are loaded: bring a linear layer into the device's layout."""
+        if isinstance(module, (ColumnLinear, RowLinear)):
             module.pack(self._ops, quantization)
-        # A few logits decide every token: the head keeps 8 bits where the layers have 4.
+
+    def pack_head(self, quantization: Quantization | None) -> None:
+        """As `pack_linear`; in 8 bits where the layers have 4, for few logits decide each token."""
         self.lm_head.pack_head(
             self._ops,
             "w8a8" if quantization else None,

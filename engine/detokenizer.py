@@ -30,8 +30,11 @@ class Detokenizer:
         self.num_tokens = 0
         self.stop_string: str | None = None
 
-    def push(self, token_ids: Sequence[int], last: bool) -> str:
+    def push(self, token_ids: Sequence[int], last: bool, stopped: bool = False) -> str:
         """The text that these tokens make certain; all that is left if they are the `last`.
+
+        If the last of them has `stopped` the output, it is only part of the text, as stop strings
+        are, with include_stop_str_in_output; so it is in vLLM.
 
         Once a stop string is found, `stop_string` is set and `num_tokens` counts the tokens up to
         it; nothing more may be pushed.
@@ -40,11 +43,13 @@ class Detokenizer:
         if not self._params.detokenize:
             self.num_tokens += len(token_ids)
             return emitted
-        for token in token_ids:
+        unsaid = int(stopped and not self._params.include_stop_str_in_output)
+        for token in token_ids[: len(token_ids) - unsaid]:
             self.num_tokens += 1
             emitted += self._search(self._decode(token))
             if self.stop_string is not None:
                 return emitted
+        self.num_tokens += unsaid
         if last:
             emitted += self._search(self._flush())
             if self.stop_string is None:

@@ -105,7 +105,7 @@ def _cpu() -> Finding:
 
 
 def _memory() -> Finding:
-    free = available_bytes(torch.device("cpu")) / 2**30
+    free = available_bytes() / 2**30
     total = psutil.virtual_memory().total / 2**30
     text = f"{free:.1f} of {total:.1f} GiB available"
     if free < 2:

@@ -3,15 +3,23 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict
+from typing import Any
 
+from engine import checkpoint
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.executor import Executor
+from engine.grammar_compiler import GrammarCompiler
 from engine.group import Leader
 from engine.request import Request, RequestLimits
 from engine.scheduler import Scheduler
 from engine.step import StepPlan, StepResult, TokenDelta
+from engine.structured_outputs import StructuredOutputs
+
+# How long an engine with nothing else to do waits for grammars before it looks around again.
+_COMPILING_WAIT_S = 0.005
 
 
 class Engine:
@@ -27,6 +35,7 @@ class Engine:
         leader = leader or Leader(1)
         if leader.size != config.tensor_parallel_size:
             raise ValueError("tensor_parallel_size needs a leader with followers")
+        self.config = config
         self.executor = Executor(config, leader, show_progress)
         self.runner = self.executor.runner
         self.limits = RequestLimits(
@@ -36,8 +45,12 @@ class Engine:
             block_size=config.block_size,
             eos_token_ids=sorted(self.runner.eos_token_ids),
         )
-        pool = BlockPool(self.runner.num_blocks, config.enable_prefix_caching)
+        pool = BlockPool(
+            self.runner.num_blocks, config.enable_prefix_caching, self.runner.num_host_blocks
+        )
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
+        self._compiler: GrammarCompiler | None = None
+        self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
         self._in_flight: deque[tuple[StepPlan, float, Callable[[], StepResult]]] = deque()
         self.num_steps = 0
         # When set to a deque, collects (step number, plan) of every launch.
@@ -55,19 +68,54 @@ class Engine:
             raise ValueError(
                 "bad_words: an engine knows no words; give their tokens as bad_words_token_ids"
             )
-        self.scheduler.add(request)
+        if request.id in self._compiling:
+            raise ValueError(f"a request with id {request.id!r} is already live")
+        wanted = request.params.structured_outputs
+        if wanted is None:
+            self.scheduler.add(request)
+        else:
+            self._compiling[request.id] = request, self._compile(wanted)
+
+    def _compile(self, wanted: StructuredOutputs) -> "Future[Any]":
+        if self._compiler is None:
+            directory = checkpoint.resolve(self.config.model, self.config.revision)
+            eos = sorted(self.runner.eos_token_ids)
+            self._compiler = GrammarCompiler(directory, self.runner.vocab_size, eos)
+        return self._compiler.compile(wanted)
+
+    def _queue_compiled(self) -> list[TokenDelta]:
+        """Queue the requests whose grammar is there; returns the endings of those without one."""
+        if not self._compiling:
+            return []
+        if not (self._in_flight or self.scheduler.requests):  # nothing else to do meanwhile
+            wait([grammar for _, grammar in self._compiling.values()], _COMPILING_WAIT_S)
+        refused = []
+        for request, grammar in list(self._compiling.values()):
+            if not grammar.done():
+                continue
+            del self._compiling[request.id]
+            error = grammar.exception()
+            if error is None:
+                self.runner.matchers.add(request, grammar.result())
+                self.scheduler.add(request)
+            else:
+                refused.append(TokenDelta(request.id, [], "error", error=str(error)))
+        return refused
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ids are ignored."""
+        if request_id in self._compiling:
+            del self._compiling[request_id]  # its grammar may serve others
         self.scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether another step is due: for live requests, or to retire what is in flight."""
-        return bool(self.scheduler.requests or self._in_flight)
+        return bool(self.scheduler.requests or self._in_flight or self._compiling)
 
     def step(self) -> list[TokenDelta]:
         """Launch what can be launched, retire the oldest step in flight, return its tokens."""
+        refused = self._queue_compiled()
         while len(self._in_flight) < self.executor.max_in_flight:
             plan = self.scheduler.schedule()
             if plan is None:
@@ -77,22 +125,26 @@ class Engine:
             if self.journal is not None:
                 self.journal.append((self.num_steps, plan))
         if not self._in_flight:
-            return []
+            return refused
         plan, launched_at, wait_for_result = self._in_flight.popleft()
         result = wait_for_result()
         self._speed.count_step(plan.num_tokens, launched_at)
-        return self.scheduler.update(plan, result)
+        return refused + self.scheduler.update(plan, result)
 
     def stats(self) -> dict[str, float]:
         """What is going on now, and counts since the start."""
         scheduler = self.scheduler
         return {
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting),
+            "waiting": len(scheduler.waiting) + len(self._compiling),
             "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.requests.values()),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
+            "host_blocks": scheduler.pool.host.num_slots,
+            "used_host_blocks": len(scheduler.pool.host),
             "steps": self.num_steps,
+            "late_compilations": len(self.runner.late_compilations),
+            "replayed_steps": self.runner.forward_pass.num_replays,
             "tokens_per_s": self._speed.tokens_per_s,
             **asdict(scheduler.stats),
         }
@@ -100,6 +152,9 @@ class Engine:
     def close(self) -> None:
         """Stop what runs beside this thread: other ranks, the device thread."""
         self.executor.close()
+        self.runner.matchers.close()
+        if self._compiler is not None:
+            self._compiler.close()
 
 
 class _Speed:

@@ -102,7 +102,8 @@ class LLM:
             sampling_params: one for all, or one for each prompt; requests without a seed get one
                 from the engine's, so that a program's outputs are the same in every run.
         Raises:
-            ValueError: a prompt is empty, too long or malformed; nothing has been generated then.
+            ValueError: a prompt is empty, too long or malformed, and nothing has been generated;
+                or structured_outputs cannot be compiled, and all prompts are given up.
         """
         listed = _as_list(prompts)
         params = _one_each(sampling_params or self._default_params, len(listed))
@@ -195,6 +196,8 @@ class LLM:
 
     def _advance(self, one: _Prompted, choice: _Choice, delta: TokenDelta) -> RequestOutput | None:
         """Take in one step's tokens; the finished output if they end the prompt's last choice."""
+        if delta.error is not None:
+            raise ValueError(f"request {one.request_id}: {delta.error}")
         if not one.first_token_time:
             one.first_token_time = time.monotonic()
             one.num_cached_tokens = delta.num_cached_tokens
@@ -205,7 +208,9 @@ class LLM:
         stop_reason: int | str | None = delta.stop_token
         num_tokens = len(choice.request.output_token_ids)
         if choice.detokenizer is not None:
-            choice.text += choice.detokenizer.push(delta.token_ids, last=reason is not None)
+            choice.text += choice.detokenizer.push(
+                delta.token_ids, last=reason is not None, stopped=reason == "stop"
+            )
             if choice.detokenizer.stop_string is not None:
                 reason, stop_reason = "stop", choice.detokenizer.stop_string
                 num_tokens = choice.detokenizer.num_tokens

@@ -1,7 +1,7 @@
-"""Weights from safetensors files into a model, each rank reading only its slices."""
+"""A model with its weights from safetensors files, each rank reading only its slices."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -10,8 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engine.checkpoint import CheckpointError
+from engine.config import EngineConfig
+from engine.decoder import Decoder
+from engine.decoder_config import DecoderConfig
 from engine.layers import ShardedModule, Source
+from engine.parallel import TensorParallel
 from engine.progress import Progress
+from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -72,32 +77,75 @@ class SafetensorsReader:
             file.__exit__(kind, error, trace)
 
 
-def _sharded_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, list[Source]]]:
-    for module_name, module in model.named_modules():  # shared modules come once
-        if isinstance(module, ShardedModule):
-            for name, sources in module.sources.items():
-                yield f"{module_name}.{name}", module.get_parameter(name), sources
+def _sharded_modules(model: nn.Module) -> list[ShardedModule]:
+    return [m for m in model.modules() if isinstance(m, ShardedModule)]  # shared ones come once
+
+
+def load_model(
+    config: EngineConfig,
+    model_config: DecoderConfig,
+    directory: Path,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    parallel: TensorParallel,
+    show_progress: bool = False,
+) -> Decoder:
+    """One rank's model with its weights, in the layout of the device's ops."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model = Decoder(model_config, max_len, ops, parallel)
+    finally:
+        torch.set_default_dtype(previous)
+
+    def pack(module: ShardedModule) -> None:
+        model.pack_linear(module, config.quantization)
+
+    if config.load_format == "dummy":
+        load_dummy_weights(model, config.seed, pack)
+    else:
+        load_weights(model, directory, show_progress, pack)
+    model.pack_head(config.quantization)
+    return model
+
+
+def _do_nothing(_: ShardedModule) -> None: ...
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, directory: Path, show_progress: bool = True) -> None:
-    """Fill every parameter; a tensor missing, left over or of the wrong shape is an error."""
-    parameters = list(_sharded_parameters(model))
+def load_weights(
+    model: nn.Module,
+    directory: Path,
+    show_progress: bool = True,
+    filled: Callable[[ShardedModule], None] = _do_nothing,
+) -> None:
+    """Fill every parameter; a tensor missing, left over or of the wrong shape is an error.
+
+    Files are mapped, and the memory of a parameter is only taken when it is filled (on a CPU). So
+    with `filled`, called with each module once it is, never more than one exists in two layouts.
+    """
+    modules = _sharded_modules(model)
     used: set[str] = set()
     with (
         SafetensorsReader(directory) as reader,
         Progress(
-            total=sum(p.numel() * p.element_size() for _, p, _ in parameters),
+            total=sum(p.nbytes for module in modules for p in module.parameters(recurse=False)),
             desc="Loading weights",
             unit="B",
             unit_scale=True,
             disable=not show_progress,
         ) as progress,
     ):
-        for _, parameter, sources in parameters:
-            _fill(parameter, sources, reader)
-            used.update(source.name for source in sources)
-            progress.update(parameter.numel() * parameter.element_size())
+        for module in modules:
+            for name, sources in module.sources.items():
+                parameter = module.get_parameter(name)
+                _fill(parameter, sources, reader)
+                used.update(source.name for source in sources)
+                progress.update(parameter.nbytes)
+            filled(module)
         leftover = {n for n in reader.names - used if not n.endswith(_IGNORED_SUFFIXES)}
         # Files of tied models may repeat the embedding under the head's name.
         if getattr(model, "lm_head", None) is getattr(model, "embedding", model):
@@ -117,11 +165,16 @@ def _fill(parameter: Tensor, sources: list[Source], reader: SafetensorsReader) -
 
 
 @torch.no_grad()
-def load_dummy_weights(model: nn.Module, seed: int) -> None:
+def load_dummy_weights(
+    model: nn.Module, seed: int, filled: Callable[[ShardedModule], None] = _do_nothing
+) -> None:
     """Random weights of a trained model's size, so that activations stay finite."""
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
-    for name, parameter, _ in _sharded_parameters(model):
-        if parameter.dim() == 1 and name.endswith("weight"):
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+    for module in _sharded_modules(model):
+        for name in module.sources:
+            parameter = module.get_parameter(name)
+            if parameter.dim() == 1 and name == "weight":
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)
+        filled(module)

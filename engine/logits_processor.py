@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.step import NewRow
+from engine.step import NewRow, ScheduledRow
 from engine.transfer import to_device
 from kernels import Ops
-from kernels.reference import penalize
 
 _NEVER = 2**62  # a position that no row reaches
 _NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, presence, frequency
@@ -76,18 +75,35 @@ class LogitsProcessor:
         elif self._penalties is not None:
             self._penalties[new.row] = self._floats(_NO_PENALTIES)
 
-    def applies(self, row: int, position: int) -> bool:
-        """Whether a row wants anything done for the token at this position."""
-        rules = self._rules.get(row)
-        return rules is not None and position < rules.expires
+    def concerned(self, sampling: Sequence[ScheduledRow]) -> list[int]:
+        """Which of the rows want anything done for their next tokens, by index."""
+        rules = self._rules
+        if not rules or rules.keys().isdisjoint([row.row for row in sampling]):
+            return []
+        return [
+            i
+            for i, row in enumerate(sampling)
+            if row.row in rules and row.end < rules[row.row].expires
+        ]
 
-    def process(self, logits: Tensor, rows: list[int], positions: list[int]) -> None:
+    def process(
+        self,
+        logits: Tensor,
+        rows: list[int],
+        positions: list[int],
+        grammar_mask: Tensor | None = None,
+    ) -> None:
         """Change logits [N, V] float32 in place, for the tokens of N rows at N positions.
 
         The order is vLLM's: what is allowed, biases and bans, then penalties.
+
+        Args:
+            grammar_mask: what the rows' grammars allow, as kernels.reference.apply_bitmask has it.
         """
         rules = self._combine(rows)
         row_index, position = self._tensor(rows), self._tensor(positions)
+        if grammar_mask is not None:
+            self._ops.apply_bitmask(logits, grammar_mask.to(self._device, non_blocking=True))
         if rules.allowed is not None:
             self._ops.apply_bitmask(logits, rules.allowed)
         if len(rules.token):
@@ -101,7 +117,7 @@ class LogitsProcessor:
             token_ids = self._token_ids[row_index, : max(positions)]
             counts = self._counts[row_index.unsqueeze(1), token_ids]
             repetition, presence, frequency = self._penalties[row_index].unbind(1)
-            penalize(logits, token_ids, position, counts, repetition, presence, frequency)
+            self._ops.penalize(logits, token_ids, position, counts, repetition, presence, frequency)
 
     def count(self, rows: Tensor, tokens: Tensor) -> None:
         """These rows, [N] int64, have had these tokens, [N] int64."""
@@ -130,9 +146,9 @@ class LogitsProcessor:
             additions += [(token, -torch.inf, until) for token in sorted(stops)]
         words = params.bad_words_token_ids
         allowed = params.allowed_token_ids
-        if not (additions or words or allowed or params.has_penalties):
+        lasting = words or allowed or params.has_penalties or params.structured_outputs
+        if not (additions or lasting):
             return None
-        lasting = words or allowed or params.has_penalties
         width = max((len(word) - 1 for word in words), default=0)
         return _Rules(
             index=self._tensor([0] * len(additions)),

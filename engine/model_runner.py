@@ -1,6 +1,8 @@
 """Turns step plans into tokens on one rank's device."""
 
+import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
 
@@ -8,48 +10,23 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decoder import Batch, Decoder
 from engine.decoder_config import DecoderConfig
 from engine.device_tables import DeviceTables
-from engine.loader import load_dummy_weights, load_weights
+from engine.forward_pass import ForwardPass
+from engine.grammar_matcher import GrammarMatchers
+from engine.host_cache import HostCache
+from engine.kv_cache import KVCacheShape
+from engine.loader import load_model
 from engine.logits_processor import LogitsProcessor
 from engine.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
-from engine.memory import available_bytes
+from engine.memory import DeviceMemory, MemoryMeter, MemoryUse
 from engine.parallel import TensorParallel
-from engine.step import ScheduledRow, StepPlan, StepResult
+from engine.pending_step import PendingStep
+from engine.step import ScheduledRow, StepPlan
 from engine.threads import num_compute_threads
 from engine.transfer import ToHost, to_device
-from kernels import select_ops
-
-# Of the memory that is free once the weights are loaded; the rest is for activations and others.
-_KV_CACHE_SHARE = {"cpu": 0.5, "cuda": 0.85}
-
-
-class PendingStep:
-    """A step that the device is running."""
-
-    def __init__(
-        self,
-        tokens: ToHost | None = None,
-        logprobs: tuple[list[int], PendingLogprobs] | None = None,
-        prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
-    ) -> None:
-        self._tokens = tokens
-        self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs or {}
-
-    def result(self) -> StepResult:
-        """What it has brought, once it has."""
-        if self._tokens is None:
-            return StepResult([])
-        logprobs = {}
-        if self._logprobs is not None:
-            logprobs = dict(zip(self._logprobs[0], self._logprobs[1].wait(), strict=True))
-        prompt_logprobs = {
-            i: [position for part in parts for position in part.wait()]
-            for i, parts in self._prompt_logprobs.items()
-        }
-        return StepResult(self._tokens.wait().tolist(), logprobs, prompt_logprobs)
+from engine.warm_up import warm_up_plans
+from kernels import AttentionNeeds, select_ops, watch_compilation
 
 
 class ModelRunner:
@@ -71,68 +48,130 @@ class ModelRunner:
         self.parallel = parallel or TensorParallel()
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.parallel.size))
-        elif config.quantization is not None:
-            raise ValueError(
-                f"quantization: {config.quantization!r} is for CPUs only; leave it out, or set "
-                "device to 'cpu'"
-            )
-        self.ops = select_ops(self.device)
+        config.check_device(self.device.type)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+        self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        self.ops = select_ops(
+            self.device,
+            AttentionNeeds(
+                config.attention_backend,
+                self.dtype,
+                self.cache_dtype,
+                model_config.head_dim,
+                config.block_size,
+            ),
+        )
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = eos_token_ids
-        self._block_size = config.block_size
-        self.model = self._build_model(model_config)
-        if config.load_format == "dummy":
-            load_dummy_weights(self.model, config.seed)
-        else:
-            load_weights(self.model, directory, show_progress)
-        self.model.pack(config.quantization, show_progress)
-        self.num_blocks = config.num_blocks or self._default_num_blocks(config, model_config)
-        self.kv_caches = [
-            self.ops.new_kv_cache(
-                self.num_blocks,
-                config.block_size,
-                _local_kv_heads(model_config, self.parallel),
-                model_config.head_dim,
-                self.dtype,
-                self.device,
-            )
-            for _ in range(model_config.num_layers)
-        ]
-        self.tables = DeviceTables(
-            config.max_num_seqs, self.max_len, config.block_size, self.device
+        _check_divisible(model_config, self.parallel.size)
+        self._config = config
+        meter = MemoryMeter(self.device)
+        before = meter.in_use()
+        self.model = load_model(
+            config,
+            model_config,
+            directory,
+            self.max_len,
+            self.dtype,
+            self.device,
+            self.ops,
+            self.parallel,
+            show_progress,
         )
+        weights = max(meter.in_use() - before, 0)
+        # The last row belongs to no request: it pads the batches of recorded steps.
+        num_rows = config.max_num_seqs + 1
+        self.tables = DeviceTables(num_rows, self.max_len, config.block_size, self.device)
         self._processor = LogitsProcessor(
             self.tables.token_ids, self.vocab_size, eos_token_ids, self.ops
         )
+        self.matchers = GrammarMatchers(self.vocab_size, self.device)
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
-
-    def _build_model(self, model_config: DecoderConfig) -> Decoder:
-        _check_divisible(model_config, self.parallel.size)
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with self.device:
-                return Decoder(model_config, self.max_len, self.ops, self.parallel)
-        finally:
-            torch.set_default_dtype(previous)
-
-    def _default_num_blocks(self, config: EngineConfig, model_config: DecoderConfig) -> int:
-        """A share of the free memory, but no more than the rows could ever fill."""
-        kv_heads = _local_kv_heads(model_config, self.parallel)
-        token_bytes = 2 * model_config.num_layers * kv_heads * model_config.head_dim
-        block_bytes = token_bytes * self.dtype.itemsize * config.block_size
-        share = _KV_CACHE_SHARE[self.device.type]
-        affordable = int(available_bytes(self.device) * share) // block_bytes
-        usable = config.max_num_seqs * -(-self.max_len // config.block_size)
-        if affordable == 0:
-            raise MemoryError(
-                f"no memory is left for the KV cache: one block takes {block_bytes} bytes; free "
-                "some, or lower block_size or set num_blocks"
+        self._cache_shape = KVCacheShape.of(
+            model_config, self.parallel, config.block_size, self.cache_dtype
+        )
+        self.forward_pass = ForwardPass(
+            config, self.model, self.tables, self._cache_shape, self.ops, self.device
+        )
+        block_bytes, host_bytes = self._cache_shape.block_bytes, config.host_cache_memory_bytes
+        if 0 < host_bytes < block_bytes:
+            raise ValueError(
+                f"host_cache_memory_bytes: {host_bytes} is less than one block, which takes "
+                f"{block_bytes}; give more, or 0"
             )
-        return self.parallel.agree_on_minimum(min(affordable, usable))
+        self.num_host_blocks = host_bytes // block_bytes
+        self._host_cache: HostCache | None = None
+        if self.num_host_blocks:
+            self._host_cache = HostCache(self.num_host_blocks, block_bytes, self.device)
+        watch = watch_compilation(self.device)
+        self.memory = self._open(meter, weights)
+        watch.start_serving()
+        # Kernels that were compiled while requests were waiting; there should be none.
+        self.late_compilations = watch.late
+        if show_progress:
+            blocks = f"{self.num_blocks} KV cache blocks of {self.cache_dtype}"
+            print(f"{blocks} on {self.device}; {self.memory}", file=sys.stderr)
+            print(f"{self.ops.name} kernels", file=sys.stderr)
+
+    @torch.inference_mode()
+    def _open(self, meter: MemoryMeter, weights: int) -> MemoryUse:
+        """Allocate the KV cache, once it is known what the rest takes at its peak."""
+        in_use = peak = meter.in_use()
+        graphs, activations = 0, None
+        if self.device.type == "cuda" or self.forward_pass.records:
+            in_use, peak, graphs = self._rehearse(meter)
+            activations = peak - in_use
+        memory = DeviceMemory.of(self.device, self.parallel.size)
+        self.num_blocks = self._choose_num_blocks(memory, peak + graphs)
+        self.forward_pass.allocate(self.num_blocks)
+        self.forward_pass.record()
+        kv_cache = (self.num_blocks + 1) * self._cache_shape.block_bytes
+        return MemoryUse(
+            weights=weights,
+            other=max(in_use - weights, 0),
+            activations=activations,
+            graphs=graphs,
+            kv_cache=kv_cache,
+            host_cache=self.num_host_blocks * self._cache_shape.block_bytes,
+            left=memory.left(peak + graphs, kv_cache),
+        )
+
+    def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
+        """Run the largest steps and record all graphs, over a cache of next to nothing.
+
+        Returns (bytes in use between steps, bytes at the peak of a step, bytes of the graphs).
+        """
+        self.forward_pass.allocate(0)
+        meter.reset_peak()
+        for plan in warm_up_plans(self._config, self.max_len):
+            self.launch(plan).result()
+        peak, in_use = meter.peak(), meter.in_use()
+        self.forward_pass.record()
+        graphs = max(meter.in_use() - in_use, 0)
+        self.forward_pass.close()
+        return in_use, max(peak, in_use), graphs
+
+    def _choose_num_blocks(self, memory: DeviceMemory, own_bytes: int) -> int:
+        config, block_bytes = self._config, self._cache_shape.block_bytes
+        if config.num_blocks is not None:
+            return config.num_blocks
+        budget = config.kv_cache_memory_bytes
+        if budget is None:
+            budget = memory.kv_cache_budget(own_bytes, config.gpu_memory_utilization)
+            if memory.is_host:  # others need it too: no more than the rows could ever fill
+                blocks_per_row = -(-self.max_len // config.block_size)
+                budget = min(budget, (config.max_num_seqs * blocks_per_row + 1) * block_bytes)
+        num_blocks = budget // block_bytes - 1  # one is for padding
+        if num_blocks < 1:
+            raise MemoryError(
+                f"no memory is left for the KV cache: it has {budget} bytes, and the least, two "
+                f"blocks, takes {2 * block_bytes}; free some, lower block_size or "
+                "max_num_batched_tokens, or raise kv_cache_memory_bytes or, on a GPU, "
+                "gpu_memory_utilization"
+            )
+        return self.parallel.agree_on_minimum(num_blocks)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -140,20 +179,32 @@ class ModelRunner:
 
         The sampled tokens also stay in the device's tables, where the next step finds them.
         """
+        if self._host_cache is not None:
+            self._host_cache.run(plan.copies, self.forward_pass.kv_caches)
         self._enter_rows(plan)
         sampling = [row for row in plan.scheduled if row.samples]
+        processed = self._processor.concerned(sampling)
+        constrained = self.matchers.constrained(sampling)
+        mask = None  # of the rows to be processed, computed while the model runs
+        if constrained and self.parallel.rank == 0:
+            mask = self.matchers.start([sampling[i].row for i in processed])
         logits = self.forward(plan)
         if not sampling:
             return PendingStep()
         rows, positions = self._tensor(
-            [[row.row for row in sampling], [row.start + row.num_tokens for row in sampling]]
+            [[row.row for row in sampling], [row.end for row in sampling]]
         )
-        tokens = self._sample(logits, sampling, rows, positions)
+        tokens = self._sample(logits, sampling, rows, positions, processed, mask)
+        if constrained:  # only the leader follows the grammars, so its choice is everyone's
+            tokens = self.parallel.broadcast(tokens)
         self.tables.token_ids[rows, positions] = tokens
+        brought = ToHost(tokens)
+        errors = self.matchers.accept(sampling, constrained, brought)
         return PendingStep(
-            ToHost(tokens),
+            brought,
             self._take_logprobs(logits, sampling, tokens),
             self._prompt_logprobs.take([row.row for row in sampling]),
+            errors,
         )
 
     def _enter_rows(self, plan: StepPlan) -> None:
@@ -161,19 +212,22 @@ class ModelRunner:
             self.tables.enter(new)
             self._processor.enter(new)
             self._prompt_logprobs.enter(new)
+            self.matchers.enter(new)
             self._num_logprobs.pop(new.row, None)
             if new.params.logprobs is not None:
                 self._num_logprobs[new.row] = new.params.logprobs
         self.tables.append_blocks(plan.scheduled)
 
     def _sample(
-        self, logits: Tensor, sampling: list[ScheduledRow], rows: Tensor, positions: Tensor
+        self,
+        logits: Tensor,
+        sampling: list[ScheduledRow],
+        rows: Tensor,
+        positions: Tensor,
+        processed: list[int],
+        mask: "Future[Tensor] | None",
     ) -> Tensor:
         """The next token of each row, [N] int64, from logits [N, V], which stay as they are."""
-        ends = [row.start + row.num_tokens for row in sampling]
-        processed = [
-            i for i, row in enumerate(sampling) if self._processor.applies(row.row, ends[i])
-        ]
         if not processed:
             return self._draw(logits, rows, positions)
         # In float32, for in 16 bits a small penalty would be lost in rounding; and only these rows,
@@ -181,7 +235,10 @@ class ModelRunner:
         index = self._tensor(processed)
         own = logits[index].float()
         self._processor.process(
-            own, [sampling[i].row for i in processed], [ends[i] for i in processed]
+            own,
+            [sampling[i].row for i in processed],
+            [sampling[i].end for i in processed],
+            mask.result() if mask is not None else None,
         )
         own_tokens = self._draw(own, rows[index], positions[index])
         self._processor.count(rows[index], own_tokens)
@@ -211,45 +268,11 @@ class ModelRunner:
 
     def forward(self, plan: StepPlan) -> Tensor:
         """Logits [rows that sample, vocab] of a plan whose rows have been entered."""
-        hidden = self.model(self._make_batch(plan.scheduled), self.kv_caches)
+        hidden = self.forward_pass.hidden_states(plan.scheduled)
         self._prompt_logprobs.collect(plan.scheduled, hidden)
         ends = accumulate(row.num_tokens for row in plan.scheduled)
         last = [end - 1 for row, end in zip(plan.scheduled, ends, strict=True) if row.samples]
         return self.model.logits(hidden if len(last) == len(hidden) else hidden[self._tensor(last)])
-
-    def _make_batch(self, scheduled: list[ScheduledRow]) -> Batch:
-        lengths = [row.num_tokens for row in scheduled]
-        rows, starts, ends = self._tensor(
-            [
-                [row.row for row in scheduled],
-                [row.start for row in scheduled],
-                [*accumulate(lengths)],
-            ]
-        )
-        query_starts = torch.nn.functional.pad(ends, (1, 0))
-        return self._prepare(rows, starts, query_starts, sum(lengths))
-
-    def _prepare(self, rows: Tensor, starts: Tensor, query_starts: Tensor, total: int) -> Batch:
-        """Look up in the tables what a step of `total` tokens computes.
-
-        Args:
-            rows, starts: [B] int64.
-            query_starts: [B + 1] int64.
-        """
-        lengths = query_starts.diff()
-        token_rows = rows.repeat_interleave(lengths, output_size=total)
-        # A token's position: its index in the step, less its request's, plus where that starts.
-        shift = (starts - query_starts[:-1]).repeat_interleave(lengths, output_size=total)
-        positions = torch.arange(total, device=self.device) + shift
-        blocks = self.tables.block_tables[token_rows, positions // self._block_size].long()
-        return Batch(
-            token_ids=self.tables.token_ids[token_rows, positions],
-            positions=positions,
-            slots=blocks * self._block_size + positions % self._block_size,
-            query_starts=query_starts.int(),
-            context_lens=(starts + lengths).int(),
-            block_tables=self.tables.block_tables[rows],
-        )
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return to_device(values, torch.int64, self.device)
@@ -272,7 +295,3 @@ def _check_divisible(model_config: DecoderConfig, size: int) -> None:
     ):
         if value % size != 0:
             raise ValueError(f"the model's {value} {name} cannot be split over {size} ranks")
-
-
-def _local_kv_heads(model_config: DecoderConfig, parallel: TensorParallel) -> int:
-    return max(model_config.num_kv_heads // parallel.size, 1)

@@ -40,6 +40,12 @@ class TensorParallel:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, in place."""
+        if self.size > 1:
+            dist.broadcast(x, src=0, group=self.group)
+        return x
+
     def all_gather(self, x: Tensor) -> Tensor:
         """x [N, M] of every rank, side by side: [N, size * M]."""
         if self.size == 1:

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.block_pool import extend_hashes
 from engine.sampling_params import SamplingParams
@@ -36,6 +37,7 @@ class Request:
     num_published: int = field(init=False, default=0)  # leading blocks named in the pool
     num_computed: int = field(init=False, default=0)  # tokens whose KV is, or will be, in the cache
     num_pending: int = field(init=False, default=0)  # tokens being sampled by steps in flight
+    grammar: Any = field(init=False, default=None)  # compiled from its structured_outputs
     num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from engine.strict import StrictModel
+from engine.structured_outputs import StructuredOutputs
 from engine.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
@@ -52,6 +53,9 @@ class SamplingParams(StrictModel):
     bad_words_token_ids: list[Annotated[list[TokenId], Field(min_length=1, max_length=64)]] = Field(
         default_factory=list, max_length=1024, description="Token sequences never completed."
     )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="The form of the text: a JSON schema, regex, choice or grammar."
+    )
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="One seed, one text; None draws one."
     )
@@ -72,7 +76,7 @@ class SamplingParams(StrictModel):
         default_factory=list, max_length=64, description="The text ends before any of these."
     )
     include_stop_str_in_output: bool = Field(
-        False, description="The text ends with the stop string, not before it."
+        False, description="The text ends with the stop string or token, not before it."
     )
     stop_token_ids: list[TokenId] = Field(
         default_factory=list, max_length=1024, description="Any of these tokens ends the output."
@@ -116,6 +120,13 @@ class SamplingParams(StrictModel):
                 "allowed_token_ids and bad_words exclude each other: together they could leave no "
                 "token to choose"
             )
+        if self.structured_outputs is not None:
+            for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
+                if getattr(self, name) or (name == "bad_words" and self.bad_words_token_ids):
+                    raise ValueError(
+                        f"{name} cannot be combined with structured_outputs, which alone decides "
+                        "what may come next: together they could leave no token to choose"
+                    )
         if self.stop and not self.detokenize:
             raise ValueError("stop: stop strings are found in the text; they need detokenize")
         if self.truncate_prompt_tokens == 0:

@@ -33,6 +33,7 @@ class SchedulerStats:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    restored_tokens: int = 0  # of all that were found cached, those from host memory
     output_tokens: int = 0
     preemptions: int = 0
     admitted: int = 0
@@ -97,7 +98,10 @@ class Scheduler:
             self._remove(request)
 
     def schedule(self) -> StepPlan | None:
-        """Plan one step; None when nothing can run before a result arrives."""
+        """Plan one step; None when nothing can run before a result arrives.
+
+        Rows that compute one token come first: attention has a kernel of its own for them.
+        """
         plan = StepPlan([], [])
         preemptions = self.stats.preemptions
         budget = self._schedule_running(plan, self._token_budget)
@@ -105,6 +109,8 @@ class Scheduler:
             self._schedule_waiting(plan, budget)
         if not plan.scheduled:
             return None
+        plan.copies.extend(self.pool.take_copies())
+        plan.scheduled.sort(key=lambda row: row.num_tokens > 1)
         self._sampling.append([self.requests[r.request_id] for r in plan.scheduled if r.samples])
         return plan
 
@@ -161,11 +167,18 @@ class Scheduler:
             budget -= num_tokens
 
     def _find_cached(self, request: Request) -> list[int]:
-        """Blocks of the longest cached prefix that leaves a token to compute, for its logits."""
+        """Blocks of the longest prefix in the KV cache."""
+        return self.pool.lookup(self._reusable(request))
+
+    def _reusable(self, request: Request) -> list[bytes]:
+        """Names of the full blocks that need not be computed if they are cached.
+
+        They leave a token to compute, for its logits.
+        """
         if request.wants_prompt_logprobs:
             return []  # needs the logits of all its tokens
         hashes = request.hash_full_blocks(self._block_size)
-        return self.pool.lookup(hashes[: (request.num_tokens - 1) // self._block_size])
+        return hashes[: (request.num_tokens - 1) // self._block_size]
 
     def _can_admit(self, request: Request, cached: list[int]) -> bool:
         """Whether all its tokens fit next to what the running ones still need for theirs.
@@ -181,6 +194,9 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, request: Request, cached: list[int]) -> None:
         self.pool.hold(cached)
+        restored = self.pool.restore(self._reusable(request)[len(cached) :])
+        cached = cached + restored
+        self.stats.restored_tokens += len(restored) * self._block_size
         request.block_table = list(cached)
         request.num_computed = len(cached) * self._block_size
         request.num_published = len(cached)
@@ -242,6 +258,10 @@ class Scheduler:
             if self.requests.get(request.id) is not request:
                 continue
             request.num_pending -= 1
+            if i in result.errors:
+                self._remove(request)
+                deltas.append(TokenDelta(request.id, [], "error", error=result.errors[i]))
+                continue
             request.append(token)
             self._publish(request)
             delta = self._delta(

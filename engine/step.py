@@ -33,11 +33,25 @@ class ScheduledRow:
     new_blocks: list[int]  # appended to the block table in this step
     samples: bool  # whether its last token's logits yield the next token
 
+    @property
+    def end(self) -> int:
+        """The position of the next token."""
+        return self.start + self.num_tokens
+
+
+class BlockCopy(NamedTuple):
+    """A block of the KV cache to a slot of host memory, or back."""
+
+    to_host: bool
+    block: int
+    slot: int
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     new_rows: list[NewRow]
     scheduled: list[ScheduledRow]
+    copies: list[BlockCopy] = field(default_factory=list)  # in this order, before all else
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +73,8 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     # The same, for rows whose prompt is computed: from its second token on.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    # By index in token_ids, why a row cannot go on; its token means nothing.
+    errors: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +83,9 @@ class TokenDelta:
 
     request_id: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop", "length"
+    finish_reason: str | None = None  # "stop", "length"; "error" with an error
     stop_token: int | None = None  # the token of stop_token_ids that ended it
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
+    error: str | None = None  # why the engine gives it up, and it alone

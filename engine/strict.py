@@ -21,10 +21,11 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         errors: list[InitErrorDetails] = []
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name in data:
-            if name in cls.model_fields:
+            if name in known:
                 continue
-            close = get_close_matches(str(name), cls.model_fields, n=1)
+            close = get_close_matches(str(name), known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else "it is not supported"
             error = PydanticCustomError("unknown_field", "unknown field, {hint}", {"hint": hint})
             errors.append(InitErrorDetails(type=error, loc=(str(name),), input=data[name]))

@@ -162,7 +162,7 @@ class Tokenizer:
                 continue_final_message=continue_final_message,
                 **options,
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"the chat template refused the messages: {error}") from error
         return str(rendered[0])
 

@@ -43,7 +43,7 @@ def select_ops(device: torch.device, needs: AttentionNeeds | None) -> Ops:
 
 def triton_ops(num_processors: int) -> Ops:
     """Everything by Triton, on a device of so many multiprocessors."""
-    from kernels.triton import attention, elementwise, rotary, sampling, step
+    from kernels.triton import attention, elementwise, logits, rotary, sampling, step
 
     attend = attention.TritonAttention(num_processors)
     return replace(
@@ -57,6 +57,8 @@ def triton_ops(num_processors: int) -> Ops:
         add_rms_norm=elementwise.add_rms_norm,
         silu_and_mul=elementwise.silu_and_mul,
         sample=sampling.sample,
+        penalize=logits.penalize,
+        apply_bitmask=logits.apply_bitmask,
     )
 
 

@@ -74,6 +74,7 @@ class FlashAttention:
         block_tables: Tensor,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
         plan: FlashPlan | None = None,
     ) -> Tensor:
         if plan is None:
@@ -91,6 +92,7 @@ class FlashAttention:
                     block_tables[:first],
                     scale,
                     window,
+                    softcap,
                     plan.decodes,
                 )
             )
@@ -103,6 +105,7 @@ class FlashAttention:
                     block_tables[first:],
                     scale,
                     window,
+                    softcap,
                     plan,
                 )
             )
@@ -116,6 +119,7 @@ class FlashAttention:
         block_tables: Tensor,
         scale: float,
         window: int | None,
+        softcap: float | None,
         plan: FlashPlan,
     ) -> Tensor:
         # [blocks, K, block_size, D] -> [blocks, block_size, K, D], as views
@@ -126,6 +130,7 @@ class FlashAttention:
             max_seqlen_k=block_tables.shape[1] * k.shape[1],
             softmax_scale=scale,
             causal=True,
+            softcap=softcap or 0.0,
         )
         if self._version == 2:
             return self._varlen(
@@ -176,11 +181,12 @@ def find(
 def _refuses(version: int, needs: AttentionNeeds, capability: tuple[int, int]) -> str | None:
     """Why a version cannot serve these needs on a GPU of this compute capability, or None."""
     major = capability[0]
-    largest = 128 if version == 4 and major in (10, 11) and needs.head_dim != 256 else 256
-    if needs.head_dim % 8 != 0 or needs.head_dim > largest:
+    if version == 4 and major not in (9, 10, 11):
+        return f"has no paged cache on compute capability {major}.{capability[1]}"
+    largest = 256 if version == 2 or major == 9 else 128
+    multiple = 8 if version == 2 else 16  # flash-attn 4 does not pad heads of a paged cache
+    if needs.head_dim % multiple != 0 or needs.head_dim > largest:
         return f"has no kernel for heads of {needs.head_dim}"
-    if version == 4 and major < 9:
-        return "is for Hopper and later"
     if version == 2 and major < 8:
         return "is for Ampere and later"
     if version == 2 and needs.block_size % 256 != 0:

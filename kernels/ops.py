@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Ops:
     )
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
     sample: Callable[..., Tensor] = reference.sample
+    penalize: Callable[..., None] = reference.penalize
     apply_bitmask: Callable[[Tensor, Tensor], None] = reference.apply_bitmask
     top_logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = (
         reference.top_logprobs
@@ -57,12 +58,42 @@ def select_ops(device: torch.device, attention: AttentionNeeds | None = None) ->
     Raises ValueError when `attention.backend` asks for one that cannot serve here.
     """
     if device.type == "cpu":
+        if attention is not None and attention.backend != "auto":
+            raise ValueError(f"attention_backend: {attention.backend!r} is for GPUs; leave it out")
         return _cpu_ops()
     if device.type == "cuda":
         from kernels import cuda
 
         return cuda.select_ops(device, attention)
     return REFERENCE
+
+
+class CompilationWatch(Protocol):
+    """Knows which kernels were compiled only after `start_serving`: they held up requests."""
+
+    late: list[str]
+
+    def start_serving(self) -> None:
+        """Warm-up is over."""
+
+
+def watch_compilation(device: torch.device) -> CompilationWatch:
+    """From now on; where nothing is compiled at run time, its list stays empty."""
+    if device.type == "cuda":
+        try:
+            from kernels.triton.compiles import CompileWatch
+
+            return CompileWatch()
+        except ImportError:  # without Triton
+            pass
+    return _NothingCompiles()
+
+
+class _NothingCompiles:
+    def __init__(self) -> None:
+        self.late: list[str] = []
+
+    def start_serving(self) -> None: ...
 
 
 def _cpu_ops() -> Ops:

@@ -132,6 +132,7 @@ def paged_attention(
     block_tables: Tensor,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     plan: Any = None,
 ) -> Tensor:
     """Causal attention of variable-length queries over a paged cache.
@@ -145,6 +146,7 @@ def paged_attention(
         context_lens: [B] int32.
         block_tables: [B, M] int32, entries past a request's last block are never read.
         window: a query sees itself and the window - 1 tokens before it; None sees all.
+        softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
         plan: what the same table's `plan_attention` made of the step.
     Returns:
         [T, H, D], q's dtype.
@@ -172,16 +174,25 @@ def paged_attention(
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
-        attended = F.scaled_dot_product_attention(
-            q[start:end].transpose(0, 1).unsqueeze(0),
-            k,
-            v,
-            attn_mask=visible,
-            scale=scale,
-            enable_gqa=True,
-        )
+        queries = q[start:end].transpose(0, 1).unsqueeze(0)
+        if softcap is None:
+            attended = F.scaled_dot_product_attention(
+                queries, k, v, attn_mask=visible, scale=scale, enable_gqa=True
+            )
+        else:
+            attended = _attend_capped(queries, k, v, visible, scale, softcap)
         out[start:end] = attended[0].transpose(0, 1)
     return out
+
+
+def _attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attention of q [1, H, T, D] over k and v [1, K, context, D] with capped scores."""
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    scores = softcap * torch.tanh((q @ k.mT).float() * scale / softcap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return weights.to(q.dtype) @ v
 
 
 def pack_linear(

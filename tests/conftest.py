@@ -41,3 +41,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def byte_model(checkpoints: CheckpointFactory) -> Path:
+    """A random checkpoint with a tokenizer that can write any text; window of 2048 tokens."""
+    from tests.engine.small_tokenizer import byte_level
+
+    directory = checkpoints("qwen3", max_position_embeddings=2048)
+    byte_level().save(str(directory / "tokenizer.json"))
+    return directory

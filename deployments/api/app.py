@@ -7,7 +7,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import chat, completions, engine_events, playground, responses, server, tokens
+from deployments.api import (
+    chat,
+    completions,
+    engine_events,
+    playground,
+    responses,
+    server,
+    tokens,
+)
 from deployments.api.errors import error_response
 from deployments.api.gate import OPEN_PATHS, Gate
 from deployments.api.keys import KeyRing
@@ -33,7 +41,13 @@ class _Api(FastAPI):
     """FastAPI's document, with what the gate asks for."""
 
     def __init__(self, needs_key: bool) -> None:
-        super().__init__(title="Manta", version=VERSION, docs_url="/docs", redoc_url=None)
+        super().__init__(
+            title="Manta",
+            version=VERSION,
+            docs_url="/docs",
+            redoc_url=None,
+            strict_content_type=False,
+        )
         self._needs_key = needs_key
 
     def openapi(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from deployments.api.errors import ApiError
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.messages import AnswerParser
 from deployments.api.protocol import ChatCompletionRequest
-from deployments.api.streaming import Output, collect_all, event, event_stream, merge
+from deployments.api.streaming import Output, begun, collect_all, event, event_stream, merge
 from deployments.api.tools import ForcedCall, find_format, forced_call
 from deployments.front import Front, TextDelta
 from deployments.parsing import OutputParser, Piece, ReasoningSplitter
@@ -48,7 +48,8 @@ def routes(front: Front) -> APIRouter:
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_chat(front, request))
-        return event_stream(_events(await Chat.start(front, request)))
+        chat = await Chat.start(front, request)
+        return event_stream(await begun(_events(chat)) if chat.has_form else _events(chat))
 
     return router
 
@@ -96,7 +97,10 @@ class Chat:
                 params = params.model_copy(update={"skip_special_tokens": False})
             if forced is not None:
                 params = forced.constrain(params)
-        prompt = front.truncate(await _encode(front, request, params, forced), params)
+        prompt = await _encode(front, request, params)
+        if params.structured_outputs is not None:
+            prompt += _beginning(front, prompt, forced)
+        prompt = front.truncate(prompt, params)
         check_prompt(front, prompt, params, "messages")
         check_queue(front, params.n, len(prompt) * params.n)
         head = {
@@ -106,12 +110,19 @@ class Chat:
         }
         return cls(front, request, prompt, params, head, forced, options)
 
+    @property
+    def has_form(self) -> bool:
+        """Whether a grammar, which the engine may yet refuse, shapes all of the answer."""
+        return self.params.structured_outputs is not None
+
     def streams(self) -> list[AsyncGenerator[TextDelta]]:
         """The text to come for each choice."""
         return self.front.generate_choices(self.prompt, self.params, self.options)
 
     def new_parser(self) -> AnswerParser:
         """For one choice."""
+        if self.has_form and self.forced is None:
+            return AnswerParser()
         tools = find_format(self.front).parser() if self.request.offered_tools else None
         thinks = self.front.has_reasoning and self.forced is None
         if tools is None and not thinks:
@@ -124,20 +135,23 @@ class Chat:
 
 
 async def _encode(
-    front: Front, request: ChatCompletionRequest, params: SamplingParams, forced: ForcedCall | None
+    front: Front, request: ChatCompletionRequest, params: SamplingParams
 ) -> list[int]:
     try:
-        prompt = await front.encode_chat(
+        return await front.encode_chat(
             [message.for_template() for message in request.messages],
             max_len=front.max_prompt_len(params),
             **request.template_options(),
         )
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
-    if forced is not None:
-        close = f"\n{CLOSE}\n\n" if _opens_reasoning(front, prompt) else ""
-        prompt += front.tokenizer.encode(close + forced.prefix, add_special_tokens=False)
-    return prompt
+
+
+def _beginning(front: Front, prompt: list[int], forced: ForcedCall | None) -> list[int]:
+    """What an answer of a given form begins with: no thoughts, and the mark of a forced call."""
+    close = f"\n{CLOSE}\n\n" if _opens_reasoning(front, prompt) else ""
+    prefix = forced.prefix if forced is not None else ""
+    return front.tokenizer.encode(close + prefix, add_special_tokens=False)
 
 
 def _opens_reasoning(front: Front, prompt: list[int]) -> bool:
@@ -206,10 +220,11 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
         return event(head | {"choices": [choice]})
 
     streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
-    for index in range(len(streams)):
-        yield chunk(index, {"role": "assistant", "content": ""})
     last: dict[int, TextDelta] = {}
     async for index, step in merge(streams):
+        if not last:
+            for choice in range(len(streams)):
+                yield chunk(choice, {"role": "assistant", "content": ""})
         last[index] = step.delta
         logprobs = _logprobs(chat.front, step.delta)
         for piece in step.pieces:

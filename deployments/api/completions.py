@@ -23,7 +23,7 @@ from deployments.api.common import (
 from deployments.api.errors import ApiError
 from deployments.api.logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.protocol import CompletionRequest
-from deployments.api.streaming import Output, collect_all, event, event_stream, merge
+from deployments.api.streaming import Output, begun, collect_all, event, event_stream, merge
 from deployments.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
 
@@ -66,7 +66,8 @@ def routes(front: Front) -> APIRouter:
     async def create_completion(request: CompletionRequest) -> Response:
         if not request.stream:
             return JSONResponse(await complete_text(front, request))
-        return event_stream(_events(await _start(front, request)))
+        events = _events(await _start(front, request))
+        return event_stream(await begun(events) if request.has_form else events)
 
     return router
 

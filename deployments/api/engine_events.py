@@ -23,7 +23,7 @@ _LIFETIME_S = 10.0
 
 
 def routes(front: Front) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(include_in_schema=False)
 
     @router.get("/engine/events", response_model=None, include_in_schema=False)
     async def engine_events() -> Response:

@@ -14,6 +14,7 @@ from deployments.engine_client import (
     RequestRefusedError,
     RequestTimeoutError,
 )
+from engine.sampling_params import SamplingParams
 from engine.strict import explain
 
 # Seconds after which a client should try again when there is no engine.
@@ -60,7 +61,8 @@ class ApiError(Exception):
             case HTTPException():
                 return cls(error.status_code, str(error.detail), headers=error.headers)
             case RequestRefusedError():
-                return cls(400, str(error))
+                field = str(error).partition(":")[0]
+                return cls(400, str(error), field if field in SamplingParams.model_fields else None)
             case EngineUnavailableError():
                 retry = {"Retry-After": str(RETRY_AFTER_S)}
                 return cls(503, str(error), code="engine_unavailable", headers=retry)

@@ -123,7 +123,7 @@ class Gate:
 
 def _check_media_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind not in ("application/json", ""):
         message = f"the body must be JSON, sent with content-type: application/json (got {kind!r})"
         raise ApiError(415, message, code="unsupported_media_type")
 

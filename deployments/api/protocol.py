@@ -6,6 +6,7 @@ import msgpack
 from pydantic import AfterValidator, Field, model_validator
 
 from deployments.api.messages import Message
+from deployments.api.structured import FormFields
 from deployments.api.tools import NamedTool, Tool, ToolChoice
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.strict import StrictModel
@@ -85,7 +86,7 @@ class StreamOptions(StrictModel):
     include_usage: bool = Field(False, description="End the stream with a chunk of token counts.")
 
 
-class GenerationRequest(SamplingParams, ServedRequest):
+class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
@@ -102,10 +103,18 @@ class GenerationRequest(SamplingParams, ServedRequest):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def has_form(self) -> bool:
+        """Whether a grammar, which the engine may yet refuse, shapes all of the text."""
+        return self.structured_outputs is not None or self.form() is not None
+
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         """What the request sets, over the model's recommended values."""
         given = self.model_fields_set & set(SamplingParams.model_fields)
         values = {name: getattr(self, name) for name in given}
+        form = self.form()
+        if form is not None:
+            values["structured_outputs"] = form
         return SamplingParams(**defaults | values | self.translated())
 
     def translated(self) -> dict[str, Any]:

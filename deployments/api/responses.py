@@ -19,6 +19,7 @@ from deployments.api.protocol import ChatCompletionRequest, ServedRequest, Templ
 from deployments.api.response_items import InputItem, to_messages
 from deployments.api.response_output import ResponseOutput
 from deployments.api.streaming import event_stream, named_event
+from deployments.api.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.tools import Function, FunctionName, NamedTool, Tool
 from deployments.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
@@ -36,12 +37,24 @@ class FunctionChoice(StrictModel):
     name: FunctionName
 
 
-class TextFormat(StrictModel):
-    type: Literal["text"] = "text"
+class SchemaFormat(NamedSchema):
+    """Flat, too."""
+
+    type: Literal["json_schema"]
 
 
 class TextOptions(StrictModel):
-    format: TextFormat = TextFormat()
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] = (
+        TextFormat(type="text")
+    )
+
+    def response_format(self) -> dict[str, Any]:
+        """The format as a chat has it."""
+        format = self.format.model_dump(by_alias=True)
+        if not isinstance(self.format, SchemaFormat):
+            return format
+        kind = format.pop("type")
+        return {"type": kind, kind: format}
 
 
 def _sampling(name: str) -> Any:
@@ -95,6 +108,7 @@ class ResponseRequest(ServedRequest):
             parallel_tool_calls=self.parallel_tool_calls,
             max_completion_tokens=self.max_output_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
+            response_format=self.text.response_format(),
             **{name: getattr(self, name) for name in same},
         )
 
@@ -113,7 +127,7 @@ class ResponseRequest(ServedRequest):
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,
-            "text": self.text.model_dump(),
+            "text": self.text.model_dump(by_alias=True),
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "tools": [tool.model_dump() for tool in self.tools],
             "top_p": params.top_p,

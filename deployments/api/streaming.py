@@ -106,6 +106,19 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {_to_json(content)}\n\n"
 
 
+async def begun(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The same once the first is there. What is raised until then is an answer of its own."""
+    first = await anext(events)
+
+    async def rest() -> AsyncGenerator[T]:
+        async with aclosing(events):
+            yield first
+            async for item in events:
+                yield item
+
+    return rest()
+
+
 def named_event(content: dict[str, Any]) -> str:
     """An event that says its type twice, as the Responses API has it."""
     return f"event: {content['type']}\n{event(content)}"

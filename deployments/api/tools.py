@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from deployments.api.errors import ApiError
 from deployments.front import Front
 from deployments.parsing import ToolFormat
 from engine.sampling_params import SamplingParams
-from engine.strict import StrictModel
+from engine.strict import StrictModel, explain
+from engine.structured_outputs import StructuredOutputs
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
@@ -55,17 +56,21 @@ class ForcedCall:
     schema: dict[str, Any]  # of what follows the prefix
 
     def constrain(self, params: SamplingParams) -> SamplingParams:
-        """The sampling parameters with the grammar; raises ApiError while there is none."""
-        if "structured_outputs" not in SamplingParams.model_fields:
+        """The sampling parameters with the grammar; raises ApiError for what contradicts it."""
+        if params.structured_outputs is not None:
             raise ApiError(
                 400,
-                "tool_choice: 'required' and a named function need grammar-constrained sampling, "
-                "which this server does not have; use 'auto' or 'none'",
+                "tool_choice: a forced call leaves no room for another form of the answer; leave "
+                "response_format and structured_outputs out",
                 "tool_choice",
-                "unsupported_value",
             )
-        constraint = {"structured_outputs": {"json": self.schema}}
-        return SamplingParams(**(params.model_dump(exclude_unset=True) | constraint))
+        try:
+            form = StructuredOutputs(json=self.schema, disable_any_whitespace=True)
+            constraint = {"structured_outputs": form}
+            return SamplingParams(**(params.model_dump(exclude_unset=True) | constraint))
+        except ValidationError as error:
+            field, fault = explain(error.errors())[0]
+            raise ApiError(400, f"tools: {field}: {fault}" if field else fault, "tools") from error
 
 
 def find_format(front: Front) -> ToolFormat:

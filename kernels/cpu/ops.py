@@ -105,6 +105,8 @@ class CpuOps:
     ) -> Tensor:
         k_cache, v_cache = kv_cache
         _, kv_heads, block_size, head_dim = k_cache.shape
+        if k_cache.dtype != qkv.dtype:
+            return reference.norm_rotary_store(qkv, norms, eps, positions, cos_sin, kv_cache, slots)
         qkv = qkv.contiguous()
         tokens = qkv.shape[0]
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -139,13 +141,15 @@ class CpuOps:
         block_tables: Tensor,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
         plan: None = None,  # the kernels divide the work themselves
     ) -> Tensor:
         k_cache, v_cache = kv_cache
         _, kv_heads, block_size, head_dim = k_cache.shape
-        if head_dim % 16 != 0:  # not a whole number of registers
+        # Not a whole number of registers, or what models of today hardly want on a CPU.
+        if head_dim % 16 != 0 or softcap is not None or k_cache.dtype != q.dtype:
             return reference.paged_attention(
-                q, kv_cache, query_starts, context_lens, block_tables, scale, window
+                q, kv_cache, query_starts, context_lens, block_tables, scale, window, softcap
             )
         q = q.contiguous()
         out = torch.empty_like(q)

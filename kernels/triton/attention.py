@@ -20,6 +20,7 @@ from kernels.reference import KVCache
 _PROGRAMS_PER_PROCESSOR = 4
 _MIN_CHUNK = 128  # tokens; below, reading the chunk is cheaper than combining it
 _LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(_LOG2_E)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def _kv_offsets(
 @triton.jit
 def _attend(
     q, k_cache, v_cache, offsets, tokens, end, positions, peak, total, acc, scale,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and values, taken into the running softmax of the rows at `positions`."""
     dims = tl.arange(0, BLOCK_D)
@@ -90,6 +92,8 @@ def _attend(
         k = tl.load(k_cache + at).to(q.dtype)
         v = tl.load(v_cache + at).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if SOFTCAP > 0:  # scale has brought them to units of 2 * softcap: tanh(x / 2)
+        scores = (2 * tl.sigmoid(scores) - 1) * (SOFTCAP * LOG2_E)
     if MASKED:
         visible = (tokens[None, :] <= positions[:, None]) & (tokens[None, :] < end)
         if WINDOW > 0:
@@ -109,7 +113,8 @@ def _attend(
 def _decode_kernel(
     q, k_cache, v_cache, out, chunk_out, chunk_lse,
     chunk_starts, chunk_len, context_lens, block_tables, table_stride, num_rows, scale,
-    WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one request's context, for the query heads of one key/value head."""
@@ -147,7 +152,7 @@ def _decode_kernel(
         tokens = first + tl.arange(0, BLOCK_N)
         peak, total, acc = _attend(
             query, k_cache, v_cache, offsets, tokens, end, positions, peak, total, acc, scale,
-            True, WINDOW, D, BLOCK_D,
+            True, WINDOW, SOFTCAP, D, BLOCK_D,
         )  # fmt: skip
     # A chunk outside the window has seen nothing: its sum is 0, its weight 2^-inf.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -195,7 +200,7 @@ def _combine_kernel(
 def _prompt_kernel(
     q, k_cache, v_cache, out,
     query_starts, context_lens, block_tables, table_stride, first_row, num_rows, scale,
-    WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -251,19 +256,19 @@ def _prompt_kernel(
             offsets = _kv_offsets(table, first, end, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_N, D)
             peak, total, acc = _attend(
                 queries, k_cache, v_cache, offsets, first + tl.arange(0, BLOCK_N), end, positions,
-                peak, total, acc, scale, True, WINDOW, D, BLOCK_D,
+                peak, total, acc, scale, True, WINDOW, SOFTCAP, D, BLOCK_D,
             )  # fmt: skip
     for first in range(full_begin, full_end, BLOCK_N):
         offsets = _kv_offsets(table, first, end, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_N, D)
         peak, total, acc = _attend(
             queries, k_cache, v_cache, offsets, first + tl.arange(0, BLOCK_N), end, positions,
-            peak, total, acc, scale, False, WINDOW, D, BLOCK_D,
+            peak, total, acc, scale, False, WINDOW, SOFTCAP, D, BLOCK_D,
         )  # fmt: skip
     for first in range(full_end, end, BLOCK_N):
         offsets = _kv_offsets(table, first, end, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_N, D)
         peak, total, acc = _attend(
             queries, k_cache, v_cache, offsets, first + tl.arange(0, BLOCK_N), end, positions,
-            peak, total, acc, scale, True, WINDOW, D, BLOCK_D,
+            peak, total, acc, scale, True, WINDOW, SOFTCAP, D, BLOCK_D,
         )  # fmt: skip
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(out + at[:, None] + dims[None, :], acc.to(out.dtype.element_ty), stored)
@@ -312,19 +317,25 @@ class TritonAttention:
         block_tables: Tensor,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
         plan: AttentionPlan | None = None,
     ) -> Tensor:
         q = q.contiguous()
         out = torch.empty_like(q)
         num_decodes = 0 if plan is None else plan.num_decodes
         if plan is not None and num_decodes > 0:
-            decode(q, kv_cache, context_lens, block_tables, scale, window, plan, out)
+            decode(q, kv_cache, context_lens, block_tables, scale, window, softcap, plan, out)
         if context_lens.shape[0] > num_decodes:
             prompts(
                 q, kv_cache, query_starts, context_lens, block_tables, scale, window,
-                num_decodes, out,
+                softcap, num_decodes, out,
             )  # fmt: skip
         return out
+
+
+def _score_unit(scale: float, softcap: float | None) -> float:
+    """What the kernels multiply products by: exponents of 2, or of a capped score's sigmoid."""
+    return scale * _LOG2_E if softcap is None else 2 * scale / softcap
 
 
 def decode(
@@ -334,6 +345,7 @@ def decode(
     block_tables: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
     plan: AttentionPlan,
     out: Tensor,
 ) -> None:
@@ -360,8 +372,9 @@ def decode(
         block_tables,
         block_tables.stride(0),
         rows,
-        scale * _LOG2_E,
+        _score_unit(scale, softcap),
         WINDOW=window or 0,
+        SOFTCAP=softcap or 0.0,
         KV_HEADS=kv_heads,
         GROUP=group,
         BLOCK_G=max(triton.next_power_of_2(group), 16),
@@ -393,6 +406,7 @@ def prompts(
     block_tables: Tensor,
     scale: float,
     window: int | None,
+    softcap: float | None,
     first_row: int,
     out: Tensor,
 ) -> None:
@@ -420,8 +434,9 @@ def prompts(
         block_tables.stride(0),
         first_row,
         rows,
-        scale * _LOG2_E,
+        _score_unit(scale, softcap),
         WINDOW=window or 0,
+        SOFTCAP=softcap or 0.0,
         KV_HEADS=kv_heads,
         GROUP=group,
         D=head_dim,

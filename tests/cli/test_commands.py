@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.cli import serve
+from deployments.cli.serve import _first_key, announce
 from engine import doctor
 from tests.deployments.conftest import demo  # noqa: F401
 from tests.deployments.local_server import LocalServer, serve_locally
@@ -149,10 +149,10 @@ def test_chat_on_a_terminal_remembers_what_was_typed(demo: LocalServer, tmp_path
 def test_serve_tells_what_serves_and_not_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    assert not serve.announce("http://127.0.0.1:1", "")
+    assert not announce("http://127.0.0.1:1", "")
     monkeypatch.setenv("MANTA_API_KEYS", "alice:sk-hush,bob:sk-other")
     with serve_locally(num_blocks=48, block_size=16, max_num_seqs=4) as locked:
-        assert serve.announce(locked.url, serve._first_key())
+        assert announce(locked.url, _first_key())
         said = capsys.readouterr().out
         for expected in (
             locked.url,
@@ -163,7 +163,7 @@ def test_serve_tells_what_serves_and_not_the_key(
         ):
             assert expected in said
         assert "hush" not in said
-        assert serve.announce(locked.url, "")
+        assert announce(locked.url, "")
         said = capsys.readouterr().out
         assert locked.url in said and "required" in said and "blocks" not in said
 

@@ -100,6 +100,18 @@ def test_logit_bias_bans_and_forces_tokens(api: InProcessApi, stream: bool) -> N
     assert forced.choices[0].message.content == "q" * 12
 
 
+def test_temperature_seed_and_the_narrowing_of_choices(api: InProcessApi) -> None:
+    greedy = complete(api).choices[0].text
+    hot = dict(temperature=1.5, seed=3)
+    assert complete(api, **hot).choices[0].text == complete(api, **hot).choices[0].text
+    assert len({complete(api, temperature=1.5, seed=i).choices[0].text for i in range(4)}) == 4
+    for narrow in ({"top_k": 1}, {"min_p": 1.0}):
+        assert complete(api, **hot, extra_body=narrow).choices[0].text == greedy
+    assert complete(api, **hot, top_p=1e-6).choices[0].text == greedy
+    assert complete(api, **hot, extra_body={"top_k": 2}).choices[0].text != greedy
+    assert complete(api, max_tokens=5).choices[0].text == greedy[:5]
+
+
 def test_penalties_keep_tokens_from_coming_again(api: InProcessApi) -> None:
     bias = {str(token(api, letter)): 50 for letter in "abcdefghijklmnop"}
     plain = complete(api, logit_bias=bias).choices[0].text
@@ -328,6 +340,36 @@ def test_a_stop_string_split_across_tokens_does_not_leak(api: InProcessApi, stre
         extra_body={"ignore_eos": True, "include_stop_str_in_output": True},
     )
     assert included.choices[0].message.content == before + stop
+
+
+@BOTH
+def test_a_stop_token_is_part_of_the_text_only_on_request(api: InProcessApi, stream: bool) -> None:
+    text = chat(api).choices[0].message.content or ""
+    i = next(i for i in range(3, len(text)) if text[i] not in text[:i])
+    stop = {"ignore_eos": True, "stop_token_ids": [token(api, text[i])]}
+    answer = chat(api, stream=stream, extra_body=stop)
+    assert answer.choices[0].message.content == text[:i]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None and answer.usage.completion_tokens == i + 1
+    told = chat(api, stream=stream, extra_body=stop | {"include_stop_str_in_output": True})
+    assert told.choices[0].message.content == text[: i + 1]
+    later = chat(api, stream=stream, extra_body=stop | {"min_tokens": i + 2})
+    assert (later.choices[0].message.content or "")[:i] == text[:i]
+    assert later.usage is not None and later.usage.completion_tokens > i + 1
+
+
+def test_the_end_of_sequence_ends_the_text_unless_it_is_ignored(api: InProcessApi) -> None:
+    """The bias makes it the only choice: its token is <eos>, which is special."""
+    eos = {"2": 100}
+    said = complete(api, logit_bias=eos, extra_body={"ignore_eos": False})
+    assert (said.choices[0].text, said.choices[0].finish_reason) == ("", "stop")
+    ignored = complete(api, logit_bias=eos, max_tokens=3)
+    assert (ignored.choices[0].text, ignored.choices[0].finish_reason) == ("", "length")
+    shown = complete(api, logit_bias=eos, max_tokens=3, extra_body={"skip_special_tokens": False})
+    assert shown.choices[0].text == "<eos>" * 3
+    later = complete(api, logit_bias=eos, extra_body={"ignore_eos": False, "min_tokens": 4})
+    assert later.usage is not None and later.usage.completion_tokens == 5
+    assert len(later.choices[0].text) == 4
 
 
 def test_a_prompt_is_cut_to_its_last_tokens(api: InProcessApi) -> None:

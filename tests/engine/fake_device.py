@@ -36,8 +36,17 @@ class FakeDevice:
         self._tokens: dict[int, dict[int, int]] = {}  # row -> position -> token
         self._tables: dict[int, list[int]] = {}  # row -> block table
         self._computed: dict[int, int] = {}  # row -> tokens whose prefix is in the cache
+        self._host: dict[int, list[tuple[int, ...] | None]] = {}  # slot -> content of a block
 
     def execute(self, plan: StepPlan) -> StepResult:
+        for copy in plan.copies:
+            if copy.to_host:
+                self._host[copy.slot] = self.content(copy.block)
+                assert None not in self._host[copy.slot], "a block is stored that was never full"
+            else:
+                for offset, prefix in enumerate(self._host[copy.slot]):
+                    assert prefix is not None
+                    self._slots[copy.block, offset] = prefix
         for new in plan.new_rows:
             self._tokens[new.row] = dict(enumerate(new.token_ids))
             self._tables[new.row] = list(new.block_table)
@@ -66,6 +75,9 @@ class FakeDevice:
     def content(self, block: int) -> list[tuple[int, ...] | None]:
         """What a block holds: the prefix stored at each offset."""
         return [self._slots.get((block, offset)) for offset in range(self._block_size)]
+
+    def host_content(self, slot: int) -> list[tuple[int, ...] | None]:
+        return self._host[slot]
 
     def _slot(self, row: int, position: int) -> tuple[int, int]:
         return self._tables[row][position // self._block_size], position % self._block_size

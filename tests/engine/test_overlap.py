@@ -35,6 +35,7 @@ class FakeRunner:
         assert config.num_blocks is not None
         self.vocab_size, self.max_len = VOCAB_SIZE, MAX_MODEL_LEN
         self.num_blocks = config.num_blocks
+        self.num_host_blocks = config.host_cache_memory_bytes  # of one byte each
         self.eos_token_ids = frozenset([EOS])
         self._device = FakeDevice(config.block_size, VOCAB_SIZE)
         self._launched: deque[tuple[StepPlan, list[StepResult]]] = deque()
@@ -141,6 +142,7 @@ def history(engine: Engine, arrivals: list[Arrival]) -> list[list[int]]:
     num_blocks=st.integers(24, 40),
     max_num_seqs=st.integers(2, 5),
     prefix_caching=st.booleans(),
+    num_host_blocks=st.sampled_from([0, 3, 30]),
 )
 def test_same_text_with_aborts_and_stops_at_every_step(
     arrivals: list[Arrival],
@@ -148,6 +150,7 @@ def test_same_text_with_aborts_and_stops_at_every_step(
     num_blocks: int,
     max_num_seqs: int,
     prefix_caching: bool,
+    num_host_blocks: int,
 ) -> None:
     """The fake model is a pure function of the text, so the right answer is known."""
     config = dict(
@@ -156,6 +159,7 @@ def test_same_text_with_aborts_and_stops_at_every_step(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + 4,
         enable_prefix_caching=prefix_caching,
+        host_cache_memory_bytes=num_host_blocks * prefix_caching,
     )
     counts = []
     for overlap in (False, True):

@@ -231,10 +231,17 @@ def test_none_goes_on_to_the_end_of_the_window(llm: LLM) -> None:
 
 
 def test_a_stop_token_ends_the_output_and_is_part_of_it(llm: LLM, tokens: list[int]) -> None:
+    """Of the text only if it is asked for, as with stop strings."""
     i = first_new_token(tokens, 4)
     output = generate(llm, stop_token_ids=[tokens[i]], ignore_eos=True)
     assert output.token_ids == tokens[: i + 1]
     assert (output.finish_reason, output.stop_reason) == ("stop", tokens[i])
+    decode = llm.get_tokenizer().decode
+    assert output.text == decode(tokens[:i])
+    output = generate(
+        llm, stop_token_ids=[tokens[i]], ignore_eos=True, include_stop_str_in_output=True
+    )
+    assert output.text == decode(tokens[: i + 1])
 
 
 def test_min_tokens_puts_off_a_stop_token(llm: LLM, tokens: list[int]) -> None:
@@ -287,6 +294,7 @@ def eos_llm(directory: Path, tmp_path_factory: pytest.TempPathFactory, llm: LLM)
 def test_eos_ends_the_output(eos_llm: tuple[LLM, int], tokens: list[int]) -> None:
     llm, i = eos_llm
     output = generate(llm)
+    assert output.text == llm.get_tokenizer().decode(tokens[:i])
     assert output.token_ids == tokens[: i + 1]
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
 

@@ -69,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(2, 5),
         spare_budget=st.integers(0, 8),
         prefix_caching=st.sampled_from([True, True, False]),
+        num_host_blocks=st.sampled_from([0, 1, 3, 12]),
         max_in_flight=st.sampled_from([1, 2, 3, 3]),
         policy=st.sampled_from(["fcfs", "fcfs", "priority", "shortest"]),
         specs=st.lists(REQUEST, min_size=2, max_size=8),
@@ -80,6 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         spare_budget: int,
         prefix_caching: bool,
+        num_host_blocks: int,
         max_in_flight: int,
         policy: Literal["fcfs", "priority", "shortest"],
         specs: list[Spec],
@@ -92,7 +94,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             scheduling_policy=policy,
         )
         self.config = config
-        self.pool = BlockPool(num_blocks, prefix_caching)
+        self.pool = BlockPool(num_blocks, prefix_caching, num_host_blocks)
+        self.pool.journal = []
+        self.cached: dict[bytes, bool] = {}  # as the journal has it
         self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, num_blocks, block_size)
         self.scheduler = Scheduler(config, self.pool, self.limits.max_len, frozenset([EOS]))
         self.device = FakeDevice(block_size, VOCAB_SIZE)
@@ -170,6 +174,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             event("preemption")
             assert not plan.new_rows, "admitted one while another was thrown out"
             assert [r for r in scheduler.waiting if r in queue] == queue, "lost its place"
+        if any(not copy.to_host for copy in plan.copies):
+            event("prefix restored from host memory")
         if any(new.block_table for new in plan.new_rows):
             event("prefix found")
         self.in_flight.append((plan, repr(plan)))
@@ -205,6 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def blocks_and_rows_are_accounted_for(self) -> None:
         scheduler = self.scheduler
         self.pool.check(scheduler.live_block_tables())
+        self._follow_journal()
         running, waiting = scheduler.running, scheduler.waiting
         for requests in (running, waiting):
             assert requests == sorted(requests, key=lambda request: request.order)
@@ -218,6 +225,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert filled - self.config.block_size < request.num_computed <= filled
         for request in waiting:
             assert request.row == -1 and not request.block_table
+
+    def _follow_journal(self) -> None:
+        """It tells of every change of what can be found, once."""
+        assert self.pool.journal is not None
+        for block_hash, is_cached in self.pool.journal:
+            assert self.cached.get(block_hash, False) != is_cached
+            self.cached[block_hash] = is_cached
+        self.pool.journal.clear()
+        for block_hash, is_cached in self.cached.items():
+            found = bool(self.pool.lookup([block_hash])) or block_hash in self.pool.host
+            assert is_cached == found
 
     def teardown(self) -> None:
         """Every request that was not aborted ends, once, and leaves nothing behind."""
@@ -249,6 +267,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert self.device.content(block) == [
                         tuple(tokens[: start + offset + 1]) for offset in range(size)
                     ]
+                with self.pool.host.pinned(self.pool.host.lookup([parent])) as slots:
+                    for slot in slots:
+                        assert self.device.host_content(slot) == [
+                            tuple(tokens[: start + offset + 1]) for offset in range(size)
+                        ]
 
 
 TestScheduler = SchedulerMachine.TestCase

@@ -59,6 +59,7 @@ def attend(
     block_size: int,
     window: int | None,
     cache: torch.dtype,
+    softcap: float | None = None,
     lengths: tuple[int, int, int] = (5, 20, 3),
 ) -> None:
     requests, tokens, decodes = lengths
@@ -67,7 +68,7 @@ def attend(
     plan = ops.plan_attention(starts, contexts, decodes, tokens, 8)
     q = torch.empty(tokens, 8 * group, head_dim, dtype=dtype)
     tables = torch.zeros(requests, 64).int()
-    ops.paged_attention(q, kv_cache, starts, contexts, tables, 0.1, window, plan)
+    ops.paged_attention(q, kv_cache, starts, contexts, tables, 0.1, window, softcap, plan)
 
 
 def run_the_rest(tokens: int, cache: torch.dtype) -> None:
@@ -83,6 +84,10 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     numbers = torch.empty(tokens)
     logits = torch.empty(tokens, 151_936, dtype=BF16)
     ops.sample(logits, numbers, at, numbers, numbers, at, at)
+    own = torch.empty(tokens, 151_936)
+    text = torch.zeros(tokens, 100 + tokens, dtype=torch.int64)
+    ops.penalize(own, text, at, text.int(), numbers, numbers, numbers)
+    ops.apply_bitmask(own, torch.zeros(tokens, 4748, dtype=torch.int32))
     plan = torch.zeros(3 * tokens + 1, dtype=torch.int32)  # rows, starts, query_starts
     parts = plan[:tokens], plan[tokens : 2 * tokens], plan[2 * tokens :]
     tables = torch.zeros(64, 4096, dtype=torch.int64), torch.zeros(64, 128, dtype=torch.int32)
@@ -107,6 +112,7 @@ ATTENTION = [
     (BF16, 128, 4, 16, 4096, BF16),  # Mistral-7B
     (BF16, 64, 7, 32, None, BF16),
     (torch.float16, 80, 4, 64, None, torch.float16),
+    (BF16, 256, 2, 16, 4096, BF16, 50.0),  # Gemma 2
 ]
 
 CACHES = [BF16]
@@ -126,7 +132,7 @@ if __name__ == "__main__":
     watch.start_serving()
     for shape in ATTENTION:
         for lengths in ((1, 1, 1), (7, 7, 7), (16, 16, 16), (17, 2048, 16), (3, 999, 0)):
-            attend(*shape, lengths)
+            attend(*shape, lengths=lengths)
     for tokens in (1, 2, 15, 16, 17, 256):
         run_the_rest(tokens, BF16)
     failed = bool(watch.late)

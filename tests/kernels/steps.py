@@ -48,6 +48,7 @@ class Attention:
         window: int | None = None,
         device: torch.device = CPU,
         cache_dtype: torch.dtype | None = None,
+        softcap: float | None = None,
     ) -> None:
         cache_dtype = cache_dtype or dtype
         blocks_each = [-(-context // block_size) for _, context in lengths]
@@ -70,7 +71,7 @@ class Attention:
         self.context_lens = torch.tensor([context for _, context in lengths], dtype=torch.int32)
         self.block_tables = tables
         self.q = torch.randn(int(counts.sum()), kv_heads * group, head_dim).to(dtype)
-        self.scale, self.window = head_dim**-0.5, window
+        self.scale, self.window, self.softcap = head_dim**-0.5, window, softcap
         self.device = device
 
     def check(self, ops: Ops, planned: bool = True) -> None:
@@ -82,6 +83,7 @@ class Attention:
             *arguments,
             self.scale,
             self.window,
+            self.softcap,
         )
         arguments = tuple(argument.to(self.device) for argument in arguments)
         kv_cache = tuple(part.to(self.device) for part in self.kv_cache)
@@ -94,5 +96,7 @@ class Attention:
                 *arguments[:2], num_decodes, max(counts), kv_cache[0].shape[1]
             )
         poison_allocations(self.device)
-        actual = ops.paged_attention(q, kv_cache, *arguments, self.scale, self.window, plan)
+        actual = ops.paged_attention(
+            q, kv_cache, *arguments, self.scale, self.window, self.softcap, plan
+        )
         assert_close(actual.cpu(), expected.to(self.q.dtype))

@@ -45,7 +45,14 @@ def poisoned_cache(num_blocks: int, block_size: int, kv_heads: int, head_dim: in
     return cache
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+) -> Tensor:
     """One request, by the formula: q [Q, H, D] are the last queries of k, v [C, K, D]."""
     num_queries, num_heads, _ = q.shape
     context_len, kv_heads, _ = k.shape
@@ -56,6 +63,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int |
         for head in range(num_heads):
             kv_head = head // (num_heads // kv_heads)
             scores = k[first : position + 1, kv_head] @ q[i, head] * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             out[i, head] = scores.softmax(0) @ v[first : position + 1, kv_head]
     return out
 
@@ -67,6 +76,7 @@ def check_attention(
     kv_heads: int = 2,
     window: int | None = None,
     seed: int = 0,
+    softcap: float | None = None,
 ) -> None:
     """A batch of (queries, context) requests in scattered blocks equals each one on its own."""
     head_dim = 8
@@ -86,7 +96,7 @@ def check_attention(
         reference.store_kv(k, v, cache, slots)
         q = torch.randn(num_queries, num_heads, head_dim)
         queries.append(q)
-        expected.append(dense_attention(q, k, v, scale=0.3, window=window))
+        expected.append(dense_attention(q, k, v, scale=0.3, window=window, softcap=softcap))
     starts = torch.tensor([0, *(num_queries for num_queries, _ in lengths)]).cumsum(0)
     out = reference.paged_attention(
         torch.cat(queries),
@@ -96,6 +106,7 @@ def check_attention(
         tables,
         scale=0.3,
         window=window,
+        softcap=softcap,
     )
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
@@ -115,6 +126,11 @@ def test_attention_of_a_row_without_queries() -> None:
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 9, 100])
 def test_attention_window(window: int) -> None:
     check_attention([(1, 1), (1, 13), (6, 13), (13, 13), (4, 4)], window=window)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 3.0])
+def test_attention_with_capped_scores(softcap: float) -> None:
+    check_attention([(1, 1), (1, 13), (6, 13), (13, 13)], window=5, softcap=softcap)
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 1), (6, 2), (6, 3)])

@@ -51,7 +51,7 @@ def test_attention_blocks_and_windows(block_size: int, window: int | None) -> No
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
 def test_attention_heads_sharing_keys(group: int) -> None:
     torch.manual_seed(group)
-    lengths = [(1, 200), (1, 3), (70, 75), (1, 9)]
+    lengths = [(1, 200), (1, 3), (20, 75), (1, 9)]
     Attention(
         random.Random(0), torch.float32, lengths, 16, kv_heads=2, group=group, block_size=16,
         device=DEVICE,
@@ -105,12 +105,23 @@ def test_attention_of_rows_that_pad_a_batch() -> None:
     plan = OPS.plan_attention(*arguments[:2], 4, 1, 1)
     cache = tuple(map(on_device, step.kv_cache))
     poison_allocations(DEVICE)
-    out = OPS.paged_attention(on_device(q), cache, *arguments, step.scale, None, plan).cpu()
+    out = OPS.paged_attention(on_device(q), cache, *arguments, step.scale, plan=plan).cpu()
     expected = reference.paged_attention(
         step.q, step.kv_cache, step.query_starts, step.context_lens, step.block_tables, step.scale
     )
     assert_close(out[:2], expected)
     assert out[2:].eq(0).all()
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_attention_with_capped_scores(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = [(1, 300), (1, 9), (20, 60)]
+    step = Attention(
+        random.Random(0), torch.float32, lengths, 16, 2, 2, 16, window, DEVICE, softcap=2.0
+    )
+    step.q *= 5.0  # scores well beyond the cap
+    step.check(OPS)
 
 
 def test_attention_with_extreme_scores() -> None:
@@ -240,6 +251,41 @@ def test_prepare_step(chunks: list[tuple[int, int, int]], block_size: int) -> No
                 )
         else:
             assert got.equal(wanted), field.name
+
+
+# --- Logits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 30, 1500])
+def test_penalties(length: int) -> None:
+    torch.manual_seed(length)
+    rows, vocab = 4, 333
+    logits = torch.randn(rows, vocab) * 4
+    logits[:, 7] = -torch.inf
+    token_ids = torch.randint(0, vocab, (rows, length))
+    token_ids[:, length // 2 :] = token_ids[:, : length - length // 2].clone()  # twice each
+    num_tokens = torch.tensor([1, length, max(length - 5, 1), max(length // 2, 1)])
+    for row, count in enumerate(num_tokens.tolist()):
+        token_ids[row, count:] = 2**40  # nobody may follow these
+    counts = torch.randint(0, 3, (rows, vocab)).int().gather(1, token_ids.clamp(max=vocab - 1))
+    penalties = torch.rand(3, rows) + torch.tensor([[0.5], [-0.5], [-0.5]])
+    expected, actual = logits.clone(), on_device(logits)
+    reference.penalize(expected, token_ids, num_tokens, counts, *penalties)
+    moved = (on_device(tensor) for tensor in (token_ids, num_tokens, counts, *penalties))
+    OPS.penalize(actual, *moved)
+    torch.testing.assert_close(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("vocab", [1, 32, 100, 3000])
+def test_bitmask(vocab: int) -> None:
+    torch.manual_seed(vocab)
+    logits = torch.randn(5, vocab + 3)[:, :vocab]
+    mask = torch.randint(-(2**31), 2**31, (5, -(-vocab // 32))).int()
+    mask[0], mask[1] = -1, 0
+    expected, actual = logits.clone(), on_device(logits)
+    reference.apply_bitmask(expected, mask)
+    OPS.apply_bitmask(actual, on_device(mask))
+    assert actual.cpu().equal(expected)
 
 
 # --- Sampling ---------------------------------------------------------------------------------

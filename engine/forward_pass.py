@@ -1,0 +1,136 @@
+"""From scheduled rows to hidden states: the model over its KV cache, launched or replayed."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.decoder import Batch, Decoder
+from engine.device_tables import DeviceTables
+from engine.graphs import DecodeGraphs, default_sizes, select_recorder
+from engine.kv_cache import KVCacheShape
+from engine.step import ScheduledRow
+from engine.transfer import to_device
+from kernels import Ops
+from kernels.reference import KVCache
+
+
+class ForwardPass:
+    """One rank's model, device tables, KV cache and recorded decoding steps.
+
+    The last row of the tables and the last block of the cache belong to no request: they are what
+    the padding of a recorded batch reads and writes.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Decoder,
+        tables: DeviceTables,
+        cache_shape: KVCacheShape,
+        ops: Ops,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.num_replays = 0  # of recorded steps
+        self._tables = tables
+        self._cache_shape = cache_shape
+        self._ops = ops
+        self._device = device
+        self.kv_caches: list[KVCache] = []
+        self.records = not config.enforce_eager and select_recorder(device) is not None
+        if not self.records and config.cuda_graph_sizes is not None:
+            raise ValueError(
+                f"cuda_graph_sizes: {config.cuda_graph_sizes} is for GPUs only; leave it out"
+            )
+        self._sizes = config.cuda_graph_sizes or default_sizes(config.max_num_seqs)
+        self._graphs: DecodeGraphs | None = None
+
+    def close(self) -> None:
+        """Let go of the KV cache and of what was recorded over it."""
+        self._graphs = None
+        self.kv_caches = []
+
+    @torch.inference_mode()
+    def allocate(self, num_blocks: int) -> None:
+        """Make a KV cache of so many blocks and the padding's, in place of any there was."""
+        self.close()
+        self.kv_caches = self._cache_shape.allocate(num_blocks + 1, self._ops, self._device)
+        self._tables.block_tables[-1] = num_blocks
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Record decoding over this cache, where the device has a use for it."""
+        recorder = select_recorder(self._device) if self.records else None
+        if recorder is not None:
+            padding_row = len(self._tables.token_ids) - 1
+            self._graphs = DecodeGraphs(
+                recorder, self._sizes, self._decode, padding_row, self._device
+            )
+
+    def hidden_states(self, scheduled: Sequence[ScheduledRow]) -> Tensor:
+        """[T, hidden] of a step's T tokens, in order; to be used before the next step."""
+        rows = [row.row for row in scheduled]
+        starts = [row.start for row in scheduled]
+        lengths = [row.num_tokens for row in scheduled]
+        if max(lengths) == 1 and self._graphs is not None and self._graphs.fits(len(rows)):
+            self.num_replays += 1
+            return self._graphs.run(rows, starts)
+        packed = to_device([*rows, *starts, 0, *accumulate(lengths)], torch.int32, self._device)
+        num_rows = len(rows)
+        # The scheduler puts rows with one token first.
+        num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
+        return self._run(
+            packed[:num_rows],
+            packed[num_rows : 2 * num_rows],
+            packed[2 * num_rows :],
+            sum(lengths),
+            num_decodes,
+            max(lengths),
+        )
+
+    def _decode(self, rows: Tensor, starts: Tensor) -> Tensor:
+        """As `_run`, with one token in each row."""
+        num_rows = len(rows)
+        query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+        return self._run(rows, starts, query_starts, num_rows, num_rows, 1)
+
+    def _run(
+        self,
+        rows: Tensor,
+        starts: Tensor,
+        query_starts: Tensor,
+        num_tokens: int,
+        num_decodes: int,
+        max_query_len: int,
+    ) -> Tensor:
+        """Hidden states [num_tokens, hidden]; for the arguments see `kernels.reference`.
+
+        Only numbers that are the same for all steps of a shape come from the host.
+        """
+        inputs = self._ops.prepare_step(
+            rows,
+            starts,
+            query_starts,
+            num_tokens,
+            self._tables.token_ids,
+            self._tables.block_tables,
+            self._cache_shape.block_size,
+        )
+        num_kv_heads = self._cache_shape.num_kv_heads
+        attention_plan = self._ops.plan_attention(
+            query_starts, inputs.context_lens, num_decodes, max_query_len, num_kv_heads
+        )
+        batch = Batch(
+            inputs.token_ids,
+            inputs.positions,
+            inputs.slots,
+            query_starts,
+            inputs.context_lens,
+            inputs.block_tables,
+            attention_plan,
+        )
+        hidden: Tensor = self.model(batch, self.kv_caches)
+        return hidden

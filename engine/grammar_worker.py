@@ -1,0 +1,143 @@
+"""Compiles grammars beside an engine: `python -m engine.grammar_worker FD VOCABULARY LIMITS`.
+
+A pathological grammar can take any time and memory. Here it takes neither from the engine nor from
+other grammars: each is compiled in a fork of this process, at low priority, and the kernel ends it
+at its limits of time and memory.
+"""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import xgrammar
+
+from engine.structured_outputs import CHARACTER, StructuredOutputs
+from engine.tokenizer import Tokenizer
+
+_NICENESS = 10
+# Characters of white space in a row that JSON may have: enough to indent it, too few to never end.
+_MAX_WHITESPACE = 32
+
+
+def tokenizer_info(directory: str, vocab_size: int, eos_token_ids: Sequence[int]) -> Any:
+    """What grammars are compiled for: an `xgrammar.TokenizerInfo` of a checkpoint's tokenizer.
+
+    Args:
+        vocab_size: the model's, which may exceed the tokenizer's.
+        eos_token_ids: what may be sampled when the grammar is complete, and only then.
+    """
+    tokenizer = Tokenizer(Path(directory))
+    vocabulary = [
+        b"" if tokenizer.is_special(token) else tokenizer.token_bytes(token)
+        for token in range(vocab_size)
+    ]
+    return xgrammar.TokenizerInfo(
+        vocabulary,
+        xgrammar.VocabType.RAW,
+        vocab_size=vocab_size,
+        stop_token_ids=list(eos_token_ids),
+    )
+
+
+def compile_grammar(compiler: Any, wanted: StructuredOutputs) -> Any:
+    """An `xgrammar.CompiledGrammar`; raises what xgrammar raises."""
+    if wanted.regex is not None:
+        return compiler.compile_regex(wanted.regex)
+    if wanted.grammar is not None:
+        return compiler.compile_grammar(wanted.grammar)
+    if wanted.choice is not None:
+        return compiler.compile_grammar("root ::= " + " | ".join(map(_literal, wanted.choice)))
+    if wanted.structural_tag is not None:
+        return compiler.compile_structural_tag(wanted.structural_tag)
+    schema = {"type": "object"} if wanted.json_object else wanted.closed_schema()
+    for pattern in _patterns(schema):
+        _check_pattern(pattern)
+    return compiler.compile_json_schema(
+        schema,
+        any_whitespace=not wanted.disable_any_whitespace,
+        max_whitespace_cnt=None if wanted.disable_any_whitespace else _MAX_WHITESPACE,
+        strict_mode=False,  # in xgrammar's, an array without `items` could only be empty
+    )
+
+
+def _patterns(schema: Any) -> Iterator[str]:
+    """The regular expressions of all strings in it."""
+    if isinstance(schema, dict):
+        if "string" in schema.get("type", ()) and "pattern" in schema:
+            yield schema["pattern"]
+        schema = list(schema.values())
+    for part in schema if isinstance(schema, list) else ():
+        yield from _patterns(part)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raises ValueError where xgrammar would forget that it writes a string of JSON.
+
+    It does for what needs a quote or a backslash, and for what its automata cannot do.
+    """
+    grammar = xgrammar.Grammar.from_json_schema({"type": "string", "pattern": pattern})
+    if "json_string=true" not in str(grammar) and CHARACTER not in pattern:
+        raise ValueError(f"json: the pattern {pattern!r} is not supported in a string of JSON")
+
+
+def _literal(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\r", "\\r")
+    return '"' + escaped.replace("\n", "\\n").replace("\t", "\\t") + '"'
+
+
+def serve(control: socket.socket, info: Any, timeout_s: float, memory_gib: int) -> None:
+    """Forks for every connection that is sent over `control`, until that is closed.
+
+    The fork receives a `StructuredOutputs`, answers (serialized grammar, None) or (None, what is
+    wrong), and ends; at a limit it ends without an answer.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    while True:
+        data, fds, *_ = socket.recv_fds(control, 1, 1)
+        if not data:
+            return
+        if os.fork() == 0:
+            _limit(timeout_s, memory_gib)
+            _answer(Connection(fds[0]), info)
+            os._exit(0)
+        os.close(fds[0])
+
+
+def _limit(timeout_s: float, memory_gib: int) -> None:
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)  # SIGALRM ends the process
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+    limit = pages * resource.getpagesize() + (memory_gib << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _answer(connection: "Connection[Any, Any]", info: Any) -> None:
+    threads = min(os.cpu_count() or 1, 8)
+    compiler = xgrammar.GrammarCompiler(info, max_threads=threads, cache_enabled=False)
+    answer: tuple[str | None, str | None]
+    try:
+        answer = compile_grammar(compiler, connection.recv()).serialize_json(), None
+    except MemoryError:
+        return
+    except Exception as error:  # xgrammar's own are RuntimeErrors and others
+        # Without the time and the C++ file that stand before it.
+        reason = re.sub(r"^\[[\d:]+\] \S+\.(cc|h):\d+: ", "", str(error)).strip()
+        answer = None, reason or type(error).__name__
+    connection.send(answer)
+
+
+if __name__ == "__main__":
+    os.nice(_NICENESS)
+    serve(
+        socket.socket(fileno=int(sys.argv[1])),
+        tokenizer_info(**json.loads(sys.argv[2])),
+        **json.loads(sys.argv[3]),
+    )

@@ -1,0 +1,359 @@
+"""Structured output and forced tool calls over HTTP, with the real `openai` client.
+
+The model is random and samples at temperature 1: what is right about its answers is the grammar's.
+"""
+
+import asyncio
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+from tests.deployments.in_process import InProcessApi, serve_in_process
+from tests.engine.random_schemas import random_schema
+
+PROMPT = "the cat sat"
+MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+SERVER: dict[str, Any] = dict(num_blocks=1500, max_num_seqs=64)
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"enum": [1, 2, 3]}},
+    "required": ["age"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model") / "chat"
+    shutil.copytree(byte_model, directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def api(model: Path) -> Iterator[InProcessApi]:
+    with serve_in_process(str(model), tool_parser="hermes", **SERVER) as api:
+        yield api
+        api.assert_idle()
+
+
+async def complete(api: InProcessApi, **options: Any) -> str:
+    """The text of a completion, whole or streamed; it must have ended by itself."""
+    options = dict(temperature=1.0, max_tokens=1500, prompt=PROMPT) | options
+    answer = await api.openai.completions.create(model=api.front.model_name, **options)
+    choices = [c.choices[0] async for c in answer] if options.get("stream") else answer.choices
+    assert choices[-1].finish_reason == ("length" if "ignore_eos" in str(options) else "stop")
+    return "".join(choice.text for choice in choices)
+
+
+async def chat(api: InProcessApi, **options: Any) -> str:
+    """The content of an answer, whole or streamed."""
+    options = dict(temperature=1.0, messages=MESSAGES) | options
+    answer = await api.openai.chat.completions.create(model=api.front.model_name, **options)
+    if not options.get("stream"):
+        return str(answer.choices[0].message.content)
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+
+async def ask_for_instance(api: InProcessApi, number: int) -> str:
+    """Of random schema `number`, in one of the ways to ask for it."""
+    schema, stream = random_schema(number), number % 2 == 1
+    if number % 4 < 2:
+        named = {"name": "thing", "schema": schema, "strict": True}
+        response_format = {"type": "json_schema", "json_schema": named}
+        return await chat(api, seed=number, stream=stream, response_format=response_format)
+    form: dict[str, Any] = {"guided_json": schema}
+    if number % 8 < 4:
+        form = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
+    return await complete(api, seed=number, stream=stream, extra_body=form)
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_200_of_200_random_schemas_are_obeyed(api: InProcessApi, batch: int) -> None:
+    """In batches together with requests of no form, whose text is what it is alone."""
+    numbers = range(50 * batch, 50 * batch + 50)
+    plain = dict(seed=1, max_tokens=200, extra_body={"ignore_eos": True})
+    alone = api.run(complete(api, **plain))
+
+    async def ask() -> list[str]:
+        others = [complete(api, **plain, stream=i % 2 == 1) for i in range(4)]
+        return await asyncio.gather(*[ask_for_instance(api, n) for n in numbers], *others)
+
+    *instances, one, two, three, four = api.run(ask())
+    assert one == two == three == four == alone
+    valid = 0
+    for number, text in zip(numbers, instances, strict=True):
+        jsonschema.validate(json.loads(text), random_schema(number))
+        valid += 1
+    assert valid == 50
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("form", "regex"),
+    [
+        ({"structured_outputs": {"regex": "[ab]{3}é"}}, "[ab]{3}é"),
+        ({"guided_regex": "[ab]{3}é"}, "[ab]{3}é"),
+        ({"structured_outputs": {"choice": ["left", "right"]}}, "left|right"),
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+        ({"structured_outputs": {"grammar": 'root ::= "x"{2,4} "!"'}}, "x{2,4}!"),
+        ({"guided_grammar": 'root ::= "x"{2,4} "!"'}, "x{2,4}!"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_other_forms(api: InProcessApi, form: dict[str, Any], regex: str, stream: bool) -> None:
+    ways = [complete(api, seed=i, stream=stream, extra_body=form) for i in range(4)]
+    ways += [chat(api, seed=i, stream=stream, extra_body=form) for i in range(4)]
+
+    async def ask() -> list[str]:
+        return await asyncio.gather(*ways)
+
+    for text in api.run(ask()):
+        assert re.fullmatch(regex, text), text
+
+
+def test_json_of_any_kind_and_text(api: InProcessApi) -> None:
+    whole = api.run(
+        chat(api, seed=4, max_tokens=30, response_format={"type": "json_object"}, stream=True)
+    )
+    assert whole.startswith("{")
+    free = api.run(chat(api, seed=4, max_tokens=30, response_format={"type": "text"}))
+    assert free == api.run(chat(api, seed=4, max_tokens=30))
+    assert free != whole
+
+
+def test_all_of_n_choices_have_the_form(api: InProcessApi) -> None:
+    answer = api.run(
+        api.openai.chat.completions.create(
+            model=api.front.model_name,
+            messages=MESSAGES,
+            n=3,
+            seed=5,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": SCHEMA},
+            },
+        )
+    )
+    texts = [choice.message.content or "" for choice in answer.choices]
+    assert len(set(texts)) == 3
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_the_responses_api_has_forms_too(api: InProcessApi) -> None:
+    form: Any = {"type": "json_schema", "name": "person", "schema": SCHEMA, "strict": True}
+
+    def respond(**options: Any) -> Any:
+        return api.run(
+            api.openai.responses.create(
+                model=api.front.model_name, input=PROMPT, store=False, **options
+            )
+        )
+
+    answer = respond(text={"format": form})
+    jsonschema.validate(json.loads(answer.output_text), SCHEMA)
+    assert answer.text.format.name == "person"
+    with pytest.raises(openai.BadRequestError, match="'not'"):
+        respond(text={"format": form | {"schema": {"not": {}}}})
+    with pytest.raises(openai.BadRequestError, match="Unsupported type"):
+        respond(text={"format": form | {"schema": {"type": "thing"}}})
+
+
+def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_path: Path) -> None:
+    """Though the template opens a think block, and the text could be read as a call."""
+    thinker = tmp_path / "thinker"
+    shutil.copytree(model, thinker)
+    (thinker / "chat_template.jinja").write_text(TEMPLATE + "<think>")
+    text = '{"name": "stop", "parameters": {}}'
+    options: dict[str, Any] = {"extra_body": {"guided_choice": [text]}, "tools": TOOLS}
+    parsers = dict(tool_parser="llama3_json", reasoning_parser="think")
+    with serve_in_process(str(thinker), **parsers, **SERVER) as api:
+        assert api.run(chat(api, **options)) == text
+        assert api.run(chat(api, **options, stream=True)) == text
+        answer = api.run(
+            api.openai.chat.completions.create(
+                model=api.front.model_name, messages=MESSAGES, **options
+            )
+        )
+    assert not answer.choices[0].message.tool_calls
+    prompt = api.front.tokenizer.encode(PROMPT + "<think>\n</think>\n\n")
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(prompt)
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"response_format": schema_format({"type": "thing"})}, 'Unsupported type "thing"'),
+        ({"response_format": schema_format({"not": {}})}, "response_format: .*'not'"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"extra_body": {"guided_regex": "(a"}}, "parenthesis is not closed"),
+        ({"extra_body": {"guided_regex": "a" * 200_000}}, "guided_regex: .* too many"),
+        ({"extra_body": {"guided_regex": "a", "guided_choice": ["b"]}}, "not beside guided_regex"),
+        (
+            {"extra_body": {"guided_regex": "a", "structured_outputs": {"regex": "a"}}},
+            "structured_outputs: not beside guided_regex",
+        ),
+        ({"extra_body": {"structured_outputs": {}}}, "exactly one of"),
+        ({"extra_body": {"structured_outputs": {"regexp": "a"}}}, "regexp"),
+        ({"extra_body": {"structured_outputs": {"grammar": "root"}}}, "structured_outputs"),
+        ({"extra_body": {"guided_regex": "a", "ignore_eos": True}}, "ignore_eos"),
+    ],
+)
+def test_bad_forms_are_refused_at_the_door(
+    api: InProcessApi, options: dict[str, Any], says: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        api.run(chat(api, stream=stream, **options))
+    assert re.search(says, refused.value.message), refused.value.message
+
+
+def test_nesting_without_end_is_refused(api: InProcessApi) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(70):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(openai.BadRequestError, match="nested too deeply"):
+        api.run(chat(api, response_format=schema_format(schema)))
+    deep = '{"type":"array","items":' * 20_000 + "{}" + "}" * 20_000
+    body = f'{{"messages":[{{"role":"user","content":"a"}}],"guided_json":{deep}}}'
+    answer = api.run(
+        api.http.post(
+            "/v1/chat/completions",
+            content=body,
+            headers={"Content-Type": "application/json"},
+        )
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+# --- Forced tool calls ------------------------------------------------------------------------
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "minLength": 1, "maxLength": 6},
+                    "unit": {"$ref": "#/$defs/unit"},
+                },
+                "required": ["city"],
+                "$defs": {"unit": {"enum": ["C", "F"]}},
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "set_timer",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {"minutes": {"type": "integer", "minimum": 1, "maximum": 90}},
+                "required": ["minutes"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "stop"}},
+]
+PARAMETERS = {
+    tool["function"]["name"]: tool["function"].get(
+        "parameters", {"type": "object", "maxProperties": 0}
+    )
+    for tool in TOOLS
+}
+
+
+async def call(api: InProcessApi, seed: int, choice: Any) -> tuple[str, str]:
+    """(name, arguments) of the one call that an answer must be; streamed if the seed is odd."""
+    options: dict[str, Any] = dict(
+        model=api.front.model_name,
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice=choice,
+        temperature=1.0,
+        seed=seed,
+    )
+    if seed % 2 == 0:
+        answer = await api.openai.chat.completions.create(**options)
+    else:
+        async with api.openai.chat.completions.stream(**options) as stream:
+            async for _ in stream:
+                pass
+            answer = await stream.get_final_completion()
+    (one,) = answer.choices
+    assert one.finish_reason == "tool_calls" and not one.message.content
+    (made,) = one.message.tool_calls or []
+    assert made.type == "function"
+    return made.function.name, made.function.arguments
+
+
+@pytest.mark.parametrize(
+    ("parser", "count"), [("hermes", 40), ("llama3_json", 30), ("mistral", 30)]
+)
+def test_100_of_100_forced_calls_parse(model: Path, parser: str, count: int) -> None:
+    choices = [
+        *("required", "required"),
+        {"type": "function", "function": {"name": "set_timer"}},
+        {"type": "function", "function": {"name": "stop"}},
+    ]
+    with serve_in_process(str(model), tool_parser=parser, **SERVER) as api:
+
+        async def ask() -> list[tuple[str, str]]:
+            return await asyncio.gather(*[call(api, i, choices[i // 2 % 4]) for i in range(count)])
+
+        calls = api.run(ask())
+        api.assert_idle()
+    assert len(calls) == count
+    for i, (name, arguments) in enumerate(calls):
+        choice = choices[i // 2 % 4]
+        if not isinstance(choice, str):
+            assert name == choice["function"]["name"]
+        jsonschema.validate(json.loads(arguments), PARAMETERS[name])
+    assert {name for name, _ in calls} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"response_format": {"type": "json_object"}}, "tool_choice: a forced call"),
+        ({"extra_body": {"ignore_eos": True}}, "ignore_eos cannot be combined"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "f",
+                            "parameters": {
+                                "type": "object",
+                                "properties": {"a": {"uniqueItems": True}},
+                            },
+                        },
+                    }
+                ]
+            },
+            "a: the keyword 'uniqueItems' is not supported",
+        ),
+    ],
+)
+def test_what_cannot_be_forced(api: InProcessApi, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=says):
+        api.run(chat(api, tool_choice="required", **({"tools": TOOLS} | options)))

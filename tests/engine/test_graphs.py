@@ -1,0 +1,229 @@
+"""Recorded decoding steps: padding, static buffers and the ladder, proven on CPU tensors."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from engine import forward_pass, model_runner
+from engine.config import EngineConfig
+from engine.graphs import DecodeGraphs, default_sizes
+from engine.model_runner import ModelRunner
+from engine.pending_step import PendingStep
+from engine.step import StepPlan
+from engine.warm_up import warm_up_plans
+from kernels import select_ops
+from tests.conftest import CheckpointFactory
+from tests.engine.fake_recorder import FakeRecorder
+from tests.engine.helpers import new_engine, new_requests, run, tokens_of
+from tests.engine.oracle import random_prompts
+
+SAMPLED = dict(temperature=1.0, ignore_eos=True)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
+    """Engines record, though they are on a CPU."""
+    # Attention in plain torch reads lengths on the host.
+    fake = FakeRecorder(strict=select_ops(torch.device("cpu")).name != "cpu-torch")
+    monkeypatch.setattr(forward_pass, "select_recorder", lambda _: fake)
+    return fake
+
+
+# --- The ladder -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 8, 9, 64, 100, 256, 300, 1024])
+def test_the_ladder_wastes_little(most: int) -> None:
+    sizes = default_sizes(most)
+    assert sizes[0] == 1 and sizes[-1] == most
+    for low, high in pairwise(sizes):
+        assert low < high <= max(2 * low if low < 8 else 0, low + 8, low + low // 8)
+    assert len(sizes) <= 60
+
+
+# --- Buffers and padding ----------------------------------------------------------------------
+
+
+def test_a_batch_is_padded_to_the_next_size_and_nothing_of_the_last_one_remains() -> None:
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def step(rows: Tensor, starts: Tensor) -> Tensor:
+        seen.append((rows.tolist(), starts.tolist()))
+        return torch.stack((rows, starts), 1).double()
+
+    recorder = FakeRecorder()
+    graphs = DecodeGraphs(recorder, [2, 8, 4], step, 99, torch.device("cpu"))
+    assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 3
+    assert all(rows == [99] * len(rows) for rows, _ in seen), "recorded over rows of requests"
+    hidden = {}
+    for rows in ([5, 6, 7, 8, 3], [1], [4, 2], [1, 2, 3]):
+        seen.clear()
+        hidden = graphs.run(rows, [row * 10 for row in rows])
+        size = {5: 8, 1: 2, 2: 2, 3: 4}[len(rows)]
+        padding = size - len(rows)
+        assert seen == [(rows + [99] * padding, [row * 10 for row in rows] + [0] * padding)]
+        assert hidden.tolist() == [[row, row * 10] for row in rows]
+    assert graphs.fits(8) and not graphs.fits(9)
+    assert recorder.num_recorded == 3
+
+
+def test_padding_touches_nothing_of_anybody(
+    checkpoints: CheckpointFactory, recorder: FakeRecorder
+) -> None:
+    """Of the cache, a padded step changes one token of each request, and the padding's block."""
+    with new_engine(
+        checkpoints("qwen3"), num_blocks=20, cuda_graph_sizes=[8], max_num_seqs=8
+    ) as engine:
+        for request in new_requests(random_prompts(13, 9)[:3], max_tokens=9, ignore_eos=True):
+            engine.add(request)
+        engine.step()
+        tokens_before = engine.runner.tables.token_ids.clone()
+        caches = engine.runner.forward_pass.kv_caches
+        before = [(k.clone(), v.clone()) for k, v in caches]
+        replays = engine.runner.forward_pass.num_replays
+        engine.step()
+        assert engine.runner.forward_pass.num_replays == replays + 1
+        changed = engine.runner.tables.token_ids != tokens_before
+        assert changed.sum(1).tolist()[3:] == [0] * 6, "a token in a row of nobody"
+        for (k, _), (k_before, _) in zip(caches, before, strict=True):
+            bits, bits_before = k.view(torch.int32), k_before.view(torch.int32)  # may be NaN
+            slots = (bits != bits_before).any(-1).any(1)  # [blocks, block size]
+            assert int(slots[:-1].sum()) == 3
+            assert slots[-1].tolist()[1:] == [False] * 15
+
+
+# --- The same text ----------------------------------------------------------------------------
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "default ladder": dict(max_num_seqs=32),
+    "few sizes, and batches beyond": dict(max_num_seqs=32, cuda_graph_sizes=[3, 11]),
+    "preempted": dict(block_size=4, num_blocks=30, max_num_seqs=16),
+    "overlapping": dict(async_scheduling=True, max_num_seqs=32),
+    "chunks": dict(max_num_seqs=16, max_num_batched_tokens=20),
+}
+
+
+@pytest.fixture(scope="module")
+def eager_text(checkpoints: CheckpointFactory) -> list[list[int]]:
+    with new_engine(checkpoints("mistral")) as engine:
+        return tokens_of(run(engine, requests()))
+
+
+def requests() -> list[Any]:
+    """They end one by one, so that batches of all sizes come about."""
+    made = []
+    for i, prompt in enumerate(random_prompts(20, 40)):
+        (request,) = new_requests([prompt], **SAMPLED, max_tokens=2 + i)
+        request.id, request.seed = str(i), i
+        made.append(request)
+    return made
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_same_text_as_without_graphs(
+    checkpoints: CheckpointFactory,
+    recorder: FakeRecorder,
+    eager_text: list[list[int]],
+    config: str,
+) -> None:
+    with new_engine(checkpoints("mistral"), **CONFIGS[config]) as engine:
+        num_recorded = recorder.num_recorded
+        assert tokens_of(run(engine, requests())) == eager_text
+        assert recorder.num_recorded == num_recorded, "recorded while requests were waiting"
+        stats = engine.stats()
+        assert 0 < stats["replayed_steps"] < stats["steps"]
+
+
+def test_eager_means_no_graphs(checkpoints: CheckpointFactory, recorder: FakeRecorder) -> None:
+    with new_engine(checkpoints("qwen3"), enforce_eager=True) as engine:
+        run(engine, requests()[:3])
+        assert recorder.num_recorded == 0
+        assert engine.stats()["replayed_steps"] == 0
+
+
+def test_graphs_are_off_on_cpus(checkpoints: CheckpointFactory) -> None:
+    with new_engine(checkpoints("qwen3")) as engine:
+        run(engine, requests()[:3])
+        assert engine.stats()["replayed_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "config", [dict(cuda_graph_sizes=[1, 2]), dict(gpu_memory_utilization=0.5, num_blocks=None)]
+)
+def test_settings_of_gpus_are_refused_on_a_cpu(
+    checkpoints: CheckpointFactory, config: dict[str, Any]
+) -> None:
+    name = next(iter(config))
+    with (
+        pytest.raises(ValueError, match=rf"{name}: .* is for GPUs only"),
+        new_engine(checkpoints("qwen3"), **config),
+    ):
+        pass
+
+
+def test_graphs_and_eager_contradict() -> None:
+    with pytest.raises(ValidationError, match="enforce_eager means no graphs"):
+        EngineConfig(model="m", enforce_eager=True, cuda_graph_sizes=[1])
+
+
+# --- Rehearsal --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_num_seqs, budget, max_len", [(1, 1, 2), (4, 10, 100), (3, 64, 5)])
+def test_the_rehearsed_steps_are_the_largest(max_num_seqs: int, budget: int, max_len: int) -> None:
+    config = EngineConfig(model="m", max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    for plan in warm_up_plans(config, max_len):
+        assert len(plan.scheduled) == len(plan.new_rows) == max_num_seqs
+        assert plan.num_tokens == budget or max(r.num_tokens for r in plan.scheduled) == max_len - 1
+        assert plan.num_tokens <= budget
+        assert all(row.num_tokens < max_len for row in plan.scheduled)
+
+
+def test_rehearsal_leaves_no_trace(checkpoints: CheckpointFactory, recorder: FakeRecorder) -> None:
+    """Neither penalties nor logprobs of the rehearsed requests are left in the rows."""
+    with new_engine(checkpoints("mistral"), max_num_seqs=4) as engine:
+        assert recorder.num_recorded == 2 * len(default_sizes(4)), "once to measure, once to keep"
+        assert not engine.runner._num_logprobs
+        assert not engine.runner._processor._rules
+        assert engine.runner.memory.activations is not None
+
+
+# --- Compilation ------------------------------------------------------------------------------
+
+
+def test_kernels_compiled_while_serving_are_counted(
+    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rehearsal compiles is not: the watch begins before and serves after it."""
+
+    class Watch:
+        def __init__(self) -> None:
+            self.late: list[str] = []
+            self.serving = False
+
+        def start_serving(self) -> None:
+            self.serving = True
+
+        def count(self, kernel: str) -> None:
+            if self.serving:
+                self.late.append(kernel)
+
+    watch = Watch()
+    monkeypatch.setattr(model_runner, "watch_compilation", lambda _: watch)
+    launch = ModelRunner.launch
+
+    def compile_and_launch(runner: ModelRunner, plan: StepPlan) -> PendingStep:
+        watch.count(f"for {plan.num_tokens} tokens")
+        return launch(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "launch", compile_and_launch)
+    monkeypatch.setattr(forward_pass, "select_recorder", lambda _: FakeRecorder())
+    with new_engine(checkpoints("qwen3")) as engine:
+        assert engine.stats()["late_compilations"] == 0
+        run(engine, new_requests([[5] * 7], max_tokens=2))
+        assert engine.stats()["late_compilations"] == 2
+        assert watch.late == ["for 7 tokens", "for 1 tokens"]

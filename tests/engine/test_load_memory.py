@@ -1,0 +1,70 @@
+"""Loading takes the memory of the weights in the layout they end in, and little more."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CheckpointFactory
+
+MIB = 1 << 20
+
+# Reports, in bytes of this process alone, what loading took at its peak and what it left.
+SCRIPT = """
+import json, sys, threading
+import torch
+from pathlib import Path
+from engine import loader
+from engine.config import EngineConfig
+from engine.decoder_config import DecoderConfig
+from engine.memory import MemoryMeter
+from engine.parallel import TensorParallel
+from kernels import select_ops
+
+directory, quantization = Path(sys.argv[1]), sys.argv[2] or None
+device = torch.device("cpu")
+torch.set_num_threads(1)
+ops = select_ops(device)
+ops.pack_linear(torch.randn(64, 64), None, quantization)(torch.randn(2, 64))
+meter = MemoryMeter(device)
+before = peak = meter.in_use()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, meter.in_use())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+config = EngineConfig(model=str(directory), quantization=quantization)
+shape = DecoderConfig.from_checkpoint(directory)
+model = loader.load_model(
+    config, shape, directory, 64, torch.float32, device, ops, TensorParallel()
+)
+done.set()
+watcher.join()
+print(json.dumps([peak - before, meter.in_use() - before]))
+"""
+
+
+@pytest.mark.parametrize("quantization, share", [("", 1.0), ("w8a8", 0.25)])
+def test_weights_are_never_there_twice(
+    checkpoints: CheckpointFactory, quantization: str, share: float
+) -> None:
+    """Not even the float weights of a model that is quantized when it is loaded."""
+    directory = checkpoints("llama3", hidden_size=512, intermediate_size=2048, num_hidden_layers=10)
+    weights = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    assert weights > 150 * MIB
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(directory), quantization],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    peak, left = json.loads(result.stdout)
+    assert abs(left - share * weights) < 25 * MIB
+    assert peak < left + 45 * MIB, "more than a layer's linear maps besides"

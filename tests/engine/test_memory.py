@@ -1,0 +1,110 @@
+"""How large the KV cache becomes, and what start-up says about it."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from engine import LLM, memory
+from engine.config import EngineConfig
+from engine.memory import DeviceMemory, MemoryMeter, MemoryUse
+from tests.conftest import CheckpointFactory
+from tests.engine.helpers import BLOCK_SIZE, new_engine
+
+GIB = 1 << 30
+# Of the tiny models: 3 layers, 2 heads of keys and values each, of dimension 32, in fp32.
+BLOCK_BYTES = 3 * 2 * 2 * 32 * 4 * BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+    "free, utilization, own, budget",
+    [
+        (140, None, 20, 126 - 20),  # 90 % of all, less what we take ourselves
+        (140, 0.5, 20, 70 - 20),
+        (100, 0.5, 20, 70 - 20),  # what others hold does not matter as long as our share is free
+        (60, 0.5, 20, 60 - 20),  # they hold more: take what they leave
+        (60, 0.5, 80, 0),
+    ],
+)
+def test_a_gpu_is_shared_by_what_we_take_ourselves(
+    free: int, utilization: float | None, own: int, budget: int
+) -> None:
+    device = DeviceMemory(140 * GIB, free * GIB, is_host=False)
+    assert device.kv_cache_budget(own * GIB, utilization) == budget * GIB
+    assert device.left(own * GIB, budget * GIB) == max(free - own - budget, 0) * GIB
+
+
+def test_a_host_is_shared_with_everybody() -> None:
+    host = DeviceMemory(64 * GIB, 20 * GIB, is_host=True)
+    assert host.kv_cache_budget(30 * GIB, None) == 10 * GIB
+    assert host.left(30 * GIB, 10 * GIB) == 10 * GIB
+
+
+@pytest.mark.parametrize(
+    "config, num_blocks",
+    [
+        (dict(num_blocks=7), 7),
+        (dict(kv_cache_memory_bytes=9 * BLOCK_BYTES + 1), 8),  # one is for padding
+        # Half of a free GiB would do for thousands, but two rows never fill more.
+        (dict(max_num_seqs=2, max_model_len=100), 2 * 7),
+    ],
+)
+def test_size_of_the_pool(
+    checkpoints: CheckpointFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    num_blocks: int,
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: GIB)
+    with new_engine(checkpoints("qwen3"), **dict(num_blocks=None) | config) as engine:
+        assert engine.limits.num_blocks == engine.scheduler.pool.num_blocks == num_blocks
+        use = engine.runner.memory
+        assert use.kv_cache == (num_blocks + 1) * BLOCK_BYTES
+        keys, values = engine.runner.forward_pass.kv_caches[0]
+        assert 3 * (keys.nbytes + values.nbytes) == use.kv_cache
+        assert use.left == GIB - use.kv_cache
+        assert use.weights >= 0 and use.activations is None
+
+
+@pytest.mark.parametrize("config", [dict(), dict(kv_cache_memory_bytes=2 * BLOCK_BYTES - 1)])
+def test_too_little_memory_is_an_error_that_says_what_to_do(
+    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: BLOCK_BYTES)
+    with (
+        pytest.raises(MemoryError, match=f"takes {2 * BLOCK_BYTES}; free some"),
+        new_engine(checkpoints("qwen3"), num_blocks=None, **config),
+    ):
+        pass
+
+
+def test_one_setting_says_how_large_it_is() -> None:
+    with pytest.raises(ValidationError, match="num_blocks and kv_cache_memory_bytes"):
+        EngineConfig(model="m", num_blocks=5, kv_cache_memory_bytes=10**9)
+
+
+def test_startup_says_what_went_where(
+    checkpoints: CheckpointFactory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    LLM(str(checkpoints("qwen3")), num_blocks=50, num_threads=1, device="cpu", load_format="dummy")
+    said = capfd.readouterr().err
+    assert "50 KV cache blocks of torch.float32 on cpu; weights " in said
+    assert f"KV cache {51 * 2 * 3 * 2 * 32 * 32 * 4 / (1 << 20):.1f} MiB" in said
+    assert "left for activations and others" in said
+
+
+def test_a_report_names_each_part() -> None:
+    use = MemoryUse(16 * GIB, 100 << 20, 2 * GIB, 300 << 20, 100 * GIB, 8 * GIB, 20 * GIB)
+    assert str(use) == (
+        "weights 16.00 GiB, activations 2.00 GiB, CUDA graphs 300.0 MiB, other 100.0 MiB, "
+        "KV cache 100.00 GiB, host cache 8.00 GiB, left 20.00 GiB"
+    )
+
+
+def test_a_host_process_is_measured_by_what_it_holds_itself() -> None:
+    meter = MemoryMeter(torch.device("cpu"))
+    before = meter.in_use()
+    held = torch.ones(30 << 20, dtype=torch.uint8)
+    assert 25 << 20 < meter.in_use() - before < 40 << 20
+    assert held.sum() == 30 << 20
