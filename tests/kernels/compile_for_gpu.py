@@ -113,6 +113,8 @@ ATTENTION = [
     (BF16, 64, 7, 32, None, BF16),
     (torch.float16, 80, 4, 64, None, torch.float16),
     (BF16, 256, 2, 16, 4096, BF16, 50.0),  # Gemma 2
+    (torch.float32, 128, 2, 32, None, torch.float32),
+    (torch.float32, 256, 2, 16, None, torch.float32),
 ]
 
 CACHES = [BF16]
