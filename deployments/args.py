@@ -61,7 +61,7 @@ class ServiceArgs(StrictModel):
         None, ge=1, description="Tokens of those requests' prompts; more are refused with 429."
     )
     request_timeout_s: float | None = Field(
-        None, gt=0, description="A request that takes longer is ended with an error (504)."
+        None, gt=0, description="A request that takes longer is ended with an error (408)."
     )
     max_request_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body; more is refused with 413."

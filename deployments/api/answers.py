@@ -27,7 +27,7 @@ def documented(answer: type[Answer], streams: bool = False) -> dict[int | str, d
     """`responses` of a route: its answer, and errors, which all have one shape."""
     success: dict[str, Any] = {"model": answer}
     if streams:
-        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        success["content"] = {"text/event-stream": {}}
         success["description"] = "The answer; server-sent events where the request has stream."
     return {
         200: success,

@@ -25,7 +25,15 @@ from deployments.api.errors import ApiError
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.messages import AnswerParser
 from deployments.api.protocol import ChatCompletionRequest
-from deployments.api.streaming import Output, begun, collect_all, event, event_stream, merge
+from deployments.api.streaming import (
+    Chunks,
+    Output,
+    begun,
+    collect_all,
+    event,
+    event_stream,
+    merge,
+)
 from deployments.api.tools import ForcedCall, find_format, forced_call
 from deployments.front import Front, TextDelta
 from deployments.parsing import OutputParser, Piece, ReasoningSplitter
@@ -203,7 +211,9 @@ async def read(stream: AsyncGenerator[TextDelta], parser: AnswerParser) -> Async
 
 
 async def _events(chat: Chat) -> AsyncGenerator[str]:
+    """One text per step, however many events it has: each is one write."""
     head = chat.head | {"object": "chat.completion.chunk"}
+    chunks = Chunks(head)
 
     def chunk(
         index: int,
@@ -211,27 +221,31 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> str:
-        choice = {
-            "index": index,
-            "delta": content,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-        }
-        return event(head | {"choices": [choice]})
+        return chunks.event(
+            {
+                "index": index,
+                "delta": content,
+                "logprobs": logprobs,
+                "finish_reason": finish_reason,
+            }
+        )
 
     streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
+    opening: dict[str, Any] = {"role": "assistant", "content": ""}
     last: dict[int, TextDelta] = {}
-    async for index, step in merge(streams):
-        if not last:
-            for choice in range(len(streams)):
-                yield chunk(choice, {"role": "assistant", "content": ""})
-        last[index] = step.delta
-        logprobs = _logprobs(chat.front, step.delta)
-        for piece in step.pieces:
-            yield chunk(index, AnswerParser.delta(piece), logprobs)
-            logprobs = None
-        if logprobs is not None or step.finish_reason is not None:
-            yield chunk(index, {}, logprobs, step.finish_reason)
+    async with aclosing(merge(streams)) as steps:
+        async for news in steps:
+            events = [] if last else [chunk(i, opening) for i in range(len(streams))]
+            for index, step in news:
+                last[index] = step.delta
+                logprobs = _logprobs(chat.front, step.delta)
+                for piece in step.pieces:
+                    events.append(chunk(index, AnswerParser.delta(piece), logprobs))
+                    logprobs = None
+                if logprobs is not None or step.finish_reason is not None:
+                    events.append(chunk(index, {}, logprobs, step.finish_reason))
+            if events:
+                yield "".join(events)
     if chat.request.include_usage:
         counts = _usage(len(chat.prompt), [last[index] for index in range(len(streams))])
         yield event(head | {"choices": [], "usage": counts})

@@ -23,7 +23,15 @@ from deployments.api.common import (
 from deployments.api.errors import ApiError
 from deployments.api.logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.protocol import CompletionRequest
-from deployments.api.streaming import Output, begun, collect_all, event, event_stream, merge
+from deployments.api.streaming import (
+    Chunks,
+    Output,
+    begun,
+    collect_all,
+    event,
+    event_stream,
+    merge,
+)
 from deployments.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
 
@@ -168,20 +176,27 @@ def _choice(started: _Started, index: int, prompt: list[int], output: Output) ->
 
 
 async def _events(started: _Started) -> AsyncGenerator[str]:
+    """One text per step, however many events it has: each is one write."""
     head, num_choices = started.head, started.request.num_choices
+    chunks = Chunks(head)
     logprobs = [started.logprobs(p) for p in started.prompts for _ in range(num_choices)]
     last: dict[int, TextDelta] = {}
-    async for index, delta in merge(started.streams):
-        last[index] = delta
-        if delta.text or delta.finish_reason or delta.logprobs:
-            own = logprobs[index]
-            choice = {
-                "index": index,
-                "text": delta.text,
-                "logprobs": own.take(delta) if own else None,
-                "finish_reason": delta.finish_reason,
-            }
-            yield event(head | {"choices": [choice]})
+    async with aclosing(merge(started.streams)) as steps:
+        async for news in steps:
+            events = []
+            for index, delta in news:
+                last[index] = delta
+                if delta.text or delta.finish_reason or delta.logprobs:
+                    own = logprobs[index]
+                    choice = {
+                        "index": index,
+                        "text": delta.text,
+                        "logprobs": own.take(delta) if own else None,
+                        "finish_reason": delta.finish_reason,
+                    }
+                    events.append(chunks.event(choice))
+            if events:
+                yield "".join(events)
     if started.request.include_usage:
         outputs = [last[index] for index in range(len(started.streams))]
         yield event(head | {"choices": [], "usage": started.usage(outputs)})

@@ -26,7 +26,7 @@ _TYPES = {
     405: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
-    504: "timeout_error",
+    408: "timeout_error",
 }
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ApiError(Exception):
             case RequestTimeoutError():
                 # OpenAI's clients would try again: and it would not be faster.
                 stay = {"x-should-retry": "false"}
-                return cls(504, str(error), code="request_timeout", headers=stay)
+                return cls(408, str(error), code="request_timeout", headers=stay)
         return cls(500, f"internal error: {type(error).__name__}")
 
     @classmethod

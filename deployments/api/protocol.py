@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from deployments.api.messages import Message
 from deployments.api.structured import FormFields
 from deployments.api.tools import NamedTool, Tool, ToolChoice
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.strict import StrictModel
 
 # What the template's renderer and its callers take themselves.
@@ -199,7 +199,7 @@ class ChatCompletionRequest(GenerationRequest):
         }
 
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationRequest):

@@ -66,11 +66,16 @@ async def collect_all(streams: Sequence[AsyncGenerator[TextDelta]]) -> list[Outp
     return [task.result() for task in tasks]
 
 
-async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """(index of stream, item) as items come; leaving early closes all streams."""
+async def merge(
+    streams: Sequence[AsyncGenerator[T]],
+) -> AsyncGenerator[list[tuple[int, T]]]:
+    """(index of stream, item) as items come, those of one step together.
+
+    Leaving early closes all streams.
+    """
     if len(streams) == 1:
         async for item in streams[0]:
-            yield 0, item
+            yield [(0, item)]
         return
     arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
 
@@ -86,13 +91,15 @@ async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[in
     try:
         open_streams = len(tasks)
         while open_streams:
-            news = await arrived.get()
-            if isinstance(news, Exception):
-                raise news
-            if news is None:
-                open_streams -= 1
-            else:
-                yield news
+            news = [await arrived.get()]
+            while not arrived.empty():  # a step's tokens have come in one turn of the event loop
+                news.append(arrived.get_nowait())
+            for error in news:
+                if isinstance(error, Exception):
+                    raise error
+            open_streams -= news.count(None)
+            if items := [item for item in news if isinstance(item, tuple)]:
+                yield items
     finally:
         for task in tasks:
             task.cancel()
@@ -117,6 +124,16 @@ async def begun(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
                 yield item
 
     return rest()
+
+
+class Chunks:
+    """Events of one choice each that all begin alike, which is encoded once."""
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self._head = _to_json(head)[:-1]
+
+    def event(self, choice: dict[str, Any]) -> str:
+        return f'data: {self._head},"choices":[{_to_json(choice)}]}}\n\n'
 
 
 def named_event(content: dict[str, Any]) -> str:
