@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kernels.reference import KVCache
 
-# Programs per multiprocessor that decoding aims at: enough to hide latency and even out the ends.
-_PROGRAMS_PER_PROCESSOR = 4
+# Programs per multiprocessor that decoding aims at: as many as its shared memory holds at once.
+_PROGRAMS_PER_PROCESSOR = 3
 # Of the software pipeline. Where a tile lies is read from the block table, in stages of its own, so
 # it takes five to load one tile of keys and values while the one before is computed with.
 _STAGES = 5

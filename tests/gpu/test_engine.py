@@ -21,6 +21,8 @@ NUM_OUTPUT = 24 if ON_GPU else 3
 LENGTHS = [1, 15, 16, 17, 200, 33, 90, 140] if ON_GPU else [1, 20]
 # In chunks, beside tokens that are decoded.
 SMALL = dict(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=256, num_blocks=128)
+if not ON_GPU:
+    SMALL |= dict(max_num_seqs=2, max_num_batched_tokens=12)
 
 
 def random_prompts(lengths: list[int], vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
