@@ -1,7 +1,7 @@
-"""Our engine and vLLM on the same CPU cores, taking turns in processes of their own.
+"""Our engine, vLLM and nano-vLLM on the same machine, taking turns in processes of their own.
 
-The workload: prompts of 100..512 random tokens, outputs of 100..256 that ignore the end of
-sequence, on dummy weights. vLLM lives in a virtual environment of its own:
+The workload: prompts of 100..max-input random tokens, outputs of 100..max-output that ignore the
+end of sequence, on dummy weights. The others live in virtual environments of their own; on a CPU:
 
     python -m venv vllm-venv
     vllm-venv/bin/pip install "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
@@ -10,7 +10,12 @@ sequence, on dummy weights. vLLM lives in a virtual environment of its own:
     vllm-venv/bin/pip install -r requirements.txt
     python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python
 
-`--no-deps` because torchvision, torchaudio and torchcodec are not needed.
+`--no-deps` because torchvision, torchaudio and torchcodec are not needed. On a GPU, with vllm and
+nano-vllm installed in an environment each, the workload that nano-vLLM publishes is
+
+    python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python \\
+        --nano-vllm-python nano-venv/bin/python --num-prompts 256 --max-input 1024 \\
+        --max-output 1024 --max-num-seqs 256
 """
 
 import argparse
@@ -18,6 +23,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,18 +41,23 @@ _RESULT = "RESULT "
 _OPTIONS: dict[str, dict[str, Any]] = {
     "engine": {},
     "vllm": {"dtype": "bfloat16", "skip_tokenizer_init": True, "enable_prefix_caching": False},
+    "nanovllm": {},  # it ignores what it does not know, and computes with what memory holds
 }
 
 
-def make_workload(num_prompts: int, temperature: float, seed: int) -> dict[str, Any]:
-    draw = random.Random(seed)
+def make_workload(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Drawn as nano-vLLM's own benchmark draws it."""
+    draw = random.Random(arguments.seed)
+    numbers = range(arguments.num_prompts)
     return {
-        "temperature": temperature,
+        "temperature": arguments.temperature,
+        "max_num_seqs": arguments.max_num_seqs,
+        "max_model_len": arguments.max_input + arguments.max_output,
         "prompts": [
-            [draw.randint(0, 10_000) for _ in range(draw.randint(100, 512))]
-            for _ in range(num_prompts)
+            [draw.randint(0, 10_000) for _ in range(draw.randint(100, arguments.max_input))]
+            for _ in numbers
         ],
-        "output_lengths": [draw.randint(100, 256) for _ in range(num_prompts)],
+        "output_lengths": [draw.randint(100, arguments.max_output) for _ in numbers],
     }
 
 
@@ -57,8 +68,8 @@ def run_here(package: str, model: str, workload: dict[str, Any], options: dict[s
     llm = module.LLM(
         model,
         load_format="dummy",
-        max_model_len=768,
-        max_num_seqs=64,
+        max_model_len=workload["max_model_len"],
+        max_num_seqs=workload["max_num_seqs"],
         **_OPTIONS[package],
         **options,
     )
@@ -74,10 +85,13 @@ def run_here(package: str, model: str, workload: dict[str, Any], options: dict[s
             )
             for length in lengths
         ]
+        listed: list[Any] = list(prompts)
+        if package != "nanovllm":
+            listed = [{"prompt_token_ids": prompt} for prompt in prompts]
         start = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        outputs = llm.generate(listed, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+        assert [_num_tokens(output) for output in outputs] == lengths
         return seconds
 
     warm_up = [prompt[::-1] for prompt in workload["prompts"][:8]]
@@ -86,10 +100,32 @@ def run_here(package: str, model: str, workload: dict[str, Any], options: dict[s
     print(_RESULT + json.dumps({"seconds": seconds, "start_seconds": start_seconds}), flush=True)
 
 
+def _num_tokens(output: Any) -> int:
+    """Of an output, which nano-vLLM gives as a dict."""
+    tokens = output["token_ids"] if isinstance(output, dict) else output.outputs[0].token_ids
+    return len(tokens)
+
+
+def add_tokenizer(model: str, directory: Path) -> str:
+    """A copy of a model's config.json beside a tokenizer, which nano-vLLM cannot do without."""
+    from tokenizers import Tokenizer, models
+
+    shutil.copy(Path(model) / "config.json", directory)
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(directory / "tokenizer.json")
+    )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "b", "unk_token": "a"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(directory)
+
+
 def run_apart(python: str, package: str, arguments: argparse.Namespace, workload: Path) -> float:
     """Seconds of the workload in a fresh process of the given interpreter."""
-    options = arguments.option if package == "engine" else arguments.vllm_option
-    command = [python, str(Path(__file__)), "--package", package, "--model", arguments.model]
+    options = {"engine": arguments.option, "vllm": arguments.vllm_option, "nanovllm": []}[package]
+    model = arguments.model
+    if package == "nanovllm":
+        model = add_tokenizer(model, workload.parent)
+    command = [python, str(Path(__file__)), "--package", package, "--model", model]
     command += ["--workload", str(workload), *(f"--option={option}" for option in options)]
     # Left alone, vLLM keeps one core free of compute threads; here both engines have all cores.
     cores = f"0-{(os.cpu_count() or 1) - 1}"
@@ -106,17 +142,18 @@ def run_apart(python: str, package: str, arguments: argparse.Namespace, workload
     raise RuntimeError(f"{package} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def compare(arguments: argparse.Namespace) -> None:
-    workload = make_workload(arguments.num_prompts, arguments.temperature, arguments.seed)
+def compare(arguments: argparse.Namespace, pythons: dict[str, str]) -> None:
+    """Run the workload in turns; `pythons` are the packages' interpreters, ours first."""
+    workload = make_workload(arguments)
     num_output = sum(workload["output_lengths"])
     num_input = sum(map(len, workload["prompts"]))
     print(f"{arguments.num_prompts} prompts, {num_input} tokens in, {num_output} out")
-    seconds: dict[str, list[float]] = {"engine": [], "vllm": []}
+    seconds: dict[str, list[float]] = {package: [] for package in pythons}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "workload.json"
         path.write_text(json.dumps(workload))
         for _ in range(arguments.rounds):
-            for package, python in (("engine", sys.executable), ("vllm", arguments.vllm_python)):
+            for package, python in pythons.items():
                 took = run_apart(python, package, arguments, path)
                 seconds[package].append(took)
                 load = os.getloadavg()[0]
@@ -124,8 +161,12 @@ def compare(arguments: argparse.Namespace) -> None:
                     f"{package:8} {took:7.1f} s {num_output / took:7.1f} tok/s (load {load:.1f})",
                     flush=True,
                 )
-    ours, theirs = (statistics.median(seconds[package]) for package in ("engine", "vllm"))
-    print(f"medians: ours {ours:.1f} s, vLLM {theirs:.1f} s; ratio {theirs / ours:.2f}")
+    medians = {package: statistics.median(times) for package, times in seconds.items()}
+    for package, median in medians.items():
+        ratio = median / medians["engine"]
+        print(
+            f"{package:8} median {median:.1f} s, {num_output / median:.0f} tok/s; ratio {ratio:.2f}"
+        )
 
 
 def list_requirements() -> None:
@@ -144,9 +185,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vllm-python", help="the interpreter of vLLM's environment")
+    parser.add_argument("--nano-vllm-python", help="the interpreter of nano-vLLM's")
     parser.add_argument("--model", default=str(_SHAPE), help="directory of a config.json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument("--max-input", type=int, default=512)
+    parser.add_argument("--max-output", type=int, default=256)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     for name in ("--option", "--vllm-option"):
@@ -161,10 +206,16 @@ def main() -> None:
         options = dict(option.split("=", 1) for option in arguments.option)
         workload = json.loads(arguments.workload.read_text())
         run_here(arguments.package, arguments.model, workload, options)
-    elif arguments.vllm_python:
-        compare(arguments)
     else:
-        parser.error("--vllm-python is needed; see --help for how to make that environment")
+        pythons = {
+            "engine": sys.executable,
+            "vllm": arguments.vllm_python,
+            "nanovllm": arguments.nano_vllm_python,
+        }
+        given = {package: python for package, python in pythons.items() if python}
+        if len(given) == 1:
+            parser.error("--vllm-python or --nano-vllm-python is needed; see --help")
+        compare(arguments, given)
 
 
 if __name__ == "__main__":

@@ -92,10 +92,12 @@ def decode_step_s(
     context: float,
     machine: Machine,
     quantization: str | None = None,
+    cache_bytes_per_value: int = 2,
 ) -> float:
     """Least seconds of a step in which `batch` requests of `context` tokens get one more."""
     layers, head = count_parameters(config)
-    kv_bytes = 4 * config.num_layers * config.num_kv_heads * config.head_dim * context * batch
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    kv_bytes = token_bytes * cache_bytes_per_value * context * batch
     read_s = (weight_bytes(config, quantization) + kv_bytes) / machine.bytes_per_s
     return max(read_s, 2 * (layers + head) * batch / machine.flops_per_s)
 
@@ -107,6 +109,7 @@ def workload_floor(
     bytes_per_value: int,
     machine: Machine,
     quantization: str | None = None,
+    cache_bytes_per_value: int = 2,
 ) -> Floor:
     """The floor of requests with these (prompt, output) lengths, run as many at once as allowed.
 
@@ -117,7 +120,9 @@ def workload_floor(
     layers, head = count_parameters(config)
     prompt_flops = decode_flops = kv_bytes = 0.0
     attention_flops = 4 * config.num_layers * config.num_heads * config.head_dim
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
+    token_bytes = (
+        2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_bytes_per_value
+    )
     for prompt, output in lengths:
         prompt_flops += 2 * layers * prompt + attention_flops * prompt * (prompt + 1) / 2
         decode_flops += 2 * (layers * (output - 1) + head * output)

@@ -62,12 +62,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     runner = llm.engine.runner
     quantization = options.get("quantization")
     machine = measure_machine(runner.device, runner.dtype, runner.ops, quantization)
+    cache_bytes = runner.cache_dtype.itemsize
     config = DecoderConfig.from_checkpoint(checkpoint.resolve(arguments.model))
     measure(llm, 2, 16, 4, seed=1)  # to warm up
     results = []
     for batch in arguments.batch:
         result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
-        floor_s = decode_step_s(config, batch, result["context"], machine, quantization)
+        floor_s = decode_step_s(
+            config, batch, result["context"], machine, quantization, cache_bytes
+        )
         result["floor_ms"] = floor_s * 1e3
         results.append(result)
     return results

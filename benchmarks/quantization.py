@@ -60,6 +60,7 @@ def main() -> None:
         "float32": {"dtype": "float32"},
         "w8a8": {"dtype": "bfloat16", "quantization": "w8a8"},
         "int4": {"dtype": "bfloat16", "quantization": "int4"},
+        "fp8 KV": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
     }
     for name, config in configs.items():
         got = log_probabilities(arguments.model, texts, **config)

@@ -81,7 +81,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     lengths = [(len(o.prompt_token_ids), len(o.outputs[0].token_ids)) for o in outputs]
     config = DecoderConfig.from_checkpoint(checkpoint.resolve(arguments.model))
     floor = workload_floor(
-        config, lengths, arguments.max_num_seqs, runner.dtype.itemsize, machine, quantization
+        config,
+        lengths,
+        arguments.max_num_seqs,
+        runner.dtype.itemsize,
+        machine,
+        quantization,
+        runner.cache_dtype.itemsize,
     )
     num_input, num_output = map(sum, zip(*lengths, strict=True))
     return {

@@ -32,12 +32,12 @@ class EngineConfig(StrictModel):
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto",
         description="Type of the KV cache: auto is that of the activations; fp8 (e4m3) holds twice "
-        "as many tokens as 16 bits do, with 4 significant bits. On a CPU it is slow.",
+        "as many tokens as 16 bits do, with 4 significant bits.",
     )
-    attention_backend: Literal["auto", "triton", "flash-attn"] = Field(
+    attention_backend: Literal["auto", "triton", "flash-attn-2", "flash-attn-4"] = Field(
         "auto",
-        description="Who attends to prompts on a GPU: auto takes flash-attn where it is installed "
-        "and serves the model, else Triton, which always attends for decoding.",
+        description="Who attends to prompts on a GPU: auto takes the newest flash-attn that is "
+        "installed and serves the model, else Triton, which always attends for decoding.",
     )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."

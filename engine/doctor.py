@@ -157,7 +157,6 @@ def _cpu_ops(name: str) -> Finding:
     if name == "cpu-torch":
         text = "plain torch, for the kernels could not be compiled (see the warning above)"
         return Finding("note", "Ops on CPU", text, "apt-get install g++")
-    reason = f"compiled for {build.instruction_set()}, the best this CPU has"
-    if os.environ.get("MANTA_CPU_ISA"):
-        reason = f"compiled for {build.instruction_set()}, as MANTA_CPU_ISA says"
-    return Finding("ok", "Ops on CPU", f"{name}: {reason}; in {build.cache_directory()}")
+    why = "as MANTA_CPU_ISA says" if os.environ.get("MANTA_CPU_ISA") else "the best this CPU has"
+    text = f"{name}: attention and the rest in C++, compiled for {build.instruction_set()}, {why}"
+    return Finding("ok", "Ops on CPU", f"{text}; in {build.cache_directory()}")

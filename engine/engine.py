@@ -97,8 +97,11 @@ class Engine:
             error = grammar.exception()
             if error is None:
                 self.runner.matchers.add(request, grammar.result())
-                self.scheduler.add(request)
-            else:
+                try:
+                    self.scheduler.add(request)
+                except ValueError as refusal:
+                    error = refusal
+            if error is not None:
                 refused.append(TokenDelta(request.id, [], "error", error=str(error)))
         return refused
 

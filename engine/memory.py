@@ -106,17 +106,18 @@ class DeviceMemory:
         """Bytes for the KV cache unless the user says how many.
 
         Args:
-            own: weights, tables, graphs, and activations at their peak.
+            own: what this process takes of `free` besides: on a GPU weights, tables, graphs, and
+                activations at their peak; on a host, where most is taken already, the host cache.
             gpu_memory_utilization: the share of a GPU's memory for all of these and the cache.
         """
         if self.is_host:
-            return int(self.free * _CPU_SHARE)
+            return max(int((self.free - own) * _CPU_SHARE), 0)
         share = int(self.total * (gpu_memory_utilization or _GPU_SHARE))
         return max(min(share, self.free) - own, 0)
 
     def left(self, own: int, kv_cache: int) -> int:
         """Bytes for others, and on a host for activations."""
-        return max(self.free - kv_cache - (0 if self.is_host else own), 0)
+        return max(self.free - own - kv_cache, 0)
 
 
 def _readable(size: int) -> str:

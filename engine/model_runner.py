@@ -89,13 +89,13 @@ class ModelRunner:
         self.matchers = GrammarMatchers(self.vocab_size, self.device)
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
-        self._cache_shape = KVCacheShape.of(
+        self.cache_shape = KVCacheShape.of(
             model_config, self.parallel, config.block_size, self.cache_dtype
         )
         self.forward_pass = ForwardPass(
-            config, self.model, self.tables, self._cache_shape, self.ops, self.device
+            config, self.model, self.tables, self.cache_shape, self.ops, self.device
         )
-        block_bytes, host_bytes = self._cache_shape.block_bytes, config.host_cache_memory_bytes
+        block_bytes, host_bytes = self.cache_shape.block_bytes, config.host_cache_memory_bytes
         if 0 < host_bytes < block_bytes:
             raise ValueError(
                 f"host_cache_memory_bytes: {host_bytes} is less than one block, which takes "
@@ -124,18 +124,20 @@ class ModelRunner:
             in_use, peak, graphs = self._rehearse(meter)
             activations = peak - in_use
         memory = DeviceMemory.of(self.device, self.parallel.size)
-        self.num_blocks = self._choose_num_blocks(memory, peak + graphs)
+        host_cache = self.num_host_blocks * self.cache_shape.block_bytes
+        own = host_cache if memory.is_host else peak + graphs
+        self.num_blocks = self._choose_num_blocks(memory, own)
         self.forward_pass.allocate(self.num_blocks)
         self.forward_pass.record()
-        kv_cache = (self.num_blocks + 1) * self._cache_shape.block_bytes
+        kv_cache = (self.num_blocks + 1) * self.cache_shape.block_bytes
         return MemoryUse(
             weights=weights,
             other=max(in_use - weights, 0),
             activations=activations,
             graphs=graphs,
             kv_cache=kv_cache,
-            host_cache=self.num_host_blocks * self._cache_shape.block_bytes,
-            left=memory.left(peak + graphs, kv_cache),
+            host_cache=host_cache,
+            left=memory.left(own, kv_cache),
         )
 
     def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
@@ -154,7 +156,7 @@ class ModelRunner:
         return in_use, max(peak, in_use), graphs
 
     def _choose_num_blocks(self, memory: DeviceMemory, own_bytes: int) -> int:
-        config, block_bytes = self._config, self._cache_shape.block_bytes
+        config, block_bytes = self._config, self.cache_shape.block_bytes
         if config.num_blocks is not None:
             return config.num_blocks
         budget = config.kv_cache_memory_bytes
@@ -247,8 +249,8 @@ class ModelRunner:
         return self._draw(logits, rows, positions).index_copy(0, index, own_tokens)
 
     def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        temperature, top_p, min_p = self.tables.shares[:, rows]
-        top_k, seeds = self.tables.numbers[:, rows]
+        temperature, top_p, min_p = self.tables.shares.index_select(1, rows)
+        top_k, seeds = self.tables.numbers.index_select(1, rows)
         return self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
     def _take_logprobs(

@@ -30,6 +30,12 @@ _NEED_A_TYPE = {
     *("minItems", "maxItems", "minLength", "maxLength", "pattern", "format"),
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
 }
+_KINDS_OF_VALUES: dict[str, type] = {
+    **dict.fromkeys(("properties", "$defs", "definitions"), dict),
+    **dict.fromkeys(("required", "prefixItems", "enum", "anyOf", "oneOf", "allOf"), list),
+    **dict.fromkeys(("pattern", "format", "$ref"), str),
+}
+_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 _FORMATS = {
     *("email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri"),
     *("uri-reference", "uri-template"),
@@ -121,16 +127,14 @@ def _close(schema: Any, path: str, depth: int) -> Any:
     closed = dict(schema)
     for name in ("properties", "$defs", "definitions"):
         if name in schema:
-            if not isinstance(schema[name], dict):
-                raise ValueError(f"{path}.{name}: must be an object")
             closed[name] = {
                 key: _close(value, f"{path}.{name}.{key}", depth + 1)
                 for key, value in schema[name].items()
             }
     for name in ("anyOf", "oneOf", "allOf", "prefixItems"):
         if name in schema:
-            if not isinstance(schema[name], list) or not schema[name]:
-                raise ValueError(f"{path}.{name}: must be a list of schemas")
+            if not schema[name]:
+                raise ValueError(f"{path}.{name}: must not be empty")
             closed[name] = [
                 _close(value, f"{path}.{name}.{i}", depth + 1)
                 for i, value in enumerate(schema[name])
@@ -166,15 +170,18 @@ def _code_point(match: re.Match[str]) -> str:
     return f"\\u{{{ord(match[0]):x}}}"
 
 
-def _check_regex(regex: Any, path: str) -> None:
-    if not isinstance(regex, str):
-        raise ValueError(f"{path}: must be a string (got {regex!r:.100})")
+def _check_regex(regex: str, path: str) -> None:
     if _LOOKAROUND.search(regex):
         raise ValueError(f"{path}: lookahead and lookbehind are not supported")
 
 
 def _check_keywords(schema: dict[str, Any], path: str) -> None:
     """Raises ValueError for keywords that the compiler would ignore, alone or together."""
+    for name, kind in _KINDS_OF_VALUES.items():
+        if not isinstance(schema.get(name, kind()), kind):
+            raise ValueError(f"{path}.{name}: must be {_NAMES[kind]} (got {schema[name]!r:.100})")
+    if not all(isinstance(name, str) for name in schema.get("required", ())):
+        raise ValueError(f"{path}.required: must be a list of strings")
     names = {name for name in schema if not name.startswith("x-")} - _ANNOTATIONS
     for name in sorted(names - _CONSTRAINTS - _WHOLE):
         raise ValueError(f"{path}: the keyword {name!r} is not supported in a JSON schema")

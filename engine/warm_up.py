@@ -6,15 +6,22 @@ from engine.step import NewRow, ScheduledRow, StepPlan
 
 # Everything that takes memory by row and vocabulary, which is much of what a step takes.
 _COSTLY = SamplingParams(
-    temperature=1.0, top_k=50, top_p=0.9, min_p=0.1, repetition_penalty=1.1, logprobs=20
+    temperature=1.0,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    allowed_token_ids=[0],
+    logprobs=20,
 )
 _PLAIN = SamplingParams(temperature=0.0)
 
 
 def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
-    """Steps of all rows and as many tokens as there can be. The last leaves plain rows behind.
+    """Steps of all rows and as many tokens as there can be, and one that decodes.
 
-    Their block tables are empty: all tokens go to block 0.
+    They run every kernel there is, and leave plain rows behind. Their block tables are empty: all
+    tokens go to block 0.
     """
     length = max(min(config.max_num_batched_tokens // config.max_num_seqs, max_len - 1), 1)
     spare = config.max_num_batched_tokens - config.max_num_seqs * length
@@ -27,4 +34,5 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
             plan.new_rows.append(NewRow(row, [0] * num_tokens, num_tokens, [], params, 0))
             plan.scheduled.append(ScheduledRow("", row, 0, num_tokens, 0, [], True))
         plans.append(plan)
-    return plans
+    decoding = [ScheduledRow("", row, 0, 1, 0, [], True) for row in range(config.max_num_seqs)]
+    return [*plans, StepPlan([], decoding)]

@@ -14,23 +14,18 @@ _logger = logging.getLogger(__name__)
 
 def select_ops(device: torch.device, needs: AttentionNeeds | None) -> Ops:
     """The ops of a GPU. See `kernels.select_ops`."""
+    properties = torch.cuda.get_device_properties(device)
     try:
-        properties = torch.cuda.get_device_properties(device)
         ops = triton_ops(properties.multi_processor_count)
     except ImportError as error:
-        if needs is not None and needs.backend != "auto":
-            raise ValueError(
-                f"attention_backend: {needs.backend!r} needs Triton: {error}"
-            ) from None
-        _logger.warning("Triton is not installed, so everything runs in plain torch, slowly")
-        return replace(reference_ops(), name="cuda-torch")
+        raise ImportError(f"a GPU needs Triton, which torch for CUDA brings: {error}") from error
     if needs is None or needs.backend == "triton":
         return ops
     capability = (properties.major, properties.minor)
     found = flash_attention.find(needs, capability, properties.multi_processor_count)
     if isinstance(found, str):
-        if needs.backend == "flash-attn":
-            raise ValueError(f"attention_backend: 'flash-attn' cannot serve here: {found}")
+        if needs.backend != "auto":
+            raise ValueError(f"attention_backend: {needs.backend!r} cannot serve here: {found}")
         _logger.info("prompts are attended to by Triton, not flash-attn: %s", found)
         return ops
     return replace(
@@ -46,9 +41,9 @@ def triton_ops(num_processors: int) -> Ops:
     from kernels.triton import attention, elementwise, logits, rotary, sampling, step
 
     attend = attention.TritonAttention(num_processors)
-    return replace(
-        reference_ops(),
+    return Ops(
         name="cuda-triton",
+        new_kv_cache=new_kv_cache,
         prepare_step=step.prepare_step,
         plan_attention=attend.plan_attention,
         norm_rotary_store=rotary.norm_rotary_store,
@@ -60,10 +55,6 @@ def triton_ops(num_processors: int) -> Ops:
         penalize=logits.penalize,
         apply_bitmask=logits.apply_bitmask,
     )
-
-
-def reference_ops() -> Ops:
-    return Ops("reference", new_kv_cache=new_kv_cache)
 
 
 def new_kv_cache(

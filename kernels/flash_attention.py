@@ -18,6 +18,9 @@ from torch import Tensor
 from kernels.ops import AttentionNeeds
 from kernels.reference import KVCache
 
+# By version, the best first.
+MODULES = {4: "flash_attn.cute", 2: "flash_attn"}
+
 
 @dataclass(frozen=True)
 class FlashPlan:
@@ -157,13 +160,15 @@ class FlashAttention:
 def find(
     needs: AttentionNeeds, capability: tuple[int, int], num_processors: int
 ) -> FlashAttention | str:
-    """The best version that is installed and serves these needs, or why there is none."""
+    """The best version that is asked for, installed and serves the needs, or why there is none."""
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in 16 bits, not {needs.dtype}"
     if needs.cache_dtype != needs.dtype:
         return f"it does not mix {needs.dtype} with a cache of {needs.cache_dtype}"
     reasons = []
-    for version, module in ((4, "flash_attn.cute"), (2, "flash_attn")):
+    for version, module in MODULES.items():
+        if needs.backend not in ("auto", f"flash-attn-{version}"):
+            continue
         reason = _refuses(version, needs, capability)
         if reason is None:
             try:

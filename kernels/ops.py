@@ -14,7 +14,7 @@ from kernels import reference
 class AttentionNeeds:
     """What a model asks of attention on a GPU."""
 
-    backend: Literal["auto", "triton", "flash-attn"]
+    backend: Literal["auto", "triton", "flash-attn-2", "flash-attn-4"]
     dtype: torch.dtype
     cache_dtype: torch.dtype
     head_dim: int
@@ -80,12 +80,9 @@ class CompilationWatch(Protocol):
 def watch_compilation(device: torch.device) -> CompilationWatch:
     """From now on; where nothing is compiled at run time, its list stays empty."""
     if device.type == "cuda":
-        try:
-            from kernels.triton.compiles import CompileWatch
+        from kernels.triton.compiles import CompileWatch
 
-            return CompileWatch()
-        except ImportError:  # without Triton
-            pass
+        return CompileWatch()
     return _NothingCompiles()
 
 

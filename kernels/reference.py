@@ -95,13 +95,14 @@ def new_kv_cache(
 
 
 def store_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slots: Tensor) -> None:
-    """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset in the block.
+    """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset; -1 is nowhere.
 
     A cache of float8_e4m3fn takes values up to +-448, and what lies beyond as that.
     """
     block_size = kv_cache[0].shape[2]
-    blocks, offsets = slots // block_size, slots % block_size
-    for cache, new in zip(kv_cache, (k, v), strict=True):
+    kept = slots >= 0
+    blocks, offsets = slots[kept] // block_size, slots[kept] % block_size
+    for cache, new in zip(kv_cache, (k[kept], v[kept]), strict=True):
         if cache.dtype == torch.float8_e4m3fn:
             new = new.float().clamp(-FP8_MAX, FP8_MAX)
         cache[blocks, :, offsets] = new.to(cache.dtype)
@@ -157,7 +158,8 @@ def paged_attention(
     starts = query_starts.tolist()
     for i, context_len in enumerate(context_lens.tolist()):
         start, end = starts[i], starts[i + 1]
-        if start == end:
+        if start == end or context_len == 0:  # of padding, zeros come out
+            out[start:end] = 0
             continue
         blocks = block_tables[i, : -(-context_len // block_size)].long()
         # [blocks, K, block_size, D] -> [1, K, context, D]

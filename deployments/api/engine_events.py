@@ -25,7 +25,7 @@ _LIFETIME_S = 10.0
 def routes(front: Front) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/engine/events", response_model=None)
+    @router.get("/engine/events", response_model=None, include_in_schema=False)
     async def engine_events() -> Response:
         return event_stream(_events(front))
 

@@ -19,4 +19,15 @@ inline void dispatch(int dtype, const Function& function) {
     }
 }
 
+// Call function(T{}, C{}) for a dtype and the type of a cache beside it.
+template <class Function>
+inline void dispatch_cache(int dtype, bool has_float8_cache, const Function& function) {
+    dispatch(dtype, [&](auto t) {
+        if (has_float8_cache)
+            function(t, Float8{});
+        else
+            function(t, t);
+    });
+}
+
 }  // namespace manta

@@ -25,8 +25,8 @@ struct Plan {
 };
 
 // Keys per decode item: a whole context, unless that leaves threads without work.
-template <class T>
-int64_t keys_per_item(const Attention<T>& a, int threads) {
+template <class T, class C>
+int64_t keys_per_item(const Attention<T, C>& a, int threads) {
     constexpr int64_t MIN_KEYS = 256, ITEMS_PER_THREAD = 4;
     int64_t keys = 0;
     for (int64_t i = 0; i < a.requests; ++i)
@@ -36,8 +36,8 @@ int64_t keys_per_item(const Attention<T>& a, int threads) {
     return std::max(MIN_KEYS, (fair + TILE - 1) / TILE * TILE);
 }
 
-template <class T>
-void plan_decode(const Attention<T>& a, int64_t request, int64_t keys_each, Plan& plan) {
+template <class T, class C>
+void plan_decode(const Attention<T, C>& a, int64_t request, int64_t keys_each, Plan& plan) {
     const int64_t end = a.context_lens[request];
     const int64_t begin = a.first_visible(end - 1);
     const int64_t count = (end - begin + keys_each - 1) / keys_each;
@@ -50,8 +50,8 @@ void plan_decode(const Attention<T>& a, int64_t request, int64_t keys_each, Plan
 }
 
 // Equal tiles of whole registers; the last ones, which see most keys, come first.
-template <class T>
-void plan_prompt(const Attention<T>& a, int64_t request, Plan& plan) {
+template <class T, class C>
+void plan_prompt(const Attention<T, C>& a, int64_t request, Plan& plan) {
     const int64_t rows = a.num_queries(request) * a.group();
     const int64_t tiles = (rows + ROWS - 1) / ROWS;
     const int64_t rows_each = ((rows + tiles - 1) / tiles + WIDTH - 1) / WIDTH * WIDTH;
@@ -60,8 +60,8 @@ void plan_prompt(const Attention<T>& a, int64_t request, Plan& plan) {
             plan.prompts.push_back({request, head, begin, std::min(begin + rows_each, rows)});
 }
 
-template <class T>
-void make_plan(const Attention<T>& a, int threads, Plan& plan) {
+template <class T, class C>
+void make_plan(const Attention<T, C>& a, int threads, Plan& plan) {
     plan.prompts.clear();
     plan.decodes.clear();
     plan.splits.clear();
@@ -70,7 +70,7 @@ void make_plan(const Attention<T>& a, int threads, Plan& plan) {
         if (a.num_queries(i) == 1) plan_decode(a, i, keys_each, plan);
         if (a.num_queries(i) > 1) plan_prompt(a, i, plan);
     }
-    const int64_t size = DecodeAttention<T>::partial_size(a);
+    const int64_t size = DecodeAttention<T, C>::partial_size(a);
     int64_t parts = 0;
     for (const Split& split : plan.splits) parts += split.count;
     if (plan.partials.size() < static_cast<size_t>(parts * size)) plan.partials.resize(parts * size);
@@ -80,16 +80,16 @@ void make_plan(const Attention<T>& a, int threads, Plan& plan) {
             plan.decodes[split.first_item + i].partial = next;
 }
 
-template <class T>
-void paged_attention(const Attention<T>& a) {
+template <class T, class C>
+void paged_attention(const Attention<T, C>& a) {
     const int threads = omp_get_max_threads();
     thread_local Plan plan_of_caller;  // kept for its memory
     Plan& plan = plan_of_caller;
     make_plan(a, threads, plan);
     const int64_t prompts = plan.prompts.size(), decodes = plan.decodes.size();
     const int64_t splits = plan.splits.size();
-    const DecodeAttention<T> decode(a);
-    const PromptAttention<T> prompt(a);
+    const DecodeAttention<T, C> decode(a);
+    const PromptAttention<T, C> prompt(a);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic, 1)
@@ -111,18 +111,22 @@ void paged_attention(const Attention<T>& a) {
 }  // namespace
 }  // namespace manta
 
-// q and out [tokens, heads, head_dim]; caches [blocks, kv_heads, block_size, head_dim]; head_dim a
-// multiple of 16; window 0 sees everything. The rest is as in kernels.reference.paged_attention.
-MANTA_API void manta_paged_attention(int dtype, const void* q, const void* k_cache,
-                                     const void* v_cache, const int32_t* query_starts,
-                                     const int32_t* context_lens, const int32_t* block_tables,
-                                     void* out, int64_t requests, int64_t heads, int64_t kv_heads,
-                                     int64_t head_dim, int64_t block_size, int64_t table_stride,
-                                     int64_t window, float scale) {
-    manta::dispatch(dtype, [&](auto t) {
+// q and out [tokens, heads, head_dim]; caches [blocks, kv_heads, block_size, head_dim], of q's dtype
+// or Float8; head_dim a multiple of 16; window 0 sees everything. The rest is as in
+// kernels.reference.paged_attention.
+MANTA_API void manta_paged_attention(int dtype, int has_float8_cache, const void* q,
+                                     const void* k_cache, const void* v_cache,
+                                     const int32_t* query_starts, const int32_t* context_lens,
+                                     const int32_t* block_tables, void* out, int64_t requests,
+                                     int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                     int64_t block_size, int64_t table_stride, int64_t window,
+                                     float scale) {
+    manta::dispatch_cache(dtype, has_float8_cache, [&](auto t, auto c) {
         using T = decltype(t);
-        manta::paged_attention<T>({(const T*)q, (const T*)k_cache, (const T*)v_cache, query_starts,
-                                   context_lens, block_tables, (T*)out, requests, heads, kv_heads,
-                                   head_dim, block_size, table_stride, window, scale});
+        using C = decltype(c);
+        manta::paged_attention<T, C>({(const T*)q, (const C*)k_cache, (const C*)v_cache,
+                                      query_starts, context_lens, block_tables, (T*)out, requests,
+                                      heads, kv_heads, head_dim, block_size, table_stride, window,
+                                      scale});
     });
 }

@@ -12,10 +12,11 @@ namespace manta {
 // Keys that are worked on at a time; their scores and rows fit the first-level cache.
 constexpr int TILE = 64;
 
-template <class T>
+// T is the type of queries and outputs, C that of the cache: T or Float8.
+template <class T, class C>
 struct Attention {
     const T* q;  // [tokens, heads, head_dim]
-    const T *k_cache, *v_cache;  // [blocks, kv_heads, block_size, head_dim]
+    const C *k_cache, *v_cache;  // [blocks, kv_heads, block_size, head_dim]
     const int32_t *query_starts, *context_lens;
     const int32_t* block_tables;  // rows `table_stride` apart
     T* out;  // [tokens, heads, head_dim]

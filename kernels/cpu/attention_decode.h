@@ -7,13 +7,14 @@
 
 namespace manta {
 
-// How a query row is kept for dot products with rows of T, and how `STEP` products are added.
-template <class T>
+// How a query row is kept for dot products with rows of C, and how `STEP` products are added.
+template <class C>
 struct Dot {
     using Query = float;
     static constexpr int STEP = WIDTH;
-    static Floats add(Floats total, const float* q, const T* k) { return total + load(q) * load(k); }
-    static Floats add_last(Floats total, const float*, const T*) { return total; }
+    static Floats add(Floats total, const float* q, const C* k) { return total + load(q) * load(k); }
+    static Floats add_last(Floats total, const float*, const C*) { return total; }
+    template <class T>
     static void convert(const T* q, float* to, int64_t size) {
         for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(q + i));
     }
@@ -47,16 +48,16 @@ struct DecodeItem {
     float* partial;
 };
 
-template <class T>
+template <class T, class C>
 class DecodeAttention {
-    using D = Dot<T>;
+    using D = Dot<C>;
     using Query = typename D::Query;
 
 public:
-    explicit DecodeAttention(const Attention<T>& attention)
+    explicit DecodeAttention(const Attention<T, C>& attention)
         : a(attention), dim(a.head_dim), group(a.group()), padded_dim((dim + 31) / 32 * 32) {}
 
-    static int64_t partial_size(const Attention<T>& a) { return a.group() * (a.head_dim + 2); }
+    static int64_t partial_size(const Attention<T, C>& a) { return a.group() * (a.head_dim + 2); }
 
     void run(const DecodeItem& item) const {
         float* memory = scratch(group * (dim + 2 + TILE + padded_dim));
@@ -122,16 +123,16 @@ private:
         }
     }
 
-    void prefetch(const T* row) const {
+    void prefetch(const C* row) const {
         const char* bytes = reinterpret_cast<const char*>(row);
-        for (int64_t i = 0; i < static_cast<int64_t>(dim * sizeof(T)); i += 64)
+        for (int64_t i = 0; i < static_cast<int64_t>(dim * sizeof(C)); i += 64)
             __builtin_prefetch(bytes + i);
     }
 
     void score(const State& s, const int64_t* rows, int64_t count) const {
         for (int64_t j = 0; j < count; ++j) {
             prefetch(a.v_cache + rows[j]);
-            const T* key = a.k_cache + rows[j];
+            const C* key = a.k_cache + rows[j];
             int64_t g = 0;
             for (; g + 4 <= group; g += 4) score_heads<4>(s, g, key, j);
             for (; g + 2 <= group; g += 2) score_heads<2>(s, g, key, j);
@@ -140,7 +141,7 @@ private:
     }
 
     template <int HEADS>
-    void score_heads(const State& s, int64_t first, const T* key, int64_t j) const {
+    void score_heads(const State& s, int64_t first, const C* key, int64_t j) const {
         Floats totals[HEADS] = {};
         const Query* query = s.queries + first * padded_dim;
         int64_t d = 0;
@@ -214,7 +215,7 @@ private:
             for (int c = 0; c < COLUMNS; ++c) totals[h][c] = load(out + h * dim + c * WIDTH);
         for (int64_t j = 0; j < count; ++j) {
             if (j < next) prefetch(a.k_cache + ahead[j]);
-            const T* value = a.v_cache + rows[j] + d;
+            const C* value = a.v_cache + rows[j] + d;
 #pragma GCC unroll 16
             for (int c = 0; c < COLUMNS; ++c) {
                 const Floats v = load(value + c * WIDTH);
@@ -234,7 +235,7 @@ private:
                 store(to + g * dim + d, load(out + g * dim + d) / sums[g]);
     }
 
-    const Attention<T>& a;
+    const Attention<T, C>& a;
     const int64_t dim, group, padded_dim;
 };
 

@@ -22,10 +22,11 @@ struct Operand {
     static constexpr int PACKED = 1;  // values per element
     static Floats multiply_add(Floats total, float a, Floats b) { return total + a * b; }
     // A row of `size` values as elements.
-    static void pack(const T* row, float* to, int64_t size) {
+    template <class C>
+    static void pack(const C* row, float* to, int64_t size) {
         for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(row + i));
     }
-    // Whether elements can be read from the cache itself.
+    // Whether elements can be read from a cache of T itself.
     static constexpr bool IN_PLACE = std::is_same_v<T, float>;
 };
 
@@ -40,6 +41,10 @@ struct Operand<BFloat16> {
     }
     static void pack(const BFloat16* row, int32_t* to, int64_t size) {
         std::memcpy(to, row, size * sizeof *row);
+    }
+    static void pack(const Float8* row, int32_t* to, int64_t size) {
+        for (int64_t i = 0; i < size; i += WIDTH)
+            store(reinterpret_cast<BFloat16*>(to) + i, load(row + i));
     }
     static constexpr bool IN_PLACE = true;
 };
@@ -93,13 +98,13 @@ struct PromptItem {
     int64_t request, kv_head, row_begin, row_end;
 };
 
-template <class T>
+template <class T, class C>
 class PromptAttention {
     using O = Operand<T>;
     using Element = typename O::Element;
 
 public:
-    explicit PromptAttention(const Attention<T>& attention)
+    explicit PromptAttention(const Attention<T, C>& attention)
         : a(attention),
           dim(a.head_dim),
           depth(dim / O::PACKED),
@@ -181,8 +186,8 @@ private:
     void score(const State& s, const int64_t* offsets, int64_t count) const {
         const Element* rows[TILE];
         for (int64_t j = 0; j < count; ++j) {
-            const T* key = a.k_cache + offsets[j];
-            if constexpr (O::IN_PLACE) {
+            const C* key = a.k_cache + offsets[j];
+            if constexpr (O::IN_PLACE && std::is_same_v<T, C>) {
                 rows[j] = reinterpret_cast<const Element*>(key);
             } else {
                 rows[j] = s.keys + j * depth;
@@ -270,12 +275,12 @@ private:
             return count;
         } else {
             for (int64_t j = 0; j < count; j += 2) {
-                const T *low = a.v_cache + offsets[j];
-                const T *high = j + 1 < count ? a.v_cache + offsets[j + 1] : nullptr;
+                const C *low = a.v_cache + offsets[j];
+                const C *high = j + 1 < count ? a.v_cache + offsets[j + 1] : nullptr;
                 for (int64_t d = 0; d < dim; d += WIDTH) {
-                    const UInts upper = high ? load_shorts(high + d) << 16 : UInts{};
+                    const UInts upper = high ? bfloat16_bits(high + d) << 16 : UInts{};
                     store(reinterpret_cast<float*>(s.values) + j / 2 * dim + d,
-                          (Floats)(load_shorts(low + d) | upper));
+                          (Floats)(bfloat16_bits(low + d) | upper));
                 }
             }
             return (count + 1) / 2;
@@ -299,7 +304,7 @@ private:
         }
     }
 
-    const Attention<T>& a;
+    const Attention<T, C>& a;
     const int64_t dim, depth, padded_depth;
 };
 

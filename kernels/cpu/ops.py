@@ -17,9 +17,9 @@ _SIGNATURES = {
     "add_rms_norm": [c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 2, c_int64, c_int64],
     "silu_and_mul": [c_int, c_void_p, c_void_p, c_int64, c_int64],
     "norm_rotary_store": [
-        *[c_int, c_void_p, *[c_int64] * 5, *[c_void_p] * 2, c_float, *[c_void_p] * 6],
+        *[c_int, c_int, c_void_p, *[c_int64] * 5, *[c_void_p] * 2, c_float, *[c_void_p] * 6],
     ],
-    "paged_attention": [c_int, *[c_void_p] * 7, *[c_int64] * 7, c_float],
+    "paged_attention": [c_int, c_int, *[c_void_p] * 7, *[c_int64] * 7, c_float],
     "sample": [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 7],
     "apply_bitmask": [c_void_p, *[c_int64] * 3, c_void_p],
     "top_logprobs": [c_int, c_void_p, *[c_int64] * 4, *[c_void_p] * 4],
@@ -105,8 +105,6 @@ class CpuOps:
     ) -> Tensor:
         k_cache, v_cache = kv_cache
         _, kv_heads, block_size, head_dim = k_cache.shape
-        if k_cache.dtype != qkv.dtype:
-            return reference.norm_rotary_store(qkv, norms, eps, positions, cos_sin, kv_cache, slots)
         qkv = qkv.contiguous()
         tokens = qkv.shape[0]
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -114,6 +112,7 @@ class CpuOps:
         q_norm, k_norm = (norm.data_ptr() for norm in norms) if norms else (None, None)
         self._norm_rotary_store(
             DTYPES[qkv.dtype],
+            k_cache.dtype == torch.float8_e4m3fn,
             qkv.data_ptr(),
             tokens,
             heads,
@@ -147,7 +146,7 @@ class CpuOps:
         k_cache, v_cache = kv_cache
         _, kv_heads, block_size, head_dim = k_cache.shape
         # Not a whole number of registers, or what models of today hardly want on a CPU.
-        if head_dim % 16 != 0 or softcap is not None or k_cache.dtype != q.dtype:
+        if head_dim % 16 != 0 or softcap is not None:
             return reference.paged_attention(
                 q, kv_cache, query_starts, context_lens, block_tables, scale, window, softcap
             )
@@ -155,6 +154,7 @@ class CpuOps:
         out = torch.empty_like(q)
         self._paged_attention(
             DTYPES[q.dtype],
+            k_cache.dtype == torch.float8_e4m3fn,
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),

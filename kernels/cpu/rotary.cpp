@@ -8,7 +8,8 @@ namespace {
 
 constexpr int MAX_HEAD_DIM = 1024;
 
-template <class T>
+// T is the type of qkv, C that of the cache: T or Float8.
+template <class T, class C>
 struct Rotary {
     const T* qkv;  // [tokens, (heads + 2 * kv_heads) * head_dim]
     int64_t heads, kv_heads, head_dim, block_size;
@@ -17,10 +18,12 @@ struct Rotary {
     const int64_t* positions;  // [tokens]
     const float* cos_sin;      // [max position, head_dim]
     const int64_t* slots;      // [tokens]
-    T *q_out, *k_cache, *v_cache;
+    T* q_out;
+    C *k_cache, *v_cache;
 
     // out = x, normed if there is a weight, its halves rotated.
-    void rotate_head(const T* x, const T* weight, const float* cos, T* out) const {
+    template <class Out>
+    void rotate_head(const T* x, const T* weight, const float* cos, Out* out) const {
         float head[MAX_HEAD_DIM];
         const int64_t half = head_dim / 2;
         for_lanes(head_dim, [&](int64_t i, auto lanes) { lanes.store(head + i, lanes.load(x + i)); });
@@ -33,8 +36,8 @@ struct Rotary {
         for_lanes(half, [&](int64_t i, auto lanes) {
             const Floats first = lanes.load(head + i), second = lanes.load(head + half + i);
             const Floats c = lanes.load(cos + i), s = lanes.load(cos + half + i);
-            lanes.store(out + i, first * c - second * s);
-            lanes.store(out + half + i, second * c + first * s);
+            lanes.store(out + i, round_to<T>(first * c - second * s));
+            lanes.store(out + half + i, round_to<T>(second * c + first * s));
         });
     }
 
@@ -49,7 +52,9 @@ struct Rotary {
         for (int64_t h = 0; h < kv_heads; ++h) {
             const int64_t row = ((block * kv_heads + h) * block_size + offset) * head_dim;
             rotate_head(k + h * head_dim, k_weight, cos, k_cache + row);
-            std::memcpy(v_cache + row, v + h * head_dim, head_dim * sizeof(T));
+            for_lanes(head_dim, [&](int64_t i, auto lanes) {
+                lanes.store(v_cache + row + i, lanes.load(v + h * head_dim + i));
+            });
         }
     }
 };
@@ -59,17 +64,18 @@ struct Rotary {
 
 // See Rotary for the shapes; q_out [tokens, heads, head_dim]; the caches are
 // [blocks, kv_heads, block_size, head_dim].
-MANTA_API void manta_norm_rotary_store(int dtype, const void* qkv, int64_t tokens, int64_t heads,
-                                       int64_t kv_heads, int64_t head_dim, int64_t block_size,
+MANTA_API void manta_norm_rotary_store(int dtype, int has_float8_cache, const void* qkv,
+                                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
                                        const void* q_weight, const void* k_weight, float eps,
                                        const int64_t* positions, const float* cos_sin,
                                        const int64_t* slots, void* q_out, void* k_cache,
                                        void* v_cache) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch_cache(dtype, has_float8_cache, [&](auto t, auto c) {
         using T = decltype(t);
-        const manta::Rotary<T> rotary{(const T*)qkv, heads, kv_heads, head_dim, block_size,
+        using C = decltype(c);
+        const manta::Rotary<T, C> rotary{(const T*)qkv, heads, kv_heads, head_dim, block_size,
                                       (const T*)q_weight, (const T*)k_weight, eps, positions,
-                                      cos_sin, slots, (T*)q_out, (T*)k_cache, (T*)v_cache};
+                                      cos_sin, slots, (T*)q_out, (C*)k_cache, (C*)v_cache};
         manta::parallel_for(tokens, (heads + 2 * kv_heads) * head_dim,
                             [&](int64_t token) { rotary.run_token(token); });
     });

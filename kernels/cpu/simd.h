@@ -27,12 +27,16 @@ typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t UInts __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * WIDTH)));
+typedef uint8_t UBytes __attribute__((vector_size(WIDTH)));
 
 struct BFloat16 {
     uint16_t bits;
 };
 struct Half {
     uint16_t bits;
+};
+struct Float8 {  // e4m3: finite up to 448
+    uint8_t bits;
 };
 
 inline Floats broadcast(float x) { return x - Floats{}; }
@@ -108,6 +112,25 @@ inline void store(Half* p, Floats v) {
 #endif
 }
 
+inline Floats load(const Float8* p) {
+    // As a half, whose exponent is biased by 8 more. (NaN becomes 480.)
+    const Shorts bits = __builtin_convertvector(load_bits<UBytes>(p), Shorts);
+    const Shorts half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7);
+    return load(reinterpret_cast<const Half*>(&half)) * 256.0f;
+}
+// The nearest, ties to even; what lies beyond +-448 becomes that.
+inline void store(Float8* p, Floats v) {
+    const Floats size = (Floats)((UInts)v & 0x7FFFFFFF);
+    const UInts bits = (UInts)(size < 448.0f ? size : broadcast(448.0f));
+    const UInts normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+    // Below 2^-6 the steps are of 2^-9; adding 1.5 * 2^23 rounds to whole ones.
+    const UInts subnormal = (UInts)(size * 512.0f + 12582912.0f) - 0x4B400000;
+    const UInts sign = ((UInts)v >> 24) & 0x80;
+    const UInts result = v == v ? (size < 0x1p-6f ? subnormal : normal) | sign : UInts{} + 0x7F;
+    const UBytes bytes = __builtin_convertvector(result, UBytes);
+    std::memcpy(p, &bytes, sizeof bytes);
+}
+
 // The first n < WIDTH values, zeros after them; never reads or writes beyond.
 template <class T>
 inline Floats load_first(const T* p, int64_t n) {
@@ -131,6 +154,10 @@ inline float to_float(BFloat16 x) {
     return f;
 }
 inline float to_float(Half x) { return load_first(&x, 1)[0]; }
+
+// Bits of WIDTH values as the nearest bfloat16.
+inline UInts bfloat16_bits(const BFloat16* p) { return load_shorts(p); }
+inline UInts bfloat16_bits(const Float8* p) { return to_bfloat16(load(p)); }
 
 // v rounded to what T can hold, as if stored and loaded again.
 template <class T>

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from kernels.reference import KVCache
 
-# Programs per multiprocessor that decoding aims at: enough to hide latency and even out the ends.
-_PROGRAMS_PER_PROCESSOR = 4
+# Programs per multiprocessor that decoding aims at: as many as its shared memory holds at once.
+_PROGRAMS_PER_PROCESSOR = 3
+# Of the software pipeline. Where a tile lies is read from the block table, in stages of its own, so
+# it takes five to load one tile of keys and values while the one before is computed with.
+_STAGES = 5
 _MIN_CHUNK = 128  # tokens; below, reading the chunk is cheaper than combining it
 _LOG2_E = 1.4426950408889634
 LOG2_E = tl.constexpr(_LOG2_E)
@@ -196,7 +199,10 @@ def _combine_kernel(
     tl.store(out + at_out, acc.to(out.dtype.element_ty), dims < D)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows"],
+    do_not_specialize_on_alignment=["query_starts"],  # part of a larger tensor
+)
 def _prompt_kernel(
     q, k_cache, v_cache, out,
     query_starts, context_lens, block_tables, table_stride, first_row, num_rows, scale,
@@ -355,8 +361,8 @@ def decode(
     heads = q.shape[1]
     rows, group = plan.num_decodes, heads // kv_heads
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    # Tiles of keys of 16 KiB, three of them in flight beside three of the values.
-    block_n = max(min(64, 16384 // (block_d * q.itemsize)), 16)
+    # Tiles of keys of 16 KiB; in float32, which is for tests, there are no tensor cores.
+    block_n = 16 if q.itemsize == 4 else min(64, 8192 // block_d)
     chunk_out = q.new_empty(plan.max_chunks, heads, head_dim, dtype=torch.float32)
     chunk_lse = q.new_empty(plan.max_chunks, heads, dtype=torch.float32)
     _decode_kernel[(plan.max_chunks, kv_heads)](
@@ -383,7 +389,7 @@ def decode(
         BLOCK_SIZE=block_size,
         BLOCK_N=block_n,
         num_warps=4,
-        num_stages=3,
+        num_stages=_STAGES,
     )
     _combine_kernel[(rows, heads)](
         chunk_out,
@@ -419,7 +425,7 @@ def prompts(
     num_tokens, heads, _ = q.shape
     rows, group = context_lens.shape[0] - first_row, heads // kv_heads
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    # What fits the registers: in float32, which is for tests, there are no tensor cores.
+    # What fits the registers.
     exact, big = q.itemsize == 4, block_d > 128
     block_m = max(16 if exact else 64 if big else 128, triton.next_power_of_2(group))
     num_tiles = (num_tokens - first_row) // (block_m // group) + rows
@@ -445,5 +451,5 @@ def prompts(
         BLOCK_M=block_m,
         BLOCK_N=16 if exact else 32 if big else 64,
         num_warps=8 if block_d == 128 and not exact else 4,
-        num_stages=2 if exact or big else 3,
+        num_stages=2 if exact else 3 if big else _STAGES,
     )

@@ -8,7 +8,10 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["token_stride", "count_stride", "length"])
+@triton.jit(
+    do_not_specialize=["token_stride", "count_stride", "length"],
+    do_not_specialize_on_alignment=["num_tokens", "repetitions", "presences", "frequencies"],
+)
 def _penalize_kernel(
     logits, logits_stride, token_ids, token_stride, num_tokens, counts, count_stride,
     repetitions, presences, frequencies, penalized, length,

@@ -94,7 +94,11 @@ def _cut(logits, vocab, best, temperature, low, enough, BY_MASS: tl.constexpr, B
         return low, tl.where(all_in, vocab, rest), mass
 
 
-@triton.jit
+# The parameters are parts of larger tensors, which begin anywhere.
+_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
 def _sample_kernel(
     logits, logits_stride, vocab, temperatures, top_ks, top_ps, min_ps, seeds, positions, tokens,
     BLOCK: tl.constexpr,

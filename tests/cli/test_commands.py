@@ -1,6 +1,8 @@
 """The `manta` command as a user types it."""
 
 import os
+import pty
+import select
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.cli import serve
+from deployments.cli.serve import _first_key, announce
 from engine import doctor
 from tests.deployments.conftest import demo  # noqa: F401
 from tests.deployments.local_server import LocalServer, serve_locally
@@ -107,16 +109,50 @@ def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None
     assert "manta-demo" in done.stdout and "TTFT" in done.stdout and "tok/s" in done.stdout
     assert done.stdout.count("Maria") == 2 and "42" in done.stdout
     assert "thinking is on" in done.stdout and "/undo" in done.stdout
-    # The history is for those who type: readline keeps it only on a terminal.
+
+
+def test_chat_on_a_terminal_remembers_what_was_typed(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811
+    ours, theirs = pty.openpty()
+    code = "from deployments.cli import main; main()"
+    environment = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)}
+    chat = subprocess.Popen(
+        [sys.executable, "-c", code, "chat", "--url", demo.url, "--temperature", "0"],
+        cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = ""
+
+    def until(text: str) -> str:
+        """What comes up to the text; the rest is for the next call."""
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 65536).decode(errors="replace")
+        before, _, seen = seen.partition(text)
+        return before
+
+    try:
+        until("> ")
+        os.write(ours, b"What is 17 + 25?\n")
+        assert "42" in until("tok/s")
+        until("> ")
+        os.write(ours, b"\x04")
+        assert chat.wait(30) == 0
+    finally:
+        chat.kill()
+        os.close(ours)
+    assert (tmp_path / "manta" / "chat-history").read_text().splitlines()[-1] == "What is 17 + 25?"
 
 
 def test_serve_tells_what_serves_and_not_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    assert not serve.announce("http://127.0.0.1:1", "")
+    assert not announce("http://127.0.0.1:1", "")
     monkeypatch.setenv("MANTA_API_KEYS", "alice:sk-hush,bob:sk-other")
     with serve_locally(num_blocks=48, block_size=16, max_num_seqs=4) as locked:
-        assert serve.announce(locked.url, serve._first_key())
+        assert announce(locked.url, _first_key())
         said = capsys.readouterr().out
         for expected in (
             locked.url,
@@ -127,7 +163,7 @@ def test_serve_tells_what_serves_and_not_the_key(
         ):
             assert expected in said
         assert "hush" not in said
-        assert serve.announce(locked.url, "")
+        assert announce(locked.url, "")
         said = capsys.readouterr().out
         assert locked.url in said and "required" in said and "blocks" not in said
 

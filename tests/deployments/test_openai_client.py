@@ -119,6 +119,19 @@ def test_stop_strings_end_the_text_before_them(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_a_shard_compiles_grammars(client: openai.OpenAI) -> None:
+    """It starts a process for that, which knows where the package is."""
+    form = {"structured_outputs": {"regex": "(apple|pear) [a-z]{5}"}}
+    answer = client.chat.completions.create(
+        model="manta-demo", messages=REPEAT, temperature=0, extra_body=form
+    )
+    assert answer.choices[0].message.content == "apple river"
+    with pytest.raises(openai.BadRequestError, match="parenthesis"):
+        client.completions.create(
+            model="manta-demo", prompt="a", stream=True, extra_body={"guided_regex": "(a"}
+        )
+
+
 def test_max_tokens_ends_with_length(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="manta-demo", messages=REPEAT, temperature=0, max_completion_tokens=2

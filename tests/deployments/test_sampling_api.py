@@ -24,7 +24,8 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "chat"
     shutil.copytree(tiny_model, directory)
     (directory / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ message.content }}{% endfor %}"
+        "{% for message in messages %}{{ message.content }}"
+        "{% if message.role == 'assistant' %}.{% endif %}{% endfor %}"
     )
     return directory
 
@@ -132,6 +133,8 @@ def test_allowed_and_bad_words(api: InProcessApi) -> None:
     assert set(text) <= set("xyz")
     word = plain[2:4]
     assert word not in complete(api, extra_body={"bad_words": [word]}).choices[0].text
+    tokens = {"bad_words_token_ids": [[token(api, word[0]), token(api, word[1])]]}
+    assert word not in complete(api, extra_body=tokens).choices[0].text
 
 
 # --- n and best_of ----------------------------------------------------------------------------
@@ -370,6 +373,35 @@ def test_the_end_of_sequence_ends_the_text_unless_it_is_ignored(api: InProcessAp
     later = complete(api, logit_bias=eos, extra_body={"ignore_eos": False, "min_tokens": 4})
     assert later.usage is not None and later.usage.completion_tokens == 5
     assert len(later.choices[0].text) == 4
+
+
+def test_tokens_without_text(api: InProcessApi) -> None:
+    answer = complete(api, extra_body={"detokenize": False})
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "length")
+    assert answer.usage is not None and answer.usage.completion_tokens == 12
+
+
+def test_the_last_message_is_continued(api: InProcessApi) -> None:
+    """The template here ends the assistant's messages with a full stop, but for one to go on."""
+    half = [*MESSAGES, {"role": "assistant", "content": "it"}]
+
+    def ask(**extra: Any) -> ChatCompletion:
+        return api.run(
+            api.openai.chat.completions.create(
+                model=api.front.model_name,
+                messages=half,
+                max_tokens=4,
+                temperature=0,
+                extra_body={"ignore_eos": True, "add_generation_prompt": False} | extra,
+            )
+        )
+
+    ended, continued = ask(), ask(continue_final_message=True)
+    assert ended.usage is not None and continued.usage is not None
+    assert ended.usage.prompt_tokens == continued.usage.prompt_tokens + 1
+    for answer, prompt in ((ended, PROMPT + "it."), (continued, PROMPT + "it")):
+        expected = complete(api, prompt, max_tokens=4).choices[0].text
+        assert answer.choices[0].message.content == expected
 
 
 def test_a_prompt_is_cut_to_its_last_tokens(api: InProcessApi) -> None:

@@ -22,6 +22,7 @@ PROMPT = "the cat sat"
 MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 SERVER: dict[str, Any] = dict(num_blocks=1500, max_num_seqs=64)
+TAG = {"type": "structural_tag", "format": {"type": "const_string", "value": "hi"}}
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"enum": [1, 2, 3]}},
@@ -105,6 +106,8 @@ def test_200_of_200_random_schemas_are_obeyed(api: InProcessApi, batch: int) -> 
         ({"guided_choice": ["left", "right"]}, "left|right"),
         ({"structured_outputs": {"grammar": 'root ::= "x"{2,4} "!"'}}, "x{2,4}!"),
         ({"guided_grammar": 'root ::= "x"{2,4} "!"'}, "x{2,4}!"),
+        ({"response_format": TAG}, "hi"),
+        ({"structured_outputs": {"structural_tag": TAG}}, "hi"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )

@@ -42,6 +42,14 @@ def test_an_evaluation_tells_what_was_right(run: Run) -> None:
     assert all(task in said for task in ("add", "repeat", "reverse", "sort"))
 
 
+def test_extraction_gives_checked_objects(run: Run, demo: LocalServer) -> None:  # noqa: F811
+    assert run("extract", "--url", demo.url).splitlines() == [
+        "Person(name='Maria', age=31, city='Paris')",
+        "Person(name='Tom', age=54, city='Oslo')",
+        "Person(name='Anna', age=27, city='Tokyo')",
+    ]
+
+
 def test_retrieval_shares_prefixes(run: Run, demo: LocalServer) -> None:  # noqa: F811
     said = run("rag", "--url", demo.url)
     assert said.count("tokens cached") == 9

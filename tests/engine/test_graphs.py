@@ -176,7 +176,9 @@ def test_graphs_and_eager_contradict() -> None:
 @pytest.mark.parametrize("max_num_seqs, budget, max_len", [(1, 1, 2), (4, 10, 100), (3, 64, 5)])
 def test_the_rehearsed_steps_are_the_largest(max_num_seqs: int, budget: int, max_len: int) -> None:
     config = EngineConfig(model="m", max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    for plan in warm_up_plans(config, max_len):
+    *largest, decoding = warm_up_plans(config, max_len)
+    assert [row.num_tokens for row in decoding.scheduled] == [1] * max_num_seqs
+    for plan in largest:
         assert len(plan.scheduled) == len(plan.new_rows) == max_num_seqs
         assert plan.num_tokens == budget or max(r.num_tokens for r in plan.scheduled) == max_len - 1
         assert plan.num_tokens <= budget

@@ -37,8 +37,9 @@ def test_a_gpu_is_shared_by_what_we_take_ourselves(
 
 def test_a_host_is_shared_with_everybody() -> None:
     host = DeviceMemory(64 * GIB, 20 * GIB, is_host=True)
-    assert host.kv_cache_budget(30 * GIB, None) == 10 * GIB
-    assert host.left(30 * GIB, 10 * GIB) == 10 * GIB
+    assert host.kv_cache_budget(0, None) == 10 * GIB
+    assert host.kv_cache_budget(6 * GIB, None) == 7 * GIB
+    assert host.left(6 * GIB, 7 * GIB) == 7 * GIB
 
 
 @pytest.mark.parametrize(

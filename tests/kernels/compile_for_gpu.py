@@ -64,7 +64,8 @@ def attend(
 ) -> None:
     requests, tokens, decodes = lengths
     kv_cache = tuple(torch.empty(4, 8, block_size, head_dim).to(cache) for _ in "kv")
-    starts, contexts = torch.zeros(requests + 1).int(), torch.zeros(requests).int()
+    contexts = torch.zeros(requests).int()
+    starts = torch.zeros(3 * requests + 1).int()[2 * requests :]  # behind others, as it is sent
     plan = ops.plan_attention(starts, contexts, decodes, tokens, 8)
     q = torch.empty(tokens, 8 * group, head_dim, dtype=dtype)
     tables = torch.zeros(requests, 64).int()
@@ -81,7 +82,8 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     norm, at = torch.empty(128, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
     qkv = torch.empty(tokens, 4096, dtype=BF16)
     ops.norm_rotary_store(qkv, (norm, norm), 1e-6, at, torch.empty(4096, 128), kv_cache, at)
-    numbers = torch.empty(tokens)
+    # One below the other, so that they begin at odd places.
+    numbers, at = torch.empty(3, tokens)[1], torch.zeros(2, tokens, dtype=torch.int64)[1]
     logits = torch.empty(tokens, 151_936, dtype=BF16)
     ops.sample(logits, numbers, at, numbers, numbers, at, at)
     own = torch.empty(tokens, 151_936)
@@ -113,6 +115,8 @@ ATTENTION = [
     (BF16, 64, 7, 32, None, BF16),
     (torch.float16, 80, 4, 64, None, torch.float16),
     (BF16, 256, 2, 16, 4096, BF16, 50.0),  # Gemma 2
+    (torch.float32, 128, 2, 32, None, torch.float32),
+    (torch.float32, 256, 2, 16, None, torch.float32),
 ]
 
 CACHES = [BF16]
@@ -131,7 +135,7 @@ if __name__ == "__main__":
         run_the_rest(5, cache)
     watch.start_serving()
     for shape in ATTENTION:
-        for lengths in ((1, 1, 1), (7, 7, 7), (16, 16, 16), (17, 2048, 16), (3, 999, 0)):
+        for lengths in ((1, 1, 1), (7, 7, 7), (16, 16, 16), (17, 2048, 16), (3, 999, 0), (4, 9, 1)):
             attend(*shape, lengths=lengths)
     for tokens in (1, 2, 15, 16, 17, 256):
         run_the_rest(tokens, BF16)

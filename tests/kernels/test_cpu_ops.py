@@ -22,6 +22,7 @@ from tests.kernels.steps import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP8 = torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,6 +41,24 @@ def test_attention_random(ops: Ops, dtype: torch.dtype, seed: int) -> None:
         group=rng.choice([1, 2, 3, 4, 5, 7, 8]),
         block_size=rng.choice([1, 7, 16, 32, 64, 256]),
         window=window,
+    ).check(ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_attention_over_an_fp8_cache(ops: Ops, dtype: torch.dtype, seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    Attention(
+        rng,
+        dtype,
+        random_lengths(rng),
+        head_dim=rng.choice([16, 64, 80, 128]),
+        kv_heads=rng.choice([1, 2, 3]),
+        group=rng.choice([1, 2, 3, 5]),
+        block_size=rng.choice([1, 7, 16, 32]),
+        window=rng.choice([None, 24]),
+        cache_dtype=FP8,
     ).check(ops)
 
 
@@ -113,6 +132,32 @@ def test_norm_rotary_store(ops: Ops, dtype: torch.dtype, head_dim: int, normed: 
             results.append((q, *cache))
         for actual, expected in zip(*results, strict=True):
             assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_is_stored_in_fp8_as_torch_rounds_it(ops: Ops, dtype: torch.dtype) -> None:
+    """All 16-bit floats as values of a cache; keys go the same way after their rotation."""
+    kv_heads, head_dim, block_size = 2, 64, 16
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, kv_heads, head_dim)
+    values = values.nan_to_num(0.0, float("inf"), float("-inf"))
+    tokens = len(values)
+    qkv = torch.cat((torch.randn(tokens, 2 * kv_heads, head_dim).to(dtype), values), 1).flatten(1)
+    slots = torch.arange(tokens)
+    at, cos_sin = (
+        torch.zeros(tokens, dtype=torch.int64),
+        torch.cat((torch.ones(32), torch.zeros(32))),
+    )
+    caches = []
+    for table in (ops, reference):
+        cache = reference.new_kv_cache(
+            -(-tokens // block_size), block_size, kv_heads, head_dim, FP8, torch.device("cpu")
+        )
+        for part in cache:
+            part.view(torch.uint8).fill_(1)
+        table.norm_rotary_store(qkv, None, 1e-6, at, cos_sin[None], cache, slots)
+        caches.append([part.view(torch.uint8) for part in cache])
+    for actual, expected in zip(*caches, strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("quantization", [None, "w8a8", "int4"])

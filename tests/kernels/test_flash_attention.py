@@ -145,6 +145,7 @@ class Installed:
         ({}, AMPERE, ["flash_attn.cute", "flash_attn"], "flash-attn-2"),
         ({}, (12, 0), ["flash_attn.cute", "flash_attn"], "flash-attn-2"),
         ({}, HOPPER, ["flash_attn"], "flash-attn-2"),
+        ({"backend": "flash-attn-2"}, HOPPER, ["flash_attn.cute", "flash_attn"], "flash-attn-2"),
         ({"head_dim": 256}, HOPPER, ["flash_attn.cute"], "flash-attn-4"),
         ({"block_size": 32}, HOPPER, ["flash_attn.cute"], "flash-attn-4"),
         # And where none serves, why:
@@ -187,11 +188,11 @@ def test_choosing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select_ops(device, NEEDS).name == "cuda-triton"
     assert select_ops(device, replace(NEEDS, backend="triton")).name == "cuda-triton"
     with pytest.raises(
-        ValueError, match=r"attention_backend: 'flash-attn' cannot serve here: .*No"
+        ValueError, match=r"attention_backend: 'flash-attn-4' cannot serve here: .*No"
     ):
-        select_ops(device, replace(NEEDS, backend="flash-attn"))
+        select_ops(device, replace(NEEDS, backend="flash-attn-4"))
     monkeypatch.setattr(flash_attention, "import_module", imports(**{"flash_attn.cute": Installed}))
-    for asked in ("auto", "flash-attn"):
+    for asked in ("auto", "flash-attn-4"):
         assert select_ops(device, replace(NEEDS, backend=asked)).name == "cuda-triton+flash-attn-4"
     assert select_ops(device, replace(NEEDS, backend="triton")).name == "cuda-triton"
 
@@ -202,9 +203,8 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper)
     monkeypatch.setattr(cuda, "triton_ops", missing)
-    assert select_ops(torch.device("cuda"), NEEDS).name == "cuda-torch"
-    with pytest.raises(ValueError, match="attention_backend: 'triton' needs Triton"):
-        select_ops(torch.device("cuda"), replace(NEEDS, backend="triton"))
+    with pytest.raises(ImportError, match=r"a GPU needs Triton, .*: No module named"):
+        select_ops(torch.device("cuda"), NEEDS)
 
 
 def test_a_cpu_has_no_choice() -> None:

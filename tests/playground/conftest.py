@@ -23,7 +23,7 @@ from playwright.sync_api import Error as PlaywrightError
 OpenPage = Callable[..., Page]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # while it is open, other tests could not run an event loop
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         try:
@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server() -> Iterator[LocalServer]:
     """The demo model with a pool small enough to fill."""
     with serve_locally(

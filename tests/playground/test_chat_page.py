@@ -24,7 +24,7 @@ def say(page: Page, text: str) -> None:
 
 def last_answer(page: Page) -> Any:
     answer = page.locator(".turn.assistant").last
-    expect(answer.locator("footer.meta")).to_be_visible()
+    expect(answer.locator("footer.meta")).to_be_visible(timeout=30_000)
     return answer
 
 
@@ -203,24 +203,41 @@ def test_what_the_server_refuses_is_switched_off_and_the_answer_comes(
     expect(page.locator(f'[data-needs="{field}"] .why')).to_contain_text("not here")
 
 
-def test_a_structured_answer_is_asked_for_and_checked(open_page: OpenPage) -> None:
+def test_an_answer_is_held_to_a_pasted_schema(open_page: OpenPage, screenshot: Screenshot) -> None:
     page = open_page()
-    pretend_fields(page, "response_format")
-    page.reload()
+    settings(page, temperature="0")
     page.click("#toggle-settings")
     page.fill("#schema", "{nonsense")
     expect(page.locator("#schema-error")).to_contain_text("Not JSON")
     page.locator('[data-example="schema"]').click()
     expect(page.locator("#schema-error")).to_be_hidden()
     page.click("#close-settings")
-    sent: list[dict[str, Any]] = []
-    answer_with(page, chunks({"content": '{"name": "Maria",'}, {"content": ' "age": 31}'}), sent)
-    say(page, "Extract the name and age as JSON: Maria is 31 years old.")
-    answer = last_answer(page)
-    schema = sent[0]["response_format"]["json_schema"]
+    with page.expect_request(CHAT) as request:
+        say(
+            page,
+            "Extract the name, age and city as JSON: Maria is 31 years old and lives in Paris.",
+        )
+    schema = request.value.post_data_json["response_format"]["json_schema"]
     assert schema["strict"] is True and schema["schema"]["required"] == ["name", "age", "city"]
+    answer = last_answer(page)
     expect(answer.locator(".badge")).to_have_text("valid JSON")
-    expect(answer.locator("pre")).to_contain_text('"age": 31')
+    assert json.loads(answer.locator("pre").inner_text()) == {
+        "name": "Maria", "age": 31, "city": "Paris",
+    }  # fmt: skip
+    screenshot(page, "structured")
+
+    # What the model would never say by itself.
+    mood = {"type": "object", "properties": {"mood": {"enum": ["calm", "bright"]}},
+            "required": ["mood"], "additionalProperties": False}  # fmt: skip
+    settings(page, schema=json.dumps(mood))
+    say(page, "What is 17 + 25?")
+    answer = last_answer(page)
+    expect(answer.locator(".badge")).to_have_text("valid JSON")
+    assert json.loads(answer.locator("pre").inner_text())["mood"] in ("calm", "bright")
+
+    settings(page, schema='{"type": "no such type"}')
+    say(page, "What is 17 + 25?")
+    expect(page.locator(".error")).to_contain_text("no such type")
 
 
 def test_tool_calls_are_shown_and_answered(open_page: OpenPage, screenshot: Screenshot) -> None:
