@@ -185,7 +185,7 @@ def _logprobs(front: Front, output: Output | TextDelta) -> dict[str, Any] | None
 
 def _usage(num_prompt: int, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
     num_output = sum(output.num_tokens for output in outputs)
-    return usage(num_prompt, num_output, outputs[0].num_cached_tokens)
+    return usage(num_prompt, num_output, outputs[0].num_cached_tokens if outputs else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,14 +221,17 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> str:
-        return chunks.event(
-            {
-                "index": index,
-                "delta": content,
-                "logprobs": logprobs,
-                "finish_reason": finish_reason,
-            }
-        )
+        choice = {
+            "index": index,
+            "delta": content,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        counts = None
+        if chat.request.continuous_usage:
+            so_far = last.get(index)
+            counts = _usage(len(chat.prompt), [so_far] if so_far else [])
+        return chunks.event(choice, counts)
 
     streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
     opening: dict[str, Any] = {"role": "assistant", "content": ""}

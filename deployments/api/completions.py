@@ -194,7 +194,11 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
                         "logprobs": own.take(delta) if own else None,
                         "finish_reason": delta.finish_reason,
                     }
-                    events.append(chunks.event(choice))
+                    counts = None
+                    if started.request.continuous_usage:
+                        prompt = started.prompts[index // num_choices]
+                        counts = usage(len(prompt), delta.num_tokens, delta.num_cached_tokens)
+                    events.append(chunks.event(choice, counts))
             if events:
                 yield "".join(events)
     if started.request.include_usage:

@@ -84,6 +84,9 @@ class ServedRequest(ModelRequest):
 
 class StreamOptions(StrictModel):
     include_usage: bool = Field(False, description="End the stream with a chunk of token counts.")
+    continuous_usage_stats: bool = Field(
+        False, description="Every chunk has its choice's token counts so far, as in vLLM."
+    )
 
 
 class GenerationRequest(SamplingParams, FormFields, ServedRequest):
@@ -102,6 +105,10 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def has_form(self) -> bool:

@@ -132,8 +132,9 @@ class Chunks:
     def __init__(self, head: dict[str, Any]) -> None:
         self._head = _to_json(head)[:-1]
 
-    def event(self, choice: dict[str, Any]) -> str:
-        return f'data: {self._head},"choices":[{_to_json(choice)}]}}\n\n'
+    def event(self, choice: dict[str, Any], usage: dict[str, Any] | None = None) -> str:
+        counts = f',"usage":{_to_json(usage)}' if usage is not None else ""
+        return f'data: {self._head},"choices":[{_to_json(choice)}]{counts}}}\n\n'
 
 
 def named_event(content: dict[str, Any]) -> str:

@@ -59,6 +59,25 @@ def test_version_and_unknown_paths(demo: LocalServer) -> None:
     answers.Error.model_validate(wrong_way.json())
 
 
+# Token counts in every chunk
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_every_chunk_can_count_the_tokens_so_far(demo: LocalServer, path: str) -> None:
+    """As load generators ask for."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": WORDS}]}
+    if path == "/v1/completions":
+        body = {"prompt": WORDS}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body |= {"stream": True, "stream_options": options, "max_tokens": 5, "ignore_eos": True}
+    text = httpx.post(f"{demo.url}{path}", json={**body, "seed": 1}).text
+    lines = [line for line in text.splitlines() if line.startswith("data: {")]
+    counts = [json.loads(line.removeprefix("data: "))["usage"] for line in lines]
+    output = [count["completion_tokens"] for count in counts]
+    assert output == sorted(output) and output[0] < 5 == output[-1]
+    assert len({count["prompt_tokens"] for count in counts}) == 1
+
+
 # Tokens
 
 
