@@ -28,7 +28,10 @@ class SafetensorsReader:
     def __init__(self, directory: Path) -> None:
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} cannot be read: {error!r}") from error
             files = [directory / name for name in sorted(names)]
         else:
             files = sorted(directory.glob("*.safetensors"))

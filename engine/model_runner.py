@@ -249,8 +249,8 @@ class ModelRunner:
         return self._draw(logits, rows, positions).index_copy(0, index, own_tokens)
 
     def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        temperature, top_p, min_p = self.tables.shares[:, rows]
-        top_k, seeds = self.tables.numbers[:, rows]
+        temperature, top_p, min_p = self.tables.shares.index_select(1, rows)
+        top_k, seeds = self.tables.numbers.index_select(1, rows)
         return self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
     def _take_logprobs(

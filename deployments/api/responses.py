@@ -18,7 +18,7 @@ from deployments.api.messages import Message
 from deployments.api.protocol import ChatCompletionRequest, ServedRequest, TemplateVariables
 from deployments.api.response_items import InputItem, to_messages
 from deployments.api.response_output import ResponseOutput
-from deployments.api.streaming import event_stream, named_event
+from deployments.api.streaming import begun, event_stream, named_event
 from deployments.api.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.tools import Function, FunctionName, NamedTool, Tool
 from deployments.front import Front, TextDelta
@@ -157,6 +157,8 @@ def routes(front: Front) -> APIRouter:
         output = ResponseOutput(request.head(front, chat.params))
         events = _events(chat, output)
         if request.stream:
+            if chat.has_form:
+                events = await begun(events)
             return event_stream(events, lambda error: _failed(output, error))
         async with aclosing(events):
             async for _ in events:
@@ -167,7 +169,7 @@ def routes(front: Front) -> APIRouter:
 
 
 async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
-    yield "".join(map(named_event, output.begin()))
+    opening = list(map(named_event, output.begin()))
     (stream,) = chat.streams()
     reason: str | None = None
     delta: TextDelta | None = None
@@ -175,8 +177,9 @@ async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
         async for step in steps:
             delta, reason = step.delta, step.finish_reason
             news = [named_event(e) for piece in step.pieces for e in output.add(piece)]
-            if news:
-                yield "".join(news)
+            if opening or news:
+                yield "".join(opening + news)
+                opening = []
     assert delta is not None, "a stream has at least one delta"
     yield "".join(map(named_event, output.end(reason, _usage(chat, output, delta))))
 

@@ -168,6 +168,8 @@ def test_the_responses_api_has_forms_too(api: InProcessApi) -> None:
         respond(text={"format": form | {"schema": {"not": {}}}})
     with pytest.raises(openai.BadRequestError, match="Unsupported type"):
         respond(text={"format": form | {"schema": {"type": "thing"}}})
+    with pytest.raises(openai.BadRequestError, match="Unsupported type"):  # before the first byte
+        respond(text={"format": form | {"schema": {"type": "thing"}}}, stream=True)
 
 
 def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_path: Path) -> None:

@@ -108,6 +108,14 @@ def test_truncated_file_is_named(edited: Callable[..., Path]) -> None:
         load(path.parent)
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_broken_index_is_named(edited: Callable[..., Path], index: str) -> None:
+    directory = edited("qwen3")
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json cannot be read"):
+        load(directory)
+
+
 def test_missing_shard_is_named(checkpoints: CheckpointFactory, tmp_path: Path) -> None:
     directory = tmp_path / "sharded"
     shutil.copytree(checkpoints("qwen3", max_shard_size="100KB"), directory)

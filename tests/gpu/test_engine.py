@@ -164,3 +164,17 @@ def test_nothing_is_compiled_while_requests_wait(
                 prompts = random_prompts(lengths)
                 run(engine, new_requests(prompts, max_tokens=5, ignore_eos=True, **sampling))
         assert engine.runner.late_compilations == []
+
+
+def test_evicted_blocks_come_back_from_host_memory(checkpoints: CheckpointFactory) -> None:
+    """In a pool that holds one of the prompts, over streams of their own on a GPU."""
+    lengths = [150, 180, 200] if ON_GPU else [20, 40]
+    first, *others = random_prompts(lengths)
+    sizes = SMALL | dict(num_blocks=-(-(lengths[-1] + NUM_OUTPUT) // 16))
+    with gpu_engine(checkpoints("qwen3"), host_cache_memory_bytes=1 << 24, **sizes) as engine:
+        outputs = []
+        for prompt in (first, *others, first):
+            requests = new_requests([prompt], max_tokens=NUM_OUTPUT, ignore_eos=True)
+            outputs += tokens_of(run(engine, requests))
+        assert engine.stats()["restored_tokens"] == (len(first) - 1) // 16 * 16
+    assert outputs[-1] == outputs[0]
