@@ -16,16 +16,17 @@ _NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
 
 
 def _mend_interpreter() -> None:
-    """Make the interpreter of Triton 3.6 compute what a GPU does.
+    """Make the interpreter of Triton (3.6 to 3.9) compute what a GPU does.
 
     It converts arrays of one element with int(), which NumPy 2.4 refuses; it truncates where a GPU
     rounds, to bfloat16 and float8; and it multiplies matrices of bfloat16, which NumPy lacks, by
-    their bit patterns.
+    their bit patterns. A scalar that was compared becomes a tensor of integers, no mask.
     """
     builder = interpreter.InterpreterBuilder
-    patch, dot, cast, convert = (
+    patch, dot, splat, cast, convert = (
         interpreter._patch_lang_tensor,
         builder.create_dot,
+        builder.create_splat,
         builder.cast_impl,
         builder.create_fp_to_fp,
     )
@@ -38,6 +39,12 @@ def _mend_interpreter() -> None:
         if a.dtype == b.dtype == tl.bfloat16:
             a, b = (cast(self, operand, tl.float32) for operand in (a, b))
         return dot(self, a, b, *rest)
+
+    def create_splat(self: Any, result_type: Any, scalar: Any) -> Any:
+        result = splat(self, result_type, scalar)
+        if scalar.data.dtype == np.bool_:
+            return interpreter.TensorHandle(result.data.astype(np.bool_), tl.int1)
+        return result
 
     def rounded(src: Any, dst_type: Any) -> Any | None:
         narrow = _NARROW.get(dst_type.scalar)
@@ -57,6 +64,7 @@ def _mend_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch_lang_tensor
     builder.create_dot = create_dot
+    builder.create_splat = create_splat
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
 

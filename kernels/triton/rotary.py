@@ -64,7 +64,7 @@ def _norm_rotary_store_kernel(
         first = tl.clamp(first.to(tl.float32), -FP8_LIMIT, FP8_LIMIT)
         second = tl.clamp(second.to(tl.float32), -FP8_LIMIT, FP8_LIMIT)
     stored: tl.constexpr = k_cache.dtype.element_ty
-    is_key = kept & (~is_query & ~is_value)[:, None]
+    is_key = kept & ((heads >= HEADS) & (heads < HEADS + KV_HEADS))[:, None]
     tl.store(k_cache + at, turned_first.to(stored), is_key)
     tl.store(k_cache + at + HALF, turned_second.to(stored), is_key)
     tl.store(v_cache + at, first.to(stored), kept & is_value[:, None])
