@@ -125,7 +125,8 @@ def run_apart(python: str, package: str, arguments: argparse.Namespace, workload
     model = arguments.model
     if package == "nanovllm":
         model = add_tokenizer(model, workload.parent)
-    command = [python, str(Path(__file__)), "--package", package, "--model", model]
+    # -P: files beside this one must not be taken for packages.
+    command = [python, "-P", str(Path(__file__)), "--package", package, "--model", model]
     command += ["--workload", str(workload), *(f"--option={option}" for option in options)]
     # Left alone, vLLM keeps one core free of compute threads; here both engines have all cores.
     cores = f"0-{(os.cpu_count() or 1) - 1}"
