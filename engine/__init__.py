@@ -6,8 +6,6 @@ Names are imported on first use: the serving front needs the configuration class
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from engine.threads import spin_briefly
-
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.llm import LLM
@@ -32,8 +30,6 @@ _HOME = {
     "SamplingParams": "engine.sampling_params",
     "StructuredOutputs": "engine.structured_outputs",
 }
-
-spin_briefly()
 
 
 def __getattr__(name: str) -> Any:

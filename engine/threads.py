@@ -12,8 +12,9 @@ def spin_briefly() -> None:
 
     A thread that spins keeps its core from the one it waits for, when another process has taken
     that one's: with one more busy process on two cores, the demo model generates three times as
-    fast this way. GNU's OpenMP reads the variable when torch is first imported; before that is the
-    time to call. What the user has set stays.
+    fast this way. Alone on the machine, threads that need to be woken cost up to a tenth. So this
+    is for engines beside others, as under Ray. GNU's OpenMP reads the variable when torch is first
+    imported; before that is the time to call. What the user has set stays.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "200"

@@ -53,10 +53,13 @@ def test_ranks_share_the_cores(machine: Path) -> None:
     assert [threads.num_compute_threads(ranks) for ranks in (1, 2, 3, 16)] == [4, 2, 1, 1]
 
 
+SPIN_BRIEFLY = "from engine.threads import spin_briefly; spin_briefly(); import torch"
+
+
 @pytest.mark.parametrize(("own", "expected"), [({}, "200"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_the_openmp_runtime_is_told_to_spin_briefly(own: dict[str, str], expected: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import engine, torch"],
+        [sys.executable, "-c", SPIN_BRIEFLY],
         env=_environment_without_policy() | {"OMP_DISPLAY_ENV": "VERBOSE"} | own,
         capture_output=True,
         text=True,
