@@ -48,6 +48,7 @@ struct Rotary {
         const float* cos = cos_sin + positions[token] * head_dim;
         for (int64_t h = 0; h < heads; ++h)
             rotate_head(q + h * head_dim, q_weight, cos, q_out + (token * heads + h) * head_dim);
+        if (slots[token] < 0) return;  // its keys and values are kept nowhere
         const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
         for (int64_t h = 0; h < kv_heads; ++h) {
             const int64_t row = ((block * kv_heads + h) * block_size + offset) * head_dim;
