@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.throughput import SHAPE
+from benchmarks.floor import SHAPE
 from engine.decoder_config import DecoderConfig
 from engine.threads import num_compute_threads
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.floor import Machine, measure_machine
-from benchmarks.throughput import SHAPE
+from benchmarks.floor import SHAPE, Machine, measure_machine
 from engine.decoder_config import DecoderConfig
 from engine.threads import num_compute_threads
 from kernels import Ops, select_ops

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from engine.decoder_config import DecoderConfig
 from kernels import Ops
 from kernels.quantization import Quantization
 
+SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"  # a config.json, for dummy weights
 # Bits per weight: (layers, head). Groups of int4 share a scale; the head stays at 8 bits.
 _WEIGHT_BITS: dict[str | None, tuple[float, float]] = {"w8a8": (8, 8), "int4": (4.5, 8)}
 
@@ -86,6 +88,11 @@ def weight_bytes(config: DecoderConfig, quantization: str | None, dtype_bytes: i
     return (layers * layer_bits + head * head_bits) / 8
 
 
+def _token_bytes(config: DecoderConfig, bytes_per_value: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
+
+
 def decode_step_s(
     config: DecoderConfig,
     batch: int,
@@ -96,8 +103,7 @@ def decode_step_s(
 ) -> float:
     """Least seconds of a step in which `batch` requests of `context` tokens get one more."""
     layers, head = count_parameters(config)
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    kv_bytes = token_bytes * cache_bytes_per_value * context * batch
+    kv_bytes = _token_bytes(config, cache_bytes_per_value) * context * batch
     read_s = (weight_bytes(config, quantization) + kv_bytes) / machine.bytes_per_s
     return max(read_s, 2 * (layers + head) * batch / machine.flops_per_s)
 
@@ -120,9 +126,7 @@ def workload_floor(
     layers, head = count_parameters(config)
     prompt_flops = decode_flops = kv_bytes = 0.0
     attention_flops = 4 * config.num_layers * config.num_heads * config.head_dim
-    token_bytes = (
-        2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_bytes_per_value
-    )
+    token_bytes = _token_bytes(config, cache_bytes_per_value)
     for prompt, output in lengths:
         prompt_flops += 2 * layers * prompt + attention_flops * prompt * (prompt + 1) / 2
         decode_flops += 2 * (layers * (output - 1) + head * output)

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.floor import best_seconds
+from benchmarks.floor import SHAPE, best_seconds
 from engine.decoder_config import DecoderConfig
 from kernels import AttentionNeeds, Ops, select_ops
 from kernels.reference import KVCache
 
-_SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"
 _BF16, _FP8 = torch.bfloat16, torch.float8_e4m3fn
 
 
@@ -344,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=_SHAPE, help="directory of a config.json")
+    parser.add_argument("--model", type=Path, default=SHAPE, help="directory of a config.json")
     parser.add_argument("--only", choices=CASES, help="only these ops")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     arguments = parser.parse_args()

@@ -15,8 +15,8 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.floor import decode_step_s, measure_machine
-from benchmarks.throughput import SHAPE, parse_option
+from benchmarks.floor import SHAPE, decode_step_s, measure_machine
+from benchmarks.throughput import parse_option
 from engine import LLM, SamplingParams, checkpoint
 from engine.decoder_config import DecoderConfig
 from engine.request import Request

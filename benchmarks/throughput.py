@@ -25,8 +25,6 @@ from benchmarks.floor import measure_machine, workload_floor
 from engine import LLM, SamplingParams, checkpoint
 from engine.decoder_config import DecoderConfig
 
-SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"  # a config.json, for dummy weights
-
 
 def make_workload(
     num_prompts: int,
