@@ -96,7 +96,7 @@ class _NothingCompiles:
 def _cpu_ops() -> Ops:
     from kernels.cpu import build
     from kernels.cpu.linear import LinearPacker, pack_linear_onednn
-    from kernels.cpu.ops import CpuOps
+    from kernels.cpu.ops import CpuOps, new_kv_cache
 
     library = build.load_library()
     if library is None:
@@ -104,6 +104,7 @@ def _cpu_ops() -> Ops:
     fast = CpuOps(library)
     return Ops(
         name=f"cpu-{build.instruction_set()}",
+        new_kv_cache=new_kv_cache,
         norm_rotary_store=fast.norm_rotary_store,
         paged_attention=fast.paged_attention,
         pack_linear=LinearPacker(library).pack_linear,

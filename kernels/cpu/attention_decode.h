@@ -126,7 +126,7 @@ private:
     void prefetch(const C* row) const {
         const char* bytes = reinterpret_cast<const char*>(row);
         for (int64_t i = 0; i < static_cast<int64_t>(dim * sizeof(C)); i += 64)
-            __builtin_prefetch(bytes + i);
+            __builtin_prefetch(bytes + i, 0, 2);
     }
 
     void score(const State& s, const int64_t* rows, int64_t count) const {

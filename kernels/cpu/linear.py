@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cpu import huge_pages
 from kernels.cpu.ops import DTYPES, declare
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.reference import Linear
@@ -102,7 +103,7 @@ class LinearPacker:
         """weight [out, in] in the layout of matmul.h, whatever its type."""
         outputs, inputs = weight.shape
         weight = weight.contiguous()
-        packed = weight.new_empty(-(-outputs // _COLUMNS) * _COLUMNS * inputs)
+        packed = huge_pages.empty((-(-outputs // _COLUMNS) * _COLUMNS * inputs,), weight.dtype)
         depth = inputs * weight.itemsize // 4
         self._library.manta_pack_weight(weight.data_ptr(), outputs, depth, packed.data_ptr())
         return packed
@@ -118,7 +119,7 @@ class LinearPacker:
         outputs, inputs = weight.shape
         quantized, scales = quantize_int4(weight)
         panels = -(-outputs // _COLUMNS)
-        packed = torch.empty(panels * inputs // GROUP * _INT4_GROUP_BYTES, dtype=torch.uint8)
+        packed = huge_pages.empty((panels * inputs // GROUP * _INT4_GROUP_BYTES,), torch.uint8)
         self._library.manta_pack_int4(
             quantized.data_ptr(), scales.data_ptr(), outputs, inputs, packed.data_ptr()
         )

@@ -1,8 +1,8 @@
 // The matrix product under all linear layers: rows of activations times panels of packed weights.
 //
-// A panel holds the weights of COLUMNS outputs and stays in the second-level cache while all rows
-// pass by; the thread's next panel is fetched meanwhile. So the time is that of the memory or of
-// the arithmetic, whichever is longer, not their sum. Both operands are seen as 32-bit groups of
+// A panel holds the weights of COLUMNS outputs. A block of it stays in the first-level cache while
+// all rows pass by, and the next block is fetched meanwhile. So the time is that of the memory or
+// of the arithmetic, whichever is longer, not their sum. Both operands are seen as 32-bit groups of
 // inputs: two bfloat16 or four bytes, which one instruction multiplies and adds per lane.
 #pragma once
 
@@ -17,7 +17,7 @@ constexpr int REGISTERS = 4;
 constexpr int64_t COLUMNS = REGISTERS * WIDTH;
 constexpr int MAX_ROWS = 6;              // times REGISTERS accumulators fill the register file
 constexpr int64_t BLOCK_ROWS = 96;
-constexpr int64_t BLOCK_DEPTH = 1024;    // groups: 256 KiB of a panel
+constexpr int64_t BLOCK_DEPTH = 128;     // groups: 32 KiB of a panel
 constexpr int64_t LINES = COLUMNS / 16;  // cache lines of a panel per group
 
 struct Operands {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cpu import huge_pages
 from kernels.reference import KVCache
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,6 +33,19 @@ def declare(library: ctypes.CDLL, signatures: dict[str, list[Any]]) -> None:
         function = getattr(library, f"manta_{name}")
         function.argtypes = argument_types
         function.restype = None
+
+
+def new_kv_cache(
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """As `reference.new_kv_cache`, on huge pages."""
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    return huge_pages.empty(shape, dtype), huge_pages.empty(shape, dtype)
 
 
 class CpuOps:
