@@ -119,10 +119,13 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config, f"{prefix}.mlp", ops, parallel)
 
     def forward(
-        self, x: Tensor, residual: Tensor, batch: Batch, kv_cache: KVCache, cos_sin: Tensor
+        self, x: Tensor, residual: Tensor | None, batch: Batch, kv_cache: KVCache, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x is what the layer before adds to the residual."""
-        x, residual = self._ops.add_rms_norm(x, residual, self.input_norm.weight, self._eps)
+        """x is what the layer before adds to the residual; the first layer has none yet."""
+        if residual is None:
+            x, residual = self._ops.rms_norm(x, self.input_norm.weight, self._eps), x
+        else:
+            x, residual = self._ops.add_rms_norm(x, residual, self.input_norm.weight, self._eps)
         x = self.attention(x, batch, kv_cache, cos_sin)
         x, residual = self._ops.add_rms_norm(x, residual, self.post_norm.weight, self._eps)
         return self.mlp(x), residual
@@ -173,10 +176,11 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""
-        x = self.embedding.embed(batch.token_ids)
-        residual = torch.zeros_like(x)
+        x = self.embedding.embed(self._ops, batch.token_ids)
+        residual: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, batch, kv_cache, self.cos_sin)
+        assert residual is not None  # there is a layer
         return self._ops.add_rms_norm(x, residual, self.norm.weight, self._eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.decoder import Batch, Decoder
 from engine.device_tables import DeviceTables
-from engine.graphs import DecodeGraphs, default_sizes, select_recorder
+from engine.graphs import DecodeGraphs, default_sizes
 from engine.kv_cache import KVCacheShape
 from engine.step import ScheduledRow
 from engine.transfer import to_device
@@ -34,19 +34,32 @@ class ForwardPass:
         device: torch.device,
     ) -> None:
         self.model = model
-        self.num_replays = 0  # of recorded steps
         self._tables = tables
         self._cache_shape = cache_shape
         self._ops = ops
         self._device = device
         self.kv_caches: list[KVCache] = []
-        self.records = not config.enforce_eager and select_recorder(device) is not None
-        if not self.records and config.cuda_graph_sizes is not None:
+        self._new_recorder = None if config.enforce_eager else ops.new_recorder
+        self._sizes: Sequence[int] = range(1, config.max_num_seqs + 1)
+        if self.records_ahead:
+            self._sizes = config.cuda_graph_sizes or default_sizes(config.max_num_seqs)
+        elif config.cuda_graph_sizes is not None:
             raise ValueError(
                 f"cuda_graph_sizes: {config.cuda_graph_sizes} is for GPUs only; leave it out"
             )
-        self._sizes = config.cuda_graph_sizes or default_sizes(config.max_num_seqs)
+        # Where each request of a batch begins, when all of them have one token.
+        self._unit_starts = torch.arange(max(self._sizes) + 1, dtype=torch.int32, device=device)
         self._graphs: DecodeGraphs | None = None
+
+    @property
+    def records_ahead(self) -> bool:
+        """Whether `record` takes time and memory."""
+        return self._new_recorder is not None and self._new_recorder().ahead
+
+    @property
+    def num_replays(self) -> int:
+        """Of recorded steps."""
+        return self._graphs.num_replays if self._graphs is not None else 0
 
     def close(self) -> None:
         """Let go of the KV cache and of what was recorded over it."""
@@ -63,11 +76,10 @@ class ForwardPass:
     @torch.inference_mode()
     def record(self) -> None:
         """Record decoding over this cache, where the device has a use for it."""
-        recorder = select_recorder(self._device) if self.records else None
-        if recorder is not None:
+        if self._new_recorder is not None:
             padding_row = len(self._tables.token_ids) - 1
             self._graphs = DecodeGraphs(
-                recorder, self._sizes, self._decode, padding_row, self._device
+                self._new_recorder(), self._sizes, self._decode, padding_row, self._device
             )
 
     def hidden_states(self, scheduled: Sequence[ScheduledRow]) -> Tensor:
@@ -76,7 +88,6 @@ class ForwardPass:
         starts = [row.start for row in scheduled]
         lengths = [row.num_tokens for row in scheduled]
         if max(lengths) == 1 and self._graphs is not None and self._graphs.fits(len(rows)):
-            self.num_replays += 1
             return self._graphs.run(rows, starts)
         packed = to_device([*rows, *starts, 0, *accumulate(lengths)], torch.int32, self._device)
         num_rows = len(rows)
@@ -94,7 +105,7 @@ class ForwardPass:
     def _decode(self, rows: Tensor, starts: Tensor) -> Tensor:
         """As `_run`, with one token in each row."""
         num_rows = len(rows)
-        query_starts = torch.arange(num_rows + 1, dtype=torch.int32, device=self._device)
+        query_starts = self._unit_starts[: num_rows + 1]
         return self._run(rows, starts, query_starts, num_rows, num_rows, 1)
 
     def _run(

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.parallel import TensorParallel
@@ -148,13 +147,13 @@ class VocabEmbedding(ShardedModule):
             [Source(f"{prefix}.weight", (vocab_size, hidden_size), 0, self._start, self._end)],
         )
 
-    def embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, ops: Ops, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, hidden]."""
         if self._parallel.size == 1:
-            return F.embedding(token_ids, self.weight)
+            return ops.embed(token_ids, self.weight)
         local = token_ids - self._start
         elsewhere = (token_ids < self._start) | (token_ids >= self._end)
-        embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        embedded = ops.embed(local.masked_fill(elsewhere, 0), self.weight)
         return self._parallel.all_reduce(embedded.masked_fill(elsewhere.unsqueeze(1), 0))
 
     def pack_head(self, ops: Ops, quantization: Quantization | None, tied: bool) -> None:

@@ -120,7 +120,7 @@ class ModelRunner:
         """Allocate the KV cache, once it is known what the rest takes at its peak."""
         in_use = peak = meter.in_use()
         graphs, activations = 0, None
-        if self.device.type == "cuda" or self.forward_pass.records:
+        if self.device.type == "cuda" or self.forward_pass.records_ahead:
             in_use, peak, graphs = self._rehearse(meter)
             activations = peak - in_use
         memory = DeviceMemory.of(self.device, self.parallel.size)

@@ -1,6 +1,7 @@
 """The ops for NVIDIA GPUs: Triton kernels, with flash-attn for prompts where it serves."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -43,6 +44,7 @@ def triton_ops(num_processors: int) -> Ops:
     attend = attention.TritonAttention(num_processors)
     return Ops(
         name="cuda-triton",
+        new_recorder=CudaRecorder,
         new_kv_cache=new_kv_cache,
         prepare_step=step.prepare_step,
         plan_attention=attend.plan_attention,
@@ -76,3 +78,36 @@ def new_kv_cache(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     bits = torch.uint8 if dtype.itemsize == 1 else dtype  # not all ops are there for float8
     return torch.zeros(shape, dtype=bits, device=device).view(dtype)
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all of which share one pool of memory.
+
+    That is safe as the graphs run one after another on one stream. A result is kept for as long as
+    its graph, so no other graph writes to it.
+    """
+
+    ahead = True
+    _WARM_UP_RUNS = 2
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """As `kernels.ops.Recorder`; everything can be recorded."""
+        # First as usual, on the stream that records: kernels are compiled, library handles and NCCL
+        # communicators made, none of which may happen while recording.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(self._WARM_UP_RUNS):
+                run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may do as they like meanwhile: NCCL's watchdog asks for events.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            result = run()
+        graph.replay()
+        return result, graph.replay

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,6 +22,23 @@ class AttentionNeeds:
     block_size: int
 
 
+class Recorder(Protocol):
+    """Turns work of this device into something to run again without its many launches.
+
+    The work must do the same for every content of the tensors it reads, and wait for nothing.
+    """
+
+    # Whether to record before there are requests, for it takes time and memory.
+    ahead: bool
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None] | None]:
+        """Run the work; returns its result, and what computes that anew in the same place.
+
+        The latter is None if some of the work cannot be recorded. All recordings of one recorder
+        share their memory, so a result is to be used before another is run.
+        """
+
+
 @dataclass(frozen=True)
 class Ops:
     """The functions of `kernels.reference`, which documents them, for one device.
@@ -31,7 +49,9 @@ class Ops:
 
     name: str
     new_kv_cache: Callable[..., reference.KVCache] = reference.new_kv_cache
+    new_recorder: Callable[[], Recorder] | None = None  # where launching is worth saving
     prepare_step: Callable[..., reference.StepInputs] = reference.prepare_step
+    embed: Callable[[Tensor, Tensor], Tensor] = reference.embed
     plan_attention: Callable[..., Any] = reference.plan_attention
     norm_rotary_store: Callable[..., Tensor] = reference.norm_rotary_store
     paged_attention: Callable[..., Tensor] = reference.paged_attention
@@ -97,6 +117,7 @@ def _cpu_ops() -> Ops:
     from kernels.cpu import build
     from kernels.cpu.linear import LinearPacker, pack_linear_onednn
     from kernels.cpu.ops import CpuOps, new_kv_cache
+    from kernels.cpu.recorder import CpuRecorder
 
     library = build.load_library()
     if library is None:
@@ -104,6 +125,9 @@ def _cpu_ops() -> Ops:
     fast = CpuOps(library)
     return Ops(
         name=f"cpu-{build.instruction_set()}",
+        new_recorder=partial(CpuRecorder, library),
+        prepare_step=fast.prepare_step,
+        embed=fast.embed,
         new_kv_cache=new_kv_cache,
         norm_rotary_store=fast.norm_rotary_store,
         paged_attention=fast.paged_attention,

@@ -76,6 +76,11 @@ def prepare_step(
     )
 
 
+def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows [T, N] of weight [V, N] at token_ids [T] int64, each of which must be below V."""
+    return F.embedding(token_ids, weight)
+
+
 def new_kv_cache(
     num_blocks: int,
     block_size: int,

@@ -121,7 +121,7 @@ MANTA_API void manta_paged_attention(int dtype, int has_float8_cache, const void
                                      int64_t heads, int64_t kv_heads, int64_t head_dim,
                                      int64_t block_size, int64_t table_stride, int64_t window,
                                      float scale) {
-    manta::dispatch_cache(dtype, has_float8_cache, [&](auto t, auto c) {
+    manta::dispatch_cache(dtype, has_float8_cache, [=](auto t, auto c) {
         using T = decltype(t);
         using C = decltype(c);
         manta::paged_attention<T, C>({(const T*)q, (const C*)k_cache, (const C*)v_cache,

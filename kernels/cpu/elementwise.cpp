@@ -48,7 +48,7 @@ void silu_and_mul(const T* x, T* out, int64_t rows, int64_t size) {
 // x [rows, size] with rows `stride` apart; weight [size]; out [rows, size].
 MANTA_API void manta_rms_norm(int dtype, const void* x, int64_t stride, const void* weight,
                               float eps, void* out, int64_t rows, int64_t size) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::rms_norm((const T*)x, stride, (const T*)weight, eps, (T*)out, rows, size);
     });
@@ -58,7 +58,7 @@ MANTA_API void manta_rms_norm(int dtype, const void* x, int64_t stride, const vo
 MANTA_API void manta_add_rms_norm(int dtype, const void* x, const void* residual,
                                   const void* weight, float eps, void* out, void* sum_out,
                                   int64_t rows, int64_t size) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::add_rms_norm((const T*)x, (const T*)residual, (const T*)weight, eps, (T*)out,
                             (T*)sum_out, rows, size);
@@ -68,7 +68,7 @@ MANTA_API void manta_add_rms_norm(int dtype, const void* x, const void* residual
 // x [rows, 2 * size]: gates, then ups; out [rows, size].
 MANTA_API void manta_silu_and_mul(int dtype, const void* x, void* out, int64_t rows,
                                   int64_t size) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::silu_and_mul((const T*)x, (T*)out, rows, size);
     });

@@ -4,6 +4,7 @@ With pages of 4 KiB the processor looks up an address every 64 cache lines, and 
 there: decode attention, which reads pieces of 8 KiB, takes a fifth longer.
 """
 
+import contextlib
 import math
 import mmap
 
@@ -23,8 +24,6 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     mapped = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     data = torch.frombuffer(mapped, dtype=torch.uint8)  # keeps it mapped
     start = -data.data_ptr() % _PAGE
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them
         mapped.madvise(mmap.MADV_HUGEPAGE, start, size // _PAGE * _PAGE)
-    except OSError:  # a kernel without them
-        pass
     return data[start : start + size].view(dtype).view(shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu import huge_pages
 from kernels.cpu.ops import DTYPES, declare
+from kernels.cpu.recorder import empty
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.reference import Linear
 
@@ -20,6 +21,7 @@ _SIGNATURES = {
     "pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
     "pack_int4": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     # dtype, x, what the weight is made of, bias, out
+    "linear_float32": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
     "linear_bfloat16": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
     "linear_int8": [c_int, c_void_p, *[c_void_p] * 3, c_void_p, c_void_p, *_SIZES],
     "linear_int4": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
@@ -59,7 +61,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = x.shape[0]
-        out = x.new_empty(rows, self._outputs)
+        out = empty((rows, self._outputs), x.dtype)
         self._run(
             DTYPES[x.dtype],
             x.data_ptr(),
@@ -76,10 +78,9 @@ class LinearPacker:
     """Packs weights for the matrix products of a loaded library, where the CPU level has them."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        # They take AVX512 with dot products of bfloat16 and of bytes; below, oneDNN is as good.
-        self._has_kernels = hasattr(library, "manta_linear_bfloat16")
-        if self._has_kernels:
-            declare(library, _SIGNATURES)
+        # They take AVX512, most of them with dot products of bfloat16 or of bytes.
+        self._kernels = {name for name in _SIGNATURES if hasattr(library, f"manta_{name}")}
+        declare(library, {name: _SIGNATURES[name] for name in self._kernels})
         self._library = library
 
     def pack_linear(
@@ -87,17 +88,18 @@ class LinearPacker:
     ) -> Linear:
         """As `reference.pack_linear`."""
         inputs = weight.shape[1]
-        if self._has_kernels:
-            if quantization == "w8a8" and inputs % 64 == 0:
-                return self._pack_int8(weight, bias)
-            if quantization == "int4" and inputs % GROUP == 0:
-                return self._pack_int4(weight, bias)
-            if quantization is None and weight.dtype == torch.bfloat16 and inputs % 2 == 0:
-                panels = self._pack_panels(weight)
-                return PackedLinear(
-                    self._library.manta_linear_bfloat16, (*weight.shape,), (panels,), bias
-                )
+        if quantization == "w8a8" and self._has("int8") and inputs % 64 == 0:
+            return self._pack_int8(weight, bias)
+        if quantization == "int4" and self._has("int4") and inputs % GROUP == 0:
+            return self._pack_int4(weight, bias)
+        name = str(weight.dtype).removeprefix("torch.")
+        if quantization is None and self._has(name) and inputs * weight.itemsize % 4 == 0:
+            run = getattr(self._library, f"manta_linear_{name}")
+            return PackedLinear(run, (*weight.shape,), (self._pack_panels(weight),), bias)
         return pack_linear_onednn(weight, bias, quantization)
+
+    def _has(self, kind: str) -> bool:
+        return f"linear_{kind}" in self._kernels
 
     def _pack_panels(self, weight: Tensor) -> Tensor:
         """weight [out, in] in the layout of matmul.h, whatever its type."""

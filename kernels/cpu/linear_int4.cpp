@@ -154,7 +154,7 @@ MANTA_API void manta_pack_int4(const uint8_t* weight, const manta::BFloat16* sca
 // x [rows, inputs], inputs a multiple of 32; bias [outputs] or null; out [rows, outputs].
 MANTA_API void manta_linear_int4(int dtype, const void* x, const void* packed, const void* bias,
                                  void* out, int64_t rows, int64_t inputs, int64_t outputs) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::linear_int4((const T*)x, (const manta::Group*)packed, (const T*)bias, (T*)out, rows,
                            inputs, outputs);

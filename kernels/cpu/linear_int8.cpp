@@ -61,7 +61,7 @@ void linear_int8(const T* x, const Int8Weight& weight, const T* bias, T* out, in
 MANTA_API void manta_linear_int8(int dtype, const void* x, const int32_t* packed,
                                  const float* scales, const int32_t* offset_sums, const void* bias,
                                  void* out, int64_t rows, int64_t inputs, int64_t outputs) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::linear_int8((const T*)x, {packed, scales, offset_sums}, (const T*)bias, (T*)out,
                            rows, inputs, outputs);

@@ -9,11 +9,17 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu import huge_pages
-from kernels.reference import KVCache
+from kernels.cpu.recorder import empty
+from kernels.reference import KVCache, StepInputs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # As declared in the C++ files.
 _SIGNATURES = {
+    "prepare_step": [
+        *[*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64],
+        *[c_void_p] * 5,
+    ],
+    "embed": [c_void_p, c_int64, c_void_p, c_int64, c_void_p],
     "rms_norm": [c_int, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64],
     "add_rms_norm": [c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 2, c_int64, c_int64],
     "silu_and_mul": [c_int, c_void_p, c_void_p, c_int64, c_int64],
@@ -56,6 +62,8 @@ class CpuOps:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         declare(library, _SIGNATURES)
+        self._prepare_step = library.manta_prepare_step
+        self._embed = library.manta_embed
         self._rms_norm = library.manta_rms_norm
         self._add_rms_norm = library.manta_add_rms_norm
         self._silu_and_mul = library.manta_silu_and_mul
@@ -65,10 +73,54 @@ class CpuOps:
         self._apply_bitmask = library.manta_apply_bitmask
         self._top_logprobs = library.manta_top_logprobs
 
+    def prepare_step(
+        self,
+        rows: Tensor,
+        starts: Tensor,
+        query_starts: Tensor,
+        num_tokens: int,
+        token_table: Tensor,
+        block_table: Tensor,
+        block_size: int,
+    ) -> StepInputs:
+        num_requests, max_blocks = len(rows), block_table.shape[1]
+        inputs = StepInputs(
+            token_ids=empty((num_tokens,), torch.int64),
+            positions=empty((num_tokens,), torch.int64),
+            slots=empty((num_tokens,), torch.int64),
+            context_lens=empty((num_requests,), torch.int32),
+            block_tables=empty((num_requests, max_blocks), torch.int32),
+        )
+        self._prepare_step(
+            rows.data_ptr(),
+            starts.data_ptr(),
+            query_starts.data_ptr(),
+            num_requests,
+            token_table.data_ptr(),
+            token_table.shape[1],
+            block_table.data_ptr(),
+            max_blocks,
+            block_size,
+            inputs.token_ids.data_ptr(),
+            inputs.positions.data_ptr(),
+            inputs.slots.data_ptr(),
+            inputs.context_lens.data_ptr(),
+            inputs.block_tables.data_ptr(),
+        )
+        return inputs
+
+    def embed(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        out = empty((len(token_ids), weight.shape[1]), weight.dtype)
+        row_bytes = weight.shape[1] * weight.itemsize
+        self._embed(
+            token_ids.data_ptr(), len(token_ids), weight.data_ptr(), row_bytes, out.data_ptr()
+        )
+        return out
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
         rows = x.reshape(-1, size)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = empty(x.shape, x.dtype)
         self._rms_norm(
             DTYPES[x.dtype],
             rows.data_ptr(),
@@ -85,7 +137,7 @@ class CpuOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         x, residual = x.contiguous(), residual.contiguous()
-        out, total = torch.empty_like(x), torch.empty_like(x)
+        out, total = empty(x.shape, x.dtype), empty(x.shape, x.dtype)
         size = x.shape[-1]
         self._add_rms_norm(
             DTYPES[x.dtype],
@@ -103,7 +155,7 @@ class CpuOps:
     def silu_and_mul(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows, doubled = x.shape
-        out = x.new_empty(rows, doubled // 2)
+        out = empty((rows, doubled // 2), x.dtype)
         self._silu_and_mul(DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, doubled // 2)
         return out
 
@@ -122,7 +174,7 @@ class CpuOps:
         qkv = qkv.contiguous()
         tokens = qkv.shape[0]
         heads = qkv.shape[1] // head_dim - 2 * kv_heads
-        q = qkv.new_empty(tokens, heads, head_dim)
+        q = empty((tokens, heads, head_dim), qkv.dtype)
         q_norm, k_norm = (norm.data_ptr() for norm in norms) if norms else (None, None)
         self._norm_rotary_store(
             DTYPES[qkv.dtype],
@@ -165,7 +217,7 @@ class CpuOps:
                 q, kv_cache, query_starts, context_lens, block_tables, scale, window, softcap
             )
         q = q.contiguous()
-        out = torch.empty_like(q)
+        out = empty(q.shape, q.dtype)
         self._paged_attention(
             DTYPES[q.dtype],
             k_cache.dtype == torch.float8_e4m3fn,
@@ -198,7 +250,7 @@ class CpuOps:
         positions: Tensor,
     ) -> Tensor:
         rows, vocab = logits.shape
-        tokens = torch.empty(rows, dtype=torch.int64)
+        tokens = empty((rows,), torch.int64)
         self._sample(
             DTYPES[logits.dtype],
             logits.data_ptr(),
@@ -225,9 +277,9 @@ class CpuOps:
         self, logits: Tensor, token_ids: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, vocab = logits.shape
-        ids = torch.empty(rows, 1 + count, dtype=torch.int64)
-        logprobs = torch.empty(rows, 1 + count)
-        ranks = torch.empty(rows, dtype=torch.int64)
+        ids = empty((rows, 1 + count), torch.int64)
+        logprobs = empty((rows, 1 + count), torch.float32)
+        ranks = empty((rows,), torch.int64)
         self._top_logprobs(
             DTYPES[logits.dtype],
             logits.data_ptr(),

@@ -71,7 +71,7 @@ MANTA_API void manta_norm_rotary_store(int dtype, int has_float8_cache, const vo
                                        const int64_t* positions, const float* cos_sin,
                                        const int64_t* slots, void* q_out, void* k_cache,
                                        void* v_cache) {
-    manta::dispatch_cache(dtype, has_float8_cache, [&](auto t, auto c) {
+    manta::dispatch_cache(dtype, has_float8_cache, [=](auto t, auto c) {
         using T = decltype(t);
         using C = decltype(c);
         const manta::Rotary<T, C> rotary{(const T*)qkv, heads, kv_heads, head_dim, block_size,

@@ -271,7 +271,7 @@ MANTA_API void manta_sample(int dtype, const void* logits, int64_t rows, int64_t
                             int64_t stride, const float* temperature, const int64_t* top_k,
                             const float* top_p, const float* min_p, const int64_t* seeds,
                             const int64_t* positions, int64_t* tokens) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::parallel_for(rows, vocab, [&](int64_t i) {
             manta::Row<T> row((const T*)logits + i * stride, vocab);
@@ -287,7 +287,7 @@ MANTA_API void manta_sample(int dtype, const void* logits, int64_t rows, int64_t
 MANTA_API void manta_top_logprobs(int dtype, const void* logits, int64_t rows, int64_t vocab,
                                   int64_t stride, int64_t count, const int64_t* token_ids,
                                   int64_t* ids, float* logprobs, int64_t* ranks) {
-    manta::dispatch(dtype, [&](auto t) {
+    manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::parallel_for(rows, vocab, [&](int64_t i) {
             manta::Row<T>((const T*)logits + i * stride, vocab)

@@ -1,5 +1,6 @@
 """Recorded decoding steps: padding, static buffers and the ladder, proven on CPU tensors."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine import forward_pass, model_runner
+from engine import model_runner
 from engine.config import EngineConfig
 from engine.graphs import DecodeGraphs, default_sizes
 from engine.model_runner import ModelRunner
@@ -16,6 +17,8 @@ from engine.pending_step import PendingStep
 from engine.step import StepPlan
 from engine.warm_up import warm_up_plans
 from kernels import select_ops
+from kernels.cpu.build import instruction_set
+from kernels.cpu.recorder import Arena
 from tests.conftest import CheckpointFactory
 from tests.engine.fake_recorder import FakeRecorder
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -26,10 +29,12 @@ SAMPLED = dict(temperature=1.0, ignore_eos=True)
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
-    """Engines record, though they are on a CPU."""
+    """Engines record as on a GPU, though they are on a CPU."""
+    ops = select_ops(torch.device("cpu"))
     # Attention in plain torch reads lengths on the host.
-    fake = FakeRecorder(strict=select_ops(torch.device("cpu")).name != "cpu-torch")
-    monkeypatch.setattr(forward_pass, "select_recorder", lambda _: fake)
+    fake = FakeRecorder(strict=ops.name != "cpu-torch")
+    ops = replace(ops, new_recorder=lambda: fake)
+    monkeypatch.setattr(model_runner, "select_ops", lambda *_: ops)
     return fake
 
 
@@ -145,12 +150,6 @@ def test_eager_means_no_graphs(checkpoints: CheckpointFactory, recorder: FakeRec
         assert engine.stats()["replayed_steps"] == 0
 
 
-def test_graphs_are_off_on_cpus(checkpoints: CheckpointFactory) -> None:
-    with new_engine(checkpoints("qwen3")) as engine:
-        run(engine, requests()[:3])
-        assert engine.stats()["replayed_steps"] == 0
-
-
 @pytest.mark.parametrize(
     "config", [dict(cuda_graph_sizes=[1, 2]), dict(gpu_memory_utilization=0.5, num_blocks=None)]
 )
@@ -168,6 +167,93 @@ def test_settings_of_gpus_are_refused_on_a_cpu(
 def test_graphs_and_eager_contradict() -> None:
     with pytest.raises(ValidationError, match="enforce_eager means no graphs"):
         EngineConfig(model="m", enforce_eager=True, cuda_graph_sizes=[1])
+
+
+# --- On a CPU ---------------------------------------------------------------------------------
+
+has_recorder = pytest.mark.skipif(
+    "avx512" not in instruction_set(), reason="the linear layers of this CPU are torch's"
+)
+CPU_CONFIGS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": dict(dtype="bfloat16"),
+    "w8a8": dict(dtype="bfloat16", quantization="w8a8"),
+    "int4": dict(dtype="bfloat16", quantization="int4"),
+    "fp8 cache": dict(dtype="bfloat16", kv_cache_dtype="fp8"),
+    "preempted": dict(block_size=4, num_blocks=30, max_num_seqs=16),
+}
+
+
+@has_recorder
+@pytest.mark.parametrize("config", CPU_CONFIGS)
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_a_cpu_records_each_batch_size_when_it_comes(
+    checkpoints: CheckpointFactory, family: str, config: str
+) -> None:
+    if "bfloat16" in CPU_CONFIGS[config].values() and instruction_set() != "avx512_bf16":
+        pytest.skip("this CPU has no products of bfloat16")
+    directory = checkpoints(family, hidden_size=64, intermediate_size=128)
+    # No cached prompts: in 16 bits they may decide between two tokens that are as likely.
+    options = dict(max_num_seqs=32, enable_prefix_caching=False) | CPU_CONFIGS[config]
+    with new_engine(directory, enforce_eager=True, **options) as engine:
+        expected = tokens_of(run(engine, requests()))
+        assert engine.stats()["replayed_steps"] == 0
+    with new_engine(directory, **options) as engine:
+        assert tokens_of(run(engine, requests())) == expected
+        first = engine.stats()
+        assert tokens_of(run(engine, requests())) == expected
+        both = engine.stats()
+        assert both["replayed_steps"] > 2 * first["replayed_steps"]
+        assert 2 * both["replayed_steps"] > first["steps"]
+
+
+def test_what_torch_computes_is_not_recorded(checkpoints: CheckpointFactory) -> None:
+    """There are no linear layers of float16 but torch's, which a replay would leave out."""
+    with new_engine(checkpoints("qwen3"), dtype="float16", enforce_eager=True) as engine:
+        expected = tokens_of(run(engine, requests()))
+    with new_engine(checkpoints("qwen3"), dtype="float16") as engine:
+        assert tokens_of(run(engine, requests())) == expected
+        assert engine.stats()["replayed_steps"] == 0
+
+
+def test_memory_of_a_recording_is_reused_when_nothing_views_it() -> None:
+    arena = Arena()
+    x = arena.empty((3, 1000), torch.float32)
+    row, address = x[1], x.data_ptr()
+    del x
+    y = arena.empty((3, 1000), torch.float32)
+    assert y.data_ptr() != address, "given away under a view"
+    del row
+    z = arena.empty((2000,), torch.bfloat16)
+    assert z.data_ptr() != address, "of another size"
+    assert arena.empty((2900,), torch.float32).data_ptr() == address
+
+
+@has_recorder
+def test_work_that_fails_leaves_nothing_recording() -> None:
+    ops = select_ops(torch.device("cpu"))
+    assert ops.new_recorder is not None
+    recorder = ops.new_recorder()
+    x = torch.randn(4, 64)
+
+    def work() -> Tensor:
+        return ops.silu_and_mul(ops.silu_and_mul(x))
+
+    def fail() -> Tensor:
+        work()
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        recorder.record(fail)
+    ops.silu_and_mul(x)
+    result, replay = recorder.record(work)
+    assert replay is not None
+    for _ in range(3):
+        x.normal_()
+        expected = work()
+        assert not torch.equal(result, expected)
+        replay()
+        assert torch.equal(result, expected)
 
 
 # --- Rehearsal --------------------------------------------------------------------------------
@@ -198,7 +284,7 @@ def test_rehearsal_leaves_no_trace(checkpoints: CheckpointFactory, recorder: Fak
 
 
 def test_kernels_compiled_while_serving_are_counted(
-    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+    checkpoints: CheckpointFactory, recorder: FakeRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the rehearsal compiles is not: the watch begins before and serves after it."""
 
@@ -223,7 +309,6 @@ def test_kernels_compiled_while_serving_are_counted(
         return launch(runner, plan)
 
     monkeypatch.setattr(ModelRunner, "launch", compile_and_launch)
-    monkeypatch.setattr(forward_pass, "select_recorder", lambda _: FakeRecorder())
     with new_engine(checkpoints("qwen3")) as engine:
         assert engine.stats()["late_compilations"] == 0
         run(engine, new_requests([[5] * 7], max_tokens=2))

@@ -5,13 +5,15 @@ The rehearsal runs the same code on smaller sizes, so that it works on the day t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine import forward_pass, model_runner
+from engine import model_runner
 from engine.engine import Engine
 from kernels.cuda import triton_ops
 from tests.engine.fake_recorder import FakeRecorder
@@ -43,8 +45,8 @@ def gpu_engine(directory: Path, **config: Any) -> Iterator[Engine]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
-            patch.setattr(model_runner, "select_ops", lambda *_: OPS)
-            patch.setattr(forward_pass, "select_recorder", lambda _: FakeRecorder(strict=True))
+            ops = replace(OPS, new_recorder=partial(FakeRecorder, strict=True))
+            patch.setattr(model_runner, "select_ops", lambda *_: ops)
             config.setdefault("enforce_eager", "cuda_graph_sizes" not in config)
         with new_engine(directory, device=DEVICE.type, **config) as engine:
             yield engine

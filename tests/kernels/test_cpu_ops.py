@@ -107,6 +107,33 @@ def test_norm_of_strided_rows(ops: Ops) -> None:
     assert_close(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_prepare_step(ops: Ops, seed: int) -> None:
+    """Rows in any order, some of them padding, and block tables wider than what is used."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    block_size, max_blocks = rng.choice([1, 7, 16]), rng.randint(30, 40)
+    token_table = torch.randint(1000, (9, max_blocks * block_size))
+    block_table = torch.randint(100, (9, max_blocks)).int()
+    rows = torch.tensor([*rng.sample(range(9), 5), -1]).int()
+    starts = torch.tensor([rng.randint(0, 9) for _ in rows]).int()
+    lengths = [rng.choice([1, 1, 2, 20]) for _ in rows]
+    query_starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    arguments = (rows, starts, query_starts, sum(lengths), token_table, block_table, block_size)
+    poison_allocations()
+    actual, expected = ops.prepare_step(*arguments), reference.prepare_step(*arguments)
+    for name, wanted in vars(expected).items():
+        got = getattr(actual, name)
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, size", [(1, 8), (7, 100), (300, 1024)])
+def test_embed(ops: Ops, dtype: torch.dtype, tokens: int, size: int) -> None:
+    weight, ids = torch.randn(50, size).to(dtype), torch.randint(50, (tokens,))
+    assert torch.equal(ops.embed(ids, weight), reference.embed(ids, weight))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("normed", [True, False])
