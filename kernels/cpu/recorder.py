@@ -11,6 +11,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class CpuRecorder:
-    """Records on the thread that calls it; see `kernels.ops.Recorder`."""
+    """Records on the thread that calls it; see `kernels.ops.Recorder`.
+
+    One recorder is for one model, whose steps differ in nothing but their sizes.
+    """
 
     ahead = False  # recording costs no more than running
 
@@ -65,18 +69,23 @@ class CpuRecorder:
         library.manta_replay.argtypes = library.manta_discard.argtypes = [ctypes.c_void_p]
         self._library = library
         self._arena = Arena()
+        self._is_without_torch = False
 
     def record(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None] | None]:
-        work_of_torch = _WorkOfTorch()
+        # Watching takes as long as the work; the same model needs it once.
+        watch = nullcontext() if self._is_without_torch else _WorkOfTorch()
         _memory.arena = self._arena
         self._library.manta_start_recording()
         try:
-            with work_of_torch:
+            with watch as work_of_torch:
                 result = run()
         finally:
             _memory.arena = None
             replay = _Replay(self._library, self._library.manta_stop_recording(), self._arena)
-        return result, None if work_of_torch.seen else replay
+        if work_of_torch is not None and work_of_torch.seen:
+            return result, None
+        self._is_without_torch = True
+        return result, replay
 
 
 class _Replay:
