@@ -126,33 +126,35 @@ private:
     void prefetch(const C* row) const {
         const char* bytes = reinterpret_cast<const char*>(row);
         for (int64_t i = 0; i < static_cast<int64_t>(dim * sizeof(C)); i += 64)
-            __builtin_prefetch(bytes + i, 0, 2);
+            __builtin_prefetch(bytes + i);
     }
 
+    // Scores of a register of keys at a time; those past `count` are of the last key.
     void score(const State& s, const int64_t* rows, int64_t count) const {
-        for (int64_t j = 0; j < count; ++j) {
-            prefetch(a.v_cache + rows[j]);
-            const C* key = a.k_cache + rows[j];
-            int64_t g = 0;
-            for (; g + 4 <= group; g += 4) score_heads<4>(s, g, key, j);
-            for (; g + 2 <= group; g += 2) score_heads<2>(s, g, key, j);
-            for (; g < group; ++g) score_heads<1>(s, g, key, j);
+        for (int64_t begin = 0; begin < count; begin += WIDTH) {
+            const C* keys[WIDTH];
+            for (int64_t i = 0; i < WIDTH; ++i) {
+                const int64_t j = std::min(begin + i, count - 1);
+                keys[i] = a.k_cache + rows[j];
+                if (j == begin + i) prefetch(a.v_cache + rows[j]);
+            }
+            for (int64_t g = 0; g < group; ++g)
+                store(s.scores + g * TILE + begin, products(s.queries + g * padded_dim, keys));
         }
     }
 
-    template <int HEADS>
-    void score_heads(const State& s, int64_t first, const C* key, int64_t j) const {
-        Floats totals[HEADS] = {};
-        const Query* query = s.queries + first * padded_dim;
+    // Of one query with as many keys as a register has lanes.
+    Floats products(const Query* query, const C* const (&keys)[WIDTH]) const {
+        Floats totals[WIDTH] = {};
         int64_t d = 0;
         for (; d + D::STEP <= dim; d += D::STEP)
-#pragma GCC unroll 4
-            for (int h = 0; h < HEADS; ++h)
-                totals[h] = D::add(totals[h], query + h * padded_dim + d, key + d);
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; ++i) totals[i] = D::add(totals[i], query + d, keys[i] + d);
         if (d < dim)
-            for (int h = 0; h < HEADS; ++h)
-                totals[h] = D::add_last(totals[h], query + h * padded_dim + d, key + d);
-        for (int h = 0; h < HEADS; ++h) s.scores[(first + h) * TILE + j] = sum(totals[h]);
+#pragma GCC unroll 16
+            for (int i = 0; i < WIDTH; ++i)
+                totals[i] = D::add_last(totals[i], query + d, keys[i] + d);
+        return sums(totals);
     }
 
     // Scores to weights relative to the running maximum, to which the output so far is rescaled

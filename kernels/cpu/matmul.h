@@ -44,7 +44,7 @@ void multiply_rows(const int32_t* x, int64_t x_stride, const int32_t* weight, in
             totals[m][n] = (typename Dot::Total)(
                 first ? Floats{} : load(sums + m * COLUMNS + n * WIDTH));
     for (int64_t k = 0; k < depth; ++k) {
-        for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+        for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from);
         Ints columns[REGISTERS];
 #pragma GCC unroll 4
         for (int n = 0; n < REGISTERS; ++n)

@@ -211,6 +211,26 @@ inline Floats zip(Floats a, Floats b, std::index_sequence<I...>) {
 #endif
 }
 
+// The sums of WIDTH registers, that of the i-th in lane i: adding zipped halves log2(WIDTH) times
+// leaves them in bit-reversed order, so that is how they go in.
+inline Floats sums(const Floats (&rows)[WIDTH]) {
+    constexpr auto lanes = std::make_index_sequence<WIDTH>{};
+    Floats parts[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; ++i) {
+        int reversed = 0;
+        for (int bit = 1; bit < WIDTH; bit *= 2) reversed = reversed * 2 + (i & bit ? 1 : 0);
+        parts[i] = rows[reversed];
+    }
+#pragma GCC unroll 4
+    for (int count = WIDTH / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i)
+            parts[i] = zip<0>(parts[2 * i], parts[2 * i + 1], lanes) +
+                       zip<WIDTH / 2>(parts[2 * i], parts[2 * i + 1], lanes);
+    return parts[0];
+}
+
 // Transpose a WIDTH × WIDTH square of 32-bit values, rows `from_stride` and `to_stride` apart.
 inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     constexpr auto lanes = std::make_index_sequence<WIDTH>{};
