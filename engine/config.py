@@ -92,7 +92,9 @@ class EngineConfig(StrictModel):
         "where host and device are the same cores.",
     )
     enforce_eager: bool = Field(
-        False, description="Launch the kernels of every step; else a GPU replays CUDA graphs."
+        False,
+        description="Launch the kernels of every step; else decoding is recorded and replayed, on "
+        "a GPU as CUDA graphs.",
     )
     cuda_graph_sizes: list[Annotated[int, Field(ge=1)]] | None = Field(
         None,

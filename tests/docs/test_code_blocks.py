@@ -24,6 +24,7 @@ BLOCKS = blocks()
 _INSTALL = re.compile(
     r"python3 -m venv .venv && (\. \.venv/bin/activate && )?(\.venv/bin/)?pip install"
 )
+_TESTS = re.compile(r"\.venv/bin/pytest\b")
 _SERVE_RUN = re.compile(r"(?:\.venv/bin/)?serve run deployments:app(?P<args>.*)")
 
 
@@ -91,11 +92,11 @@ def _which(name: str, path: str) -> str:
 
 
 def is_run_elsewhere(block: Block) -> bool:
-    """The installation, which all tests stand on; servers, which test_serve_run and `port` are."""
+    """The installation and these tests; servers, which test_serve_run and `port` are."""
     lines = commands(block)
-    return all(_INSTALL.match(line) or _SERVE_RUN.fullmatch(line) for line in lines) or lines == [
-        "manta serve"
-    ]
+    if lines == ["manta serve"]:
+        return True
+    return all(_INSTALL.match(s) or _TESTS.match(s) or _SERVE_RUN.fullmatch(s) for s in lines)
 
 
 RUN = [block for block in BLOCKS if not block.need and not is_run_elsewhere(block)]

@@ -266,11 +266,15 @@ def test_without_a_compiler(
 
 
 def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # what comes last counts
+    compiler.chmod(0o755)
     code = "import torch; from kernels import select_ops; select_ops(torch.device('cpu'))"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            env=os.environ | {"MANTA_CACHE_DIR": str(tmp_path), "MANTA_CPU_ISA": "default"},
+            env=os.environ
+            | {"MANTA_CACHE_DIR": str(tmp_path), "MANTA_CPU_ISA": "default", "CXX": str(compiler)},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -37,8 +37,10 @@ def test_attention_head_dims(dtype: torch.dtype, head_dim: int) -> None:
     ).check(OPS)  # fmt: skip
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256, 7])
-@pytest.mark.parametrize("window", [None, 1, 24, 1000])
+@pytest.mark.parametrize(
+    "block_size, window",
+    [(16, None), (16, 24), (32, 1), (64, 24), (128, None), (256, 1000), (256, 24), (7, None), (7, 24)],
+)
 def test_attention_blocks_and_windows(block_size: int, window: int | None) -> None:
     torch.manual_seed(block_size)
     lengths = [(1, 140), (1, 64), (2, 65), (17, 40)]
@@ -48,7 +50,7 @@ def test_attention_blocks_and_windows(block_size: int, window: int | None) -> No
     ).check(OPS)  # fmt: skip
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
 def test_attention_heads_sharing_keys(group: int) -> None:
     torch.manual_seed(group)
     lengths = [(1, 200), (1, 3), (20, 75), (1, 9)]
@@ -59,7 +61,7 @@ def test_attention_heads_sharing_keys(group: int) -> None:
 
 
 @pytest.mark.parametrize("planned", [True, False], ids=["planned", "without a plan"])
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_attention_random(seed: int, planned: bool) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
