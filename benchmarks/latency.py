@@ -8,7 +8,6 @@ floor, which is the weights and the keys and values over the bandwidth measured 
 """
 
 import argparse
-import itertools
 import json
 import random
 import statistics
@@ -30,16 +29,20 @@ def measure(llm: LLM, batch: int, prompt: int, output: int, seed: int) -> dict[s
     for i in range(batch):
         tokens = [draw.randrange(vocabulary) for _ in range(prompt)]
         llm.engine.add(Request(f"{seed}.{i}", tokens, params, seed=i))
-    ends = [time.perf_counter()]
-    prompt_end = 0
+    start = end = time.perf_counter()
+    prompt_s = 0.0
     started: set[str] = set()
+    steps = []  # in which all of them get a token, and that is all
     while llm.engine.has_work:
-        started |= {delta.request_id for delta in llm.engine.step()}
-        ends.append(time.perf_counter())
-        if len(started) == batch and prompt_end == 0:
-            prompt_end = len(ends) - 1
-    steps = [end - begin for begin, end in itertools.pairwise(ends[prompt_end:])]
-    prompt_s = ends[prompt_end] - ends[0]
+        begin, deltas = end, llm.engine.step()
+        end = time.perf_counter()
+        if prompt_s and len(deltas) == batch:
+            steps.append(end - begin)
+        started |= {delta.request_id for delta in deltas}
+        if len(started) == batch and not prompt_s:
+            prompt_s = end - start
+    if not steps:
+        raise ValueError(f"output: the first of {output} tokens end before the last prompt does")
     return {
         "batch": batch,
         "prompt_tok_s": batch * prompt / prompt_s,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention.h"
 
@@ -138,22 +139,41 @@ private:
                 keys[i] = a.k_cache + rows[j];
                 if (j == begin + i) prefetch(a.v_cache + rows[j]);
             }
-            for (int64_t g = 0; g < group; ++g)
-                store(s.scores + g * TILE + begin, products(s.queries + g * padded_dim, keys));
+            int64_t g = 0;
+            if (!std::is_same<C, Query>::value)  // converting keys costs more than reading them
+                for (; g + 2 <= group; g += 2) score_two_heads(s, g, keys, begin);
+            for (; g < group; ++g)
+                store(s.scores + g * TILE + begin, products<1>(s.queries + g * padded_dim, keys));
         }
     }
 
-    // Of one query with as many keys as a register has lanes.
-    Floats products(const Query* query, const C* const (&keys)[WIDTH]) const {
+    void score_two_heads(const State& s, int64_t first, const C* const* keys,
+                         int64_t begin) const {
+        constexpr int HALF = WIDTH / 2;
+        for (int at = 0; at < WIDTH; at += HALF) {
+            float scores[WIDTH];
+            store(scores, products<2>(s.queries + first * padded_dim, keys + at));
+            for (int h = 0; h < 2; ++h)
+                std::copy_n(scores + h * HALF, HALF, s.scores + (first + h) * TILE + begin + at);
+        }
+    }
+
+    // Of HEADS queries with WIDTH / HEADS keys, one query after the other.
+    template <int HEADS>
+    Floats products(const Query* queries, const C* const* keys) const {
+        constexpr int KEYS = WIDTH / HEADS;
         Floats totals[WIDTH] = {};
         int64_t d = 0;
         for (; d + D::STEP <= dim; d += D::STEP)
 #pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; ++i) totals[i] = D::add(totals[i], query + d, keys[i] + d);
+            for (int i = 0; i < WIDTH; ++i)
+                totals[i] = D::add(totals[i], queries + i / KEYS * padded_dim + d,
+                                   keys[i % KEYS] + d);
         if (d < dim)
 #pragma GCC unroll 16
             for (int i = 0; i < WIDTH; ++i)
-                totals[i] = D::add_last(totals[i], query + d, keys[i] + d);
+                totals[i] = D::add_last(totals[i], queries + i / KEYS * padded_dim + d,
+                                        keys[i % KEYS] + d);
         return sums(totals);
     }
 

@@ -213,7 +213,7 @@ inline Floats zip(Floats a, Floats b, std::index_sequence<I...>) {
 
 // The sums of WIDTH registers, that of the i-th in lane i: adding zipped halves log2(WIDTH) times
 // leaves them in bit-reversed order, so that is how they go in.
-inline Floats sums(const Floats (&rows)[WIDTH]) {
+__attribute__((always_inline)) inline Floats sums(const Floats (&rows)[WIDTH]) {
     constexpr auto lanes = std::make_index_sequence<WIDTH>{};
     Floats parts[WIDTH];
 #pragma GCC unroll 16

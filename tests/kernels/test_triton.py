@@ -39,7 +39,17 @@ def test_attention_head_dims(dtype: torch.dtype, head_dim: int) -> None:
 
 @pytest.mark.parametrize(
     "block_size, window",
-    [(16, None), (16, 24), (32, 1), (64, 24), (128, None), (256, 1000), (256, 24), (7, None), (7, 24)],
+    [
+        (16, None),
+        (16, 24),
+        (32, 1),
+        (64, 24),
+        (128, None),
+        (256, 1000),
+        (256, 24),
+        (7, None),
+        (7, 24),
+    ],
 )
 def test_attention_blocks_and_windows(block_size: int, window: int | None) -> None:
     torch.manual_seed(block_size)
