@@ -22,7 +22,8 @@ def test_every_op_is_there_on_every_device() -> None:
     for device in ("cpu", "meta"):
         ops = select_ops(torch.device(device))
         for op in fields(ops):
-            assert op.name == "name" or callable(getattr(ops, op.name))
+            if op.name not in ("name", "new_recorder"):
+                assert callable(getattr(ops, op.name)), op.name
 
 
 def test_our_kernels_package_is_not_mistaken_for_hugging_faces() -> None:
