@@ -4,7 +4,7 @@ Memory is the process' own (anonymous) pages, sampled every 10 ms; the checkpoin
 kernel can drop at any time, are listed apart. Where the compiled CPU kernels are not in the cache
 yet, building them is part of "kernels".
 
-    python -m benchmarks.startup --model DIRECTORY [--option quantization=w8a8]
+    python -m benchmarks.startup --model DIRECTORY [--quantization w8a8]
 """
 
 import argparse
