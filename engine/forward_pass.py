@@ -40,6 +40,8 @@ class ForwardPass:
         self._device = device
         self.kv_caches: list[KVCache] = []
         self._new_recorder = None if config.enforce_eager else ops.new_recorder
+        # Whether `record` takes time and memory.
+        self.records_ahead = self._new_recorder is not None and self._new_recorder().ahead
         self._sizes: Sequence[int] = range(1, config.max_num_seqs + 1)
         if self.records_ahead:
             self._sizes = config.cuda_graph_sizes or default_sizes(config.max_num_seqs)
@@ -50,11 +52,6 @@ class ForwardPass:
         # Where each request of a batch begins, when all of them have one token.
         self._unit_starts = torch.arange(max(self._sizes) + 1, dtype=torch.int32, device=device)
         self._graphs: DecodeGraphs | None = None
-
-    @property
-    def records_ahead(self) -> bool:
-        """Whether `record` takes time and memory."""
-        return self._new_recorder is not None and self._new_recorder().ahead
 
     @property
     def num_replays(self) -> int:

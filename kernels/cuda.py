@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def triton_ops(num_processors: int) -> Ops:
     return Ops(
         name="cuda-triton",
         new_recorder=CudaRecorder,
-        new_kv_cache=new_kv_cache,
+        new_kv_cache=partial(reference.new_kv_cache, allocate=_zeros),
         prepare_step=step.prepare_step,
         plan_attention=attend.plan_attention,
         norm_rotary_store=rotary.norm_rotary_store,
@@ -59,25 +60,10 @@ def triton_ops(num_processors: int) -> Ops:
     )
 
 
-def new_kv_cache(
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> reference.KVCache:
-    """As `reference.new_kv_cache`, but zeros.
-
-    flash-attn multiplies what lies past a context in its last block by 0, so it must be finite.
-    """
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return _zeros(shape, dtype, device), _zeros(shape, dtype, device)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As flash-attn needs it: it multiplies what lies past a context by 0, so it must be finite."""
     bits = torch.uint8 if dtype.itemsize == 1 else dtype  # not all ops are there for float8
-    return torch.zeros(shape, dtype=bits, device=device).view(dtype)
+    return torch.zeros(shape, dtype=bits).view(dtype)
 
 
 class CudaRecorder:

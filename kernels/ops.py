@@ -114,9 +114,9 @@ class _NothingCompiles:
 
 
 def _cpu_ops() -> Ops:
-    from kernels.cpu import build
+    from kernels.cpu import build, huge_pages
     from kernels.cpu.linear import LinearPacker, pack_linear_onednn
-    from kernels.cpu.ops import CpuOps, new_kv_cache
+    from kernels.cpu.ops import CpuOps
     from kernels.cpu.recorder import CpuRecorder
 
     library = build.load_library()
@@ -128,7 +128,7 @@ def _cpu_ops() -> Ops:
         new_recorder=partial(CpuRecorder, library),
         prepare_step=fast.prepare_step,
         embed=fast.embed,
-        new_kv_cache=new_kv_cache,
+        new_kv_cache=partial(reference.new_kv_cache, allocate=huge_pages.empty),
         norm_rotary_store=fast.norm_rotary_store,
         paged_attention=fast.paged_attention,
         pack_linear=LinearPacker(library).pack_linear,

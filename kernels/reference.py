@@ -88,15 +88,16 @@ def new_kv_cache(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    allocate: Callable[..., Tensor] = torch.empty,
 ) -> KVCache:
-    """One layer's keys and values, each [num_blocks, K, block_size, D]; contents undefined.
+    """One layer's keys and values, each [num_blocks, K, block_size, D], in memory by `allocate`.
 
-    A head's rows of one block are contiguous, so that attention streams them.
+    Contents are undefined. A head's rows of one block are contiguous, so that attention streams
+    them.
     """
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return torch.empty(shape, dtype=dtype, device=device), torch.empty(
-        shape, dtype=dtype, device=device
-    )
+    with device:
+        return allocate(shape, dtype=dtype), allocate(shape, dtype=dtype)
 
 
 def store_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slots: Tensor) -> None:

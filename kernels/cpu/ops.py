@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu import huge_pages
 from kernels.cpu.recorder import empty
 from kernels.reference import KVCache, StepInputs
 
@@ -39,19 +38,6 @@ def declare(library: ctypes.CDLL, signatures: dict[str, list[Any]]) -> None:
         function = getattr(library, f"manta_{name}")
         function.argtypes = argument_types
         function.restype = None
-
-
-def new_kv_cache(
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KVCache:
-    """As `reference.new_kv_cache`, on huge pages."""
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return huge_pages.empty(shape, dtype), huge_pages.empty(shape, dtype)
 
 
 class CpuOps:
