@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.floor import SHAPE
-from engine.decoder_config import DecoderConfig
-from engine.threads import num_compute_threads
+from engine.device.threads import num_compute_threads
+from engine.models.config import DecoderConfig
 
 # Ours and llama.cpp's names for about the same number of bits.
 _PAIRS: dict[str, str] = {"bf16": "BF16", "w8a8": "Q8_0", "int4": "Q4_0"}

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.floor import SHAPE, Machine, measure_machine
-from engine.decoder_config import DecoderConfig
-from engine.threads import num_compute_threads
+from engine.device.threads import num_compute_threads
+from engine.models.config import DecoderConfig
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 from kernels.reference import penalize

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.decoder_config import DecoderConfig
+from engine.models.config import DecoderConfig
 from kernels import Ops
 from kernels.quantization import Quantization
 

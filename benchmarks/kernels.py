@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floor import SHAPE, best_seconds
-from engine.decoder_config import DecoderConfig
+from engine.models.config import DecoderConfig
 from kernels import AttentionNeeds, Ops, select_ops
 from kernels.reference import KVCache
 

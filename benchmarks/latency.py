@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.floor import SHAPE, decode_step_s, measure_machine
 from benchmarks.throughput import parse_option
 from engine import LLM, SamplingParams, checkpoint
-from engine.decoder_config import DecoderConfig
-from engine.request import Request
+from engine.models.config import DecoderConfig
+from engine.schedule.request import Request
 
 
 def measure(llm: LLM, batch: int, prompt: int, output: int, seed: int) -> dict[str, float]:

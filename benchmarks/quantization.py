@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import LLM, SamplingParams
-from engine.request import Request
+from engine.schedule.request import Request
 
 _PROMPTS = ("Once upon a time", "The engine", "A block is", "Every request", "To serve a model")
 

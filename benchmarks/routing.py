@@ -41,8 +41,8 @@ from deployments.builder import build
 from deployments.request_router import PrefixRequestRouter, router_config
 from deployments.routing import RoutedPrompt
 from engine import checkpoint
-from engine.block_pool import BlockPool, extend_hashes
-from engine.tokenizer import Tokenizer
+from engine.schedule.block_pool import BlockPool, extend_hashes
+from engine.text.tokenizer import Tokenizer
 
 _PORT = 18456
 _BLOCK_SIZE = 16

@@ -64,9 +64,11 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     memory = PeakMemory()
     memory.start()
     from benchmarks.floor import weight_bytes
-    from engine import LLM, SamplingParams, checkpoint, loader, model_runner
-    from engine.decoder import Decoder
-    from engine.decoder_config import DecoderConfig
+    from engine import LLM, SamplingParams, checkpoint
+    from engine.models import loader
+    from engine.models.config import DecoderConfig
+    from engine.models.decoder import Decoder
+    from engine.runner import model_runner
 
     phases.seconds["import"] = time.perf_counter() - _BEGIN
     for name, owner, attribute in (

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.floor import measure_machine, workload_floor
 from engine import LLM, SamplingParams, checkpoint
-from engine.decoder_config import DecoderConfig
+from engine.models.config import DecoderConfig
 
 
 def make_workload(

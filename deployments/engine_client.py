@@ -16,9 +16,9 @@ from typing import Any
 from deployments.metrics import Metrics
 from deployments.request_record import RequestOptions, RequestRecord
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
-from engine.request import Request, RequestLimits
 from engine.sampling_params import SamplingParams
-from engine.step import TokenDelta
+from engine.schedule.request import Request, RequestLimits
+from engine.schedule.step import TokenDelta
 
 # How long an engine draws views for a front that does not ask again, in seconds.
 _WATCH_S = 2.0

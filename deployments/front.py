@@ -12,10 +12,10 @@ from deployments.engine_client import EngineClient, EngineUnavailableError
 from deployments.parsing import reasoning_format, tool_format
 from deployments.request_record import RequestOptions, RequestRecord
 from engine import checkpoint
-from engine.detokenizer import Detokenizer
 from engine.sampling_params import SamplingParams
-from engine.step import TokenLogprobs
-from engine.tokenizer import Tokenizer
+from engine.schedule.step import TokenLogprobs
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
 from deployments.args import AppArgs
 from deployments.routing import RoutedPrompt, short
 from engine import checkpoint
-from engine.block_pool import extend_hashes
-from engine.tokenizer import Tokenizer
+from engine.schedule.block_pool import extend_hashes
+from engine.text.tokenizer import Tokenizer
 
 SESSION_HEADER = "x-session-id"
 

@@ -9,10 +9,10 @@ import ray
 from deployments.args import DeploymentArgs
 from deployments.engine_loop import EngineLoop
 from engine.config import EngineConfig
-from engine.threads import spin_briefly
+from engine.device.threads import spin_briefly
 
 if TYPE_CHECKING:
-    from engine.group import GroupAddress
+    from engine.ranks.group import GroupAddress
 
 
 def shard_resources(args: DeploymentArgs) -> dict[str, float]:
@@ -55,7 +55,7 @@ class EngineShard:
 
     def open_group(self, size: int) -> "GroupAddress | None":
         """Rank 0: open the group's ports; the address is None for a group of one."""
-        from engine.group import Leader
+        from engine.ranks.group import Leader
 
         self._leader = Leader(size, ray.util.get_node_ip_address())
         return self._leader.address if size > 1 else None
@@ -69,6 +69,6 @@ class EngineShard:
 
     def follow(self, config: EngineConfig, rank: int, address: "GroupAddress") -> None:
         """Any other rank: load, and execute the leader's plans until it hangs up."""
-        from engine.executor import follow
+        from engine.runner.executor import follow
 
         follow(config, rank, address)

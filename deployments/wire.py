@@ -20,9 +20,9 @@ from typing import Any
 
 import msgpack
 
-from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.step import TokenDelta, TokenLogprobs
+from engine.schedule.request import Request
+from engine.schedule.step import TokenDelta, TokenLogprobs
 
 Message = dict[str, Any]
 

@@ -12,8 +12,8 @@ import psutil
 import torch
 
 from engine.config import EngineConfig
-from engine.memory import available_bytes
-from engine.threads import num_compute_threads
+from engine.device.memory import available_bytes
+from engine.device.threads import num_compute_threads
 from kernels import AttentionNeeds, select_ops
 
 _HEAD_DIM = 128  # of most models

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from engine import checkpoint
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.executor import Executor
-from engine.grammar_compiler import GrammarCompiler
-from engine.group import Leader
-from engine.request import Request, RequestLimits
-from engine.scheduler import Scheduler
-from engine.step import StepPlan, StepResult, TokenDelta
+from engine.ranks.group import Leader
+from engine.runner.executor import Executor
+from engine.sampling.grammar.compiler import GrammarCompiler
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.request import Request, RequestLimits
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.step import StepPlan, StepResult, TokenDelta
 from engine.structured_outputs import StructuredOutputs
 
 # How long an engine with nothing else to do waits for grammars before it looks around again.

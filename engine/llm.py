@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 from engine import checkpoint
 from engine.config import EngineConfig
-from engine.detokenizer import Detokenizer
 from engine.engine import Engine
-from engine.follower import spawn_followers
-from engine.group import Leader
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from engine.request import Request
+from engine.ranks.group import Leader
+from engine.runner.follower import spawn_followers
 from engine.sampling_params import MAX_SEED, SamplingParams
-from engine.step import TokenDelta, TokenLogprobs
-from engine.tokenizer import Tokenizer
+from engine.schedule.request import Request
+from engine.schedule.step import TokenDelta, TokenLogprobs
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 

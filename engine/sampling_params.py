@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from engine.strict import StrictModel
 from engine.structured_outputs import StructuredOutputs
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20

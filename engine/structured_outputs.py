@@ -1,7 +1,7 @@
 """What form an output must have, and which forms are refused before anything is compiled.
 
 Imports no torch: a front checks this at its door. What only a compiler can find wrong, such as a
-regular expression's syntax, `engine.grammar_compiler` reports.
+regular expression's syntax, `engine.sampling.grammar.compiler` reports.
 """
 
 import json

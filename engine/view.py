@@ -10,8 +10,8 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
-from engine.request import Request
-from engine.step import StepPlan
+from engine.schedule.request import Request
+from engine.schedule.step import StepPlan
 
 if TYPE_CHECKING:  # imports torch, which a front that reads pictures never does
     from engine.engine import Engine

@@ -6,8 +6,8 @@ from typing import Any
 
 from deployments.api.streaming import Output
 from deployments.front import TextDelta
-from engine.step import TokenLogprobs
-from engine.tokenizer import Tokenizer
+from engine.schedule.step import TokenLogprobs
+from engine.text.tokenizer import Tokenizer
 
 _LOWEST = -9999.0  # JSON has no -inf; OpenAI's API says this
 

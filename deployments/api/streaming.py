@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from deployments.api.errors import report
 from deployments.front import TextDelta
-from engine.step import TokenLogprobs
+from engine.schedule.step import TokenLogprobs
 
 T = TypeVar("T")
 

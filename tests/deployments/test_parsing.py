@@ -22,7 +22,7 @@ from deployments.parsing import (
 )
 from deployments.parsing.formats import ToolParserName
 from engine.demo import DEMO_MODEL
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 PARIS = '{"name": "weather", "arguments": {"city": "Paris"}}'
 OSLO = '{"name": "weather", "arguments": {"city": "Oslo", "days": [1, {"a": "}\\""}]}}'

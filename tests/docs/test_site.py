@@ -41,7 +41,12 @@ def html(site: Path, page: str) -> str:
 
 def test_pages_show_the_code_and_the_configuration_as_they_are(site: Path) -> None:
     tour = re.sub(r"<[^>]+>", "", html(site, "tour"))
-    for line in ("def _schedule_waiting", "class StepPlan", "def uniform", "engine/scheduler.py"):
+    for line in (
+        "def _schedule_waiting",
+        "class StepPlan",
+        "def uniform",
+        "engine/schedule/scheduler.py",
+    ):
         assert line in tour
     assert ":::" not in tour
     configuration = html(site, "configuration")

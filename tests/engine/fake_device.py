@@ -8,7 +8,7 @@ cached under a wrong name or written by the wrong request is found out at once.
 import zlib
 from collections.abc import Sequence
 
-from engine.step import StepPlan, StepResult
+from engine.schedule.step import StepPlan, StepResult
 
 
 def next_token(tokens: Sequence[int], vocab_size: int) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.schedule.request import Request
 
 BLOCK_SIZE = 16
 

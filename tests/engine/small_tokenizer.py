@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 from tests.checkpoints import VOCAB_SIZE
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>"]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decoder_config import DecoderConfig
-from engine.model_runner import ModelRunner
+from engine.models.config import DecoderConfig
+from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, ScheduledRow, StepPlan
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import (

@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.block_pool import ROOT_HASH, BlockPool, hash_block
-from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.schedule.block_pool import ROOT_HASH, BlockPool, hash_block
+from engine.schedule.request import Request
 
 
 def chain(*blocks: list[int], salt: str = "") -> list[bytes]:

@@ -7,8 +7,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.schedule.request import Request
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
 
 

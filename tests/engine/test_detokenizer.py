@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.detokenizer import Detokenizer
 from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
 from tests.engine import small_tokenizer
 from tests.engine.small_tokenizer import NUM_TOKENS
 

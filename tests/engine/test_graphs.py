@@ -9,13 +9,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from engine import model_runner
 from engine.config import EngineConfig
-from engine.graphs import DecodeGraphs, default_sizes
-from engine.model_runner import ModelRunner
-from engine.pending_step import PendingStep
-from engine.step import StepPlan
-from engine.warm_up import warm_up_plans
+from engine.device.recorded_steps import DecodeGraphs, default_sizes
+from engine.runner import model_runner
+from engine.runner.model_runner import ModelRunner
+from engine.runner.pending_step import PendingStep
+from engine.runner.warm_up import warm_up_plans
+from engine.schedule.step import StepPlan
 from kernels import select_ops
 from kernels.cpu.build import instruction_set
 from kernels.cpu.recorder import Arena

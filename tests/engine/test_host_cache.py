@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.device.host_cache import HostCache
 from engine.engine import Engine
-from engine.follower import spawn_followers
-from engine.group import Leader
-from engine.host_cache import HostCache
-from engine.host_pool import HostPool
-from engine.step import BlockCopy
+from engine.ranks.group import Leader
+from engine.runner.follower import spawn_followers
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.host_pool import HostPool
+from engine.schedule.step import BlockCopy
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import random_prompts

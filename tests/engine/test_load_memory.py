@@ -17,11 +17,11 @@ SCRIPT = """
 import json, sys, threading
 import torch
 from pathlib import Path
-from engine import loader
+from engine.models import loader
 from engine.config import EngineConfig
-from engine.decoder_config import DecoderConfig
-from engine.memory import MemoryMeter
-from engine.parallel import TensorParallel
+from engine.models.config import DecoderConfig
+from engine.device.memory import MemoryMeter
+from engine.ranks.parallel import TensorParallel
 from kernels import select_ops
 
 directory, quantization = Path(sys.argv[1]), sys.argv[2] or None

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from engine.checkpoint import CheckpointError, eos_token_ids, resolve, sampling_defaults
 from engine.config import EngineConfig
-from engine.decoder import Decoder
-from engine.decoder_config import DecoderConfig
-from engine.loader import load_dummy_weights, load_weights
-from engine.model_runner import ModelRunner
-from engine.parallel import TensorParallel
+from engine.models.config import DecoderConfig
+from engine.models.decoder import Decoder
+from engine.models.loader import load_dummy_weights, load_weights
+from engine.ranks.parallel import TensorParallel
+from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, ScheduledRow, StepPlan
 from kernels import select_ops
 from tests.conftest import CheckpointFactory
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.logits_processor import LogitsProcessor
-from engine.request import Request
+from engine.sampling.processors import LogitsProcessor
 from engine.sampling_params import SamplingParams
+from engine.schedule.request import Request
 from kernels.reference import penalize
 from tests.checkpoints import VOCAB_SIZE, load_oracle
 from tests.conftest import CheckpointFactory
@@ -177,7 +177,7 @@ def test_a_batch_without_rules_does_none_of_this(
         run(engine, ruled_requests(plain))
         for name in ("process", "count"):
             monkeypatch.setattr(LogitsProcessor, name, fail)
-        monkeypatch.setattr("engine.model_runner.take_logprobs", fail)
+        monkeypatch.setattr("engine.runner.model_runner.take_logprobs", fail)
         draws, steps = [], engine.num_steps
         sample = engine.runner.ops.sample
         object.__setattr__(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.request import Request
 from engine.sampling_params import SamplingParams
-from engine.step import TokenLogprobs
+from engine.schedule.request import Request
+from engine.schedule.step import TokenLogprobs
 from tests.checkpoints import load_oracle
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine

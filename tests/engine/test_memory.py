@@ -7,9 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from engine import LLM, memory
+from engine import LLM
 from engine.config import EngineConfig
-from engine.memory import DeviceMemory, MemoryMeter, MemoryUse
+from engine.device import memory
+from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import BLOCK_SIZE, new_engine
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from engine import executor as executor_module
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.llm import LLM
-from engine.request import Request
+from engine.runner import executor as executor_module
 from engine.sampling_params import SamplingParams
-from engine.step import StepPlan, StepResult
+from engine.schedule.request import Request
+from engine.schedule.step import StepPlan, StepResult
 from tests.conftest import CheckpointFactory
 from tests.engine.fake_device import FakeDevice, continuation
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of

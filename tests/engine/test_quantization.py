@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.schedule.request import Request
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 
 

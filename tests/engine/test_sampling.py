@@ -12,8 +12,8 @@ import pytest
 from pydantic import ValidationError
 
 from engine import LLM
-from engine.request import Request
 from engine.sampling_params import SamplingParams
+from engine.schedule.request import Request
 from engine.strict import explain
 from tests.checkpoints import VOCAB_SIZE
 from tests.conftest import CheckpointFactory

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.request import Request, RequestLimits
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.step import StepPlan, StepResult, TokenDelta
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.request import Request, RequestLimits
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.step import StepPlan, StepResult, TokenDelta
 
 EOS = 99
 

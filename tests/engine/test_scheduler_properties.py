@@ -18,12 +18,12 @@ from hypothesis.stateful import (
     rule,
 )
 
-from engine.block_pool import ROOT_HASH, BlockPool, hash_block
 from engine.config import EngineConfig
-from engine.request import Request, RequestLimits
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.step import StepPlan
+from engine.schedule.block_pool import ROOT_HASH, BlockPool, hash_block
+from engine.schedule.request import Request, RequestLimits
+from engine.schedule.scheduler import Scheduler
+from engine.schedule.step import StepPlan
 from tests.engine.fake_device import FakeDevice, continuation
 
 VOCAB_SIZE = 8

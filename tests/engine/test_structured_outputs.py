@@ -14,8 +14,8 @@ import pytest
 
 from engine import LLM, SamplingParams, StructuredOutputs
 from engine.engine import Engine
-from engine.grammar_compiler import GrammarCompiler
-from engine.request import Request
+from engine.sampling.grammar.compiler import GrammarCompiler
+from engine.schedule.request import Request
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, run, tokens_of
 from tests.engine.random_schemas import random_schema
@@ -303,7 +303,7 @@ def endings_of(engine: Engine) -> dict[str, str]:
 def test_a_pathological_schema_holds_up_nobody(
     byte_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.grammar_compiler.TIMEOUT_S", 1.5)
+    monkeypatch.setattr("engine.sampling.grammar.compiler.TIMEOUT_S", 1.5)
     with new_engine(byte_model) as engine:
         run(engine, [Request("first", PROMPT, structured(regex="ab"), 0)])  # all is loaded
         engine.add(Request("bomb", PROMPT, structured(json=BOMB), 0))
@@ -328,8 +328,8 @@ def test_a_pathological_schema_holds_up_nobody(
 def test_a_grammar_too_ambiguous_to_follow_ends_alone(
     byte_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.grammar_matcher._FREE_S", 1e-9)
-    monkeypatch.setattr("engine.grammar_matcher._PER_TOKEN_S", 1e-9)
+    monkeypatch.setattr("engine.sampling.grammar.matcher._FREE_S", 1e-9)
+    monkeypatch.setattr("engine.sampling.grammar.matcher._PER_TOKEN_S", 1e-9)
     with new_engine(byte_model) as engine:
         engine.add(Request("ambiguous", PROMPT, structured(grammar='root ::= root root | "a"'), 0))
         engine.add(Request("plain", PROMPT, SamplingParams(ignore_eos=True, max_tokens=9), 0))
@@ -352,7 +352,7 @@ def test_an_aborted_request_is_forgotten_while_its_grammar_compiles(byte_model: 
 def test_grammars_are_compiled_once_and_forgotten_in_time(
     byte_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.grammar_compiler._MAX_CACHED", 2)
+    monkeypatch.setattr("engine.sampling.grammar.compiler._MAX_CACHED", 2)
     compiler = GrammarCompiler(byte_model, 320, [2])
     try:
         forms = [StructuredOutputs(regex=regex) for regex in ("a", "b", "(")]

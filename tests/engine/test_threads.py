@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import threads
+from engine.device import threads
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_ranks_share_the_cores(machine: Path) -> None:
     assert [threads.num_compute_threads(ranks) for ranks in (1, 2, 3, 16)] == [4, 2, 1, 1]
 
 
-SPIN_BRIEFLY = "from engine.threads import spin_briefly; spin_briefly(); import torch"
+SPIN_BRIEFLY = "from engine.device.threads import spin_briefly; spin_briefly(); import torch"
 
 
 @pytest.mark.parametrize(("own", "expected"), [({}, "200"), ({"GOMP_SPINCOUNT": "7"}, "7")])

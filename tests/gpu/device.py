@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine import model_runner
 from engine.engine import Engine
+from engine.runner import model_runner
 from kernels.cuda import triton_ops
 from tests.engine.fake_recorder import FakeRecorder
 from tests.engine.helpers import new_engine

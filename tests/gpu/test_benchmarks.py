@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.kernels import CASES, Bench, Sizes, find_backends, measure
-from engine.decoder_config import DecoderConfig
+from engine.models.config import DecoderConfig
 from tests.gpu.device import DEVICE, ON_GPU, OPS
 
 SHAPE = Path(__file__).parent.parent.parent / "benchmarks/shapes/qwen3-0.6b"

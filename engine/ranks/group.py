@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from engine.parallel import TensorParallel
+from engine.ranks.parallel import TensorParallel
 
 # A collective slower than this means that a rank is gone; its peers then fail instead of waiting.
 _TIMEOUT = timedelta(minutes=10)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tokenizers.decoders import DecodeStream
 
 from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 # Prompt tokens that give the first output token its context, such as whether a space precedes it.
 _CONTEXT = 4

@@ -1,8 +1,8 @@
 """What a step brings, while the device is still at it."""
 
-from engine.logprobs import PendingLogprobs
-from engine.step import StepResult
-from engine.transfer import ToHost
+from engine.device.transfer import ToHost
+from engine.sampling.logprobs import PendingLogprobs
+from engine.schedule.step import StepResult
 
 
 class PendingStep:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.transfer import to_device
+from engine.device.transfer import to_device
 from kernels.ops import Recorder
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import xxhash
 
-from engine.host_pool import HostPool
-from engine.step import BlockCopy
+from engine.schedule.host_pool import HostPool
+from engine.schedule.step import BlockCopy
 
 ROOT_HASH = b""
 

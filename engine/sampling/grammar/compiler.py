@@ -30,7 +30,7 @@ class GrammarCompiler:
     """Compiles with the help of a process that starts with the first grammar.
 
     Args:
-        directory, vocab_size, eos_token_ids: see `engine.grammar_worker.tokenizer_info`.
+        directory, vocab_size, eos_token_ids: see `engine.sampling.grammar.worker.tokenizer_info`.
     """
 
     def __init__(self, directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -69,7 +69,7 @@ class GrammarCompiler:
 
     @cached_property
     def _tokenizer_info(self) -> Any:
-        from engine.grammar_worker import tokenizer_info
+        from engine.sampling.grammar.worker import tokenizer_info
 
         if not self._vocabulary["eos_token_ids"]:
             raise ValueError(
@@ -103,7 +103,7 @@ class _Worker:
         self._control: socket.socket | None = None
 
     def ask(self, wanted: StructuredOutputs) -> tuple[str | None, str | None]:
-        """Its answer, see `engine.grammar_worker.serve`. Raises _LimitError if there is none."""
+        """Its answer, see the worker's `serve`. Raises _LimitError if there is none."""
         ours, theirs = Pipe()
         with ours:
             try:
@@ -129,7 +129,7 @@ class _Worker:
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "engine.grammar_worker"),
+                    *(sys.executable, "-m", "engine.sampling.grammar.worker"),
                     *(str(theirs.fileno()), *self._arguments),
                 ],
                 pass_fds=[theirs.fileno()],

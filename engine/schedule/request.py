@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.block_pool import extend_hashes
 from engine.sampling_params import SamplingParams
+from engine.schedule.block_pool import extend_hashes
 
 
 @dataclass(eq=False, slots=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.decoder_config import DecoderConfig
-from engine.parallel import TensorParallel
+from engine.models.config import DecoderConfig
+from engine.ranks.parallel import TensorParallel
 from kernels import Ops
 from kernels.reference import KVCache
 

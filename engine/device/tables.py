@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.step import NewRow, ScheduledRow
-from engine.transfer import to_device
+from engine.device.transfer import to_device
+from engine.schedule.step import NewRow, ScheduledRow
 
 
 class DeviceTables:

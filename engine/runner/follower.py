@@ -1,7 +1,8 @@
 """Followers as plain processes of this machine, for `LLM(tensor_parallel_size=N)` without Ray.
 
-`python -m engine.follower` reads what it needs from its standard input. Unlike multiprocessing it
-does not import the caller's main module, so notebooks and unguarded scripts work.
+`python -m engine.runner.follower` reads what it needs from its standard input. Unlike
+multiprocessing it does not import the caller's main module, so notebooks and unguarded scripts
+work.
 """
 
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 
 from engine.config import EngineConfig
-from engine.group import GroupAddress, Leader
+from engine.ranks.group import GroupAddress, Leader
 
 
 def spawn_followers(config: EngineConfig, leader: Leader) -> list[subprocess.Popen[bytes]]:
@@ -22,7 +23,7 @@ def _spawn(config: EngineConfig, rank: int, address: GroupAddress) -> subprocess
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     gpu = visible[rank] if rank < len(visible) else str(rank)
     process = subprocess.Popen(
-        [sys.executable, "-m", "engine.follower"],
+        [sys.executable, "-m", "engine.runner.follower"],
         stdin=subprocess.PIPE,
         env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
@@ -33,6 +34,6 @@ def _spawn(config: EngineConfig, rank: int, address: GroupAddress) -> subprocess
 
 
 if __name__ == "__main__":
-    from engine.executor import follow
+    from engine.runner.executor import follow
 
     follow(*pickle.load(sys.stdin.buffer))

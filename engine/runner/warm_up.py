@@ -2,7 +2,7 @@
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, ScheduledRow, StepPlan
 
 # Everything that takes memory by row and vocabulary, which is much of what a step takes.
 _COSTLY = SamplingParams(

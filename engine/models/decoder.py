@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.decoder_config import DecoderConfig, RopeConfig
-from engine.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
-from engine.parallel import TensorParallel
+from engine.models.config import DecoderConfig, RopeConfig
+from engine.models.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
+from engine.ranks.parallel import TensorParallel
 from kernels import Ops
 from kernels.quantization import Quantization
 from kernels.reference import KVCache

@@ -1,4 +1,4 @@
-"""Compiles grammars beside an engine: `python -m engine.grammar_worker FD VOCABULARY LIMITS`.
+"""Compiles grammars beside an engine, as a process of its own.
 
 A pathological grammar can take any time and memory. Here it takes neither from the engine nor from
 other grammars: each is compiled in a fork of this process, at low priority, and the kernel ends it
@@ -20,7 +20,7 @@ from typing import Any
 import xgrammar
 
 from engine.structured_outputs import CHARACTER, StructuredOutputs
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 _NICENESS = 10
 # Characters of white space in a row that JSON may have: enough to indent it, too few to never end.

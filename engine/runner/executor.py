@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from engine import checkpoint
 from engine.config import EngineConfig
-from engine.decoder_config import DecoderConfig
-from engine.group import Follower, GroupAddress, Leader
-from engine.model_runner import ModelRunner, select_device
-from engine.parallel import TensorParallel
-from engine.step import StepPlan, StepResult
+from engine.models.config import DecoderConfig
+from engine.ranks.group import Follower, GroupAddress, Leader
+from engine.ranks.parallel import TensorParallel
+from engine.runner.model_runner import ModelRunner, select_device
+from engine.schedule.step import StepPlan, StepResult
 
 
 class Executor:

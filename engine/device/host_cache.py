@@ -8,8 +8,8 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
-from engine.step import BlockCopy
-from engine.transfer import to_device
+from engine.device.transfer import to_device
+from engine.schedule.step import BlockCopy
 from kernels.reference import KVCache
 
 # Blocks in flight at once, each way: so much of the device's memory goes into staging them.

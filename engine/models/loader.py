@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from engine.checkpoint import CheckpointError
 from engine.config import EngineConfig
-from engine.decoder import Decoder
-from engine.decoder_config import DecoderConfig
-from engine.layers import ShardedModule, Source
-from engine.parallel import TensorParallel
+from engine.models.config import DecoderConfig
+from engine.models.decoder import Decoder
+from engine.models.layers import ShardedModule, Source
 from engine.progress import Progress
+from engine.ranks.parallel import TensorParallel
 from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.

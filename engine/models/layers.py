@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.parallel import TensorParallel
+from engine.ranks.parallel import TensorParallel
 from kernels import Ops
 from kernels.quantization import Quantization
 from kernels.reference import Linear

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from engine.decoder import Decoder
-from engine.step import NewRow, ScheduledRow, TokenLogprobs
-from engine.transfer import ToHost
+from engine.device.transfer import ToHost
+from engine.models.decoder import Decoder
+from engine.schedule.step import NewRow, ScheduledRow, TokenLogprobs
 from kernels import Ops
 
 # Positions whose logits are in memory at once: they are many times larger than hidden states.

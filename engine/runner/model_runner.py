@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decoder_config import DecoderConfig
-from engine.device_tables import DeviceTables
-from engine.forward_pass import ForwardPass
-from engine.grammar_matcher import GrammarMatchers
-from engine.host_cache import HostCache
-from engine.kv_cache import KVCacheShape
-from engine.loader import load_model
-from engine.logits_processor import LogitsProcessor
-from engine.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
-from engine.memory import DeviceMemory, MemoryMeter, MemoryUse
-from engine.parallel import TensorParallel
-from engine.pending_step import PendingStep
-from engine.step import ScheduledRow, StepPlan
-from engine.threads import num_compute_threads
-from engine.transfer import ToHost, to_device
-from engine.warm_up import warm_up_plans
+from engine.device.host_cache import HostCache
+from engine.device.kv_cache import KVCacheShape
+from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse
+from engine.device.tables import DeviceTables
+from engine.device.threads import num_compute_threads
+from engine.device.transfer import ToHost, to_device
+from engine.models.config import DecoderConfig
+from engine.models.loader import load_model
+from engine.ranks.parallel import TensorParallel
+from engine.runner.forward_pass import ForwardPass
+from engine.runner.pending_step import PendingStep
+from engine.runner.warm_up import warm_up_plans
+from engine.sampling.grammar.matcher import GrammarMatchers
+from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
+from engine.sampling.processors import LogitsProcessor
+from engine.schedule.step import ScheduledRow, StepPlan
 from kernels import AttentionNeeds, select_ops, watch_compilation
 
 

@@ -17,10 +17,17 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.block_pool import BlockPool
 from engine.config import EngineConfig
-from engine.request import Request
-from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenDelta, TokenLogprobs
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.request import Request
+from engine.schedule.step import (
+    NewRow,
+    ScheduledRow,
+    StepPlan,
+    StepResult,
+    TokenDelta,
+    TokenLogprobs,
+)
 
 # What a later arrival counts for, with the policy "shortest": a prompt that is longer by n tokens
 # is overtaken by n / 32 requests at most.

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decoder import Batch, Decoder
-from engine.device_tables import DeviceTables
-from engine.graphs import DecodeGraphs, default_sizes
-from engine.kv_cache import KVCacheShape
-from engine.step import ScheduledRow
-from engine.transfer import to_device
+from engine.device.kv_cache import KVCacheShape
+from engine.device.recorded_steps import DecodeGraphs, default_sizes
+from engine.device.tables import DeviceTables
+from engine.device.transfer import to_device
+from engine.models.decoder import Batch, Decoder
+from engine.schedule.step import ScheduledRow
 from kernels import Ops
 from kernels.reference import KVCache
 

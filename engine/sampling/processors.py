@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.step import NewRow, ScheduledRow
-from engine.transfer import to_device
+from engine.device.transfer import to_device
+from engine.schedule.step import NewRow, ScheduledRow
 from kernels import Ops
 
 _NEVER = 2**62  # a position that no row reaches

@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from engine.request import Request
-from engine.step import NewRow, ScheduledRow
-from engine.transfer import ToHost
+from engine.device.transfer import ToHost
+from engine.schedule.request import Request
+from engine.schedule.step import NewRow, ScheduledRow
 
 # What a request may use of the processor's time for its grammar: an ambiguous one takes ever
 # longer, the longer the text. Many times what honest ones need (about 0.1 ms per token).
