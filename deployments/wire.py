@@ -15,7 +15,6 @@ import asyncio
 import select
 import socket
 import struct
-from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -28,7 +27,6 @@ Message = dict[str, Any]
 
 _LENGTH = struct.Struct("!I")
 _RECEIVE_BYTES = 1 << 20
-_NUM_PLAIN_FIELDS = 5  # of a delta without logprobs
 
 
 def pack(message: Message) -> bytes:
@@ -117,13 +115,16 @@ def encode_delta(delta: TokenDelta) -> list[Any]:
 
 
 def decode_delta(fields: list[Any]) -> TokenDelta:
-    if len(fields) == _NUM_PLAIN_FIELDS:
-        return TokenDelta(*fields)
-    *plain, logprobs, prompt_logprobs = fields
-    return replace(
-        TokenDelta(*plain),
-        logprobs=_decode_logprobs(logprobs),
-        prompt_logprobs=_decode_logprobs(prompt_logprobs),
+    request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *logprobs = fields
+    own, of_prompt = logprobs or (None, None)
+    return TokenDelta(
+        request_id=request_id,
+        token_ids=token_ids,
+        finish_reason=finish_reason,
+        stop_token=stop_token,
+        num_cached_tokens=num_cached_tokens,
+        logprobs=_decode_logprobs(own),
+        prompt_logprobs=_decode_logprobs(of_prompt),
     )
 
 

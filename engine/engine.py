@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from engine import checkpoint
@@ -14,12 +14,21 @@ from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.request import Request, RequestLimits
-from engine.schedule.scheduler import Scheduler
+from engine.schedule.scheduler import Scheduler, Step
 from engine.schedule.step import StepPlan, StepResult, TokenDelta
 from engine.structured_outputs import StructuredOutputs
 
 # How long an engine with nothing else to do waits for grammars before it looks around again.
 _COMPILING_WAIT_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step that has been launched."""
+
+    step: Step
+    launched_at: float  # on the clock of time.monotonic()
+    wait: Callable[[], StepResult]
 
 
 class Engine:
@@ -51,7 +60,7 @@ class Engine:
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
         self._compiler: GrammarCompiler | None = None
         self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
-        self._in_flight: deque[tuple[StepPlan, float, Callable[[], StepResult]]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self.num_steps = 0
         # When set to a deque, collects (step number, plan) of every launch.
         self.journal: deque[tuple[int, StepPlan]] | None = None
@@ -96,13 +105,15 @@ class Engine:
             del self._compiling[request.id]
             error = grammar.exception()
             if error is None:
-                self.runner.matchers.add(request, grammar.result())
+                self.runner.sampler.matchers.add(request, grammar.result())
                 try:
                     self.scheduler.add(request)
                 except ValueError as refusal:
                     error = refusal
             if error is not None:
-                refused.append(TokenDelta(request.id, [], "error", error=str(error)))
+                refused.append(
+                    TokenDelta(request_id=request.id, finish_reason="error", error=str(error))
+                )
         return refused
 
     def abort(self, request_id: str) -> None:
@@ -120,19 +131,20 @@ class Engine:
         """Launch what can be launched, retire the oldest step in flight, return its tokens."""
         refused = self._queue_compiled()
         while len(self._in_flight) < self.executor.max_in_flight:
-            plan = self.scheduler.schedule()
-            if plan is None:
+            step = self.scheduler.schedule()
+            if step is None:
                 break
-            self._in_flight.append((plan, time.monotonic(), self.executor.launch(plan)))
+            now = time.monotonic()
+            self._in_flight.append(_InFlight(step, now, self.executor.launch(step.plan)))
             self.num_steps += 1
             if self.journal is not None:
-                self.journal.append((self.num_steps, plan))
+                self.journal.append((self.num_steps, step.plan))
         if not self._in_flight:
             return refused
-        plan, launched_at, wait_for_result = self._in_flight.popleft()
-        result = wait_for_result()
-        self._speed.count_step(plan.num_tokens, launched_at)
-        return refused + self.scheduler.update(plan, result)
+        oldest = self._in_flight.popleft()
+        result = oldest.wait()
+        self._speed.count_step(oldest.step.plan.num_tokens, oldest.launched_at)
+        return refused + self.scheduler.update(oldest.step, result)
 
     def stats(self) -> dict[str, float]:
         """What is going on now, and counts since the start."""
@@ -155,7 +167,7 @@ class Engine:
     def close(self) -> None:
         """Stop what runs beside this thread: other ranks, the device thread."""
         self.executor.close()
-        self.runner.matchers.close()
+        self.runner.sampler.close()
         if self._compiler is not None:
             self._compiler.close()
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine.config import EngineConfig
+
 _CGROUP = Path("/sys/fs/cgroup")
 # (limit, usage) files of cgroup v2 and v1.
 _CGROUP_FILES = (
@@ -118,6 +120,34 @@ class DeviceMemory:
     def left(self, own: int, kv_cache: int) -> int:
         """Bytes for others, and on a host for activations."""
         return max(self.free - own - kv_cache, 0)
+
+
+def num_blocks_for(
+    config: EngineConfig, memory: DeviceMemory, own: int, block_bytes: int, max_len: int
+) -> int:
+    """Blocks of the KV cache that there is memory for.
+
+    Args:
+        own: see `DeviceMemory.kv_cache_budget`.
+        max_len: tokens that a row can have.
+    Raises:
+        MemoryError: there is no memory for any.
+    """
+    budget = config.kv_cache_memory_bytes
+    if budget is None:
+        budget = memory.kv_cache_budget(own, config.gpu_memory_utilization)
+        if memory.is_host:  # others need it too: no more than the rows could ever fill
+            blocks_per_row = -(-max_len // config.block_size)
+            budget = min(budget, (config.max_num_seqs * blocks_per_row + 1) * block_bytes)
+    num_blocks = budget // block_bytes - 1  # one is for padding
+    if num_blocks < 1:
+        raise MemoryError(
+            f"no memory is left for the KV cache: it has {budget} bytes, and the least, two "
+            f"blocks, takes {2 * block_bytes}; free some, lower block_size or "
+            "max_num_batched_tokens, or raise kv_cache_memory_bytes or, on a GPU, "
+            "gpu_memory_utilization"
+        )
+    return num_blocks
 
 
 def _readable(size: int) -> str:

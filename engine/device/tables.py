@@ -18,8 +18,10 @@ class DeviceTables:
         max_blocks = -(-max_len // block_size)
         self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
         # One below the other, so that a step gathers each of the two in one go.
-        self.shares = torch.zeros(3, num_rows, device=device)  # temperature, top_p, min_p
-        self.numbers = torch.zeros(2, num_rows, dtype=torch.int64, device=device)  # top_k, seed
+        # temperature, top_p, min_p
+        self.sampling_floats = torch.zeros(3, num_rows, device=device)
+        # top_k, seed
+        self.sampling_ints = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
 
     def enter(self, new: NewRow) -> None:
         """A request enters a row; what the row held before is gone."""
@@ -29,10 +31,10 @@ class DeviceTables:
         if new.block_table:
             blocks = to_device(new.block_table, torch.int32, self._device)
             self.block_tables[row, : len(new.block_table)] = blocks
-        shares = [params.temperature, params.top_p, params.min_p]
-        self.shares[:, row] = to_device(shares, torch.float32, self._device)
-        numbers = [max(params.top_k, 0), new.seed]
-        self.numbers[:, row] = to_device(numbers, torch.int64, self._device)
+        floats = [params.temperature, params.top_p, params.min_p]
+        self.sampling_floats[:, row] = to_device(floats, torch.float32, self._device)
+        ints = [max(params.top_k, 0), new.seed]
+        self.sampling_ints[:, row] = to_device(ints, torch.int64, self._device)
 
     def append_blocks(self, scheduled: list[ScheduledRow]) -> None:
         """The new blocks of all rows of a step, in one go."""

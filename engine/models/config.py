@@ -76,6 +76,22 @@ class DecoderConfig:
         except KeyError as error:
             raise CheckpointError(f"{directory}/config.json lacks {error}") from error
 
+    def check_divisible(self, num_ranks: int) -> None:
+        """Raises ValueError for a model that cannot be split over so many ranks."""
+        kv_heads = self.num_kv_heads
+        for name, value in (
+            ("attention heads", self.num_heads),
+            ("intermediate features", self.intermediate_size),
+            (
+                "key/value heads",
+                max(kv_heads, num_ranks) if num_ranks % kv_heads == 0 else kv_heads,
+            ),
+        ):
+            if value % num_ranks != 0:
+                raise ValueError(
+                    f"the model's {value} {name} cannot be split over {num_ranks} ranks"
+                )
+
 
 _FAMILIES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 

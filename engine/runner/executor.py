@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from engine import checkpoint
 from engine.config import EngineConfig
+from engine.device.select import select_device
 from engine.models.config import DecoderConfig
 from engine.ranks.group import Follower, GroupAddress, Leader
 from engine.ranks.parallel import TensorParallel
-from engine.runner.model_runner import ModelRunner, select_device
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.step import StepPlan, StepResult
 
 

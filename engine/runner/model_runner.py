@@ -1,31 +1,25 @@
 """Turns step plans into tokens on one rank's device."""
 
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Future
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.device.host_cache import HostCache
 from engine.device.kv_cache import KVCacheShape
-from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse
+from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse, num_blocks_for
+from engine.device.select import select_device
 from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
-from engine.device.transfer import ToHost, to_device
 from engine.models.config import DecoderConfig
 from engine.models.loader import load_model
 from engine.ranks.parallel import TensorParallel
 from engine.runner.forward_pass import ForwardPass
-from engine.runner.pending_step import PendingStep
 from engine.runner.warm_up import warm_up_plans
-from engine.sampling.grammar.matcher import GrammarMatchers
-from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
-from engine.sampling.processors import LogitsProcessor
-from engine.schedule.step import ScheduledRow, StepPlan
+from engine.sampling.pending_step import PendingStep
+from engine.sampling.sampler import Sampler
+from engine.schedule.step import StepPlan
 from kernels import AttentionNeeds, select_ops, watch_compilation
 
 
@@ -64,7 +58,7 @@ class ModelRunner:
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = eos_token_ids
-        _check_divisible(model_config, self.parallel.size)
+        model_config.check_divisible(self.parallel.size)
         self._config = config
         meter = MemoryMeter(self.device)
         before = meter.in_use()
@@ -83,12 +77,9 @@ class ModelRunner:
         # The last row belongs to no request: it pads the batches of recorded steps.
         num_rows = config.max_num_seqs + 1
         self.tables = DeviceTables(num_rows, self.max_len, config.block_size, self.device)
-        self._processor = LogitsProcessor(
-            self.tables.token_ids, self.vocab_size, eos_token_ids, self.ops
+        self.sampler = Sampler(
+            self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.parallel
         )
-        self.matchers = GrammarMatchers(self.vocab_size, self.device)
-        self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
-        self._prompt_logprobs = PromptLogprobs(self.tables.token_ids, self.model, self.ops)
         self.cache_shape = KVCacheShape.of(
             model_config, self.parallel, config.block_size, self.cache_dtype
         )
@@ -126,7 +117,9 @@ class ModelRunner:
         memory = DeviceMemory.of(self.device, self.parallel.size)
         host_cache = self.num_host_blocks * self.cache_shape.block_bytes
         own = host_cache if memory.is_host else peak + graphs
-        self.num_blocks = self._choose_num_blocks(memory, own)
+        self.num_blocks = self._config.num_blocks or self.parallel.agree_on_minimum(
+            num_blocks_for(self._config, memory, own, self.cache_shape.block_bytes, self.max_len)
+        )
         self.forward_pass.allocate(self.num_blocks)
         self.forward_pass.record()
         kv_cache = (self.num_blocks + 1) * self.cache_shape.block_bytes
@@ -155,145 +148,14 @@ class ModelRunner:
         self.forward_pass.close()
         return in_use, max(peak, in_use), graphs
 
-    def _choose_num_blocks(self, memory: DeviceMemory, own_bytes: int) -> int:
-        config, block_bytes = self._config, self.cache_shape.block_bytes
-        if config.num_blocks is not None:
-            return config.num_blocks
-        budget = config.kv_cache_memory_bytes
-        if budget is None:
-            budget = memory.kv_cache_budget(own_bytes, config.gpu_memory_utilization)
-            if memory.is_host:  # others need it too: no more than the rows could ever fill
-                blocks_per_row = -(-self.max_len // config.block_size)
-                budget = min(budget, (config.max_num_seqs * blocks_per_row + 1) * block_bytes)
-        num_blocks = budget // block_bytes - 1  # one is for padding
-        if num_blocks < 1:
-            raise MemoryError(
-                f"no memory is left for the KV cache: it has {budget} bytes, and the least, two "
-                f"blocks, takes {2 * block_bytes}; free some, lower block_size or "
-                "max_num_batched_tokens, or raise kv_cache_memory_bytes or, on a GPU, "
-                "gpu_memory_utilization"
-            )
-        return self.parallel.agree_on_minimum(num_blocks)
-
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Start a step, behind those before it; the host waits for nothing that a GPU does.
-
-        The sampled tokens also stay in the device's tables, where the next step finds them.
-        """
+        """Start a step, behind those before it; the host waits for nothing that a GPU does."""
         if self._host_cache is not None:
             self._host_cache.run(plan.copies, self.forward_pass.kv_caches)
-        self._enter_rows(plan)
-        sampling = [row for row in plan.scheduled if row.samples]
-        processed = self._processor.concerned(sampling)
-        constrained = self.matchers.constrained(sampling)
-        mask = None  # of the rows to be processed, computed while the model runs
-        if constrained and self.parallel.rank == 0:
-            mask = self.matchers.start([sampling[i].row for i in processed])
-        logits = self.forward(plan)
-        if not sampling:
-            return PendingStep()
-        rows, positions = self._tensor(
-            [[row.row for row in sampling], [row.end for row in sampling]]
-        )
-        tokens = self._sample(logits, sampling, rows, positions, processed, mask)
-        if constrained:  # only the leader follows the grammars, so its choice is everyone's
-            tokens = self.parallel.broadcast(tokens)
-        self.tables.token_ids[rows, positions] = tokens
-        brought = ToHost(tokens)
-        errors = self.matchers.accept(sampling, constrained, brought)
-        return PendingStep(
-            brought,
-            self._take_logprobs(logits, sampling, tokens),
-            self._prompt_logprobs.take([row.row for row in sampling]),
-            errors,
-        )
-
-    def _enter_rows(self, plan: StepPlan) -> None:
         for new in plan.new_rows:
             self.tables.enter(new)
-            self._processor.enter(new)
-            self._prompt_logprobs.enter(new)
-            self.matchers.enter(new)
-            self._num_logprobs.pop(new.row, None)
-            if new.params.logprobs is not None:
-                self._num_logprobs[new.row] = new.params.logprobs
+            self.sampler.enter(new)
         self.tables.append_blocks(plan.scheduled)
-
-    def _sample(
-        self,
-        logits: Tensor,
-        sampling: list[ScheduledRow],
-        rows: Tensor,
-        positions: Tensor,
-        processed: list[int],
-        mask: "Future[Tensor] | None",
-    ) -> Tensor:
-        """The next token of each row, [N] int64, from logits [N, V], which stay as they are."""
-        if not processed:
-            return self._draw(logits, rows, positions)
-        # In float32, for in 16 bits a small penalty would be lost in rounding; and only these rows,
-        # for a copy of all logits would be felt.
-        index = self._tensor(processed)
-        own = logits[index].float()
-        self._processor.process(
-            own,
-            [sampling[i].row for i in processed],
-            [sampling[i].end for i in processed],
-            mask.result() if mask is not None else None,
-        )
-        own_tokens = self._draw(own, rows[index], positions[index])
-        self._processor.count(rows[index], own_tokens)
-        if len(processed) == len(sampling):
-            return own_tokens
-        return self._draw(logits, rows, positions).index_copy(0, index, own_tokens)
-
-    def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        temperature, top_p, min_p = self.tables.shares.index_select(1, rows)
-        top_k, seeds = self.tables.numbers.index_select(1, rows)
-        return self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
-
-    def _take_logprobs(
-        self, logits: Tensor, sampling: list[ScheduledRow], tokens: Tensor
-    ) -> tuple[list[int], PendingLogprobs] | None:
-        """Of the rows that want them, and their indices in `sampling`; only the leader is asked."""
-        if not self._num_logprobs or self.parallel.rank != 0:
-            return None
-        wanted = [i for i, row in enumerate(sampling) if row.row in self._num_logprobs]
-        if not wanted:
-            return None
-        counts = [self._num_logprobs[sampling[i].row] for i in wanted]
-        if len(wanted) < len(sampling):
-            index = self._tensor(wanted)
-            logits, tokens = logits[index], tokens[index]
-        return wanted, take_logprobs(self.ops, logits, tokens, counts)
-
-    def forward(self, plan: StepPlan) -> Tensor:
-        """Logits [rows that sample, vocab] of a plan whose rows have been entered."""
-        hidden = self.forward_pass.hidden_states(plan.scheduled)
-        self._prompt_logprobs.collect(plan.scheduled, hidden)
-        ends = accumulate(row.num_tokens for row in plan.scheduled)
-        last = [end - 1 for row, end in zip(plan.scheduled, ends, strict=True) if row.samples]
-        return self.model.logits(hidden if len(last) == len(hidden) else hidden[self._tensor(last)])
-
-    def _tensor(self, values: Sequence[object]) -> Tensor:
-        return to_device(values, torch.int64, self.device)
-
-
-def select_device(name: str) -> torch.device:
-    """The configured device; raises ValueError when it is not there."""
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ValueError("device: 'cuda' was asked for, but torch sees no CUDA GPU; use 'cpu'")
-    return torch.device("cuda" if name != "cpu" and has_cuda else "cpu")
-
-
-def _check_divisible(model_config: DecoderConfig, size: int) -> None:
-    kv_heads = model_config.num_kv_heads
-    for name, value in (
-        ("attention heads", model_config.num_heads),
-        ("intermediate features", model_config.intermediate_size),
-        ("key/value heads", max(kv_heads, size) if size % kv_heads == 0 else kv_heads),
-    ):
-        if value % size != 0:
-            raise ValueError(f"the model's {value} {name} cannot be split over {size} ranks")
+        sampling = self.sampler.begin(plan.scheduled)
+        return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan.scheduled))

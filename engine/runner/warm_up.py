@@ -31,8 +31,28 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
         plan = StepPlan([], [])
         for row in range(config.max_num_seqs):
             num_tokens = length if row else first_length
-            plan.new_rows.append(NewRow(row, [0] * num_tokens, num_tokens, [], params, 0))
-            plan.scheduled.append(ScheduledRow("", row, 0, num_tokens, 0, [], True))
+            plan.new_rows.append(
+                NewRow(
+                    row=row,
+                    token_ids=[0] * num_tokens,
+                    num_prompt_tokens=num_tokens,
+                    block_table=[],
+                    params=params,
+                    seed=0,
+                )
+            )
+            plan.scheduled.append(_scheduled(row, num_tokens))
         plans.append(plan)
-    decoding = [ScheduledRow("", row, 0, 1, 0, [], True) for row in range(config.max_num_seqs)]
-    return [*plans, StepPlan([], decoding)]
+    return [*plans, StepPlan([], [_scheduled(row, 1) for row in range(config.max_num_seqs)])]
+
+
+def _scheduled(row: int, num_tokens: int) -> ScheduledRow:
+    return ScheduledRow(
+        request_id="",
+        row=row,
+        start=0,
+        num_tokens=num_tokens,
+        num_held_blocks=0,
+        new_blocks=[],
+        num_sampled=1,
+    )

@@ -13,7 +13,6 @@ full blocks published, at scheduling time: whoever gets them runs later.
 
 import time
 from bisect import insort
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,6 +31,14 @@ from engine.schedule.step import (
 # What a later arrival counts for, with the policy "shortest": a prompt that is longer by n tokens
 # is overtaken by n / 32 requests at most.
 _AGEING_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A plan, and the requests that get the tokens it brings: an id may have another owner then."""
+
+    plan: StepPlan
+    sampling: list[Request]
 
 
 @dataclass(slots=True)
@@ -69,8 +76,6 @@ class Scheduler:
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._max_len = max_len
-        # Per step in flight, who gets its tokens: an id alone may have found another owner.
-        self._sampling: deque[list[Request]] = deque()
         self._eos_token_ids = eos_token_ids
 
     def add(self, request: Request) -> None:
@@ -104,7 +109,7 @@ class Scheduler:
         if request is not None:
             self._remove(request)
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self) -> Step | None:
         """Plan one step; None when nothing can run before a result arrives.
 
         Rows that compute one token come first: attention has a kernel of its own for them.
@@ -118,8 +123,7 @@ class Scheduler:
             return None
         plan.copies.extend(self.pool.take_copies())
         plan.scheduled.sort(key=lambda row: row.num_tokens > 1)
-        self._sampling.append([self.requests[r.request_id] for r in plan.scheduled if r.samples])
-        return plan
+        return Step(plan, [self.requests[r.request_id] for r in plan.scheduled if r.num_sampled])
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         """Returns the budget that is left.
@@ -217,12 +221,12 @@ class Scheduler:
         insort(self.running, request, key=_order)
         plan.new_rows.append(
             NewRow(
-                request.row,
-                list(request.token_ids),
-                len(request.prompt_token_ids),
-                cached,
-                request.params,
-                request.seed,
+                row=request.row,
+                token_ids=list(request.token_ids),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                block_table=cached,
+                params=request.params,
+                seed=request.seed,
             )
         )
 
@@ -232,20 +236,20 @@ class Scheduler:
         new_blocks = self.pool.allocate(self._num_new_blocks(request, num_tokens))
         request.block_table += new_blocks
         start = request.num_computed
-        samples = start + num_tokens == request.num_tokens
+        num_sampled = int(start + num_tokens == request.num_tokens)
         plan.scheduled.append(
             ScheduledRow(
-                request.id,
-                request.row,
-                start,
-                num_tokens,
-                num_held,
-                new_blocks,
-                samples,
+                request_id=request.id,
+                row=request.row,
+                start=start,
+                num_tokens=num_tokens,
+                num_held_blocks=num_held,
+                new_blocks=new_blocks,
+                num_sampled=num_sampled,
             )
         )
         request.num_computed += num_tokens
-        request.num_pending += samples
+        request.num_pending += num_sampled
         self._publish(request)
 
     def _publish(self, request: Request) -> None:
@@ -257,52 +261,64 @@ class Scheduler:
                 self.pool.publish(request.block_table[i], hashes[i])
             request.num_published = num_full
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
-        """Take in the tokens of the oldest step in flight. Requests gone meanwhile are skipped."""
+    def update(self, step: Step, result: StepResult) -> list[TokenDelta]:
+        """Take in what a step has brought. Requests gone meanwhile are skipped.
+
+        Steps are taken in in the order in which they were scheduled.
+        """
         deltas = []
-        sampling = self._sampling.popleft()
-        for i, (request, token) in enumerate(zip(sampling, result.token_ids, strict=True)):
+        for i, (request, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
             if self.requests.get(request.id) is not request:
                 continue
             request.num_pending -= 1
             if i in result.errors:
                 self._remove(request)
-                deltas.append(TokenDelta(request.id, [], "error", error=result.errors[i]))
+                error = result.errors[i]
+                deltas.append(TokenDelta(request_id=request.id, finish_reason="error", error=error))
                 continue
-            request.append(token)
-            self._publish(request)
-            delta = self._delta(
-                request, token, result.logprobs.get(i), result.prompt_logprobs.get(i)
+            delta = self._take_in(
+                request, tokens, result.logprobs.get(i), result.prompt_logprobs.get(i)
             )
             if delta.finish_reason is not None:
                 self._remove(request)
             deltas.append(delta)
-        self.stats.output_tokens += len(deltas)
+            self.stats.output_tokens += len(delta.token_ids)
         return deltas
 
-    def _delta(
+    def _take_in(
         self,
         request: Request,
-        token: int,
-        logprobs: TokenLogprobs | None,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs] | None,
         prompt_logprobs: list[TokenLogprobs] | None,
     ) -> TokenDelta:
-        reason, stop_token = None, None
-        if token in request.params.stop_token_ids:
-            reason, stop_token = "stop", token
-        elif token in self._eos_token_ids and not request.params.ignore_eos:
-            reason = "stop"
-        elif len(request.token_ids) >= request.max_len:
-            reason = "length"
+        """Append a row's tokens, up to one that ends the request."""
+        ending: tuple[str | None, int | None] = (None, None)
+        num_taken = 0
+        while num_taken < len(tokens) and ending[0] is None:
+            request.append(tokens[num_taken])
+            ending = self._ending(request, tokens[num_taken])
+            num_taken += 1
+        self._publish(request)
         return TokenDelta(
-            request.id,
-            [token],
-            reason,
-            stop_token,
-            request.num_cached or 0,
-            None if logprobs is None else [logprobs],
-            prompt_logprobs,
+            request_id=request.id,
+            token_ids=tokens[:num_taken],
+            finish_reason=ending[0],
+            stop_token=ending[1],
+            num_cached_tokens=request.num_cached or 0,
+            logprobs=None if logprobs is None else logprobs[:num_taken],
+            prompt_logprobs=prompt_logprobs,
         )
+
+    def _ending(self, request: Request, token: int) -> tuple[str | None, int | None]:
+        """(finish reason, stop token) if this token, its last, ends the request."""
+        if token in request.params.stop_token_ids:
+            return "stop", token
+        if token in self._eos_token_ids and not request.params.ignore_eos:
+            return "stop", None
+        if len(request.token_ids) >= request.max_len:
+            return "length", None
+        return None, None
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.id]

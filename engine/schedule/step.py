@@ -9,7 +9,7 @@ from typing import NamedTuple
 from engine.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NewRow:
     """A request enters a row of the device tables; whatever the row held before is gone."""
 
@@ -21,7 +21,7 @@ class NewRow:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledRow:
     """One request's share of a step: compute tokens start .. start + num_tokens - 1 of its row."""
 
@@ -31,11 +31,11 @@ class ScheduledRow:
     num_tokens: int
     num_held_blocks: int  # block table length before this step
     new_blocks: list[int]  # appended to the block table in this step
-    samples: bool  # whether its last token's logits yield the next token
+    num_sampled: int  # of its last tokens, whose logits each yield the token that follows
 
     @property
     def end(self) -> int:
-        """The position of the next token."""
+        """The position of the token after its last."""
         return self.start + self.num_tokens
 
 
@@ -68,21 +68,22 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    token_ids: list[int]  # one per scheduled row that samples, in the plan's order
-    # By index in token_ids, for the rows that ask for them.
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    # The same, for rows whose prompt is computed: from its second token on.
+    """Lists by the scheduled rows that sample, in the plan's order; dicts by index in those."""
+
+    token_ids: list[list[int]]  # what each row goes on with
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one per token
+    # Of rows whose prompt is computed: from its second token on.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    # By index in token_ids, why a row cannot go on; its token means nothing.
+    # Why a row cannot go on; its tokens mean nothing.
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 
     request_id: str
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length"; "error" with an error
     stop_token: int | None = None  # the token of stop_token_ids that ended it
     num_cached_tokens: int = 0

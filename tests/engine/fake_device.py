@@ -66,10 +66,10 @@ class FakeDevice:
                 assert self._slots[self._slot(row.row, position)] == self._prefix(
                     row.row, position + 1
                 ), "the cache holds another text than the request's"
-            if row.samples:
+            if row.num_sampled:
                 token = next_token(self._prefix(row.row, end), self._vocab_size)
                 self._tokens[row.row][end] = token
-                sampled.append(token)
+                sampled.append([token])
         return StepResult(sampled)
 
     def content(self, block: int) -> list[tuple[int, ...] | None]:

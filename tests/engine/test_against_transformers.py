@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.models.config import DecoderConfig
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, ScheduledRow
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import (
@@ -87,16 +87,34 @@ def enter(runner: ModelRunner, sequences: list[list[int]]) -> None:
     for row, tokens in enumerate(sequences):
         table = [blocks.pop() for _ in range(-(-len(tokens) // BLOCK_SIZE))]
         params = SamplingParams(temperature=0.0)
-        runner.tables.enter(NewRow(row, tokens, len(tokens), table, params, seed=0))
+        runner.tables.enter(
+            NewRow(
+                row=row,
+                token_ids=tokens,
+                num_prompt_tokens=len(tokens),
+                block_table=table,
+                params=params,
+                seed=0,
+            )
+        )
 
 
 def forward(runner: ModelRunner, *chunks: tuple[int, int, int]) -> Tensor:
     """Logits of the last token of each chunk (row, start, end), all in one step."""
     scheduled = [
-        ScheduledRow(str(row), row, start, end - start, -(-end // BLOCK_SIZE), [], samples=True)
+        ScheduledRow(
+            request_id=str(row),
+            row=row,
+            start=start,
+            num_tokens=end - start,
+            num_held_blocks=-(-end // BLOCK_SIZE),
+            new_blocks=[],
+            num_sampled=1,
+        )
         for row, start, end in chunks
     ]
-    return runner.forward(StepPlan([], scheduled)).float()
+    hidden = runner.forward_pass.hidden_states(scheduled)
+    return runner.sampler.logits(scheduled, hidden).float()
 
 
 LENGTHS = [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 50, 97, 128]

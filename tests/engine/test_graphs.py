@@ -13,8 +13,8 @@ from engine.config import EngineConfig
 from engine.device.recorded_steps import DecodeGraphs, default_sizes
 from engine.runner import model_runner
 from engine.runner.model_runner import ModelRunner
-from engine.runner.pending_step import PendingStep
 from engine.runner.warm_up import warm_up_plans
+from engine.sampling.pending_step import PendingStep
 from engine.schedule.step import StepPlan
 from kernels import select_ops
 from kernels.cpu.build import instruction_set
@@ -275,8 +275,9 @@ def test_rehearsal_leaves_no_trace(checkpoints: CheckpointFactory, recorder: Fak
     """Neither penalties nor logprobs of the rehearsed requests are left in the rows."""
     with new_engine(checkpoints("mistral"), max_num_seqs=4) as engine:
         assert recorder.num_recorded == 2 * len(default_sizes(4)), "once to measure, once to keep"
-        assert not engine.runner._num_logprobs
-        assert not engine.runner._processor._rules
+        sampler, everywhere = engine.runner.sampler, [range(4)] * 2
+        assert not sampler._num_logprobs
+        assert not any(processor.concerned(*everywhere) for processor in sampler.processors)
         assert engine.runner.memory.activations is not None
 
 

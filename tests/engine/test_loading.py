@@ -20,7 +20,7 @@ from engine.models.loader import load_dummy_weights, load_weights
 from engine.ranks.parallel import TensorParallel
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, ScheduledRow
 from kernels import select_ops
 from tests.conftest import CheckpointFactory
 
@@ -372,8 +372,26 @@ def test_ranks_together_compute_the_same_logits(
     def run_rank(key: int, parallel: TensorParallel) -> None:
         model_config = DecoderConfig.from_checkpoint(directory)
         runner = ModelRunner(config, model_config, directory, parallel=parallel)
-        runner.tables.enter(NewRow(0, tokens, 40, [2, 0], SamplingParams(), seed=0))
-        logits[key] = runner.forward(StepPlan([], [ScheduledRow("", 0, 0, 40, 2, [], True)]))
+        runner.tables.enter(
+            NewRow(
+                row=0,
+                token_ids=tokens,
+                num_prompt_tokens=40,
+                block_table=[2, 0],
+                params=SamplingParams(),
+                seed=0,
+            )
+        )
+        row = ScheduledRow(
+            request_id="",
+            row=0,
+            start=0,
+            num_tokens=40,
+            num_held_blocks=2,
+            new_blocks=[],
+            num_sampled=1,
+        )
+        logits[key] = runner.sampler.logits([row], runner.forward_pass.hidden_states([row]))
 
     run_rank(-1, TensorParallel())
     group: Any = (Barrier(size, timeout=60), [None] * size)

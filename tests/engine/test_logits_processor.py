@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.sampling.processors import LogitsProcessor
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
+from engine.schedule.step import NewRow, ScheduledRow, StepPlan
 from kernels.reference import penalize
 from tests.checkpoints import VOCAB_SIZE, load_oracle
 from tests.conftest import CheckpointFactory
@@ -156,6 +157,46 @@ def test_rules_hold_for_resumed_requests(
     assert rest == expected
 
 
+@torch.inference_mode()
+def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
+    checkpoints: CheckpointFactory, plain: list[list[int]]
+) -> None:
+    """Penalties and bans of each are those of the tokens before it, and of no others."""
+    num_sampled, num_blocks = 5, 8
+    with new_engine(checkpoints("qwen3"), max_num_seqs=32) as engine:
+        requests = ruled_requests(plain)
+        texts = tokens_of(run(engine, requests))
+        whole = [pair for pair in zip(requests, texts, strict=True) if len(pair[1]) == NUM_OUTPUT]
+        plan = StepPlan([], [])
+        for row, (request, text) in enumerate(whole):
+            tokens = request.prompt_token_ids + text
+            new = NewRow(
+                row=row,
+                token_ids=tokens[:-num_sampled],
+                num_prompt_tokens=len(request.prompt_token_ids),
+                block_table=list(range(row * num_blocks, (row + 1) * num_blocks)),
+                params=request.params,
+                seed=request.seed,
+            )
+            # The last tokens stand in the row as drafts would: it has not been given them.
+            engine.runner.tables.enter(replace(new, token_ids=tokens))
+            engine.runner.sampler.enter(new)
+            plan.scheduled.append(
+                ScheduledRow(
+                    request_id=request.id,
+                    row=row,
+                    start=0,
+                    num_tokens=len(tokens) - 1,
+                    num_held_blocks=num_blocks,
+                    new_blocks=[],
+                    num_sampled=num_sampled,
+                )
+            )
+        result = engine.runner.launch(plan).result()
+    assert len(whole) > 10
+    assert result.token_ids == [text[-num_sampled:] for _, text in whole]
+
+
 def test_a_row_forgets_the_rules_of_its_predecessor(
     checkpoints: CheckpointFactory, plain: list[list[int]]
 ) -> None:
@@ -175,9 +216,9 @@ def test_a_batch_without_rules_does_none_of_this(
 
     with new_engine(checkpoints("qwen3")) as engine:
         run(engine, ruled_requests(plain))
-        for name in ("process", "count"):
-            monkeypatch.setattr(LogitsProcessor, name, fail)
-        monkeypatch.setattr("engine.runner.model_runner.take_logprobs", fail)
+        for processor in engine.runner.sampler.processors:
+            monkeypatch.setattr(processor, "process", fail)
+        monkeypatch.setattr("engine.sampling.sampler.take_logprobs", fail)
         draws, steps = [], engine.num_steps
         sample = engine.runner.ops.sample
         object.__setattr__(
@@ -202,7 +243,7 @@ def test_a_small_bias_is_not_lost_in_the_rounding_of_half_precision(
     """It decides between equal logits, though two bfloat16 of their size differ by 0.5."""
     equal = torch.full((2, VOCAB_SIZE), 100.0, dtype=torch.bfloat16)
     with new_engine(checkpoints("qwen3"), dtype="bfloat16") as engine:
-        monkeypatch.setattr(engine.runner, "forward", lambda plan: equal)
+        monkeypatch.setattr(engine.runner.sampler, "logits", lambda *_: equal)
         requests = [
             Request(str(t), [5], SamplingParams(max_tokens=1, logit_bias={t: 0.01}, top_k=1), 0)
             for t in (7, 200)

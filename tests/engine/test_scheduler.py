@@ -8,8 +8,8 @@ from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.request import Request, RequestLimits
-from engine.schedule.scheduler import Scheduler
-from engine.schedule.step import StepPlan, StepResult, TokenDelta
+from engine.schedule.scheduler import Scheduler, Step
+from engine.schedule.step import StepResult, TokenDelta
 
 EOS = 99
 
@@ -43,25 +43,28 @@ def add(
     return request
 
 
-def planned(plan: StepPlan | None) -> dict[str, tuple[int, int, bool]]:
+def planned(step: Step | None) -> dict[str, tuple[int, int, bool]]:
     """{request id: (start, number of tokens, whether it samples)}"""
-    assert plan is not None
-    return {row.request_id: (row.start, row.num_tokens, row.samples) for row in plan.scheduled}
+    assert step is not None
+    return {
+        row.request_id: (row.start, row.num_tokens, row.num_sampled == 1)
+        for row in step.plan.scheduled
+    }
 
 
-def retire(scheduler: Scheduler, plan: StepPlan | None, token: int = 7) -> list[TokenDelta]:
-    """The step has run, and each row that samples has brought this token."""
-    assert plan is not None
-    sampled = [token for row in plan.scheduled if row.samples]
-    deltas = scheduler.update(plan, StepResult(sampled))
+def retire(scheduler: Scheduler, step: Step | None, *tokens: int) -> list[TokenDelta]:
+    """The step has run, and each row that samples has brought these tokens."""
+    assert step is not None
+    sampled = [list(tokens or (7,)) for _ in step.sampling]
+    deltas = scheduler.update(step, StepResult(sampled))
     scheduler.pool.check(scheduler.live_block_tables())
     return deltas
 
 
 def step(scheduler: Scheduler, token: int = 7) -> dict[str, tuple[int, int, bool]]:
-    plan = scheduler.schedule()
-    retire(scheduler, plan, token)
-    return planned(plan)
+    scheduled = scheduler.schedule()
+    retire(scheduler, scheduled, token)
+    return planned(scheduled)
 
 
 # --- The token budget -------------------------------------------------------------------------
@@ -118,12 +121,12 @@ def test_no_more_requests_run_than_there_are_rows() -> None:
 def test_a_row_is_announced_with_all_that_the_device_must_know() -> None:
     scheduler = new_scheduler()
     request = add(scheduler, "a", [1, 2, 3], output=(4,), temperature=0.5)
-    plan = scheduler.schedule()
-    assert plan is not None
-    (new,) = plan.new_rows
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    (new,) = scheduled.plan.new_rows
     assert (new.token_ids, new.num_prompt_tokens) == ([1, 2, 3, 4], 3)
     assert (new.params, new.seed, new.block_table) == (request.params, 0, [])
-    assert plan.scheduled[0].row == new.row
+    assert scheduled.plan.scheduled[0].row == new.row
 
 
 # --- Steps in flight --------------------------------------------------------------------------
@@ -135,8 +138,37 @@ def test_the_next_step_is_planned_before_the_token_is_known() -> None:
     first, second = scheduler.schedule(), scheduler.schedule()
     assert planned(first) == {"a": (0, 4, True)}
     assert planned(second) == {"a": (4, 1, True)}
-    assert [delta.token_ids for delta in retire(scheduler, first, token=5)] == [[5]]
-    assert [delta.token_ids for delta in retire(scheduler, second, token=6)] == [[6]]
+    assert [delta.token_ids for delta in retire(scheduler, first, 5)] == [[5]]
+    assert [delta.token_ids for delta in retire(scheduler, second, 6)] == [[6]]
+
+
+def test_a_step_may_bring_a_row_several_tokens() -> None:
+    """What is not computed of them is caught up with, as with any other tokens."""
+    scheduler = new_scheduler()
+    request = add(scheduler, "a", 4)
+    (delta,) = retire(scheduler, scheduler.schedule(), 5, 6, 8)
+    assert delta.token_ids == request.output_token_ids == [5, 6, 8]
+    assert step(scheduler) == {"a": (4, 3, True)}
+    assert step(scheduler) == {"a": (7, 1, True)}
+    assert scheduler.stats.output_tokens == 5
+
+
+@pytest.mark.parametrize(
+    "tokens, kept, reason, params",
+    [
+        ((5, EOS, 8), [5, EOS], "stop", {}),
+        ((5, 6, 8), [5, 6], "length", dict(max_tokens=2)),
+        ((5, 6, 8), [5, 6], "stop", dict(stop_token_ids=[6])),
+    ],
+)
+def test_what_a_step_brings_after_an_ending_is_dropped(
+    tokens: tuple[int, ...], kept: list[int], reason: str, params: dict[str, Any]
+) -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", 4, **params)
+    (delta,) = retire(scheduler, scheduler.schedule(), *tokens)
+    assert (delta.token_ids, delta.finish_reason) == (kept, reason)
+    assert not scheduler.requests and scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
 def test_nothing_is_planned_past_the_last_token() -> None:
@@ -155,7 +187,7 @@ def test_what_ran_after_the_ending_is_dropped() -> None:
     scheduler = new_scheduler()
     add(scheduler, "a", 4)
     first, second = scheduler.schedule(), scheduler.schedule()
-    (delta,) = retire(scheduler, first, token=EOS)
+    (delta,) = retire(scheduler, first, EOS)
     assert delta.finish_reason == "stop"
     assert retire(scheduler, second) == []
 
@@ -164,12 +196,12 @@ def test_an_aborted_request_is_forgotten_at_once_and_its_tokens_dropped() -> Non
     scheduler = new_scheduler()
     add(scheduler, "a", 4)
     add(scheduler, "b", 4)
-    plan = scheduler.schedule()
+    scheduled = scheduler.schedule()
     scheduler.abort("a")
     scheduler.abort("a")
     scheduler.abort("never there")
     assert scheduler.pool.num_free == 99
-    assert [delta.request_id for delta in retire(scheduler, plan)] == ["b"]
+    assert [delta.request_id for delta in retire(scheduler, scheduled)] == ["b"]
 
 
 def test_a_waiting_request_can_be_aborted() -> None:
@@ -192,10 +224,10 @@ def test_a_live_id_cannot_be_used_twice() -> None:
 def test_an_id_used_again_after_an_abort_gets_no_token_of_its_predecessor() -> None:
     scheduler = new_scheduler()
     add(scheduler, "a", 4)
-    plan = scheduler.schedule()
+    scheduled = scheduler.schedule()
     scheduler.abort("a")
     add(scheduler, "a", 4)
-    assert retire(scheduler, plan) == []
+    assert retire(scheduler, scheduled) == []
 
 
 # --- Endings ----------------------------------------------------------------------------------
@@ -233,9 +265,9 @@ def test_the_window_ends_a_request_without_max_tokens() -> None:
 def test_a_resumed_request_goes_on_where_it_was() -> None:
     scheduler = new_scheduler()
     add(scheduler, "a", 4, output=(5, 6), max_tokens=3)
-    plan = scheduler.schedule()
-    assert planned(plan) == {"a": (0, 6, True)}
-    (delta,) = retire(scheduler, plan)
+    scheduled = scheduler.schedule()
+    assert planned(scheduled) == {"a": (0, 6, True)}
+    (delta,) = retire(scheduler, scheduled)
     assert (delta.token_ids, delta.finish_reason) == ([7], "length")
 
 
@@ -255,11 +287,14 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     first = add(scheduler, "a", PROMPT)
     step(scheduler)
     add(scheduler, "b", [*PROMPT, 13, 14])
-    plan = scheduler.schedule()
-    assert planned(plan)["b"] == (12, 2, True)
-    assert plan is not None
-    assert plan.new_rows[0].block_table == first.block_table[:3]
-    assert {d.request_id: d.num_cached_tokens for d in retire(scheduler, plan)} == {"a": 0, "b": 12}
+    scheduled = scheduler.schedule()
+    assert planned(scheduled)["b"] == (12, 2, True)
+    assert scheduled is not None
+    assert scheduled.plan.new_rows[0].block_table == first.block_table[:3]
+    assert {d.request_id: d.num_cached_tokens for d in retire(scheduler, scheduled)} == {
+        "a": 0,
+        "b": 12,
+    }
 
 
 def test_the_last_token_of_a_cached_prompt_is_always_computed() -> None:
@@ -294,9 +329,9 @@ def test_output_is_cached_too() -> None:
 def test_output_is_cached_when_its_tokens_become_known_after_the_last_plan() -> None:
     scheduler = new_scheduler()
     add(scheduler, "a", [1, 2], max_tokens=7)
-    plans = [scheduler.schedule() for _ in range(7)]
-    for plan in plans:
-        retire(scheduler, plan)
+    steps = [scheduler.schedule() for _ in range(7)]
+    for scheduled in steps:
+        retire(scheduler, scheduled)
     add(scheduler, "b", [1, 2] + 7 * [7] + [3])
     assert step(scheduler) == {"b": (8, 2, True)}
 
@@ -374,7 +409,7 @@ def crowded(num_steps: int = 5) -> tuple[Scheduler, Request, Request]:
     return scheduler, a, b
 
 
-def preempted_with_its_token_in_flight() -> tuple[Scheduler, Request, StepPlan]:
+def preempted_with_its_token_in_flight() -> tuple[Scheduler, Request, Step]:
     """Request b was preempted by the step after the one that is still in flight."""
     scheduler, _, b = crowded(num_steps=4)
     in_flight = scheduler.schedule()
@@ -398,12 +433,12 @@ def test_a_preempted_request_comes_back_with_all_its_tokens() -> None:
     step(scheduler)
     scheduler.abort("a")
     tokens = list(b.token_ids)
-    plan = scheduler.schedule()
-    assert plan is not None
-    assert plan.new_rows[0].token_ids == tokens
-    assert plan.new_rows[0].num_prompt_tokens == 3
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    assert scheduled.plan.new_rows[0].token_ids == tokens
+    assert scheduled.plan.new_rows[0].num_prompt_tokens == 3
     # Its first block was still in the cache.
-    assert planned(plan) == {"b": (4, 4, True)}
+    assert planned(scheduled) == {"b": (4, 4, True)}
 
 
 def test_a_preempted_request_is_the_first_to_come_back() -> None:
@@ -419,15 +454,15 @@ def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
     assert b.num_pending == 1
     scheduler.abort("a")
     assert scheduler.schedule() is None
-    deltas = {delta.request_id: delta for delta in retire(scheduler, in_flight, token=5)}
+    deltas = {delta.request_id: delta for delta in retire(scheduler, in_flight, 5)}
     assert deltas["b"].token_ids == [5]
-    plan = scheduler.schedule()
-    assert plan is not None and plan.new_rows[0].token_ids[-1] == 5
+    scheduled = scheduler.schedule()
+    assert scheduled is not None and scheduled.plan.new_rows[0].token_ids[-1] == 5
 
 
 def test_a_request_may_end_while_it_is_preempted() -> None:
     scheduler, _, in_flight = preempted_with_its_token_in_flight()
-    retire(scheduler, in_flight, token=EOS)
+    retire(scheduler, in_flight, EOS)
     assert not scheduler.requests and not scheduler.waiting
     assert scheduler.pool.num_free == 4
 

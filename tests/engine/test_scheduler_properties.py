@@ -157,10 +157,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         ]
         queue = list(scheduler.waiting)
         preemptions = scheduler.stats.preemptions
-        plan = scheduler.schedule()
-        if plan is None:
+        step = scheduler.schedule()
+        if step is None:
             assert self.in_flight or not scheduler.requests, "stuck: nothing runs, nothing will"
             return
+        plan = step.plan
         self._check_plan(plan)
         planned = {row.request_id for row in plan.scheduled}
         for request in had_work:
@@ -178,7 +179,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             event("prefix restored from host memory")
         if any(new.block_table for new in plan.new_rows):
             event("prefix found")
-        self.in_flight.append((plan, repr(plan)))
+        self.in_flight.append((step, repr(plan)))
 
     def _check_plan(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
@@ -190,13 +191,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = self.scheduler.requests[row.request_id]
             assert request.row == row.row
             assert row.start + row.num_tokens < request.max_len, "nobody will see the token"
-            known = len(request.token_ids) + request.num_pending - row.samples
-            assert row.samples == (row.start + row.num_tokens == known)
+            known = len(request.token_ids) + request.num_pending - row.num_sampled
+            assert row.num_sampled == (row.start + row.num_tokens == known)
 
     def retire(self) -> None:
-        plan, as_made = self.in_flight.popleft()
-        assert repr(plan) == as_made, "a plan changed while it was in flight"
-        for delta in self.scheduler.update(plan, self.device.execute(plan)):
+        step, as_made = self.in_flight.popleft()
+        assert repr(step.plan) == as_made, "a plan changed while it was in flight"
+        for delta in self.scheduler.update(step, self.device.execute(step.plan)):
             assert delta.request_id not in self.aborted, "a token for an aborted request"
             assert not self.endings[delta.request_id], "a token after the ending"
             expected, received = self.expected[delta.request_id], self.received[delta.request_id]

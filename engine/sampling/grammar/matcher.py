@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from engine.device.transfer import ToHost
+from engine.sampling.processor import LogitsRows
 from engine.schedule.request import Request
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import NewRow
+from kernels import Ops
 
 # What a request may use of the processor's time for its grammar: an ambiguous one takes ever
 # longer, the longer the text. Many times what honest ones need (about 0.1 ms per token).
@@ -113,17 +115,20 @@ class GrammarMatchers:
             output = new.token_ids[new.num_prompt_tokens :]
             self._rows[new.row] = _Row(grammar, output)
 
-    def constrained(self, sampling: Sequence[ScheduledRow]) -> list[int]:
-        """Which of the rows have a grammar, by index."""
-        if not self._rows or self._rows.keys().isdisjoint([row.row for row in sampling]):
+    def constrained(self, rows: Sequence[int]) -> list[int]:
+        """Which of these rows have a grammar, by index."""
+        if not self._rows or self._rows.keys().isdisjoint(rows):
             return []
-        return [i for i, row in enumerate(sampling) if row.row in self._rows]
+        return [i for i, row in enumerate(rows) if row in self._rows]
 
     def start(self, rows: Sequence[int]) -> "Future[Tensor]":
         """Compute, beside the caller, the bitmask [N, ceil(V / 32)] int32 of these rows.
 
-        Those without a grammar may have any token.
+        Those without a grammar may have any token, those with one come once: what may follow a
+        token that is not drawn yet is not known here.
         """
+        own = [rows[i] for i in self.constrained(rows)]
+        assert len(set(own)) == len(own), "a row with a grammar samples one position at a time"
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "grammar-matcher")
         return self._thread.submit(self._fill, [self._rows.get(row) for row in rows])
@@ -136,17 +141,15 @@ class GrammarMatchers:
                 row.fill(bitmask, i)
         return bitmask
 
-    def accept(
-        self, sampling: Sequence[ScheduledRow], constrained: Sequence[int], tokens: ToHost
-    ) -> dict[int, str]:
-        """A step brings its rows these tokens, [N]; why some cannot go on, by their index.
+    def accept(self, rows: Sequence[int], tokens: ToHost) -> dict[int, str]:
+        """A step brings these rows these tokens, both [N]; why some cannot go on, by their index.
 
         Of those the tokens mean nothing. The others' count when the next mask is computed, which
         waits for them if need be.
         """
         errors = {}
-        for i in constrained:
-            place = self._rows[sampling[i].row]
+        for i in self.constrained(rows):
+            place = self._rows[rows[i]]
             place.accept(tokens, i)
             if place.error is not None:
                 errors[i] = f"structured_outputs: {place.error}"
@@ -155,3 +158,32 @@ class GrammarMatchers:
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown()
+
+
+class GrammarMask:
+    """The matchers as a processor; on ranks other than the leader it does nothing."""
+
+    def __init__(
+        self, matchers: GrammarMatchers, rank: int, device: torch.device, ops: Ops
+    ) -> None:
+        self._matchers = matchers
+        self._leads = rank == 0
+        self._device = device
+        self._ops = ops
+        self._mask: Future[Tensor] | None = None  # of the step that has begun
+
+    def enter(self, new: NewRow) -> None:
+        self._matchers.enter(new)
+
+    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+        return self._matchers.constrained(rows)
+
+    def prepare(self, at: LogitsRows) -> None:
+        self._mask = None
+        if self._leads and self._matchers.constrained(at.rows):
+            self._mask = self._matchers.start(at.rows)
+
+    def process(self, logits: Tensor, at: LogitsRows) -> None:
+        if self._mask is not None:
+            mask = self._mask.result()
+            self._ops.apply_bitmask(logits, mask.to(self._device, non_blocking=True))

@@ -2,15 +2,16 @@
 
 from engine.device.transfer import ToHost
 from engine.sampling.logprobs import PendingLogprobs
-from engine.schedule.step import StepResult
+from engine.schedule.step import StepResult, TokenLogprobs
 
 
 class PendingStep:
     """A step that has been launched; without arguments, one that brings nothing.
 
     Args:
-        tokens: [N] int64, of the N rows that sample.
-        logprobs: indices of the rows that want them, and what they get.
+        tokens: [N] int64, of all rows that sample, end to end.
+        num_sampled: how many of them each of these rows has.
+        logprobs: which rows have some, by index, once for each position, and those of all.
         prompt_logprobs: parts of the prompt's, by index of the row.
         errors: why rows cannot go on, by their index.
     """
@@ -18,11 +19,13 @@ class PendingStep:
     def __init__(
         self,
         tokens: ToHost | None = None,
+        num_sampled: list[int] | None = None,
         logprobs: tuple[list[int], PendingLogprobs] | None = None,
         prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
         errors: dict[int, str] | None = None,
     ) -> None:
         self._tokens = tokens
+        self._num_sampled = num_sampled or []
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs or {}
         self._errors = errors or {}
@@ -31,11 +34,14 @@ class PendingStep:
         """What it has brought, once it has."""
         if self._tokens is None:
             return StepResult([])
-        logprobs = {}
+        logprobs: dict[int, list[TokenLogprobs]] = {}
         if self._logprobs is not None:
-            logprobs = dict(zip(self._logprobs[0], self._logprobs[1].wait(), strict=True))
+            for i, position in zip(self._logprobs[0], self._logprobs[1].wait(), strict=True):
+                logprobs.setdefault(i, []).append(position)
         prompt_logprobs = {
             i: [position for part in parts for position in part.wait()]
             for i, parts in self._prompt_logprobs.items()
         }
-        return StepResult(self._tokens.wait().tolist(), logprobs, prompt_logprobs, self._errors)
+        tokens = iter(self._tokens.wait().tolist())
+        token_ids = [[next(tokens) for _ in range(count)] for count in self._num_sampled]
+        return StepResult(token_ids, logprobs, prompt_logprobs, self._errors)
