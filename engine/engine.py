@@ -3,23 +3,22 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from engine import checkpoint
 from engine.config import EngineConfig
 from engine.ranks.group import Leader
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
+from engine.sampling.grammar.prerequisite import CompiledGrammars
+from engine.schedule.antechamber import Antechamber
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
 from engine.schedule.step import StepPlan, StepResult, TokenDelta
-from engine.structured_outputs import StructuredOutputs
 
-# How long an engine with nothing else to do waits for grammars before it looks around again.
-_COMPILING_WAIT_S = 0.005
+# How long an engine with nothing else to do waits for what requests need before it looks around.
+_ANTECHAMBER_WAIT_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,8 @@ class Engine:
             self.runner.num_blocks, config.enable_prefix_caching, self.runner.num_host_blocks
         )
         self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
-        self._compiler: GrammarCompiler | None = None
-        self._compiling: dict[str, tuple[Request, Future[Any]]] = {}
+        grammars = CompiledGrammars(self._new_grammar_compiler, self.runner.sampler.matchers)
+        self._antechamber = Antechamber([grammars])
         self._in_flight: deque[_InFlight] = deque()
         self.num_steps = 0
         # When set to a deque, collects (step number, plan) of every launch.
@@ -77,59 +76,48 @@ class Engine:
             raise ValueError(
                 "bad_words: an engine knows no words; give their tokens as bad_words_token_ids"
             )
-        if request.id in self._compiling:
+        if request.id in self._antechamber:
             raise ValueError(f"a request with id {request.id!r} is already live")
-        wanted = request.params.structured_outputs
-        if wanted is None:
+        if not self._antechamber.enter(request):
             self.scheduler.add(request)
-        else:
-            self._compiling[request.id] = request, self._compile(wanted)
 
-    def _compile(self, wanted: StructuredOutputs) -> "Future[Any]":
-        if self._compiler is None:
-            directory = checkpoint.resolve(self.config.model, self.config.revision)
-            eos = sorted(self.runner.eos_token_ids)
-            self._compiler = GrammarCompiler(directory, self.runner.vocab_size, eos)
-        return self._compiler.compile(wanted)
+    def _new_grammar_compiler(self) -> GrammarCompiler:
+        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        eos = sorted(self.runner.eos_token_ids)
+        return GrammarCompiler(directory, self.runner.vocab_size, eos)
 
-    def _queue_compiled(self) -> list[TokenDelta]:
-        """Queue the requests whose grammar is there; returns the endings of those without one."""
-        if not self._compiling:
+    def _queue_ready(self) -> list[TokenDelta]:
+        """Queue the requests that need nothing more; returns the endings of the refused."""
+        if not self._antechamber:
             return []
         if not (self._in_flight or self.scheduler.requests):  # nothing else to do meanwhile
-            wait([grammar for _, grammar in self._compiling.values()], _COMPILING_WAIT_S)
+            self._antechamber.wait(_ANTECHAMBER_WAIT_S)
         refused = []
-        for request, grammar in list(self._compiling.values()):
-            if not grammar.done():
-                continue
-            del self._compiling[request.id]
-            error = grammar.exception()
-            if error is None:
-                self.runner.sampler.matchers.add(request, grammar.result())
+        for request, refusal in self._antechamber.release():
+            if refusal is None:
                 try:
                     self.scheduler.add(request)
-                except ValueError as refusal:
-                    error = refusal
-            if error is not None:
+                except ValueError as error:
+                    refusal = str(error)
+            if refusal is not None:
                 refused.append(
-                    TokenDelta(request_id=request.id, finish_reason="error", error=str(error))
+                    TokenDelta(request_id=request.id, finish_reason="error", error=refusal)
                 )
         return refused
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; unknown ids are ignored."""
-        if request_id in self._compiling:
-            del self._compiling[request_id]  # its grammar may serve others
+        self._antechamber.leave(request_id)
         self.scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether another step is due: for live requests, or to retire what is in flight."""
-        return bool(self.scheduler.requests or self._in_flight or self._compiling)
+        return bool(self.scheduler.requests or self._in_flight or self._antechamber)
 
     def step(self) -> list[TokenDelta]:
         """Launch what can be launched, retire the oldest step in flight, return its tokens."""
-        refused = self._queue_compiled()
+        refused = self._queue_ready()
         while len(self._in_flight) < self.executor.max_in_flight:
             step = self.scheduler.schedule()
             if step is None:
@@ -151,7 +139,7 @@ class Engine:
         scheduler = self.scheduler
         return {
             "running": len(scheduler.running),
-            "waiting": len(scheduler.waiting) + len(self._compiling),
+            "waiting": len(scheduler.waiting) + len(self._antechamber),
             "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.requests.values()),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
@@ -168,8 +156,7 @@ class Engine:
         """Stop what runs beside this thread: other ranks, the device thread."""
         self.executor.close()
         self.runner.sampler.close()
-        if self._compiler is not None:
-            self._compiler.close()
+        self._antechamber.close()
 
 
 class _Speed:

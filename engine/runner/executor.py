@@ -1,4 +1,4 @@
-"""Runs step plans on all ranks, in the order in which they were scheduled."""
+"""Runs commands on all ranks, in the order in which they are given."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +9,13 @@ from engine.device.select import select_device
 from engine.models.config import DecoderConfig
 from engine.ranks.group import Follower, GroupAddress, Leader
 from engine.ranks.parallel import TensorParallel
+from engine.runner.commands import Command, LaunchStep, Result
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.step import StepPlan, StepResult
 
 
 class Executor:
-    """Rank 0's model runner, and the plan channel to the other ranks."""
+    """Rank 0's model runner, and the channel to the other ranks."""
 
     def __init__(self, config: EngineConfig, leader: Leader, show_progress: bool = False) -> None:
         self._leader = leader
@@ -34,11 +35,19 @@ class Executor:
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Start a step behind those before it. What is returned waits for its result."""
-        self._leader.send(plan)
+        launched = self.run(LaunchStep(plan))
+        return lambda: launched().result()
+
+    def run(self, command: Command[Result]) -> Callable[[], Result]:
+        """Start a command on all ranks, behind those before it.
+
+        What is returned waits until this rank has run it, and raises what it raised.
+        """
+        self._leader.send(command)
         if self._thread is None:
-            return self.runner.launch(plan).result
-        launched = self._thread.submit(self.runner.launch, plan)
-        return lambda: launched.result().result()
+            result = command.run(self.runner)
+            return lambda: result
+        return self._thread.submit(command.run, self.runner).result
 
     def close(self) -> None:
         """Let the followers go and stop the thread. The memory goes with the object."""
@@ -63,13 +72,13 @@ def load_runner(
 
 
 def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:
-    """Be rank `rank`: execute the leader's plans until it hangs up."""
+    """Be rank `rank`: run the leader's commands until it hangs up."""
     follower = Follower(address)
     parallel = follower.join(rank, config.tensor_parallel_size, select_device(config.device))
     runner = load_runner(config, parallel)
     while True:
         try:
-            plan = follower.receive()
+            command: Command[object] = follower.receive()
         except EOFError:
             return
-        runner.launch(plan)
+        command.run(runner)

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ class FakeRunner:
         self.num_blocks = config.num_blocks
         self.num_host_blocks = config.host_cache_memory_bytes  # of one byte each
         self.eos_token_ids = frozenset([EOS])
+        self.sampler = SimpleNamespace(matchers=None)  # nobody asks for a grammar
         self._device = FakeDevice(config.block_size, VOCAB_SIZE)
         self._launched: deque[tuple[StepPlan, list[StepResult]]] = deque()
 

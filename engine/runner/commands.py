@@ -1,0 +1,26 @@
+"""What the leader has all ranks do, in the same order: a step, and whatever else there may be.
+
+A kind of command is a small, picklable dataclass; followers need not be told of it beforehand.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from engine.runner.model_runner import ModelRunner
+from engine.sampling.pending_step import PendingStep
+from engine.schedule.step import StepPlan
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Command(Protocol[Result]):
+    def run(self, runner: ModelRunner) -> Result:
+        """On this rank, behind the commands before it; the result counts on the leader only."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchStep:
+    plan: StepPlan
+
+    def run(self, runner: ModelRunner) -> PendingStep:
+        return runner.launch(self.plan)
