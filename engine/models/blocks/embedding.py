@@ -1,0 +1,41 @@
+"""Token embedding and language-model head over a vocabulary spread over the ranks."""
+
+from torch import Tensor
+
+from engine.models.blocks.linear import BuildContext, ShardedModule, Source
+from kernels import Ops
+from kernels.quantization import Quantization
+from kernels.types import Linear
+
+
+class VocabEmbedding(ShardedModule):
+    def __init__(self, context: BuildContext, vocab_size: int) -> None:
+        super().__init__()
+        self._ops = context.ops
+        self._vocab_size = vocab_size
+        self._parallel = context.parallel
+        self._start, self._end = context.parallel.share(vocab_size)
+        # The same size on every rank, for all_gather; the last may have rows to spare.
+        shape = -(-vocab_size // context.parallel.size), context.hidden_size
+        whole = vocab_size, context.hidden_size
+        self.add_parameter("weight", shape, [Source(".weight", whole, 0, self._start, self._end)])
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, hidden]."""
+        if self._parallel.size == 1:
+            return self._ops.embed(token_ids, self.weight)
+        local = token_ids - self._start
+        elsewhere = (token_ids < self._start) | (token_ids >= self._end)
+        embedded = self._ops.embed(local.masked_fill(elsewhere, 0), self.weight)
+        return self._parallel.all_reduce(embedded.masked_fill(elsewhere.unsqueeze(1), 0))
+
+    def pack_head(self, ops: Ops, quantization: Quantization | None, tied: bool) -> None:
+        """Once it is loaded, be ready for `logits`; a tied weight stays, for `embed`."""
+        self._linear: Linear = ops.pack_linear(self.weight.data, None, quantization)
+        if not tied:
+            del self.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab]."""
+        gathered = self._parallel.all_gather(self._linear(hidden))
+        return gathered[:, : self._vocab_size]

@@ -1,0 +1,182 @@
+"""Modules that know which slice of which checkpoint tensors they hold on this rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.weights.format import StoredTensor, WeightFormat
+from engine.ranks.parallel import TensorParallel
+from kernels import Ops
+from kernels.types import Linear
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What blocks are built with, beside their own configuration."""
+
+    hidden_size: int
+    rms_eps: float
+    ops: Ops
+    parallel: TensorParallel
+    weights: WeightFormat
+
+
+@dataclass(frozen=True)
+class Source:
+    """Part of a parameter: [start, end) along `dim` of the checkpoint's tensor `name` of `shape`.
+
+    A name that begins with a dot follows the module's own path, others that of its parent: so a
+    model's attributes are called as the checkpoint calls them. A parameter with several sources
+    holds them one after another along `into_dim`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    start: int
+    end: int
+    into_dim: int = 0
+    dtype: torch.dtype | None = None  # that the checkpoint's must have; None: any floating point
+
+    def full_name(self, path: str) -> str:
+        """In the checkpoint, for a module at this path of the model."""
+        if self.name.startswith("."):
+            return path + self.name
+        parent = path.rpartition(".")[0]
+        return f"{parent}.{self.name}" if parent else self.name
+
+
+class ShardedModule(nn.Module):
+    """A module that says, per parameter, where its values are in the checkpoint."""
+
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: dict[str, list[Source]] = {}
+
+    def add_parameter(
+        self,
+        name: str,
+        shape: Sequence[int],
+        sources: list[Source],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """An uninitialized parameter, by default of the default dtype, on the default device."""
+        values = torch.empty(tuple(shape), dtype=dtype)
+        self.register_parameter(name, nn.Parameter(values, requires_grad=False))
+        self.sources[name] = sources
+
+    def pack(self, ops: Ops) -> None:
+        """Its parameters are loaded: bring them into the device's layout, where that is another."""
+
+
+Part = tuple[int, int]  # [start, end) of a linear map's outputs or inputs
+
+
+class ShardedLinear(ShardedModule):
+    """A rank's part of linear maps: as the checkpoint has them, and once packed as the device."""
+
+    def __init__(self, weights: WeightFormat) -> None:
+        super().__init__()
+        self._weights = weights
+        self._tensors: list[str] = []
+        self.bias: nn.Parameter | None = None
+
+    def add_weights(self, sources: Mapping[StoredTensor, list[Source]]) -> None:
+        """Parameters that hold these parts of the tensors of a format."""
+        for tensor, parts in sources.items():
+            shape = list(tensor.shape)
+            for part in parts:
+                shape[part.dim] = part.end - part.start
+            shape[parts[0].into_dim] = sum(
+                (part.end - part.start) if part.dim == part.into_dim else tensor.shape[part.into_dim]
+                for part in parts
+            )
+            self.add_parameter(tensor.name, shape, parts, tensor.dtype)
+            self._tensors.append(tensor.name)
+
+    def add_bias(self, sources: list[Source]) -> None:
+        del self.bias
+        self.add_parameter("bias", [sum(part.end - part.start for part in sources)], sources)
+
+    def pack(self, ops: Ops) -> None:
+        tensors = {name: self.get_parameter(name).data for name in self._tensors}
+        self._linear: Linear = self._weights.pack(ops, tensors, self._packed_bias())
+        for name in self._tensors:
+            delattr(self, name)
+
+    def _packed_bias(self) -> Tensor | None:
+        return self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x)
+
+
+class ColumnLinear(ShardedLinear):
+    """Linear maps of one input, fused; each rank computes its share of every output.
+
+    Args:
+        outputs: output features of each map, by its name beside this module.
+        shards: into how many parts the outputs of a map are cut, where it is not one per rank.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        outputs: Mapping[str, int],
+        in_features: int,
+        bias: bool = False,
+        shards: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(context.weights)
+        sources: dict[StoredTensor, list[Source]] = {}
+        of_bias = []
+        for name, size in outputs.items():
+            start, end = context.parallel.share(size, (shards or {}).get(name))
+            for tensor in context.weights.tensors(size, in_features):
+                part = _part(tensor, name, tensor.out_dim, tensor.outs_per_entry, start, end)
+                # The maps differ in their outputs, and so may the shapes of what is stored.
+                key = next((known for known in sources if known.name == tensor.name), tensor)
+                sources.setdefault(key, []).append(part)
+            of_bias.append(Source(f"{name}.bias", (size,), 0, start, end))
+        self.add_weights(sources)
+        if bias:
+            self.add_bias(of_bias)
+
+
+class RowLinear(ShardedLinear):
+    """A linear map whose input is spread over the ranks; the outputs are summed over them."""
+
+    def __init__(
+        self, context: BuildContext, in_features: int, out_features: int, bias: bool = False
+    ) -> None:
+        super().__init__(context.weights)
+        self._parallel = context.parallel
+        start, end = context.parallel.share(in_features)
+        self.add_weights(
+            {
+                tensor: [_part(tensor, "", tensor.in_dim, tensor.ins_per_entry, start, end)]
+                for tensor in context.weights.tensors(out_features, in_features)
+            }
+        )
+        if bias:
+            self.add_bias([Source(".bias", (out_features,), 0, 0, out_features)])
+
+    def _packed_bias(self) -> Tensor | None:
+        return self.bias if self._parallel.rank == 0 else None  # added once, not by every rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._parallel.all_reduce(self._linear(x))
+
+
+def _part(
+    tensor: StoredTensor, name: str, dim: int | None, per_entry: int, start: int, end: int
+) -> Source:
+    """Of one tensor of a map of this name ("": the module's own) what [start, end) of it needs."""
+    first, last = (0, tensor.shape[0]) if dim is None else (start // per_entry, -(-end // per_entry))
+    return Source(
+        f"{name}.{tensor.name}", tensor.shape, dim or 0, first, last, tensor.out_dim or 0, tensor.dtype
+    )
