@@ -81,8 +81,9 @@ class Detokenizer:
         if text is None:
             return ""
         self._undecoded.clear()
-        unsaid, self._unsaid = self._unsaid, ""
-        return text[_num_equal(text, unsaid) :]
+        if self._unsaid:
+            text, self._unsaid = text[_num_equal(text, self._unsaid) :], ""
+        return text
 
     def _flush(self) -> str:
         """What is left undecoded, with replacement characters for what is incomplete."""
