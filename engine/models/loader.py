@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,35 +21,47 @@ from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096
 
 
 class SafetensorsReader:
-    """Slices of the tensors of all *.safetensors files of a directory."""
+    """Slices of a checkpoint's tensors.
+
+    They are in model.safetensors, as for transformers; else each is in the file that the index
+    says; else in any *.safetensors.
+    """
 
     def __init__(self, directory: Path) -> None:
         index = directory / "model.safetensors.index.json"
-        if index.exists():
+        whole = directory / "model.safetensors"
+        file_names: dict[str, str] | None = None
+        if whole.exists():
+            paths = [whole]
+        elif index.exists():
             try:
-                names = set(json.loads(index.read_text())["weight_map"].values())
+                file_names = dict(json.loads(index.read_text())["weight_map"])
+                paths = [directory / name for name in sorted(set(file_names.values()))]
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-            files = [directory / name for name in sorted(names)]
         else:
-            files = sorted(directory.glob("*.safetensors"))
-        if not files:
+            paths = sorted(directory.glob("*.safetensors"))
+        if not paths:
             raise CheckpointError(
                 f"{directory} has no *.safetensors files; other formats are not read. Convert with "
                 "transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
             )
         self._files = []
         self._file_of = {}
-        for path in files:
+        for path in paths:
             try:
                 file = safe_open(path, framework="pt").__enter__()
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             self._files.append(file)
-            self._file_of.update(dict.fromkeys(file.keys(), file))
+            for name in set(file.keys()):
+                if file_names is None or path == directory / file_names.get(name, ""):
+                    self._file_of[name] = file
 
     @property
     def names(self) -> set[str]:
@@ -66,6 +79,15 @@ class SafetensorsReader:
             )
         cut = slice(source.start, source.end)
         return tensor[cut] if source.dim == 0 else tensor[:, cut]
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same, compared a few rows at a time."""
+        left, right = (self._file_of[n].get_slice(n) for n in (name, other))
+        num_rows = left.get_shape()[0]
+        return left.get_shape() == right.get_shape() and all(
+            torch.equal(left[i : i + _ROWS], right[i : i + _ROWS])
+            for i in range(0, num_rows, _ROWS)
+        )
 
     def __enter__(self) -> "SafetensorsReader":
         return self
@@ -96,6 +118,8 @@ def load_model(
     show_progress: bool = False,
 ) -> Decoder:
     """One rank's model with its weights, in the layout of the device's ops."""
+    if model_config.tied_embeddings and config.load_format != "dummy":
+        model_config = replace(model_config, tied_embeddings=not _has_own_head(directory))
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -113,6 +137,12 @@ def load_model(
         load_weights(model, directory, show_progress, pack)
     model.pack_head(config.quantization)
     return model
+
+
+def _has_own_head(directory: Path) -> bool:
+    """Whether there is a head other than the embedding: it counts, whatever the config says."""
+    with SafetensorsReader(directory) as reader:
+        return {_HEAD, _EMBEDDING} <= reader.names and not reader.equal(_HEAD, _EMBEDDING)
 
 
 def _do_nothing(_: ShardedModule) -> None: ...
@@ -152,7 +182,7 @@ def load_weights(
         leftover = {n for n in reader.names - used if not n.endswith(_IGNORED_SUFFIXES)}
         # Files of tied models may repeat the embedding under the head's name.
         if getattr(model, "lm_head", None) is getattr(model, "embedding", model):
-            leftover.discard("lm_head.weight")
+            leftover.discard(_HEAD)
     if leftover:
         names = ", ".join(sorted(leftover)[:5])
         raise CheckpointError(f"the checkpoint has tensors this model has no place for: {names}")

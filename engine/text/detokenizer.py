@@ -1,6 +1,7 @@
 """Tokens to text as they come, and the search for stop strings in it."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from tokenizers.decoders import DecodeStream
 
@@ -23,8 +24,12 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer.fast
         self._params = params
-        self._stream = self._new_stream(prompt_token_ids[-_CONTEXT:])
+        self._stream = self._new_stream()
         self._undecoded: list[int] = []  # tokens since the stream last gave text
+        self._unsaid = ""  # what the stream will repeat of a prompt that ends inside a character
+        for token in prompt_token_ids[-_CONTEXT:] if params.detokenize else ():
+            self._decode(token)
+        self._unsaid = self._flush()
         self._held = ""  # text that may be the beginning of a stop string
         self._num_exempt = 0  # leading characters of it that came before min_tokens
         self.num_tokens = 0
@@ -61,7 +66,7 @@ class Detokenizer:
         """Whether there are tokens whose text has not come out yet, or not all of it."""
         return bool(self._held or self._undecoded)
 
-    def _new_stream(self, context: Sequence[int]) -> DecodeStream:
+    def _new_stream(self, *context: int) -> DecodeStream:
         return DecodeStream(ids=list(context), skip_special_tokens=self._params.skip_special_tokens)
 
     def _decode(self, token: int) -> str:
@@ -70,11 +75,14 @@ class Detokenizer:
             text = self._stream.step(self._tokenizer, token)
         except Exception:  # the library's, when invalid UTF-8 confuses its prefix
             text = self._flush()
-            self._stream = self._new_stream([token])
+            self._stream = self._new_stream(token)
+            self._unsaid = ""
             return text
         if text is None:
             return ""
         self._undecoded.clear()
+        if self._unsaid:
+            text, self._unsaid = text[_num_equal(text, self._unsaid) :], ""
         return text
 
     def _flush(self) -> str:
@@ -108,6 +116,13 @@ class Detokenizer:
         self._num_exempt = max(self._num_exempt - (len(text) - held), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def _num_equal(left: str, right: str) -> int:
+    """How many first characters two texts have in common."""
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
+    )
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -88,6 +88,25 @@ def test_the_prompt_decides_whether_a_leading_space_is_text() -> None:
     assert text_of([cat, the], tokenizer=BYTE_FALLBACK, prompt=[the]) == " cat the"
 
 
+@pytest.mark.parametrize(
+    "prompt, output, text",
+    [
+        (b"abcd\xe2\x82", b"\xac!", "€!"),  # completed: the character is the output's
+        (b"abcd\xe2\x82", b"xy", "xy"),  # broken: what is left of it is the prompt's
+        (b"abcd\xe2", b"", ""),
+        ("abcd�".encode(), b"xy", "xy"),
+        ("a���".encode(), b"xy", "xy"),
+    ],
+)
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
+def test_no_text_of_the_prompt_is_output(
+    tokenizer: Tokenizer, prompt: bytes, output: bytes, text: str
+) -> None:
+    tokens, options = byte_tokens(output), dict(tokenizer=tokenizer, prompt=byte_tokens(prompt))
+    assert text_of(tokens, **options) == text
+    assert text_of(tokens, **options, stop=["d", "a"]) == text
+
+
 any_token = st.integers(0, NUM_TOKENS + 2)
 # Bytes of characters, whole and broken, as often as letters.
 odd_token = st.sampled_from(byte_tokens(b"a \xe2\x82\xac\xe6\x97\xa5\xf0\x9f\x91\xff")) | any_token
@@ -99,6 +118,16 @@ def test_streamed_text_is_the_decoded_text(tokens: list[int], chunk: int, skip: 
     """For any tokens, also such as no text has."""
     expected = BYTE_LEVEL.decode(tokens, skip_special_tokens=skip)
     assert text_of(tokens, chunk=chunk, skip_special_tokens=skip) == expected
+
+
+@PROPERTY
+@given(prompt=st.lists(odd_token, max_size=9), tokens=st.lists(odd_token, max_size=9))
+def test_output_is_what_it_adds_to_the_prompt(prompt: list[int], tokens: list[int]) -> None:
+    tokens = [*tokens, *PROMPT]  # no character is left incomplete
+    before, both = BYTE_LEVEL.decode(prompt), BYTE_LEVEL.decode([*prompt, *tokens])
+    while not both.startswith(before):  # its end was incomplete, and is now a character
+        before = before[:-1]
+    assert text_of(tokens, prompt=prompt) == both.removeprefix(before)
 
 
 words = st.sampled_from([[token] for token in range(3 + 256, 3 + 256 + 9)])

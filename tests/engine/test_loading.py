@@ -22,6 +22,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import NewRow, ScheduledRow
 from kernels import select_ops
+from tests.checkpoints import load_oracle
 from tests.conftest import CheckpointFactory
 
 Edit = Callable[[dict[str, Any]], object]
@@ -89,6 +90,25 @@ def test_tied_checkpoint_may_repeat_its_embedding_as_head(edited: Callable[..., 
     assert model.lm_head is model.embedding
 
 
+def test_tied_checkpoint_with_a_head_of_its_own_uses_it(edited: Callable[..., Path]) -> None:
+    """As transformers does, which warns that the config is wrong."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        head = weights["model.embed_tokens.weight"].clone()
+        head[-1] += 1
+        weights["lm_head.weight"] = head
+
+    directory = edited("qwen3", tensors=change)
+    config = EngineConfig(model=str(directory), device="cpu", num_threads=1, num_blocks=4)
+    runner = ModelRunner(config, DecoderConfig.from_checkpoint(directory), directory)
+    tokens = [5, 9, 7]
+    runner.tables.enter(NewRow(0, tokens, 3, [2, 0], SamplingParams(), seed=0))
+    with torch.inference_mode():
+        logits = runner.forward(StepPlan([], [ScheduledRow("", 0, 0, 3, 2, [], True)]))
+        expected = load_oracle(directory)(torch.tensor([tokens])).logits[0, -1]
+    torch.testing.assert_close(logits[-1], expected, rtol=0, atol=1e-4)
+
+
 def test_old_rotary_buffers_are_ignored(edited: Callable[..., Path]) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     load(edited("llama3", tensors=lambda weights: weights.update({name: torch.zeros(8)})))
@@ -111,6 +131,7 @@ def test_truncated_file_is_named(edited: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', "{}"])
 def test_broken_index_is_named(edited: Callable[..., Path], index: str) -> None:
     directory = edited("qwen3")
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
     (directory / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json cannot be read"):
         load(directory)
@@ -123,6 +144,28 @@ def test_missing_shard_is_named(checkpoints: CheckpointFactory, tmp_path: Path) 
     lost.unlink()
     with pytest.raises(CheckpointError, match=lost.name):
         load(directory)
+
+
+def test_the_index_says_which_copy_of_a_tensor_counts(
+    checkpoints: CheckpointFactory, tmp_path: Path
+) -> None:
+    directory = tmp_path / "sharded"
+    shutil.copytree(checkpoints("qwen3", max_shard_size="100KB"), directory)
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.norm.weight"
+    for stale in {*weight_map.values()} - {weight_map[name]}:
+        weights = load_file(directory / stale)
+        weights |= {name: torch.zeros(64), "stray": torch.zeros(1)}
+        save_file(weights, directory / stale, {"format": "pt"})
+    expected = load_file(directory / weight_map[name])[name]
+    assert load(directory).norm.weight.equal(expected)
+
+
+def test_other_files_beside_the_model_are_ignored(edited: Callable[..., Path]) -> None:
+    directory = edited("qwen3")
+    save_file({"stray": torch.zeros(1)}, directory / "adapter.safetensors")
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    load(directory)
 
 
 def test_missing_directory_and_missing_config(tmp_path: Path) -> None:
