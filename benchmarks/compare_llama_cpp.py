@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.floor import SHAPE
+from benchmarks.shape import DenseShape, read_shape
 from engine.device.threads import num_compute_threads
-from engine.models.config import DecoderConfig
 
 # Ours and llama.cpp's names for about the same number of bits.
 _PAIRS: dict[str, str] = {"bf16": "BF16", "w8a8": "Q8_0", "int4": "Q4_0"}
 _MAX_POSITION = 40_960
 
 
-def write_gguf(config: DecoderConfig, path: Path) -> None:
+def write_gguf(config: DenseShape, path: Path) -> None:
     """A GGUF file of a Qwen3 of this shape, bfloat16, head tied to the embedding, no tokenizer."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -111,7 +111,7 @@ def _run(command: list[object]) -> str:
 
 def compare(arguments: argparse.Namespace, directory: Path) -> None:
     models = {"BF16": directory / "BF16.gguf"}
-    write_gguf(DecoderConfig.from_checkpoint(Path(arguments.model)), models["BF16"])
+    write_gguf(read_shape(Path(arguments.model)), models["BF16"])
     for ours in arguments.bits:
         theirs = _PAIRS[ours]
         if theirs not in models:

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.floor import SHAPE, Machine, measure_machine
+from benchmarks.shape import DenseShape, read_shape
 from engine.device.threads import num_compute_threads
-from engine.models.config import DecoderConfig
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 from kernels.reference import penalize
@@ -58,7 +58,7 @@ def _num_copies(size: float) -> int:
     return max(1, round(_TURN_BYTES / size))
 
 
-def linear_cases(ops: Ops, config: DecoderConfig) -> Iterator[Case]:
+def linear_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
     """The fused projections of a layer and the LM head."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -90,7 +90,7 @@ def linear_cases(ops: Ops, config: DecoderConfig) -> Iterator[Case]:
                 )
 
 
-def attention_cases(ops: Ops, config: DecoderConfig) -> Iterator[Case]:
+def attention_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
     """Single queries over long contexts, and prompts."""
     decode = [200 + 500 * i // 31 for i in range(32)]
     yield attention_case(ops, config, "decode, 32 x 200..700", [(1, n) for n in decode])
@@ -101,9 +101,7 @@ def attention_cases(ops: Ops, config: DecoderConfig) -> Iterator[Case]:
     yield attention_case(ops, config, "prompt, last 512 of 4096", [(512, 4096)])
 
 
-def attention_case(
-    ops: Ops, config: DecoderConfig, name: str, lengths: list[tuple[int, int]]
-) -> Case:
+def attention_case(ops: Ops, config: DenseShape, name: str, lengths: list[tuple[int, int]]) -> Case:
     """lengths: (queries, context) of each request."""
     kv_heads, head_dim = config.num_kv_heads, config.head_dim
     counts = [-(-context // _BLOCK_SIZE) for _, context in lengths]
@@ -131,7 +129,7 @@ def attention_case(
     )
 
 
-def other_cases(ops: Ops, config: DecoderConfig) -> Iterator[Case]:
+def other_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
     """What is small in a step of 32 rows."""
     rows = 32
     x = torch.randn(rows, config.hidden_size, dtype=_DTYPE)
@@ -199,7 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ops = select_ops(torch.device("cpu"))
-    config = DecoderConfig.from_checkpoint(arguments.model)
+    config = read_shape(arguments.model)
     machine = measure_machine(torch.device("cpu"), _DTYPE)
     print(
         f"{ops.name}, {arguments.threads} threads; ceiling {machine.bytes_per_s / 1e9:.1f} GB/s, "

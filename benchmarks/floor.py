@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.models.config import DecoderConfig
+from benchmarks.shape import DenseShape
 from kernels import Ops
 from kernels.quantization import Quantization
 
@@ -72,7 +72,7 @@ def measure_machine(
     return Machine(2**30 / read_s, 2 * 4096 * 2048 * 4096 / product_s)
 
 
-def count_parameters(config: DecoderConfig) -> tuple[int, int]:
+def count_parameters(config: DenseShape) -> tuple[int, int]:
     """(parameters of all layers, parameters of the language-model head)"""
     heads = config.num_heads + 2 * config.num_kv_heads
     attention = config.hidden_size * config.head_dim * (heads + config.num_heads)
@@ -80,7 +80,7 @@ def count_parameters(config: DecoderConfig) -> tuple[int, int]:
     return config.num_layers * (attention + mlp), config.vocab_size * config.hidden_size
 
 
-def weight_bytes(config: DecoderConfig, quantization: str | None, dtype_bytes: int = 2) -> float:
+def weight_bytes(config: DenseShape, quantization: str | None, dtype_bytes: int = 2) -> float:
     """Bytes of weights that a decode step reads."""
     bits = (8 * dtype_bytes, 8 * dtype_bytes)
     layer_bits, head_bits = _WEIGHT_BITS.get(quantization, bits)
@@ -88,13 +88,13 @@ def weight_bytes(config: DecoderConfig, quantization: str | None, dtype_bytes: i
     return (layers * layer_bits + head * head_bits) / 8
 
 
-def _token_bytes(config: DecoderConfig, bytes_per_value: int) -> int:
+def _token_bytes(config: DenseShape, bytes_per_value: int) -> int:
     """Keys and values of one token in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_value
 
 
 def decode_step_s(
-    config: DecoderConfig,
+    config: DenseShape,
     batch: int,
     context: float,
     machine: Machine,
@@ -109,7 +109,7 @@ def decode_step_s(
 
 
 def workload_floor(
-    config: DecoderConfig,
+    config: DenseShape,
     lengths: list[tuple[int, int]],
     max_num_seqs: int,
     bytes_per_value: int,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floor import SHAPE, best_seconds
-from engine.models.config import DecoderConfig
+from benchmarks.shape import DenseShape, read_shape
 from kernels import AttentionNeeds, Ops, select_ops
 from kernels.reference import KVCache
 
@@ -78,7 +78,7 @@ class Bench:
     """
 
     def __init__(
-        self, config: DecoderConfig, sizes: Sizes, device: torch.device, backends: dict[str, Ops]
+        self, config: DenseShape, sizes: Sizes, device: torch.device, backends: dict[str, Ops]
     ) -> None:
         self.config, self.sizes, self.device = config, sizes, device
         self.backends = backends
@@ -127,7 +127,7 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
     for length, count in bench.sizes.prompts:
         for name, ops in bench.backends.items():
             yield _attention(bench, name, ops, [(length, length)] * count, _BF16)
-    if config.windows[0] is not None:
+    if config.window is not None:
         return
     # The second half of a long prompt: a chunk whose context is already there.
     length = bench.sizes.prompts[0][0]
@@ -158,7 +158,7 @@ def _attention(
             context_lens,
             block_tables,
             scale=head_dim**-0.5,
-            window=config.windows[0],
+            window=config.window,
             plan=plan,
         )
 
@@ -299,7 +299,7 @@ CASES = {
 }
 
 
-def find_backends(config: DecoderConfig, device: torch.device) -> dict[str, Ops]:
+def find_backends(config: DenseShape, device: torch.device) -> dict[str, Ops]:
     """Triton's ops, and those with each flash-attn that is installed and serves the model."""
     from kernels import flash_attention
 
@@ -350,7 +350,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU")
     torch.manual_seed(0)
-    config, device = DecoderConfig.from_checkpoint(arguments.model), torch.device("cuda")
+    config, device = read_shape(arguments.model), torch.device("cuda")
     bench = Bench(config, Sizes(), device, find_backends(config, device))
     ceilings, results = measure(bench, arguments.only)
     if arguments.json:

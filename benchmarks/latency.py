@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 from benchmarks.floor import SHAPE, decode_step_s, measure_machine
+from benchmarks.shape import read_shape
 from benchmarks.throughput import parse_option
 from engine import LLM, SamplingParams, checkpoint
-from engine.models.config import DecoderConfig
 from engine.schedule.request import Request
 
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     quantization = options.get("quantization")
     machine = measure_machine(runner.device, runner.dtype, runner.ops, quantization)
     cache_bytes = runner.cache_dtype.itemsize
-    config = DecoderConfig.from_checkpoint(checkpoint.resolve(arguments.model))
+    config = read_shape(checkpoint.resolve(arguments.model))
     measure(llm, 2, 16, 4, seed=1)  # to warm up
     results = []
     for batch in arguments.batch:

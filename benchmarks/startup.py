@@ -64,10 +64,10 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     memory = PeakMemory()
     memory.start()
     from benchmarks.floor import weight_bytes
+    from benchmarks.shape import read_shape
     from engine import LLM, SamplingParams, checkpoint
     from engine.models import loader
-    from engine.models.config import DecoderConfig
-    from engine.models.decoder import Decoder
+    from engine.models.decoder import CausalLM
     from engine.runner import model_runner
 
     phases.seconds["import"] = time.perf_counter() - _BEGIN
@@ -75,7 +75,7 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
         ("kernels", model_runner, "select_ops"),
         ("load and pack weights", loader, "load_weights"),
         ("load and pack weights", loader, "load_dummy_weights"),
-        ("pack head", Decoder, "pack_head"),
+        ("pack head", CausalLM, "pack_head"),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute)))
     llm = phases.timed("LLM", LLM)(model, load_format=load_format, **options)
@@ -94,7 +94,7 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
 
     runner = llm.engine.runner
     pool = sum(part.nbytes for cache in runner.forward_pass.kv_caches for part in cache)
-    shape = DecoderConfig.from_checkpoint(checkpoint.resolve(model))
+    shape = read_shape(checkpoint.resolve(model))
     embedding = shape.vocab_size * shape.hidden_size * runner.dtype.itemsize
     weights = weight_bytes(shape, llm.config.quantization, runner.dtype.itemsize) + embedding
     print(" ".join(f"{name} {seconds:.2f} s;" for name, seconds in phases.seconds.items()))

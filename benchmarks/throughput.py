@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.floor import measure_machine, workload_floor
+from benchmarks.shape import read_shape
 from engine import LLM, SamplingParams, checkpoint
-from engine.models.config import DecoderConfig
 
 
 def make_workload(
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
 
     lengths = [(len(o.prompt_token_ids), len(o.outputs[0].token_ids)) for o in outputs]
-    config = DecoderConfig.from_checkpoint(checkpoint.resolve(arguments.model))
+    config = read_shape(checkpoint.resolve(arguments.model))
     floor = workload_floor(
         config,
         lengths,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.models.config import DecoderConfig
+from engine.models.config import ModelConfig
 from engine.ranks.parallel import TensorParallel
 from kernels import Ops
 from kernels.reference import KVCache
@@ -22,10 +22,11 @@ class KVCacheShape:
 
     @classmethod
     def of(
-        cls, config: DecoderConfig, parallel: TensorParallel, block_size: int, dtype: torch.dtype
+        cls, config: ModelConfig, parallel: TensorParallel, block_size: int, dtype: torch.dtype
     ) -> "KVCacheShape":
-        kv_heads = max(config.num_kv_heads // parallel.size, 1)
-        return cls(config.num_layers, kv_heads, config.head_dim, block_size, dtype)
+        attention = config.layers[0].attention
+        kv_heads = max(attention.num_kv_heads // parallel.size, 1)
+        return cls(len(config.layers), kv_heads, attention.head_dim, block_size, dtype)
 
     @property
     def block_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """A decoder-only transformer over a paged KV cache: token ids to hidden states to logits."""
 
+from kernels.types import KVCache, StepInputs
 from torch import Tensor, nn
 
 from engine.models.blocks.embedding import VocabEmbedding
@@ -9,7 +10,6 @@ from engine.models.blocks.rotary import rotary_table
 from engine.models.config import ModelConfig
 from kernels import Ops
 from kernels.quantization import Quantization
-from kernels.types import KVCache, StepInputs
 
 
 class Decoder(nn.Module):
@@ -59,7 +59,7 @@ class CausalLM(nn.Module):
         return self.lm_head is self.model.embed_tokens
 
     def pack_head(self, ops: Ops, quantization: Quantization | None) -> None:
-        """Once it is loaded; in 8 bits where the layers have 4, for few logits decide each token."""
+        """Once it is loaded; in 8 bits where layers have 4, for few logits decide each token."""
         self.lm_head.pack_head(ops, "w8a8" if quantization else None, self.is_tied)
 
     def forward(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:

@@ -1,7 +1,7 @@
 """A model with its weights from safetensors files, each rank reading only its slices."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import CheckpointError, read_json
 from engine.config import EngineConfig
-from engine.models.config import DecoderConfig
-from engine.models.decoder import Decoder
-from engine.models.layers import ShardedModule, Source
+from engine.models.blocks.linear import BuildContext, ShardedModule, Source
+from engine.models.config import ModelConfig
+from engine.models.decoder import CausalLM
+from engine.models.weights import weight_format
 from engine.progress import Progress
 from engine.ranks.parallel import TensorParallel
 from kernels import Ops
@@ -78,7 +79,14 @@ class SafetensorsReader:
                 f"the checkpoint's {source.name} has shape {shape}, its config says {source.shape}"
             )
         cut = slice(source.start, source.end)
-        return tensor[cut] if source.dim == 0 else tensor[:, cut]
+        values: Tensor = tensor[cut] if source.dim == 0 else tensor[:, cut]
+        wanted = source.dtype
+        if wanted != values.dtype if wanted is not None else not values.is_floating_point():
+            raise CheckpointError(
+                f"the checkpoint's {source.name} is {values.dtype}, not "
+                f"{wanted or 'of a floating-point type'}"
+            )
+        return values
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same, compared a few rows at a time."""
@@ -102,13 +110,16 @@ class SafetensorsReader:
             file.__exit__(kind, error, trace)
 
 
-def _sharded_modules(model: nn.Module) -> list[ShardedModule]:
-    return [m for m in model.modules() if isinstance(m, ShardedModule)]  # shared ones come once
+def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, ShardedModule]]:
+    """With their paths; shared ones come once."""
+    for path, module in model.named_modules():
+        if isinstance(module, ShardedModule):
+            yield path, module
 
 
 def load_model(
     config: EngineConfig,
-    model_config: DecoderConfig,
+    model_config: ModelConfig,
     directory: Path,
     max_len: int,
     dtype: torch.dtype,
@@ -116,26 +127,28 @@ def load_model(
     ops: Ops,
     parallel: TensorParallel,
     show_progress: bool = False,
-) -> Decoder:
+) -> CausalLM:
     """One rank's model with its weights, in the layout of the device's ops."""
     if model_config.tied_embeddings and config.load_format != "dummy":
         model_config = replace(model_config, tied_embeddings=not _has_own_head(directory))
+    weights = weight_format(read_json(directory, "config.json"), config.quantization)
+    context = BuildContext(model_config.hidden_size, model_config.rms_eps, ops, parallel, weights)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = Decoder(model_config, max_len, ops, parallel)
+            model = CausalLM(model_config, max_len, context)
     finally:
         torch.set_default_dtype(previous)
 
     def pack(module: ShardedModule) -> None:
-        model.pack_linear(module, config.quantization)
+        module.pack(ops)
 
     if config.load_format == "dummy":
         load_dummy_weights(model, config.seed, pack)
     else:
         load_weights(model, directory, show_progress, pack)
-    model.pack_head(config.quantization)
+    model.pack_head(ops, config.quantization)
     return model
 
 
@@ -150,7 +163,7 @@ def _do_nothing(_: ShardedModule) -> None: ...
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module,
+    model: CausalLM,
     directory: Path,
     show_progress: bool = True,
     filled: Callable[[ShardedModule], None] = _do_nothing,
@@ -160,28 +173,29 @@ def load_weights(
     Files are mapped, and the memory of a parameter is only taken when it is filled (on a CPU). So
     with `filled`, called with each module once it is, never more than one exists in two layouts.
     """
-    modules = _sharded_modules(model)
+    modules = list(_sharded_modules(model))
     used: set[str] = set()
     with (
         SafetensorsReader(directory) as reader,
         Progress(
-            total=sum(p.nbytes for module in modules for p in module.parameters(recurse=False)),
+            total=sum(p.nbytes for _, module in modules for p in module.parameters(recurse=False)),
             desc="Loading weights",
             unit="B",
             unit_scale=True,
             disable=not show_progress,
         ) as progress,
     ):
-        for module in modules:
-            for name, sources in module.sources.items():
+        for path, module in modules:
+            for name, parts in module.sources.items():
                 parameter = module.get_parameter(name)
+                sources = [replace(part, name=part.full_name(path)) for part in parts]
                 _fill(parameter, sources, reader)
                 used.update(source.name for source in sources)
                 progress.update(parameter.nbytes)
             filled(module)
         leftover = {n for n in reader.names - used if not n.endswith(_IGNORED_SUFFIXES)}
         # Files of tied models may repeat the embedding under the head's name.
-        if getattr(model, "lm_head", None) is getattr(model, "embedding", model):
+        if model.is_tied:
             leftover.discard(_HEAD)
     if leftover:
         names = ", ".join(sorted(leftover)[:5])
@@ -189,12 +203,13 @@ def load_weights(
 
 
 def _fill(parameter: Tensor, sources: list[Source], reader: SafetensorsReader) -> None:
-    offset = 0
+    offset, into = 0, sources[0].into_dim
     for source in sources:
         tensor = reader.read(source)
-        parameter[offset : offset + tensor.shape[0]].copy_(tensor)
-        offset += tensor.shape[0]
-    parameter[offset:].zero_()  # rows that pad a vocabulary
+        size = tensor.shape[into]
+        parameter.narrow(into, offset, size).copy_(tensor)
+        offset += size
+    parameter.narrow(into, offset, parameter.shape[into] - offset).zero_()  # pads a vocabulary
 
 
 @torch.no_grad()
@@ -203,7 +218,7 @@ def load_dummy_weights(
 ) -> None:
     """Random weights of a trained model's size, so that activations stay finite."""
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
-    for module in _sharded_modules(model):
+    for _, module in _sharded_modules(model):
         for name in module.sources:
             parameter = module.get_parameter(name)
             if parameter.dim() == 1 and name == "weight":

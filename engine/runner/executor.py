@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engine import checkpoint
 from engine.config import EngineConfig
 from engine.device.select import select_device
-from engine.models.config import DecoderConfig
+from engine.models.registry import read_config
 from engine.ranks.group import Follower, GroupAddress, Leader
 from engine.ranks.parallel import TensorParallel
 from engine.runner.commands import Command, LaunchStep, Result
@@ -61,7 +61,7 @@ def load_runner(
 ) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
     directory = checkpoint.resolve(config.model, config.revision)
-    model_config = DecoderConfig.from_checkpoint(directory)
+    model_config = read_config(directory)
     if config.max_model_len and config.max_model_len > model_config.max_position:
         raise ValueError(
             f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "

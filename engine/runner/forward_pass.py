@@ -11,7 +11,7 @@ from engine.device.kv_cache import KVCacheShape
 from engine.device.recorded_steps import DecodeGraphs, default_sizes
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
-from engine.models.decoder import Batch, Decoder
+from engine.models.decoder import Batch, CausalLM
 from engine.schedule.step import ScheduledRow
 from kernels import Ops
 from kernels.reference import KVCache
@@ -27,7 +27,7 @@ class ForwardPass:
     def __init__(
         self,
         config: EngineConfig,
-        model: Decoder,
+        model: CausalLM,
         tables: DeviceTables,
         cache_shape: KVCacheShape,
         ops: Ops,

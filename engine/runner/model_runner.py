@@ -12,7 +12,7 @@ from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse, num_block
 from engine.device.select import select_device
 from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
-from engine.models.config import DecoderConfig
+from engine.models.config import ModelConfig
 from engine.models.loader import load_model
 from engine.ranks.parallel import TensorParallel
 from engine.runner.forward_pass import ForwardPass
@@ -32,7 +32,7 @@ class ModelRunner:
     def __init__(
         self,
         config: EngineConfig,
-        model_config: DecoderConfig,
+        model_config: ModelConfig,
         directory: Path,
         eos_token_ids: frozenset[int] = frozenset(),
         parallel: TensorParallel | None = None,
@@ -51,7 +51,7 @@ class ModelRunner:
                 config.attention_backend,
                 self.dtype,
                 self.cache_dtype,
-                model_config.head_dim,
+                model_config.layers[0].attention.head_dim,
                 config.block_size,
             ),
         )

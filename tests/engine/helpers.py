@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
+from engine.schedule.step import NewRow, ScheduledRow
 
 BLOCK_SIZE = 16
 
@@ -81,3 +86,27 @@ def new_requests(prompts: Sequence[Sequence[int]], **params: Any) -> list[Reques
 
 def tokens_of(outputs: Iterable[Output]) -> list[list[int]]:
     return [output.token_ids for output in outputs]
+
+
+def prompt_logits(runner: ModelRunner, tokens: list[int], block_table: list[int]) -> Tensor:
+    """What a runner makes of a prompt in row 0 with these blocks: [V], of its last token."""
+    new = NewRow(
+        row=0,
+        token_ids=tokens,
+        num_prompt_tokens=len(tokens),
+        block_table=block_table,
+        params=SamplingParams(),
+        seed=0,
+    )
+    row = ScheduledRow(
+        request_id="",
+        row=0,
+        start=0,
+        num_tokens=len(tokens),
+        num_held_blocks=len(block_table),
+        new_blocks=[],
+        num_sampled=1,
+    )
+    with torch.inference_mode():
+        runner.tables.enter(new)
+        return runner.sampler.logits([row], runner.forward_pass.hidden_states([row]))[0]

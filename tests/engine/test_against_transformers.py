@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.models.config import DecoderConfig
+from engine.models.registry import read_config
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import NewRow, ScheduledRow
@@ -77,7 +77,7 @@ def new_runner(directory: Path, dtype: str = "float32") -> ModelRunner:
         num_blocks=64,
         max_num_seqs=8,
     )
-    return ModelRunner(config, DecoderConfig.from_checkpoint(directory), directory)
+    return ModelRunner(config, read_config(directory), directory)
 
 
 def enter(runner: ModelRunner, sequences: list[list[int]]) -> None:

@@ -19,7 +19,7 @@ import torch
 from pathlib import Path
 from engine.models import loader
 from engine.config import EngineConfig
-from engine.models.config import DecoderConfig
+from engine.models.registry import read_config
 from engine.device.memory import MemoryMeter
 from engine.ranks.parallel import TensorParallel
 from kernels import select_ops
@@ -41,7 +41,7 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 config = EngineConfig(model=str(directory), quantization=quantization)
-shape = DecoderConfig.from_checkpoint(directory)
+shape = read_config(directory)
 model = loader.load_model(
     config, shape, directory, 64, torch.float32, device, ops, TensorParallel()
 )

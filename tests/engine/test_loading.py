@@ -14,9 +14,11 @@ from torch import Tensor
 
 from engine.checkpoint import CheckpointError, eos_token_ids, resolve, sampling_defaults
 from engine.config import EngineConfig
-from engine.models.config import DecoderConfig
-from engine.models.decoder import Decoder
+from engine.models.blocks.linear import BuildContext
+from engine.models.decoder import CausalLM
+from engine.models.weights.plain import PlainWeights
 from engine.models.loader import load_dummy_weights, load_weights
+from engine.models.registry import read_config
 from engine.ranks.parallel import TensorParallel
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
@@ -24,14 +26,16 @@ from engine.schedule.step import NewRow, ScheduledRow
 from kernels import select_ops
 from tests.checkpoints import load_oracle
 from tests.conftest import CheckpointFactory
+from tests.engine.helpers import prompt_logits
 
 Edit = Callable[[dict[str, Any]], object]
 
 
-def load(directory: Path, rank: int = 0, size: int = 1) -> Decoder:
-    config = DecoderConfig.from_checkpoint(directory)
-    ops = select_ops(torch.device("cpu"))
-    model = Decoder(config, 64, ops, TensorParallel(rank, size))
+def load(directory: Path, rank: int = 0, size: int = 1) -> CausalLM:
+    config = read_config(directory)
+    ops, parallel = select_ops(torch.device("cpu")), TensorParallel(rank, size)
+    context = BuildContext(config.hidden_size, config.rms_eps, ops, parallel, PlainWeights())
+    model = CausalLM(config, 64, context)
     load_weights(model, directory, show_progress=False)
     return model
 
@@ -87,7 +91,7 @@ def test_tied_checkpoint_may_repeat_its_embedding_as_head(edited: Callable[..., 
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
     model = load(edited("qwen3", tensors=repeat))
-    assert model.lm_head is model.embedding
+    assert model.is_tied
 
 
 def test_tied_checkpoint_with_a_head_of_its_own_uses_it(edited: Callable[..., Path]) -> None:
@@ -100,13 +104,12 @@ def test_tied_checkpoint_with_a_head_of_its_own_uses_it(edited: Callable[..., Pa
 
     directory = edited("qwen3", tensors=change)
     config = EngineConfig(model=str(directory), device="cpu", num_threads=1, num_blocks=4)
-    runner = ModelRunner(config, DecoderConfig.from_checkpoint(directory), directory)
+    runner = ModelRunner(config, read_config(directory), directory)
     tokens = [5, 9, 7]
-    runner.tables.enter(NewRow(0, tokens, 3, [2, 0], SamplingParams(), seed=0))
+    logits = prompt_logits(runner, tokens, [2, 0])
     with torch.inference_mode():
-        logits = runner.forward(StepPlan([], [ScheduledRow("", 0, 0, 3, 2, [], True)]))
         expected = load_oracle(directory)(torch.tensor([tokens])).logits[0, -1]
-    torch.testing.assert_close(logits[-1], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 def test_old_rotary_buffers_are_ignored(edited: Callable[..., Path]) -> None:
@@ -172,10 +175,10 @@ def test_missing_directory_and_missing_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no directory '\./nowhere'"):
         resolve("./nowhere")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        DecoderConfig.from_checkpoint(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
-        DecoderConfig.from_checkpoint(tmp_path)
+        read_config(tmp_path)
 
 
 # --- Refused by name --------------------------------------------------------------------------
@@ -210,13 +213,13 @@ def test_unsupported_config_is_refused_by_name(edited: Callable[..., Path], case
     values, message = REFUSED[case]
     directory = edited("llama3", config=lambda config: config.update(values))
     with pytest.raises(CheckpointError, match=message):
-        DecoderConfig.from_checkpoint(directory)
+        read_config(directory)
 
 
 def test_missing_config_field_is_named(edited: Callable[..., Path]) -> None:
     directory = edited("qwen3", config=lambda config: config.pop("num_hidden_layers"))
     with pytest.raises(CheckpointError, match="lacks 'num_hidden_layers'"):
-        DecoderConfig.from_checkpoint(directory)
+        read_config(directory)
 
 
 def test_old_config_spelling_means_the_same(edited: Callable[..., Path]) -> None:
@@ -229,9 +232,9 @@ def test_old_config_spelling_means_the_same(edited: Callable[..., Path]) -> None
         config["torch_dtype"] = config.pop("dtype")
 
     old, new = edited("llama3", config=age), edited("mistral")
-    assert DecoderConfig.from_checkpoint(old).rope.kind == "llama3"
-    assert DecoderConfig.from_checkpoint(old).rope.theta == 5000.0
-    assert DecoderConfig.from_checkpoint(old).dtype == DecoderConfig.from_checkpoint(new).dtype
+    assert read_config(old).layers[0].attention.rope.kind == "llama3"
+    assert read_config(old).layers[0].attention.rope.theta == 5000.0
+    assert read_config(old).dtype == read_config(new).dtype
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,8 @@ def test_old_configs_do_not_list_which_layers_slide(
         config.pop("layer_types", None)
         config.update(values, sliding_window=20)
 
-    assert DecoderConfig.from_checkpoint(edited(family, config=age)).windows == windows
+    layers = read_config(edited(family, config=age)).layers
+    assert tuple(layer.attention.window for layer in layers) == windows
 
 
 def test_window_longer_than_the_models_is_refused(checkpoints: CheckpointFactory) -> None:
@@ -301,15 +305,15 @@ def test_two_ranks_hold_the_two_halves(checkpoints: CheckpointFactory, family: s
     whole = load_file(directory / "model.safetensors")
     for rank in range(2):
         model = load(directory, rank, size=2)
-        assert model.embedding.weight.equal(part(whole["model.embed_tokens.weight"], rank, 2))
+        assert model.model.embed_tokens.weight.equal(part(whole["model.embed_tokens.weight"], rank, 2))
         if family in ("llama3", "mistral"):  # untied
             assert model.lm_head.weight.equal(part(whole["lm_head.weight"], rank, 2))
         else:
-            assert model.lm_head is model.embedding
-        assert model.norm.weight.equal(whole["model.norm.weight"])
-        for i, layer in enumerate(model.layers):
+            assert model.is_tied
+        assert model.model.norm.weight.equal(whole["model.norm.weight"])
+        for i, layer in enumerate(model.model.layers):
             prefix = f"model.layers.{i}"
-            attention, mlp = layer.attention, layer.mlp
+            attention, mlp = layer.self_attn, layer.mlp
             for kind in ("weight", "bias") if family == "qwen2" else ("weight",):
                 expected = torch.cat(
                     [
@@ -332,8 +336,8 @@ def test_two_ranks_hold_the_two_halves(checkpoints: CheckpointFactory, family: s
             assert mlp.down_proj.weight.equal(
                 part(whole[f"{prefix}.mlp.down_proj.weight"], rank, 2, dim=1)
             )
-            assert layer.input_norm.weight.equal(whole[f"{prefix}.input_layernorm.weight"])
-            assert layer.post_norm.weight.equal(whole[f"{prefix}.post_attention_layernorm.weight"])
+            assert layer.input_layernorm.weight.equal(whole[f"{prefix}.input_layernorm.weight"])
+            assert layer.post_attention_layernorm.weight.equal(whole[f"{prefix}.post_attention_layernorm.weight"])
             if family == "qwen3":
                 assert attention.q_norm.weight.equal(whole[f"{prefix}.self_attn.q_norm.weight"])
                 assert attention.k_norm.weight.equal(whole[f"{prefix}.self_attn.k_norm.weight"])
@@ -345,7 +349,7 @@ def test_four_ranks_share_two_kv_heads(checkpoints: CheckpointFactory) -> None:
     whole = load_file(directory / "model.safetensors")
     prefix = "model.layers.0.self_attn"
     for rank in range(4):
-        qkv_proj = load(directory, rank, size=4).layers[0].attention.qkv_proj
+        qkv_proj = load(directory, rank, size=4).model.layers[0].self_attn.qkv_proj
         expected = [
             part(whole[f"{prefix}.q_proj.weight"], rank, 4),
             part(whole[f"{prefix}.k_proj.weight"], rank // 2, 2),
@@ -361,8 +365,8 @@ def test_vocabulary_that_does_not_divide_is_padded_with_zeros(
     directory = checkpoints("qwen3", vocab_size=vocab_size)
     whole = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     models = [load(directory, rank, size) for rank in range(size)]
-    stacked = torch.cat([model.embedding.weight for model in models])
-    assert len({model.embedding.weight.shape for model in models}) == 1
+    stacked = torch.cat([model.model.embed_tokens.weight for model in models])
+    assert len({model.model.embed_tokens.weight.shape for model in models}) == 1
     assert stacked[:vocab_size].equal(whole)
     assert len(stacked) > vocab_size and not stacked[vocab_size:].any()
 
@@ -373,7 +377,7 @@ def test_a_model_that_cannot_be_split_is_refused(checkpoints: CheckpointFactory)
     with pytest.raises(ValueError, match="4 attention heads cannot be split over 3 ranks"):
         ModelRunner(
             config,
-            DecoderConfig.from_checkpoint(directory),
+            read_config(directory),
             directory,
             parallel=TensorParallel(0, 3),
         )
@@ -413,28 +417,9 @@ def test_ranks_together_compute_the_same_logits(
 
     @torch.inference_mode()
     def run_rank(key: int, parallel: TensorParallel) -> None:
-        model_config = DecoderConfig.from_checkpoint(directory)
+        model_config = read_config(directory)
         runner = ModelRunner(config, model_config, directory, parallel=parallel)
-        runner.tables.enter(
-            NewRow(
-                row=0,
-                token_ids=tokens,
-                num_prompt_tokens=40,
-                block_table=[2, 0],
-                params=SamplingParams(),
-                seed=0,
-            )
-        )
-        row = ScheduledRow(
-            request_id="",
-            row=0,
-            start=0,
-            num_tokens=40,
-            num_held_blocks=2,
-            new_blocks=[],
-            num_sampled=1,
-        )
-        logits[key] = runner.sampler.logits([row], runner.forward_pass.hidden_states([row]))
+        logits[key] = prompt_logits(runner, tokens, [2, 0])
 
     run_rank(-1, TensorParallel())
     group: Any = (Barrier(size, timeout=60), [None] * size)

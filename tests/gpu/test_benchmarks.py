@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from benchmarks.kernels import CASES, Bench, Sizes, find_backends, measure
-from engine.models.config import DecoderConfig
+from benchmarks.shape import read_shape
 from tests.gpu.device import DEVICE, ON_GPU, OPS
 
 SHAPE = Path(__file__).parent.parent.parent / "benchmarks/shapes/qwen3-0.6b"
@@ -15,7 +15,7 @@ SHAPE = Path(__file__).parent.parent.parent / "benchmarks/shapes/qwen3-0.6b"
 
 @pytest.mark.parametrize("only", CASES)
 def test_benchmark_of_the_ops(only: str) -> None:
-    config = DecoderConfig.from_checkpoint(SHAPE)
+    config = read_shape(SHAPE)
     if ON_GPU:
         bench = Bench(config, Sizes(), DEVICE, find_backends(config, DEVICE))
     else:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from kernels.types import Linear
 from torch import Tensor, nn
 
 from engine.models.weights.format import StoredTensor, WeightFormat
 from engine.ranks.parallel import TensorParallel
 from kernels import Ops
-from kernels.types import Linear
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Source:
     end: int
     into_dim: int = 0
     dtype: torch.dtype | None = None  # that the checkpoint's must have; None: any floating point
+
+    @property
+    def cut_shape(self) -> tuple[int, ...]:
+        size = self.end - self.start
+        return tuple(size if i == self.dim else n for i, n in enumerate(self.shape))
 
     def full_name(self, path: str) -> str:
         """In the checkpoint, for a module at this path of the model."""
@@ -73,9 +78,6 @@ class ShardedModule(nn.Module):
         """Its parameters are loaded: bring them into the device's layout, where that is another."""
 
 
-Part = tuple[int, int]  # [start, end) of a linear map's outputs or inputs
-
-
 class ShardedLinear(ShardedModule):
     """A rank's part of linear maps: as the checkpoint has them, and once packed as the device."""
 
@@ -85,18 +87,13 @@ class ShardedLinear(ShardedModule):
         self._tensors: list[str] = []
         self.bias: nn.Parameter | None = None
 
-    def add_weights(self, sources: Mapping[StoredTensor, list[Source]]) -> None:
+    def add_weights(self, sources: Mapping[str, list[Source]]) -> None:
         """Parameters that hold these parts of the tensors of a format."""
-        for tensor, parts in sources.items():
-            shape = list(tensor.shape)
-            for part in parts:
-                shape[part.dim] = part.end - part.start
-            shape[parts[0].into_dim] = sum(
-                (part.end - part.start) if part.dim == part.into_dim else tensor.shape[part.into_dim]
-                for part in parts
-            )
-            self.add_parameter(tensor.name, shape, parts, tensor.dtype)
-            self._tensors.append(tensor.name)
+        for name, parts in sources.items():
+            shape, into = list(parts[0].cut_shape), parts[0].into_dim
+            shape[into] = sum(part.cut_shape[into] for part in parts)
+            self.add_parameter(name, shape, parts, parts[0].dtype)
+            self._tensors.append(name)
 
     def add_bias(self, sources: list[Source]) -> None:
         del self.bias
@@ -132,15 +129,13 @@ class ColumnLinear(ShardedLinear):
         shards: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(context.weights)
-        sources: dict[StoredTensor, list[Source]] = {}
+        sources: dict[str, list[Source]] = {}
         of_bias = []
         for name, size in outputs.items():
             start, end = context.parallel.share(size, (shards or {}).get(name))
             for tensor in context.weights.tensors(size, in_features):
                 part = _part(tensor, name, tensor.out_dim, tensor.outs_per_entry, start, end)
-                # The maps differ in their outputs, and so may the shapes of what is stored.
-                key = next((known for known in sources if known.name == tensor.name), tensor)
-                sources.setdefault(key, []).append(part)
+                sources.setdefault(tensor.name, []).append(part)
             of_bias.append(Source(f"{name}.bias", (size,), 0, start, end))
         self.add_weights(sources)
         if bias:
@@ -158,7 +153,7 @@ class RowLinear(ShardedLinear):
         start, end = context.parallel.share(in_features)
         self.add_weights(
             {
-                tensor: [_part(tensor, "", tensor.in_dim, tensor.ins_per_entry, start, end)]
+                tensor.name: [_part(tensor, "", tensor.in_dim, tensor.ins_per_entry, start, end)]
                 for tensor in context.weights.tensors(out_features, in_features)
             }
         )
@@ -176,7 +171,8 @@ def _part(
     tensor: StoredTensor, name: str, dim: int | None, per_entry: int, start: int, end: int
 ) -> Source:
     """Of one tensor of a map of this name ("": the module's own) what [start, end) of it needs."""
-    first, last = (0, tensor.shape[0]) if dim is None else (start // per_entry, -(-end // per_entry))
+    cut = (0, tensor.shape[0]) if dim is None else (start // per_entry, -(-end // per_entry))
+    into_dim = tensor.out_dim or 0
     return Source(
-        f"{name}.{tensor.name}", tensor.shape, dim or 0, first, last, tensor.out_dim or 0, tensor.dtype
+        f"{name}.{tensor.name}", tensor.shape, dim or 0, *cut, into_dim, tensor.dtype
     )

@@ -8,6 +8,4 @@ from engine.models.families.qwen2 import qwen_windows
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
-    return dense_config(
-        hf, windows=qwen_windows(hf), qk_norm=True, qkv_bias=bias, output_bias=bias
-    )
+    return dense_config(hf, windows=qwen_windows(hf), qk_norm=True, qkv_bias=bias, output_bias=bias)

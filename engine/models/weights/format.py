@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from kernels.types import Linear
 from torch import Tensor
 
 from kernels import Ops
-from kernels.types import Linear
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from kernels.types import Linear
 from torch import Tensor
 
 from engine.models.weights.format import StoredTensor
 from kernels import Ops
 from kernels.quantization import Quantization
-from kernels.types import Linear
 
 
 @dataclass(frozen=True)
