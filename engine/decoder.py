@@ -1,8 +1,6 @@
 """A dense decoder-only transformer over a paged KV cache."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +10,7 @@ from engine.layers import ColumnLinear, Norm, RowLinear, VocabEmbedding
 from engine.parallel import TensorParallel
 from kernels import Ops
 from kernels.quantization import Quantization
-from kernels.reference import KVCache
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The inputs of one step: T tokens of B requests, end to end."""
-
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64, where each token's keys and values go
-    query_starts: Tensor  # [B + 1] int32
-    context_lens: Tensor  # [B] int32
-    block_tables: Tensor  # [B, M] int32
-    attention_plan: Any  # of the ops' plan_attention
+from kernels.types import KVCache, StepInputs
 
 
 class Attention(nn.Module):
@@ -62,22 +47,16 @@ class Attention(nn.Module):
         self.q_norm = Norm(f"{prefix}.q_norm", head_dim) if config.qk_norm else None
         self.k_norm = Norm(f"{prefix}.k_norm", head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, batch: Batch, kv_cache: KVCache, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: StepInputs, cache: KVCache, cos_sin: Tensor) -> Tensor:
+        (inputs,) = step.attention
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight
         q = self._ops.norm_rotary_store(
-            self.qkv_proj(x), norms, self._eps, batch.positions, cos_sin, kv_cache, batch.slots
+            self.qkv_proj(x), norms, self._eps, step.positions, cos_sin, cache, inputs.slots
         )
-        attended = self._ops.paged_attention(
-            q,
-            kv_cache,
-            batch.query_starts,
-            batch.context_lens,
-            batch.block_tables,
-            scale=self._head_dim**-0.5,
-            window=self._window,
-            plan=batch.attention_plan,
+        attended = self._ops.attention.attend(
+            q, cache, inputs, scale=self._head_dim**-0.5, window=self._window
         )
         return self.o_proj(attended.flatten(1))
 
@@ -119,14 +98,14 @@ class Layer(nn.Module):
         self.mlp = FeedForward(config, f"{prefix}.mlp", ops, parallel)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, batch: Batch, kv_cache: KVCache, cos_sin: Tensor
+        self, x: Tensor, residual: Tensor | None, step: StepInputs, cache: KVCache, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x is what the layer before adds to the residual; the first layer has none yet."""
         if residual is None:
             x, residual = self._ops.rms_norm(x, self.input_norm.weight, self._eps), x
         else:
             x, residual = self._ops.add_rms_norm(x, residual, self.input_norm.weight, self._eps)
-        x = self.attention(x, batch, kv_cache, cos_sin)
+        x = self.attention(x, step, cache, cos_sin)
         x, residual = self._ops.add_rms_norm(x, residual, self.post_norm.weight, self._eps)
         return self.mlp(x), residual
 
@@ -174,12 +153,12 @@ class Decoder(nn.Module):
             tied=self.lm_head is self.embedding,
         )
 
-    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+    def forward(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""
-        x = self.embedding.embed(self._ops, batch.token_ids)
+        x = self.embedding.embed(self._ops, step.token_ids)
         residual: Tensor | None = None
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, batch, kv_cache, self.cos_sin)
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, step, cache, self.cos_sin)
         assert residual is not None  # there is a layer
         return self._ops.add_rms_norm(x, residual, self.norm.weight, self._eps)[0]
 

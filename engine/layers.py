@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from engine.parallel import TensorParallel
 from kernels import Ops
 from kernels.quantization import Quantization
-from kernels.reference import Linear
+from kernels.types import Linear
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,11 @@ class LogitsProcessor:
         rules = self._combine(rows)
         row_index, position = self._tensor(rows), self._tensor(positions)
         if grammar_mask is not None:
-            self._ops.apply_bitmask(logits, grammar_mask.to(self._device, non_blocking=True))
+            self._ops.sampling.apply_bitmask(
+                logits, grammar_mask.to(self._device, non_blocking=True)
+            )
         if rules.allowed is not None:
-            self._ops.apply_bitmask(logits, rules.allowed)
+            self._ops.sampling.apply_bitmask(logits, rules.allowed)
         if len(rules.token):
             active = position[rules.index] < rules.until
             values = torch.where(active, rules.value, 0.0)
@@ -117,7 +119,9 @@ class LogitsProcessor:
             token_ids = self._token_ids[row_index, : max(positions)]
             counts = self._counts[row_index.unsqueeze(1), token_ids]
             repetition, presence, frequency = self._penalties[row_index].unbind(1)
-            self._ops.penalize(logits, token_ids, position, counts, repetition, presence, frequency)
+            self._ops.sampling.penalize(
+                logits, token_ids, position, counts, repetition, presence, frequency
+            )
 
     def count(self, rows: Tensor, tokens: Tensor) -> None:
         """These rows, [N] int64, have had these tokens, [N] int64."""

@@ -251,7 +251,7 @@ class ModelRunner:
     def _draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         temperature, top_p, min_p = self.tables.shares.index_select(1, rows)
         top_k, seeds = self.tables.numbers.index_select(1, rows)
-        return self.ops.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+        return self.ops.sampling.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
     def _take_logprobs(
         self, logits: Tensor, sampling: list[ScheduledRow], tokens: Tensor
