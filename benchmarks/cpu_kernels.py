@@ -23,6 +23,7 @@ from engine.device.threads import num_compute_threads
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 from kernels.reference import penalize
+from kernels.types import AttentionInputs, KVCache, PagedKV
 
 _TURN_BYTES = 2**28  # the layers that take turns have together: more than any cache
 _BLOCK_SIZE = 32
@@ -103,30 +104,37 @@ def attention_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
 
 def attention_case(ops: Ops, config: DenseShape, name: str, lengths: list[tuple[int, int]]) -> Case:
     """lengths: (queries, context) of each request."""
-    kv_heads, head_dim = config.num_kv_heads, config.head_dim
+    head_dim = config.head_dim
     counts = [-(-context // _BLOCK_SIZE) for _, context in lengths]
     contexts = torch.tensor([context for _, context in lengths]).int()
-    bytes_read = 2 * int(contexts.sum()) * kv_heads * head_dim * _DTYPE.itemsize
+    bytes_read = 2 * int(contexts.sum()) * config.num_kv_heads * head_dim * _DTYPE.itemsize
     caches = []
     for _ in range(_num_copies(bytes_read)):
-        cache = ops.new_kv_cache(
-            sum(counts), _BLOCK_SIZE, kv_heads, head_dim, _DTYPE, torch.device("cpu")
-        )
-        caches.append([part.normal_() for part in cache])
+        cache = _new_cache(ops, config, sum(counts))
+        for tensor in cache.tensors:
+            tensor.normal_()
+        caches.append(cache)
     blocks = torch.randperm(sum(counts)).int().split(counts)
     tables = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
     queries = torch.tensor([count for count, _ in lengths])
     starts = torch.cat((torch.zeros(1), queries.cumsum(0))).int()
+    nowhere, longest = torch.empty(0), int(queries.max())
+    inputs = AttentionInputs(
+        starts, contexts, tables, nowhere, len(lengths) if longest == 1 else 0, longest
+    )
     q = torch.randn(int(starts[-1]), config.num_heads, head_dim, dtype=_DTYPE)
     pairs = sum(n * (context - n) + n * (n + 1) / 2 for n, context in lengths)
     return Case(
         f"attention, {name}",
-        lambda i: ops.paged_attention(
-            q, caches[i % len(caches)], starts, contexts, tables, head_dim**-0.5
-        ),
+        lambda i: ops.attention.attend(q, caches[i % len(caches)], inputs, head_dim**-0.5),
         bytes_read=bytes_read,
         flops=4 * pairs * config.num_heads * head_dim,
     )
+
+
+def _new_cache(ops: Ops, config: DenseShape, num_blocks: int) -> KVCache:
+    spec = PagedKV(_BLOCK_SIZE, config.num_kv_heads, config.head_dim, _DTYPE)
+    return ops.attention.new_cache(num_blocks, spec, torch.device("cpu"))
 
 
 def other_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
@@ -139,15 +147,18 @@ def other_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
     yield Case("SiLU and multiply", lambda _: ops.silu_and_mul(gate_up))
     heads = config.num_heads + 2 * config.num_kv_heads
     qkv = torch.randn(rows, heads * config.head_dim, dtype=_DTYPE)
-    cache = ops.new_kv_cache(
-        1, _BLOCK_SIZE, config.num_kv_heads, config.head_dim, _DTYPE, torch.device("cpu")
-    )
+    cache = _new_cache(ops, config, 1)
     norm = torch.ones(config.head_dim, dtype=_DTYPE)
     cos_sin, at = torch.randn(rows, config.head_dim), torch.arange(rows)
     yield Case(
         "q/k norm, rotary, store",
         lambda _: ops.norm_rotary_store(qkv, (norm, norm), 1e-6, at, cos_sin, cache, at),
     )
+    yield from _sampling_cases(ops, config, rows)
+
+
+def _sampling_cases(ops: Ops, config: DenseShape, rows: int) -> Iterator[Case]:
+    sampling, at = ops.sampling, torch.arange(rows)
     logits = torch.randn(rows, config.vocab_size, dtype=_DTYPE) * 2
     for name, top_k, top_p in (
         ("", 0, 1.0),
@@ -164,19 +175,19 @@ def other_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
         )
         yield Case(
             f"sample{name}",
-            lambda _, arguments=arguments: ops.sample(logits, *arguments),  # type: ignore[misc]
+            lambda _, arguments=arguments: sampling.sample(logits, *arguments),  # type: ignore[misc]
             bytes_read=logits.nbytes,
         )
     for count in (0, 5, 20):
         yield Case(
             f"log-probabilities, top {count}",
-            lambda _, count=count: ops.top_logprobs(logits, at, count),  # type: ignore[misc]
+            lambda _, count=count: sampling.top_logprobs(logits, at, count),  # type: ignore[misc]
             bytes_read=logits.nbytes,
         )
     yield Case("logits to float32", lambda _: logits[at].float(), bytes_read=logits.nbytes)
     single = logits.float()
     mask = torch.randint(-(2**31), 2**31, (rows, -(-config.vocab_size // 32))).int()
-    yield Case("bitmask", lambda _: ops.apply_bitmask(single, mask), bytes_read=mask.nbytes)
+    yield Case("bitmask", lambda _: sampling.apply_bitmask(single, mask), bytes_read=mask.nbytes)
     tokens = torch.randint(config.vocab_size, (rows, 700))
     halves = torch.full((rows,), 0.5)
     yield Case(

@@ -4,7 +4,7 @@ Each line names an op on the shapes of one layer of a model (Qwen3-0.6B's by def
 time, the memory it must move and the products it must compute per second, and the share of that
 time which the ceilings, measured in the same run, would allow. Attention is measured with every
 backend that is installed, on prompts and on decoding: the rule by which they are chosen
-(`kernels/flash_attention.py`) is to be read off here.
+(`kernels/cuda/flash_attention.py`) is to be read off here.
 
     python -m benchmarks.kernels [--model DIRECTORY] [--only attention] [--json FILE]
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.floor import SHAPE, best_seconds
 from benchmarks.shape import DenseShape, read_shape
 from kernels import AttentionNeeds, Ops, select_ops
-from kernels.reference import KVCache
+from kernels.types import AttentionInputs, KVCache, PagedKV
 
 _BF16, _FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -140,30 +140,26 @@ def _attention(
 ) -> Case:
     config = bench.config
     decoding = all(queries == 1 for queries, _ in lengths)
-    heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-    kv_cache, block_tables = _filled_cache(bench, ops, lengths, cache_dtype)
+    heads, head_dim = config.num_heads, config.head_dim
+    cache, block_tables = _filled_cache(bench, ops, lengths, cache_dtype)
     counts = [queries for queries, _ in lengths]
-    query_starts = bench.ints([sum(counts[:i]) for i in range(len(counts) + 1)])
-    context_lens = bench.ints([context for _, context in lengths])
     q = bench.randn(sum(counts), heads, head_dim)
     # flash-attn leaves decoding to Triton; here it has to show that this is right.
-    num_decodes = len(lengths) if decoding and "flash" not in backend else 0
+    inputs = AttentionInputs(
+        query_starts=bench.ints([sum(counts[:i]) for i in range(len(counts) + 1)]),
+        context_lens=bench.ints([context for _, context in lengths]),
+        block_tables=block_tables,
+        slots=torch.empty(0, device=bench.device),  # all is stored already
+        num_decodes=len(lengths) if decoding and "flash" not in backend else 0,
+        max_query_len=max(counts),
+    )
 
     def run() -> Tensor:
-        plan = ops.plan_attention(query_starts, context_lens, num_decodes, max(counts), kv_heads)
-        return ops.paged_attention(
-            q,
-            kv_cache,
-            query_starts,
-            context_lens,
-            block_tables,
-            scale=head_dim**-0.5,
-            window=config.window,
-            plan=plan,
-        )
+        planned = ops.attention.plan(inputs, cache.spec)
+        return ops.attention.attend(q, cache, planned, scale=head_dim**-0.5, window=config.window)
 
     seen = sum(queries * context - queries * (queries - 1) // 2 for queries, context in lengths)
-    token_bytes = 2 * kv_heads * head_dim * cache_dtype.itemsize
+    token_bytes = cache.spec.block_bytes // cache.spec.block_size
     kv_bytes = sum(context for _, context in lengths) * token_bytes
     kind = f"decode {len(lengths)}" if decoding else f"prompt {len(lengths)} x {lengths[0]}"
     return Case(
@@ -181,16 +177,15 @@ def _filled_cache(
     config, block_size = bench.config, _block_size(bench)
     counts = [-(-context // block_size) for _, context in lengths]
     num_blocks = sum(counts)
-    kv_cache = ops.new_kv_cache(
-        num_blocks, block_size, config.num_kv_heads, config.head_dim, dtype, bench.device
-    )
-    for part in kv_cache:
-        part.copy_(torch.randn(part.shape, dtype=_BF16, device=bench.device))
+    spec = PagedKV(block_size, config.num_kv_heads, config.head_dim, dtype)
+    cache = ops.attention.new_cache(num_blocks, spec, bench.device)
+    for tensor in cache.tensors:
+        tensor.copy_(torch.randn(tensor.shape, dtype=_BF16, device=bench.device))
     shuffled = torch.randperm(num_blocks).int()
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for i, blocks in enumerate(shuffled.split(counts)):
         tables[i, : len(blocks)] = blocks
-    return kv_cache, tables.to(bench.device)
+    return cache, tables.to(bench.device)
 
 
 def _block_size(bench: Bench) -> int:
@@ -224,12 +219,12 @@ def elementwise_cases(bench: Bench) -> Iterator[Case]:
         qkv = bench.randn(tokens, (heads + 2 * kv_heads) * head_dim)
         norm = bench.randn(head_dim)
         norms = (norm, norm) if config.qk_norm else None
-        kv_cache, _ = _filled_cache(bench, ops, [(1, tokens)], _BF16)
+        cache, _ = _filled_cache(bench, ops, [(1, tokens)], _BF16)
         index = torch.arange(tokens, device=bench.device)
         cos_sin = bench.randn(tokens, head_dim, dtype=torch.float32)
         yield Case(
             f"norm_rotary_store, {tokens} tokens",
-            partial(ops.norm_rotary_store, qkv, norms, 1e-6, index, cos_sin, kv_cache, index),
+            partial(ops.norm_rotary_store, qkv, norms, 1e-6, index, cos_sin, cache, index),
             bytes_moved=2 * qkv.nbytes + cos_sin.nbytes,
         )
 
@@ -258,14 +253,14 @@ def sampling_cases(bench: Bench) -> Iterator[Case]:
             )
             yield Case(
                 f"sample, {rows} rows, {name}",
-                partial(ops.sample, *settings),
+                partial(ops.sampling.sample, *settings),
                 bytes_moved=logits.nbytes,
             )
         own = logits.float()
         mask = torch.zeros(rows, -(-vocab // 32), dtype=torch.int32, device=bench.device)
         yield Case(
             f"apply_bitmask, {rows} rows",
-            partial(ops.apply_bitmask, own, mask),
+            partial(ops.sampling.apply_bitmask, own, mask),
             bytes_moved=own.nbytes + mask.nbytes,
         )
 
@@ -301,7 +296,7 @@ CASES = {
 
 def find_backends(config: DenseShape, device: torch.device) -> dict[str, Ops]:
     """Triton's ops, and those with each flash-attn that is installed and serves the model."""
-    from kernels import flash_attention
+    from kernels.cuda import flash_attention
 
     def needs(backend: Any, block_size: int) -> AttentionNeeds:
         return AttentionNeeds(backend, _BF16, _BF16, config.head_dim, block_size)

@@ -93,7 +93,7 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     memory.stop()
 
     runner = llm.engine.runner
-    pool = sum(part.nbytes for cache in runner.forward_pass.kv_caches for part in cache)
+    pool = sum(part.nbytes for cache in runner.forward_pass.kv_caches for part in cache.tensors)
     shape = read_shape(checkpoint.resolve(model))
     embedding = shape.vocab_size * shape.hidden_size * runner.dtype.itemsize
     weights = weight_bytes(shape, llm.config.quantization, runner.dtype.itemsize) + embedding

@@ -51,9 +51,9 @@ def touch_kv_cache(llm: LLM) -> None:
 
     vLLM's is filled with zeros when it starts; so that ours is not measured along.
     """
-    for keys, values in llm.engine.runner.forward_pass.kv_caches:
-        keys.view(torch.uint8).zero_()
-        values.view(torch.uint8).zero_()
+    for cache in llm.engine.runner.forward_pass.kv_caches:
+        for tensor in cache.tensors:
+            tensor.view(torch.uint8).zero_()
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

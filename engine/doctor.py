@@ -76,7 +76,7 @@ def _driver() -> str:
 
 def _attention(properties: Any) -> Finding:
     """Which kernels attend, for what models usually need; `properties` are a CUDA device's."""
-    from kernels import flash_attention
+    from kernels.cuda import flash_attention
 
     dtype, block_size = torch.bfloat16, EngineConfig.model_fields["block_size"].default
     needs = AttentionNeeds("auto", dtype, dtype, _HEAD_DIM, block_size)

@@ -1,25 +1,86 @@
 """The op interface: the functions a model is made of, as one table per device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.quantization import Quantization
+from kernels.types import AttentionInputs, KVCache, Linear, PagedKV, StepInputs, StepRows
 
 
-@dataclass(frozen=True)
-class AttentionNeeds:
-    """What a model asks of attention on a GPU."""
+class Attention(Protocol):
+    """Causal attention over a paged cache, whose layout is its own."""
 
-    backend: Literal["auto", "triton", "flash-attn-2", "flash-attn-4"]
-    dtype: torch.dtype
-    cache_dtype: torch.dtype
-    head_dim: int
-    block_size: int
+    def new_cache(self, num_blocks: int, spec: PagedKV, device: torch.device) -> KVCache:
+        """One layer's cache. Contents are undefined."""
+
+    def store(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset; -1 is nowhere.
+
+        A cache of float8_e4m3fn takes values up to +-448, and what lies beyond as that.
+        """
+
+    def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
+        """The same, with what layers of this spec can share in a step."""
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        inputs: AttentionInputs,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of variable-length queries over the tokens before and at them.
+
+        All keys and values, those of the queries' own tokens included, are already in the cache.
+
+        Args:
+            q: [T, H, D], H a multiple of K.
+            inputs: as `plan` made them.
+            window: a query sees itself and the window - 1 tokens before it, and blocks that lie
+                wholly before are never read; None sees all.
+            softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
+        Returns:
+            [T, H, D], q's dtype; zeros for what only pads the batch.
+        """
+
+
+class Sampling(Protocol):
+    """From logits to tokens; see `kernels.reference`."""
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> Tensor: ...
+
+    def penalize(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        num_tokens: Tensor,
+        counts: Tensor,
+        repetition: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+    ) -> None: ...
+
+    def apply_bitmask(self, logits: Tensor, bitmask: Tensor) -> None: ...
+
+    def top_logprobs(
+        self, logits: Tensor, token_ids: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class Recorder(Protocol):
@@ -39,55 +100,6 @@ class Recorder(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Ops:
-    """The functions of `kernels.reference`, which documents them, for one device.
-
-    A faster implementation replaces entries of the table with `dataclasses.replace`. The three
-    cache functions go together: whoever allocates the cache owns its layout.
-    """
-
-    name: str
-    new_kv_cache: Callable[..., reference.KVCache] = reference.new_kv_cache
-    new_recorder: Callable[[], Recorder] | None = None  # where launching is worth saving
-    prepare_step: Callable[..., reference.StepInputs] = reference.prepare_step
-    embed: Callable[[Tensor, Tensor], Tensor] = reference.embed
-    plan_attention: Callable[..., Any] = reference.plan_attention
-    norm_rotary_store: Callable[..., Tensor] = reference.norm_rotary_store
-    paged_attention: Callable[..., Tensor] = reference.paged_attention
-    pack_linear: Callable[..., reference.Linear] = reference.pack_linear
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
-        reference.add_rms_norm
-    )
-    silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
-    sample: Callable[..., Tensor] = reference.sample
-    penalize: Callable[..., None] = reference.penalize
-    apply_bitmask: Callable[[Tensor, Tensor], None] = reference.apply_bitmask
-    top_logprobs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]] = (
-        reference.top_logprobs
-    )
-
-
-REFERENCE = Ops("reference")
-
-
-def select_ops(device: torch.device, attention: AttentionNeeds | None = None) -> Ops:
-    """The fastest ops this installation has for the device.
-
-    Raises ValueError when `attention.backend` asks for one that cannot serve here.
-    """
-    if device.type == "cpu":
-        if attention is not None and attention.backend != "auto":
-            raise ValueError(f"attention_backend: {attention.backend!r} is for GPUs; leave it out")
-        return _cpu_ops()
-    if device.type == "cuda":
-        from kernels import cuda
-
-        return cuda.select_ops(device, attention)
-    return REFERENCE
-
-
 class CompilationWatch(Protocol):
     """Knows which kernels were compiled only after `start_serving`: they held up requests."""
 
@@ -97,45 +109,75 @@ class CompilationWatch(Protocol):
         """Warm-up is over."""
 
 
-def watch_compilation(device: torch.device) -> CompilationWatch:
-    """From now on; where nothing is compiled at run time, its list stays empty."""
-    if device.type == "cuda":
-        from kernels.triton.compiles import CompileWatch
+class NormRotaryStore(Protocol):
+    """`Ops.norm_rotary_store` in one kernel, for caches of the attention it comes with."""
 
-        return CompileWatch()
-    return _NothingCompiles()
+    def __call__(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        positions: Tensor,
+        cos_sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor: ...
 
 
-class _NothingCompiles:
-    def __init__(self) -> None:
-        self.late: list[str] = []
+@dataclass(frozen=True)
+class Ops:
+    """The functions of `kernels.reference`, which documents them, for one device.
 
-    def start_serving(self) -> None: ...
+    A faster implementation replaces entries of the table with `dataclasses.replace`.
+    """
 
-
-def _cpu_ops() -> Ops:
-    from kernels.cpu import build, huge_pages
-    from kernels.cpu.linear import LinearPacker, pack_linear_onednn
-    from kernels.cpu.ops import CpuOps
-    from kernels.cpu.recorder import CpuRecorder
-
-    library = build.load_library()
-    if library is None:
-        return replace(REFERENCE, name="cpu-torch", pack_linear=pack_linear_onednn)
-    fast = CpuOps(library)
-    return Ops(
-        name=f"cpu-{build.instruction_set()}",
-        new_recorder=partial(CpuRecorder, library),
-        prepare_step=fast.prepare_step,
-        embed=fast.embed,
-        new_kv_cache=partial(reference.new_kv_cache, allocate=huge_pages.empty),
-        norm_rotary_store=fast.norm_rotary_store,
-        paged_attention=fast.paged_attention,
-        pack_linear=LinearPacker(library).pack_linear,
-        rms_norm=fast.rms_norm,
-        add_rms_norm=fast.add_rms_norm,
-        silu_and_mul=fast.silu_and_mul,
-        sample=fast.sample,
-        apply_bitmask=fast.apply_bitmask,
-        top_logprobs=fast.top_logprobs,
+    name: str
+    attention: Attention = reference.attention
+    sampling: Sampling = reference
+    new_recorder: Callable[[], Recorder] | None = None  # where launching is worth saving
+    prepare_step: Callable[[StepRows, Tensor, Tensor, int], StepInputs] = reference.prepare_step
+    embed: Callable[[Tensor, Tensor], Tensor] = reference.embed
+    pack_linear: Callable[[Tensor, Tensor | None, Quantization | None], Linear] = (
+        reference.pack_linear
     )
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
+        reference.add_rms_norm
+    )
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rotary
+    silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
+    fused_norm_rotary_store: NormRotaryStore | None = None
+
+    def norm_rotary_store(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        positions: Tensor,
+        cos_sin: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+    ) -> Tensor:
+        """What most models have between the qkv projection and attention, fused where it can be.
+
+        Args:
+            qkv: [T, (H + 2 * K) * D]: queries, keys, values.
+            norms: weights [D] of the query norm and the key norm, in models that have them.
+            positions, cos_sin: see `kernels.reference.rotary`.
+            slots: see `Attention.store`.
+        Returns:
+            Queries [T, H, D], ready for `Attention.attend`.
+        """
+        if self.fused_norm_rotary_store is not None:
+            return self.fused_norm_rotary_store(qkv, norms, eps, positions, cos_sin, cache, slots)
+        heads = qkv.unflatten(-1, (-1, cache.spec.head_dim))
+        kv_heads = cache.spec.num_kv_heads
+        q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        if norms is not None:
+            q, k = self.rms_norm(q, norms[0], eps), self.rms_norm(k, norms[1], eps)
+        q, k = self.rotary(q, k, positions, cos_sin)
+        self.attention.store(k, v, cache, slots)
+        return q
+
+
+REFERENCE = Ops("reference")

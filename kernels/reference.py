@@ -1,13 +1,10 @@
 """Every op in plain torch: the path that works everywhere, and the oracle for the fast ones.
 
-Shapes use T = tokens in the step (all requests end to end), B = requests in the step, H = query
-heads, K = key/value heads, D = head dimension, V = vocabulary.
+For the letters in shapes see `kernels.types`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,59 +17,46 @@ from kernels.quantization import (
     quantize_int4,
     quantize_int8,
 )
-
-KVCache = tuple[Tensor, Tensor]
-Linear = Callable[[Tensor], Tensor]
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """What the model reads of one step: T tokens of B requests, end to end."""
-
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64, where each token's keys and values go; -1 is nowhere
-    context_lens: Tensor  # [B] int32
-    block_tables: Tensor  # [B, M] int32
+from kernels.types import (
+    FP8_MAX,
+    AttentionInputs,
+    KVCache,
+    Linear,
+    PagedKV,
+    StepInputs,
+    StepRows,
+)
 
 
 def prepare_step(
-    rows: Tensor,
-    starts: Tensor,
-    query_starts: Tensor,
-    num_tokens: int,
-    token_table: Tensor,
-    block_table: Tensor,
-    block_size: int,
+    step: StepRows, token_table: Tensor, block_tables: Tensor, block_size: int
 ) -> StepInputs:
     """Look up what a step computes in the device's tables.
 
-    Request i of the step computes tokens starts[i], starts[i] + 1, ... of table row rows[i], as
-    many as query_starts has it. A request whose row is -1 only pads the batch: its context is
-    empty, its token is 0 at position 0, and nothing of it is kept.
+    Of a request that only pads the batch the context is empty, its token is 0 at position 0, and
+    nothing of it is kept.
 
     Args:
-        rows, starts: [B] int32.
-        query_starts: [B + 1] int32, from 0 to num_tokens.
         token_table: [rows, max_len] int64.
-        block_table: [rows, M] int32.
+        block_tables: [G, rows, M] int32.
     """
-    lengths = query_starts.diff()
-    index = torch.arange(num_tokens, device=rows.device)
-    request = torch.arange(len(rows), device=rows.device).repeat_interleave(
-        lengths, output_size=num_tokens
+    lengths = step.query_starts.diff()
+    index = torch.arange(step.num_tokens, device=step.rows.device)
+    request = torch.arange(len(step.rows), device=step.rows.device).repeat_interleave(
+        lengths, output_size=step.num_tokens
     )
-    real = rows[request] >= 0
-    token_rows = rows[request].long().clamp(min=0)
-    positions = torch.where(real, starts[request] + index - query_starts[request], 0).long()
-    slots = block_table[token_rows, positions // block_size].long() * block_size
-    return StepInputs(
-        token_ids=torch.where(real, token_table[token_rows, positions], 0),
+    real = step.rows[request] >= 0
+    row = step.rows.long().clamp(min=0)
+    positions = step.starts[request] + index - step.query_starts[request]
+    positions = torch.where(real, positions, 0).long()
+    slots = block_tables[:, row[request], positions // block_size].long() * block_size
+    return StepInputs.of(
+        step,
+        token_ids=torch.where(real, token_table[row[request], positions], 0),
         positions=positions,
+        context_lens=torch.where(step.rows >= 0, step.starts + lengths, 0).int(),
+        block_tables=block_tables[:, row],
         slots=torch.where(real, slots + positions % block_size, -1),
-        context_lens=torch.where(rows >= 0, starts + lengths, 0).int(),
-        block_tables=block_table[rows.long().clamp(min=0)],
     )
 
 
@@ -81,122 +65,81 @@ def embed(token_ids: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(token_ids, weight)
 
 
-def new_kv_cache(
-    num_blocks: int,
-    block_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    allocate: Callable[..., Tensor] = torch.empty,
-) -> KVCache:
-    """One layer's keys and values, each [num_blocks, K, block_size, D], in memory by `allocate`.
-
-    Contents are undefined. A head's rows of one block are contiguous, so that attention streams
-    them.
-    """
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    with device:
-        return allocate(shape, dtype=dtype), allocate(shape, dtype=dtype)
-
-
-def store_kv(k: Tensor, v: Tensor, kv_cache: KVCache, slots: Tensor) -> None:
-    """Write k, v [T, K, D] at slots [T] int64: block * block_size + offset; -1 is nowhere.
-
-    A cache of float8_e4m3fn takes values up to +-448, and what lies beyond as that.
-    """
-    block_size = kv_cache[0].shape[2]
-    kept = slots >= 0
-    blocks, offsets = slots[kept] // block_size, slots[kept] % block_size
-    for cache, new in zip(kv_cache, (k[kept], v[kept]), strict=True):
-        if cache.dtype == torch.float8_e4m3fn:
-            new = new.float().clamp(-FP8_MAX, FP8_MAX)
-        cache[blocks, :, offsets] = new.to(cache.dtype)
-
-
-def plan_attention(
-    query_starts: Tensor,
-    context_lens: Tensor,
-    num_decodes: int,
-    max_query_len: int,
-    num_kv_heads: int,
-) -> Any:
-    """What the attention of all layers of a step can share; opaque, None if that is nothing.
+class PagedAttention:
+    """Implements `kernels.ops.Attention`. A head's rows of a block are contiguous, to be streamed.
 
     Args:
-        query_starts, context_lens: see `paged_attention`.
-        num_decodes: the first requests of the step, which have one query each.
-        max_query_len: most queries of any request.
+        allocate: makes the memory of caches, as `torch.empty` does.
     """
-    return None
 
+    def __init__(self, allocate: Callable[..., Tensor] = torch.empty) -> None:
+        self._allocate = allocate
 
-def paged_attention(
-    q: Tensor,
-    kv_cache: KVCache,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    block_tables: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    plan: Any = None,
-) -> Tensor:
-    """Causal attention of variable-length queries over a paged cache.
+    def new_cache(self, num_blocks: int, spec: PagedKV, device: torch.device) -> KVCache:
+        shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        with device:
+            keys, values = (self._allocate(shape, dtype=spec.dtype) for _ in range(2))
+        return KVCache(spec, keys, values)
 
-    Request i owns queries q[query_starts[i]:query_starts[i + 1]]; they are the last ones of its
-    context_lens[i] tokens, whose keys and values (its own included) are already in the cache.
+    def store(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        block_size = cache.spec.block_size
+        kept = slots >= 0
+        blocks, offsets = slots[kept] // block_size, slots[kept] % block_size
+        for part, new in ((cache.keys, k[kept]), (cache.values, v[kept])):
+            if part.dtype == torch.float8_e4m3fn:
+                new = new.float().clamp(-FP8_MAX, FP8_MAX)
+            part[blocks, :, offsets] = new.to(part.dtype)
 
-    Args:
-        q: [T, H, D], H a multiple of K.
-        query_starts: [B + 1] int32, cumulative query counts from 0 to T.
-        context_lens: [B] int32.
-        block_tables: [B, M] int32, entries past a request's last block are never read.
-        window: a query sees itself and the window - 1 tokens before it; None sees all.
-        softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
-        plan: what the same table's `plan_attention` made of the step.
-    Returns:
-        [T, H, D], q's dtype.
-    """
-    out = torch.empty_like(q)
-    k_cache, v_cache = kv_cache
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    starts = query_starts.tolist()
-    for i, context_len in enumerate(context_lens.tolist()):
-        start, end = starts[i], starts[i + 1]
-        if start == end or context_len == 0:  # of padding, zeros come out
-            out[start:end] = 0
-            continue
-        blocks = block_tables[i, : -(-context_len // block_size)].long()
-        # [blocks, K, block_size, D] -> [1, K, context, D]
-        k, v = (
-            cache[blocks]
-            .transpose(0, 1)
-            .reshape(1, num_kv_heads, -1, head_dim)[:, :, :context_len]
-            .to(q.dtype)
-            for cache in (k_cache, v_cache)
-        )
-        query_positions = torch.arange(context_len - (end - start), context_len, device=q.device)
-        key_positions = torch.arange(context_len, device=q.device)
-        distance = query_positions[:, None] - key_positions[None, :]
-        visible = distance >= 0
-        if window is not None:
-            visible &= distance < window
-        queries = q[start:end].transpose(0, 1).unsqueeze(0)
-        if softcap is None:
-            attended = F.scaled_dot_product_attention(
-                queries, k, v, attn_mask=visible, scale=scale, enable_gqa=True
+    def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
+        return inputs
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        inputs: AttentionInputs,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        out = torch.zeros_like(q)
+        starts, block_size = inputs.query_starts.tolist(), cache.spec.block_size
+        for i, context_len in enumerate(inputs.context_lens.tolist()):
+            start, end = starts[i], starts[i + 1]
+            if start == end or context_len == 0:
+                continue
+            position = context_len - (end - start)  # of the first query
+            first_block = 0 if window is None else max(position - window + 1, 0) // block_size
+            blocks = inputs.block_tables[i, first_block : -(-context_len // block_size)].long()
+            first = first_block * block_size
+            # [blocks, K, block_size, D] -> [1, K, context from first on, D]
+            k, v = (
+                part[blocks].transpose(0, 1).flatten(1, 2)[None, :, : context_len - first]
+                for part in cache.tensors
             )
-        else:
-            attended = _attend_capped(queries, k, v, visible, scale, softcap)
-        out[start:end] = attended[0].transpose(0, 1)
-    return out
+            query_positions = torch.arange(position, context_len, device=q.device)
+            key_positions = torch.arange(first, context_len, device=q.device)
+            distance = query_positions[:, None] - key_positions[None, :]
+            visible = distance >= 0
+            if window is not None:
+                visible &= distance < window
+            queries = q[start:end].transpose(0, 1).unsqueeze(0)
+            attended = _attend(queries, k.to(q.dtype), v.to(q.dtype), visible, scale, softcap)
+            out[start:end] = attended[0].transpose(0, 1)
+        return out
 
 
-def _attend_capped(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float
+attention = PagedAttention()
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """Attention of q [1, H, T, D] over k and v [1, K, context, D] with capped scores."""
+    """Attention of q [1, H, T, D] over k and v [1, K, context, D], where visible [T, context]."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, scale=scale, enable_gqa=True
+        )
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     scores = softcap * torch.tanh((q @ k.mT).float() * scale / softcap)
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
@@ -244,35 +187,6 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Te
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
     return rotate(q), rotate(k)
-
-
-def norm_rotary_store(
-    qkv: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-    kv_cache: KVCache,
-    slots: Tensor,
-) -> Tensor:
-    """What lies between the qkv projection and attention: `rms_norm`, `rotary`, `store_kv`.
-
-    Args:
-        qkv: [T, (H + 2 * K) * D]: queries, keys, values.
-        norms: weights [D] of the query norm and the key norm, in models that have them.
-        positions, cos_sin: see `rotary`.
-        slots: see `store_kv`.
-    Returns:
-        Queries [T, H, D], ready for `paged_attention`.
-    """
-    _, num_kv_heads, _, head_dim = kv_cache[0].shape
-    heads = qkv.unflatten(-1, (-1, head_dim))
-    q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-    if norms is not None:
-        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    q, k = rotary(q, k, positions, cos_sin)
-    store_kv(k, v, kv_cache, slots)
-    return q
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.device.transfer import to_device
 from engine.schedule.step import BlockCopy
-from kernels.reference import KVCache
+from kernels.types import KVCache
 
 # Blocks in flight at once, each way: so much of the device's memory goes into staging them.
 _NUM_STAGED = 32
@@ -42,7 +42,7 @@ class HostCache:
 
     def run(self, copies: Sequence[BlockCopy], kv_caches: Sequence[KVCache]) -> None:
         """Make the copies of a plan, in order, before its step."""
-        tensors = [_as_bytes(tensor) for kv_cache in kv_caches for tensor in kv_cache]
+        tensors = [_as_bytes(tensor) for cache in kv_caches for tensor in cache.tensors]
         for to_host, group in groupby(copies, key=lambda copy: copy.to_host):
             while part := list(islice(group, _NUM_STAGED)):
                 blocks = to_device([copy.block for copy in part], torch.int64, self._device)

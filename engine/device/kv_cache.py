@@ -1,4 +1,4 @@
-"""The KV cache of one rank: a tensor of keys and one of values per layer."""
+"""The KV cache of one rank, layer by layer."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from engine.models.config import ModelConfig
 from engine.ranks.parallel import TensorParallel
 from kernels import Ops
-from kernels.reference import KVCache
+from kernels.types import KVCache, PagedKV
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,7 @@ class KVCacheShape:
     """What a block of it holds."""
 
     num_layers: int
-    num_kv_heads: int  # of this rank
-    head_dim: int
-    block_size: int
-    dtype: torch.dtype
+    spec: PagedKV  # of a layer on this rank
 
     @classmethod
     def of(
@@ -26,19 +23,16 @@ class KVCacheShape:
     ) -> "KVCacheShape":
         attention = config.layers[0].attention
         kv_heads = max(attention.num_kv_heads // parallel.size, 1)
-        return cls(len(config.layers), kv_heads, attention.head_dim, block_size, dtype)
+        spec = PagedKV(block_size, kv_heads, attention.head_dim, dtype)
+        return cls(len(config.layers), spec)
 
     @property
     def block_bytes(self) -> int:
-        """Of one block in all layers."""
-        elements = self.num_layers * self.num_kv_heads * self.head_dim * self.block_size
-        return 2 * elements * self.dtype.itemsize
+        """What one block takes in all layers."""
+        return self.num_layers * self.spec.block_bytes
 
     def allocate(self, num_blocks: int, ops: Ops, device: torch.device) -> list[KVCache]:
-        """One cache per layer, in the layout of the device's ops."""
+        """One cache per layer, in the layout of the device's attention."""
         return [
-            ops.new_kv_cache(
-                num_blocks, self.block_size, self.num_kv_heads, self.head_dim, self.dtype, device
-            )
-            for _ in range(self.num_layers)
+            ops.attention.new_cache(num_blocks, self.spec, device) for _ in range(self.num_layers)
         ]

@@ -1,6 +1,5 @@
 """A decoder-only transformer over a paged KV cache: token ids to hidden states to logits."""
 
-from kernels.types import KVCache, StepInputs
 from torch import Tensor, nn
 
 from engine.models.blocks.embedding import VocabEmbedding
@@ -10,6 +9,7 @@ from engine.models.blocks.rotary import rotary_table
 from engine.models.config import ModelConfig
 from kernels import Ops
 from kernels.quantization import Quantization
+from kernels.types import KVCache, StepInputs
 
 
 class Decoder(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 from engine.checkpoint import CheckpointError, read_json
 from engine.models.config import ModelConfig
 from engine.models.families import llama, mistral, qwen2, qwen3
+from engine.models.weights import weight_format
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {
     "Qwen3ForCausalLM": qwen3.config,
@@ -26,6 +27,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise CheckpointError(
             f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}"
         )
+    weight_format(hf, quantization=None)  # refused before anything is built
     try:
         return FAMILIES[architecture](hf)
     except KeyError as error:

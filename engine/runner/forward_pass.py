@@ -1,6 +1,7 @@
 """From scheduled rows to hidden states: the model over its KV cache, launched or replayed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -11,10 +12,10 @@ from engine.device.kv_cache import KVCacheShape
 from engine.device.recorded_steps import DecodeGraphs, default_sizes
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
-from engine.models.decoder import Batch, CausalLM
+from engine.models.decoder import CausalLM
 from engine.schedule.step import ScheduledRow
 from kernels import Ops
-from kernels.reference import KVCache
+from kernels.types import KVCache, StepRows
 
 
 class ForwardPass:
@@ -88,57 +89,32 @@ class ForwardPass:
             return self._graphs.run(rows, starts)
         packed = to_device([*rows, *starts, 0, *accumulate(lengths)], torch.int32, self._device)
         num_rows = len(rows)
-        # The scheduler puts rows with one token first.
-        num_decodes = next((i for i, n in enumerate(lengths) if n != 1), len(lengths))
         return self._run(
-            packed[:num_rows],
-            packed[num_rows : 2 * num_rows],
-            packed[2 * num_rows :],
-            sum(lengths),
-            num_decodes,
-            max(lengths),
+            StepRows(
+                packed[:num_rows],
+                packed[num_rows : 2 * num_rows],
+                packed[2 * num_rows :],
+                num_tokens=sum(lengths),
+                # The scheduler puts rows with one token first.
+                num_decodes=next((i for i, n in enumerate(lengths) if n != 1), num_rows),
+                max_query_len=max(lengths),
+            )
         )
 
     def _decode(self, rows: Tensor, starts: Tensor) -> Tensor:
         """As `_run`, with one token in each row."""
         num_rows = len(rows)
         query_starts = self._unit_starts[: num_rows + 1]
-        return self._run(rows, starts, query_starts, num_rows, num_rows, 1)
+        return self._run(StepRows(rows, starts, query_starts, num_rows, num_rows, 1))
 
-    def _run(
-        self,
-        rows: Tensor,
-        starts: Tensor,
-        query_starts: Tensor,
-        num_tokens: int,
-        num_decodes: int,
-        max_query_len: int,
-    ) -> Tensor:
-        """Hidden states [num_tokens, hidden]; for the arguments see `kernels.reference`.
+    def _run(self, rows: StepRows) -> Tensor:
+        """Hidden states [T, hidden].
 
         Only numbers that are the same for all steps of a shape come from the host.
         """
-        inputs = self._ops.prepare_step(
-            rows,
-            starts,
-            query_starts,
-            num_tokens,
-            self._tables.token_ids,
-            self._tables.block_tables,
-            self._cache_shape.block_size,
-        )
-        num_kv_heads = self._cache_shape.num_kv_heads
-        attention_plan = self._ops.plan_attention(
-            query_starts, inputs.context_lens, num_decodes, max_query_len, num_kv_heads
-        )
-        batch = Batch(
-            inputs.token_ids,
-            inputs.positions,
-            inputs.slots,
-            query_starts,
-            inputs.context_lens,
-            inputs.block_tables,
-            attention_plan,
-        )
-        hidden: Tensor = self.model(batch, self.kv_caches)
+        spec, attention = self._cache_shape.spec, self._ops.attention
+        tables = self._tables.block_tables.unsqueeze(0)
+        step = self._ops.prepare_step(rows, self._tables.token_ids, tables, spec.block_size)
+        planned = tuple(attention.plan(inputs, spec) for inputs in step.attention)
+        hidden: Tensor = self.model(replace(step, attention=planned), self.kv_caches)
         return hidden

@@ -44,7 +44,7 @@ class AllowedTokens:
     def process(self, logits: Tensor, at: LogitsRows) -> None:
         mask = self._rules.combined(at.rows)
         if mask is not None:
-            self._ops.apply_bitmask(logits, mask)
+            self._ops.sampling.apply_bitmask(logits, mask)
 
 
 @dataclass(frozen=True)

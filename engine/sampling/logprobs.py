@@ -92,5 +92,5 @@ def take_logprobs(
     ops: Ops, logits: Tensor, token_ids: Tensor, counts: Sequence[int]
 ) -> PendingLogprobs:
     """For logits [N, V] and the tokens at hand [N], counts[i] most probable tokens of row i."""
-    taken = ops.top_logprobs(logits, token_ids, min(max(counts), logits.shape[1]))
+    taken = ops.sampling.top_logprobs(logits, token_ids, min(max(counts), logits.shape[1]))
     return PendingLogprobs(*taken, counts)

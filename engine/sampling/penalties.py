@@ -73,7 +73,9 @@ class Penalties:
             tokens = self._token_ids[rows, positions].unsqueeze(1)
             own.index_add_(0, index, (token_ids[index] == tokens).int())
         repetition, presence, frequency = penalties[at.row_index].unbind(1)
-        self._ops.penalize(logits, token_ids, at.position, own, repetition, presence, frequency)
+        self._ops.sampling.penalize(
+            logits, token_ids, at.position, own, repetition, presence, frequency
+        )
 
     def _count(self, at: LogitsRows) -> list[tuple[int, int, int]]:
         """Count the output before each row's first position of this step: it is the row's for good.

@@ -153,7 +153,9 @@ class Sampler:
     def _draw(self, logits: Tensor, at: LogitsRows) -> Tensor:
         temperature, top_p, min_p = self._tables.sampling_floats.index_select(1, at.row_index)
         top_k, seeds = self._tables.sampling_ints.index_select(1, at.row_index)
-        return self._ops.sample(logits, temperature, top_k, top_p, min_p, seeds, at.position)
+        return self._ops.sampling.sample(
+            logits, temperature, top_k, top_p, min_p, seeds, at.position
+        )
 
     def _take_logprobs(
         self, logits: Tensor, step: SamplingStep, tokens: Tensor

@@ -1,4 +1,4 @@
-// What Python calls (kernels/cpu/ops.py holds the same signatures): plain C, pointers and sizes.
+// What Python calls (the Python files beside hold the same signatures): plain C, pointers and sizes.
 #pragma once
 
 #include <cstdint>

@@ -67,8 +67,12 @@ void make_plan(const Attention<T, C>& a, int threads, Plan& plan) {
     plan.splits.clear();
     const int64_t keys_each = keys_per_item(a, threads);
     for (int64_t i = 0; i < a.requests; ++i) {
-        if (a.num_queries(i) == 1) plan_decode(a, i, keys_each, plan);
-        if (a.num_queries(i) > 1) plan_prompt(a, i, plan);
+        if (a.context_lens[i] == 0)  // it only pads the batch
+            std::fill(a.out + a.row_offset(i, 0, 0), a.out + a.row_offset(i + 1, 0, 0), T{});
+        else if (a.num_queries(i) == 1)
+            plan_decode(a, i, keys_each, plan);
+        else if (a.num_queries(i) > 1)
+            plan_prompt(a, i, plan);
     }
     const int64_t size = DecodeAttention<T, C>::partial_size(a);
     int64_t parts = 0;
@@ -113,7 +117,7 @@ void paged_attention(const Attention<T, C>& a) {
 
 // q and out [tokens, heads, head_dim]; caches [blocks, kv_heads, block_size, head_dim], of q's dtype
 // or Float8; head_dim a multiple of 16; window 0 sees everything. The rest is as in
-// kernels.reference.paged_attention.
+// kernels.ops.Attention.attend.
 MANTA_API void manta_paged_attention(int dtype, int has_float8_cache, const void* q,
                                      const void* k_cache, const void* v_cache,
                                      const int32_t* query_starts, const int32_t* context_lens,

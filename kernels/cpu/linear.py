@@ -9,10 +9,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu import huge_pages
-from kernels.cpu.ops import DTYPES, declare
+from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
-from kernels.reference import Linear
+from kernels.types import Linear
 
 _COLUMNS = 64  # outputs per panel, as in matmul.h
 _INT4_GROUP_BYTES = 1152  # sizeof(Group) in linear_int4.cpp

@@ -199,7 +199,7 @@ def test_doctor_names_devices_ops_and_reasons() -> None:
 def test_doctor_names_the_attention_of_a_gpu_and_why(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    from kernels import flash_attention
+    from kernels.cuda import flash_attention
 
     pytest.importorskip("triton")
 

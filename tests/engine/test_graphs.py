@@ -88,14 +88,17 @@ def test_padding_touches_nothing_of_anybody(
         engine.step()
         tokens_before = engine.runner.tables.token_ids.clone()
         caches = engine.runner.forward_pass.kv_caches
-        before = [(k.clone(), v.clone()) for k, v in caches]
+        before = [cache.keys.clone() for cache in caches]
         replays = engine.runner.forward_pass.num_replays
         engine.step()
         assert engine.runner.forward_pass.num_replays == replays + 1
         changed = engine.runner.tables.token_ids != tokens_before
         assert changed.sum(1).tolist()[3:] == [0] * 6, "a token in a row of nobody"
-        for (k, _), (k_before, _) in zip(caches, before, strict=True):
-            bits, bits_before = k.view(torch.int32), k_before.view(torch.int32)  # may be NaN
+        for cache, keys_before in zip(caches, before, strict=True):
+            bits, bits_before = (
+                cache.keys.view(torch.int32),
+                keys_before.view(torch.int32),
+            )  # or NaN
             slots = (bits != bits_before).any(-1).any(1)  # [blocks, block size]
             assert int(slots[:-1].sum()) == 3
             assert slots[-1].tolist()[1:] == [False] * 15

@@ -1,6 +1,5 @@
 """Evicted blocks that live on in host memory: the same text, and prefixes found again."""
 
-import math
 import random
 from collections import OrderedDict
 from typing import Any
@@ -19,6 +18,7 @@ from engine.runner.follower import spawn_followers
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.host_pool import HostPool
 from engine.schedule.step import BlockCopy
+from kernels.types import KVCache, PagedKV
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import random_prompts
@@ -92,18 +92,19 @@ def test_blocks_come_back_bit_by_bit(dtype: torch.dtype) -> None:
     rng = random.Random(0)
     shape = (50, 2, 4, 8)
     bits = torch.randint(0, 256, (3, 2, *shape[:-1], 8 * dtype.itemsize), dtype=torch.uint8)
-    caches = [(layer[0].clone().view(dtype), layer[1].clone().view(dtype)) for layer in bits]
-    cache = HostCache(40, 3 * 2 * math.prod(shape[1:]) * dtype.itemsize, torch.device("cpu"))
+    spec = PagedKV(4, 2, 8, dtype)
+    caches = [KVCache(spec, *(part.clone().view(dtype) for part in layer)) for layer in bits]
+    cache = HostCache(40, 3 * spec.block_bytes, torch.device("cpu"))
     blocks = rng.sample(range(50), 40)
     slots = rng.sample(range(40), 40)
     cache.run([BlockCopy(True, *pair) for pair in zip(blocks, slots, strict=True)], caches)
-    for keys, values in caches:
-        keys.view(torch.uint8).zero_()
-        values.view(torch.uint8).zero_()
+    for layer in caches:
+        for part in layer.tensors:
+            part.view(torch.uint8).zero_()
     targets = rng.sample(range(50), 40)
     cache.run([BlockCopy(False, *pair) for pair in zip(targets, slots, strict=True)], caches)
-    for layer, (keys, values) in zip(bits, caches, strict=True):
-        for before, after in zip(layer, (keys, values), strict=True):
+    for befores, layer in zip(bits, caches, strict=True):
+        for before, after in zip(befores, layer.tensors, strict=True):
             assert torch.equal(after.view(torch.uint8)[targets], before[blocks])
             untouched = [block for block in range(50) if block not in targets]
             assert not after.view(torch.uint8)[untouched].any()
@@ -112,9 +113,10 @@ def test_blocks_come_back_bit_by_bit(dtype: torch.dtype) -> None:
 def test_copies_run_in_the_order_of_the_plan() -> None:
     """Through one slot, and back into a block whose own content has just left."""
     keys = torch.arange(3.0).view(3, 1, 1, 1)
-    cache = HostCache(2, 8, torch.device("cpu"))
+    spec = PagedKV(1, 1, 1, torch.float32)
+    cache = HostCache(2, spec.block_bytes, torch.device("cpu"))
     copies = [(True, 0, 0), (True, 1, 1), (False, 1, 0), (True, 2, 0), (False, 2, 1)]
-    cache.run([BlockCopy(*copy) for copy in copies], [(keys, keys.clone())])
+    cache.run([BlockCopy(*copy) for copy in copies], [KVCache(spec, keys, keys.clone())])
     assert keys.flatten().tolist() == [0, 0, 1]
 
 

@@ -16,13 +16,11 @@ from engine.checkpoint import CheckpointError, eos_token_ids, resolve, sampling_
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM
-from engine.models.weights.plain import PlainWeights
 from engine.models.loader import load_dummy_weights, load_weights
 from engine.models.registry import read_config
+from engine.models.weights.plain import PlainWeights
 from engine.ranks.parallel import TensorParallel
 from engine.runner.model_runner import ModelRunner
-from engine.sampling_params import SamplingParams
-from engine.schedule.step import NewRow, ScheduledRow
 from kernels import select_ops
 from tests.checkpoints import load_oracle
 from tests.conftest import CheckpointFactory
@@ -161,7 +159,7 @@ def test_the_index_says_which_copy_of_a_tensor_counts(
         weights |= {name: torch.zeros(64), "stray": torch.zeros(1)}
         save_file(weights, directory / stale, {"format": "pt"})
     expected = load_file(directory / weight_map[name])[name]
-    assert load(directory).norm.weight.equal(expected)
+    assert load(directory).model.norm.weight.equal(expected)
 
 
 def test_other_files_beside_the_model_are_ignored(edited: Callable[..., Path]) -> None:
@@ -305,7 +303,9 @@ def test_two_ranks_hold_the_two_halves(checkpoints: CheckpointFactory, family: s
     whole = load_file(directory / "model.safetensors")
     for rank in range(2):
         model = load(directory, rank, size=2)
-        assert model.model.embed_tokens.weight.equal(part(whole["model.embed_tokens.weight"], rank, 2))
+        assert model.model.embed_tokens.weight.equal(
+            part(whole["model.embed_tokens.weight"], rank, 2)
+        )
         if family in ("llama3", "mistral"):  # untied
             assert model.lm_head.weight.equal(part(whole["lm_head.weight"], rank, 2))
         else:
@@ -337,7 +337,9 @@ def test_two_ranks_hold_the_two_halves(checkpoints: CheckpointFactory, family: s
                 part(whole[f"{prefix}.mlp.down_proj.weight"], rank, 2, dim=1)
             )
             assert layer.input_layernorm.weight.equal(whole[f"{prefix}.input_layernorm.weight"])
-            assert layer.post_attention_layernorm.weight.equal(whole[f"{prefix}.post_attention_layernorm.weight"])
+            assert layer.post_attention_layernorm.weight.equal(
+                whole[f"{prefix}.post_attention_layernorm.weight"]
+            )
             if family == "qwen3":
                 assert attention.q_norm.weight.equal(whole[f"{prefix}.self_attn.q_norm.weight"])
                 assert attention.k_norm.weight.equal(whole[f"{prefix}.self_attn.k_norm.weight"])

@@ -220,10 +220,9 @@ def test_a_batch_without_rules_does_none_of_this(
             monkeypatch.setattr(processor, "process", fail)
         monkeypatch.setattr("engine.sampling.sampler.take_logprobs", fail)
         draws, steps = [], engine.num_steps
-        sample = engine.runner.ops.sample
-        object.__setattr__(
-            engine.runner.ops, "sample", lambda *a: draws.append(a[0].shape) or sample(*a)
-        )
+        sampling = engine.runner.ops.sampling
+        sample = sampling.sample
+        monkeypatch.setattr(sampling, "sample", lambda *a: draws.append(a[0].shape) or sample(*a))
         assert tokens_of(run(engine, plain_requests())) == plain
         assert len(draws) == engine.num_steps - steps
 

@@ -64,8 +64,8 @@ def test_size_of_the_pool(
         assert engine.limits.num_blocks == engine.scheduler.pool.num_blocks == num_blocks
         use = engine.runner.memory
         assert use.kv_cache == (num_blocks + 1) * BLOCK_BYTES
-        keys, values = engine.runner.forward_pass.kv_caches[0]
-        assert 3 * (keys.nbytes + values.nbytes) == use.kv_cache
+        caches = engine.runner.forward_pass.kv_caches
+        assert sum(part.nbytes for cache in caches for part in cache.tensors) == use.kv_cache
         assert use.left == GIB - use.kv_cache
         assert use.weights >= 0 and use.activations is None
 

@@ -25,16 +25,16 @@ def prompt_logits(directory: Path, quantization: str | None) -> Tensor:
     engine = Engine(config)
     runner = engine.runner
     assert {n.rpartition(".")[0] for n, p in runner.model.named_parameters() if p.dim() == 2} <= {
-        "embedding"
+        "model.embed_tokens"
     }
     seen = []
-    sample = runner.ops.sample
+    sample = runner.ops.sampling.sample
 
     def record(logits: Tensor, *arguments: Tensor) -> Tensor:
         seen.append(logits.float())
         return sample(logits, *arguments)
 
-    object.__setattr__(runner.ops, "sample", record)
+    runner.ops.sampling.sample = record
     prompt = torch.randint(3, VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(0))
     engine.add(Request("0", prompt.tolist(), SamplingParams(temperature=0, max_tokens=1), 0))
     while engine.has_work:

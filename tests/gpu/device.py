@@ -15,7 +15,7 @@ import torch
 
 from engine.engine import Engine
 from engine.runner import model_runner
-from kernels.cuda import triton_ops
+from kernels.cuda.ops import triton_ops
 from tests.engine.fake_recorder import FakeRecorder
 from tests.engine.helpers import new_engine
 from tests.triton_interpreter import DEVICE

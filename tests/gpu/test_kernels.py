@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels import AttentionNeeds, Ops, reference, select_ops
 from kernels.ops import REFERENCE
+from kernels.types import KVCache, PagedKV, StepRows
 from tests.gpu.device import DEVICE, ON_GPU, OPS, needs_gpu, record
-from tests.kernels.steps import Attention, assert_close
+from tests.kernels.steps import Attention, assert_close, each_tensor
 from tests.kernels.test_cpu_sampling import assert_same_draws, params
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -80,8 +81,8 @@ def test_flash_attention(backend: Any, head_dim: int, block_size: int, window: i
     lengths = lengths_of_a_step(rng, 20, 5)
     step = Attention(rng, BF16, lengths, head_dim, 8, 2, block_size, window, DEVICE)
     # Unlike ours, its kernels need what no key or value belongs in to be finite.
-    step.kv_cache = (step.kv_cache[0].nan_to_num(0), step.kv_cache[1].nan_to_num(0))
-    step.block_tables.clamp_(max=len(step.kv_cache[0]) - 1)
+    step.cache = each_tensor(step.cache, lambda tensor: tensor.nan_to_num(0))
+    step.block_tables.clamp_(max=len(step.cache.keys) - 1)
     step.check(ops)
 
 
@@ -96,9 +97,9 @@ def test_sampling_over_a_full_vocabulary(only: str) -> None:
 
     def sample(logits: Tensor, **values: Tensor) -> Tensor:
         moved = {name: value.to(DEVICE) for name, value in values.items()}
-        return OPS.sample(logits.to(DEVICE), **moved).cpu()
+        return OPS.sampling.sample(logits.to(DEVICE), **moved).cpu()
 
-    assert_same_draws(Ops("test", sample=sample), logits, values)
+    assert_same_draws(sample, logits, values)
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 5120])
@@ -127,35 +128,31 @@ class DecodingStep:
     starts: Tensor  # [B] int32
     token_table: Tensor
     block_table: Tensor
-    kv_cache: reference.KVCache
+    cache: KVCache
     weights: dict[str, Tensor]
 
     def run(self, ops: Ops) -> tuple[Tensor, Tensor]:
         """(what attention gives [B, H, D], sampled tokens [B])"""
         size, weights = len(self.rows), self.weights
         query_starts = torch.arange(size + 1, dtype=torch.int32, device=self.rows.device)
-        inputs = ops.prepare_step(
-            self.rows, self.starts, query_starts, size, self.token_table, self.block_table,
-            BLOCK_SIZE,
-        )  # fmt: skip
+        step = StepRows(self.rows, self.starts, query_starts, size, size, 1)
+        tables = self.block_table.unsqueeze(0)
+        inputs = ops.prepare_step(step, self.token_table, tables, BLOCK_SIZE)
+        planned = ops.attention.plan(inputs.attention[0], self.cache.spec)
         x = weights["embedding"][inputs.token_ids]
         x, residual = ops.add_rms_norm(x, torch.zeros_like(x), weights["norm"], 1e-6)
         qkv = x @ weights["qkv"]
         norms = weights["q_norm"], weights["k_norm"]
         q = ops.norm_rotary_store(
-            qkv, norms, 1e-6, inputs.positions, weights["cos_sin"], self.kv_cache, inputs.slots
+            qkv, norms, 1e-6, inputs.positions, weights["cos_sin"], self.cache, planned.slots
         )
-        plan = ops.plan_attention(query_starts, inputs.context_lens, size, 1, KV_HEADS)
-        attended = ops.paged_attention(
-            q, self.kv_cache, query_starts, inputs.context_lens, inputs.block_tables, 0.25,
-            plan=plan,
-        )  # fmt: skip
+        attended = ops.attention.attend(q, self.cache, planned, 0.25)
         x = ops.silu_and_mul(attended.flatten(1) @ weights["gate_up"])
         logits = ops.rms_norm(x + residual[:, : x.shape[1]], weights["last"], 1e-6)
         logits = (logits @ weights["head"]).float()
-        ops.apply_bitmask(logits, weights["mask"])
+        ops.sampling.apply_bitmask(logits, weights["mask"])
         one = torch.ones(size, device=logits.device)
-        tokens = ops.sample(
+        tokens = ops.sampling.sample(
             logits, one, torch.full_like(inputs.positions, 20), one * 0.9, one * 0.01,
             inputs.positions * 7, inputs.positions,
         )  # fmt: skip
@@ -167,7 +164,7 @@ class DecodingStep:
             self.starts.to(device),
             self.token_table.to(device),
             self.block_table.to(device),
-            (self.kv_cache[0].to(device).clone(), self.kv_cache[1].to(device).clone()),
+            each_tensor(self.cache, lambda tensor: tensor.to(device).clone()),
             {name: weight.to(device) for name, weight in self.weights.items()},
         )
 
@@ -191,13 +188,14 @@ def test_a_recorded_step_serves_all_lengths_and_padding() -> None:
         "head": torch.randn(32, VOCAB),
         "mask": torch.randint(-(2**31), 2**31, (size, -(-VOCAB // 32))).int(),
     }
-    shape = (size * blocks_each, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    spec = PagedKV(BLOCK_SIZE, KV_HEADS, HEAD_DIM, torch.float32)
+    cache = reference.attention.new_cache(size * blocks_each, spec, torch.device("cpu"))
     oracle = DecodingStep(
         torch.full((size,), -1, dtype=torch.int32),
         torch.zeros(size, dtype=torch.int32),
         torch.randint(0, VOCAB, (size, max_len)),
         torch.randperm(size * blocks_each).int().view(size, blocks_each),
-        (torch.randn(shape), torch.randn(shape)),
+        each_tensor(cache, torch.randn_like),
         weights,
     )
     recorded = oracle.to(DEVICE)
@@ -224,5 +222,5 @@ def test_a_recorded_step_serves_all_lengths_and_padding() -> None:
             attended.cpu()[:num_rows], expected_attended[:num_rows], rtol=2e-5, atol=2e-5
         )
         assert tokens.cpu()[:num_rows].equal(expected_tokens[:num_rows])
-    for got, expected in zip(recorded.kv_cache, oracle.kv_cache, strict=True):
+    for got, expected in zip(recorded.cache.tensors, oracle.cache.tensors, strict=True):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)

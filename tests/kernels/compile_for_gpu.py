@@ -21,8 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.cuda import triton_ops
-from kernels.triton.compiles import CompileWatch
+from kernels.cuda.compile_watch import CompileWatch
+from kernels.cuda.ops import triton_ops
+from kernels.types import AttentionInputs, KVCache, PagedKV, StepRows
 
 CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 # Bytes that a block may have, by compute capability; 99 KiB is the least of those since Ampere.
@@ -63,13 +64,20 @@ def attend(
     lengths: tuple[int, int, int] = (5, 20, 3),
 ) -> None:
     requests, tokens, decodes = lengths
-    kv_cache = tuple(torch.empty(4, 8, block_size, head_dim).to(cache) for _ in "kv")
+    kv_cache = new_cache(block_size, head_dim, cache)
     contexts = torch.zeros(requests).int()
     starts = torch.zeros(3 * requests + 1).int()[2 * requests :]  # behind others, as it is sent
-    plan = ops.plan_attention(starts, contexts, decodes, tokens, 8)
     q = torch.empty(tokens, 8 * group, head_dim, dtype=dtype)
     tables = torch.zeros(requests, 64).int()
-    ops.paged_attention(q, kv_cache, starts, contexts, tables, 0.1, window, softcap, plan)
+    slots = torch.zeros(tokens, dtype=torch.int64)
+    inputs = AttentionInputs(starts, contexts, tables, slots, decodes, tokens)
+    planned = ops.attention.plan(inputs, kv_cache.spec)
+    ops.attention.attend(q, kv_cache, planned, 0.1, window, softcap)
+
+
+def new_cache(block_size: int, head_dim: int, dtype: torch.dtype) -> KVCache:
+    spec = PagedKV(block_size, 8, head_dim, dtype)
+    return ops.attention.new_cache(4, spec, torch.device("cpu"))
 
 
 def run_the_rest(tokens: int, cache: torch.dtype) -> None:
@@ -78,22 +86,24 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     ops.rms_norm(x, weight, 1e-6)
     ops.add_rms_norm(x, x, weight, 1e-6)
     ops.silu_and_mul(torch.empty(tokens, 6144, dtype=BF16))
-    kv_cache = tuple(torch.empty(4, 8, 32, 128).to(cache) for _ in "kv")
+    kv_cache = new_cache(32, 128, cache)
     norm, at = torch.empty(128, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
     qkv = torch.empty(tokens, 4096, dtype=BF16)
     ops.norm_rotary_store(qkv, (norm, norm), 1e-6, at, torch.empty(4096, 128), kv_cache, at)
+    k, v = qkv.unflatten(1, (-1, 128))[:, 16:].split(8, dim=1)
+    ops.attention.store(k, v, kv_cache, at)
     # One below the other, so that they begin at odd places.
     numbers, at = torch.empty(3, tokens)[1], torch.zeros(2, tokens, dtype=torch.int64)[1]
     logits = torch.empty(tokens, 151_936, dtype=BF16)
-    ops.sample(logits, numbers, at, numbers, numbers, at, at)
+    ops.sampling.sample(logits, numbers, at, numbers, numbers, at, at)
     own = torch.empty(tokens, 151_936)
     text = torch.zeros(tokens, 100 + tokens, dtype=torch.int64)
-    ops.penalize(own, text, at, text.int(), numbers, numbers, numbers)
-    ops.apply_bitmask(own, torch.zeros(tokens, 4748, dtype=torch.int32))
+    ops.sampling.penalize(own, text, at, text.int(), numbers, numbers, numbers)
+    ops.sampling.apply_bitmask(own, torch.zeros(tokens, 4748, dtype=torch.int32))
     plan = torch.zeros(3 * tokens + 1, dtype=torch.int32)  # rows, starts, query_starts
     parts = plan[:tokens], plan[tokens : 2 * tokens], plan[2 * tokens :]
-    tables = torch.zeros(64, 4096, dtype=torch.int64), torch.zeros(64, 128, dtype=torch.int32)
-    ops.prepare_step(*parts, tokens * 3, *tables, 32)
+    tables = torch.zeros(64, 4096, dtype=torch.int64), torch.zeros(1, 64, 128, dtype=torch.int32)
+    ops.prepare_step(StepRows(*parts, tokens * 3, 0, 3), *tables, 32)
 
 
 def resources(kernel: Any) -> tuple[int, int]:

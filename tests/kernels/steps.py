@@ -1,11 +1,14 @@
 """Random steps of paged attention, which the kernels of all devices are held against."""
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kernels import Ops, reference
+from kernels.types import AttentionInputs, KVCache, PagedKV, StepInputs
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NAN = float("nan")
@@ -33,6 +36,51 @@ def poison_allocations(device: torch.device = CPU) -> None:
         torch.full((size,), NAN, device=device)
 
 
+def poisoned_cache(num_blocks: int, spec: PagedKV, device: torch.device = CPU) -> KVCache:
+    """A cache in which whatever is read without having been written shows."""
+    cache = reference.attention.new_cache(num_blocks, spec, device)
+    for part in cache.tensors:
+        part.copy_(torch.full(part.shape, NAN))
+    return cache
+
+
+def each_tensor(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
+    """A cache of changed tensors: moved to a device, converted."""
+    keys, values = map(change, cache.tensors)
+    return replace(cache, spec=replace(cache.spec, dtype=keys.dtype), keys=keys, values=values)
+
+
+def inputs_of(
+    lengths: list[tuple[int, int]], block_tables: Tensor, device: torch.device = CPU
+) -> AttentionInputs:
+    """Of a step of requests with these (queries, context)."""
+    counts = [queries for queries, _ in lengths]
+    return AttentionInputs(
+        torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int().to(device),
+        torch.tensor([context for _, context in lengths]).int().to(device),
+        block_tables.to(device),
+        slots=torch.empty(0, dtype=torch.int64, device=device),  # all is stored already
+        num_decodes=next((i for i, n in enumerate(counts) if n != 1), len(counts)),
+        max_query_len=max(counts),
+    )
+
+
+def assert_same_inputs(actual: StepInputs, expected: StepInputs, block_size: int) -> None:
+    assert_equal(actual.token_ids, expected.token_ids)
+    assert_equal(actual.positions, expected.positions)
+    for got, wanted in zip(actual.attention, expected.attention, strict=True):
+        for name in ("query_starts", "context_lens", "slots"):
+            assert_equal(getattr(got, name), getattr(wanted, name))
+        assert got.num_decodes == wanted.num_decodes and got.max_query_len == wanted.max_query_len
+        for i, context in enumerate(wanted.context_lens.tolist()):
+            used = -(-context // block_size)  # what lies past a context is not looked at
+            assert_equal(got.block_tables[i, :used], wanted.block_tables[i, :used])
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.cpu().equal(expected)
+
+
 class Attention:
     """A random step of paged attention: NaN wherever no key or value belongs."""
 
@@ -50,53 +98,42 @@ class Attention:
         cache_dtype: torch.dtype | None = None,
         softcap: float | None = None,
     ) -> None:
-        cache_dtype = cache_dtype or dtype
         blocks_each = [-(-context // block_size) for _, context in lengths]
         num_blocks = sum(blocks_each) + 3
-        free = rng.sample(range(num_blocks), num_blocks)
-        shape = (num_blocks, kv_heads, block_size, head_dim)
-        poison = torch.full(shape, NAN).to(cache_dtype)
-        self.kv_cache = poison, poison.clone()
+        poisoned, *free = rng.sample(range(num_blocks), num_blocks)
+        self.cache = poisoned_cache(
+            num_blocks, PagedKV(block_size, kv_heads, head_dim, cache_dtype or dtype)
+        )
         tables = torch.full((len(lengths), max(blocks_each) + 2), 2**30, dtype=torch.int32)
-        for i, (_, context) in enumerate(lengths):
+        for i, (queries, context) in enumerate(lengths):
             blocks = [free.pop() for _ in range(blocks_each[i])]
             tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
             slots = torch.arange(context)
             slots = torch.tensor(blocks)[slots // block_size] * block_size + slots % block_size
             k, v = torch.randn(2, context, kv_heads, head_dim)
-            reference.store_kv(k, v, self.kv_cache, slots)
-        counts = torch.tensor([queries for queries, _ in lengths])
-        self.query_starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
-        self.lengths = lengths
-        self.context_lens = torch.tensor([context for _, context in lengths], dtype=torch.int32)
+            reference.attention.store(k, v, self.cache, slots)
+            if window is not None:  # blocks that no query sees any more are somebody else's
+                tables[i, : max(context - queries - window + 1, 0) // block_size] = poisoned
         self.block_tables = tables
-        self.q = torch.randn(int(counts.sum()), kv_heads * group, head_dim).to(dtype)
+        self.lengths = lengths
+        num_tokens = sum(queries for queries, _ in lengths)
+        self.q = torch.randn(num_tokens, kv_heads * group, head_dim).to(dtype)
         self.scale, self.window, self.softcap = head_dim**-0.5, window, softcap
         self.device = device
 
-    def check(self, ops: Ops, planned: bool = True) -> None:
-        """The op's output is the reference's in float32, with a plan made for the step or none."""
-        arguments = (self.query_starts, self.context_lens, self.block_tables)
-        expected = reference.paged_attention(
+    def check(self, ops: Ops) -> None:
+        """The op's output is the reference's in float32."""
+        settings = (self.scale, self.window, self.softcap)
+        expected = reference.attention.attend(
             self.q.float(),
-            (self.kv_cache[0].float(), self.kv_cache[1].float()),
-            *arguments,
-            self.scale,
-            self.window,
-            self.softcap,
+            each_tensor(self.cache, Tensor.float),
+            inputs_of(self.lengths, self.block_tables),
+            *settings,
         )
-        arguments = tuple(argument.to(self.device) for argument in arguments)
-        kv_cache = tuple(part.to(self.device) for part in self.kv_cache)
+        cache = each_tensor(self.cache, lambda tensor: tensor.to(self.device))
         q = self.q.to(self.device)
-        plan = None
-        if planned:
-            counts = [queries for queries, _ in self.lengths]
-            num_decodes = next((i for i, n in enumerate(counts) if n != 1), len(counts))
-            plan = ops.plan_attention(
-                *arguments[:2], num_decodes, max(counts), kv_cache[0].shape[1]
-            )
+        inputs = inputs_of(self.lengths, self.block_tables, self.device)
+        planned = ops.attention.plan(inputs, cache.spec)
         poison_allocations(self.device)
-        actual = ops.paged_attention(
-            q, kv_cache, *arguments, self.scale, self.window, self.softcap, plan
-        )
+        actual = ops.attention.attend(q, cache, planned, *settings)
         assert_close(actual.cpu(), expected.to(self.q.dtype))

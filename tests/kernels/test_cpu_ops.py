@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 
 from kernels import Ops, reference, select_ops
 from kernels.cpu import build
+from kernels.ops import REFERENCE
 from kernels.quantization import Quantization
+from kernels.types import PagedKV, StepRows
 from tests.kernels.steps import (
     TOLERANCE,
     Attention,
     assert_close,
+    assert_same_inputs,
     poison_allocations,
     random_lengths,
 )
@@ -114,17 +118,16 @@ def test_prepare_step(ops: Ops, seed: int) -> None:
     torch.manual_seed(seed)
     block_size, max_blocks = rng.choice([1, 7, 16]), rng.randint(30, 40)
     token_table = torch.randint(1000, (9, max_blocks * block_size))
-    block_table = torch.randint(100, (9, max_blocks)).int()
+    block_tables = torch.randint(100, (2, 9, max_blocks)).int()  # of two groups of layers
     rows = torch.tensor([*rng.sample(range(9), 5), -1]).int()
     starts = torch.tensor([rng.randint(0, 9) for _ in rows]).int()
     lengths = [rng.choice([1, 1, 2, 20]) for _ in rows]
     query_starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    arguments = (rows, starts, query_starts, sum(lengths), token_table, block_table, block_size)
+    step = StepRows(rows, starts, query_starts, sum(lengths), 0, max(lengths))
+    arguments = step, token_table, block_tables, block_size
     poison_allocations()
     actual, expected = ops.prepare_step(*arguments), reference.prepare_step(*arguments)
-    for name, wanted in vars(expected).items():
-        got = getattr(actual, name)
-        assert got.dtype == wanted.dtype and torch.equal(got, wanted), name
+    assert_same_inputs(actual, expected, block_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +140,12 @@ def test_embed(ops: Ops, dtype: torch.dtype, tokens: int, size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("normed", [True, False])
-def test_norm_rotary_store(ops: Ops, dtype: torch.dtype, head_dim: int, normed: bool) -> None:
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "step by step"])
+def test_norm_rotary_store(
+    ops: Ops, dtype: torch.dtype, head_dim: int, normed: bool, fused: bool
+) -> None:
+    if not fused:
+        ops = replace(ops, fused_norm_rotary_store=None)
     torch.manual_seed(head_dim)
     heads, kv_heads, block_size = 6, 2, 7
     for tokens in (1, 19):
@@ -151,12 +159,13 @@ def test_norm_rotary_store(ops: Ops, dtype: torch.dtype, head_dim: int, normed: 
         cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
         slots = torch.randperm(10 * block_size)[:tokens]
         results = []
-        for table in (ops, reference):
-            cache = tuple(
-                torch.zeros(10, kv_heads, block_size, head_dim, dtype=dtype) for _ in "kv"
-            )
+        for table in (ops, REFERENCE):
+            spec = PagedKV(block_size, kv_heads, head_dim, dtype)
+            cache = table.attention.new_cache(10, spec, torch.device("cpu"))
+            for part in cache.tensors:
+                part.zero_()
             q = table.norm_rotary_store(qkv, norms, 1e-6, positions, cos_sin, cache, slots)
-            results.append((q, *cache))
+            results.append((q, *cache.tensors))
         for actual, expected in zip(*results, strict=True):
             assert_close(actual, expected)
 
@@ -176,16 +185,16 @@ def test_every_value_is_stored_in_fp8_as_torch_rounds_it(ops: Ops, dtype: torch.
         torch.cat((torch.ones(32), torch.zeros(32))),
     )
     caches = []
-    for table in (ops, reference):
-        cache = reference.new_kv_cache(
-            -(-tokens // block_size), block_size, kv_heads, head_dim, FP8, torch.device("cpu")
-        )
-        for part in cache:
+    unfused = replace(ops, fused_norm_rotary_store=None)
+    for table in (ops, unfused, REFERENCE):
+        spec = PagedKV(block_size, kv_heads, head_dim, FP8)
+        cache = table.attention.new_cache(-(-tokens // block_size), spec, torch.device("cpu"))
+        for part in cache.tensors:
             part.view(torch.uint8).fill_(1)
         table.norm_rotary_store(qkv, None, 1e-6, at, cos_sin[None], cache, slots)
-        caches.append([part.view(torch.uint8) for part in cache])
-    for actual, expected in zip(*caches, strict=True):
-        assert torch.equal(actual, expected)
+        caches.append([part.view(torch.uint8) for part in cache.tensors])
+    for actual, step_by_step, expected in zip(*caches, strict=True):
+        assert torch.equal(actual, expected) and torch.equal(step_by_step, expected)
 
 
 @pytest.mark.parametrize("quantization", [None, "w8a8", "int4"])

@@ -1,5 +1,7 @@
 """The C++ sampler against the one in plain torch: the same token for the same draw."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -29,9 +31,11 @@ def params(rows: int, seed: int = 0, **fixed: float) -> dict[str, Tensor]:
     return values
 
 
-def assert_same_draws(ops: Ops, logits: Tensor, values: dict[str, Tensor]) -> None:
+def assert_same_draws(
+    sample: Callable[..., Tensor], logits: Tensor, values: dict[str, Tensor]
+) -> None:
     """Equal tokens, except where the draw lies within rounding of the boundary between two."""
-    actual = ops.sample(logits, **values)
+    actual = sample(logits, **values)
     expected = reference.sample(logits, **values)
     differs = actual != expected
     # One in a few hundred at most: a draw hits a boundary's rounding as often as that is wide.
@@ -48,7 +52,7 @@ def test_same_tokens_as_the_reference(ops: Ops, dtype: torch.dtype, vocab: int) 
     torch.manual_seed(vocab)
     rows = 300
     logits = (torch.randn(rows, vocab) * torch.rand(rows, 1) * 6).to(dtype)
-    assert_same_draws(ops, logits, params(rows, vocab))
+    assert_same_draws(ops.sampling.sample, logits, params(rows, vocab))
 
 
 @pytest.mark.parametrize("only", ["none", "top_k", "top_p", "min_p"])
@@ -57,29 +61,29 @@ def test_full_vocabulary(ops: Ops, only: str) -> None:
     logits = (torch.randn(16, 151_936) * 2).bfloat16()
     fixed: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fixed.pop(only, None)
-    assert_same_draws(ops, logits, params(16, 5, **fixed))
+    assert_same_draws(ops.sampling.sample, logits, params(16, 5, **fixed))
 
 
 def test_greedy(ops: Ops) -> None:
     logits = torch.randn(50, 5000).bfloat16()  # with ties: the first of the highest wins
     values = params(50, temperature=0)
-    assert torch.equal(ops.sample(logits, **values), logits.float().argmax(-1))
+    assert torch.equal(ops.sampling.sample(logits, **values), logits.float().argmax(-1))
 
 
 def test_ties_are_cut_by_token_id(ops: Ops) -> None:
     logits = torch.zeros(400, 1000)
     values = params(400, temperature=1, top_k=7, top_p=1, min_p=0)
-    tokens = ops.sample(logits, **values)
+    tokens = ops.sampling.sample(logits, **values)
     assert set(tokens.tolist()) == set(range(7))
     values = params(400, temperature=1, top_k=0, top_p=0.0095, min_p=0)
-    assert set(ops.sample(logits, **values).tolist()) == set(range(10))
+    assert set(ops.sampling.sample(logits, **values).tolist()) == set(range(10))
 
 
 def test_banned_tokens_are_never_drawn(ops: Ops) -> None:
     logits = torch.full((2000, 600), -torch.inf)
     logits[:, [3, 300, 599]] = torch.tensor([1.0, 2.0, 0.5])
     for seed in range(3):
-        drawn = set(ops.sample(logits, **params(2000, seed)).tolist())
+        drawn = set(ops.sampling.sample(logits, **params(2000, seed)).tolist())
         assert drawn <= {3, 300, 599}
 
 
@@ -87,14 +91,14 @@ def test_banned_tokens_are_never_drawn(ops: Ops) -> None:
 def test_a_tiny_temperature_is_greedy(ops: Ops, temperature: float) -> None:
     logits = torch.randn(50, 1000) * 10
     values = params(50, temperature=temperature)
-    assert torch.equal(ops.sample(logits, **values), logits.argmax(-1))
+    assert torch.equal(ops.sampling.sample(logits, **values), logits.argmax(-1))
 
 
 def test_strided_logits(ops: Ops) -> None:
     logits = torch.randn(20, 1001)
     values = params(20)
-    whole = ops.sample(logits[:, :1000].contiguous(), **values)
-    assert torch.equal(ops.sample(logits[:, :1000], **values), whole)
+    whole = ops.sampling.sample(logits[:, :1000].contiguous(), **values)
+    assert torch.equal(ops.sampling.sample(logits[:, :1000], **values), whole)
 
 
 def test_distribution(ops: Ops) -> None:
@@ -103,7 +107,7 @@ def test_distribution(ops: Ops) -> None:
     values = params(rows, temperature=0.8, top_k=0, top_p=1, min_p=0)
     values["seeds"] = torch.full((rows,), 42)
     values["positions"] = torch.arange(rows)
-    counts = torch.bincount(ops.sample(logits, **values), minlength=6)
+    counts = torch.bincount(ops.sampling.sample(logits, **values), minlength=6)
     expected = torch.softmax(logits[0].double() / 0.8, -1) * rows
     possible = expected > 0
     assert int(counts[~possible].sum()) == 0
@@ -121,7 +125,7 @@ def test_top_logprobs(ops: Ops, dtype: torch.dtype, vocab: int, count: int) -> N
     if vocab > 20:
         logits[3, 7] = -torch.inf
     tokens = torch.tensor([0, vocab - 1, 3, 4, 5])
-    ids, logprobs, ranks = ops.top_logprobs(logits, tokens, count)
+    ids, logprobs, ranks = ops.sampling.top_logprobs(logits, tokens, count)
     expected = logits.double().log_softmax(-1)
     assert torch.equal(ids[:, 0], tokens)
     torch.testing.assert_close(logprobs.double(), expected.gather(1, ids), atol=1e-5, rtol=1e-5)
@@ -150,7 +154,7 @@ def test_apply_bitmask(ops: Ops, vocab: int) -> None:
     logits = torch.randn(6, vocab + 3, generator=generator)
     expected = logits.clone()
     expected[:, :vocab][~allowed] = -torch.inf
-    for function in (ops.apply_bitmask, reference.apply_bitmask):
+    for function in (ops.sampling.apply_bitmask, reference.apply_bitmask):
         masked = logits.clone()
         function(masked[:, :vocab], bitmask)
         assert torch.equal(masked, expected)

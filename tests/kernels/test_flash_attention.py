@@ -11,7 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import AttentionNeeds, Ops, cuda, flash_attention, reference, select_ops
+from kernels import AttentionNeeds, Ops, reference, select_ops
+from kernels.cuda import flash_attention
+from kernels.cuda import ops as cuda
+from kernels.types import AttentionInputs, KVCache, PagedKV
 from tests.kernels.steps import Attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,11 +34,13 @@ def attend(
     left: int | None,
     softcap: float,
 ) -> Tensor:
-    cache = k.transpose(1, 2), v.transpose(1, 2)
+    _, block_size, kv_heads, head_dim = k.shape
+    spec = PagedKV(block_size, kv_heads, head_dim, k.dtype)
+    cache = KVCache(spec, k.transpose(1, 2), v.transpose(1, 2))
+    nowhere = torch.empty(0, dtype=torch.int64)
+    inputs = AttentionInputs(query_starts, context_lens, block_tables, nowhere, 0, len(q))
     window = None if left is None else left + 1
-    return reference.paged_attention(
-        q, cache, query_starts, context_lens, block_tables, scale, window, softcap or None
-    )
+    return reference.attention.attend(q, cache, inputs, scale, window, softcap or None)
 
 
 def flash_attn_2(
@@ -98,11 +103,10 @@ def check_lengths(starts: Tensor, contexts: Tensor, longest_query: int, longest:
 def backend(version: int) -> Ops:
     """The ops with a stand-in for flash-attn; decoding in plain torch."""
     varlen = {2: flash_attn_2, 4: flash_attn_4}[version]
-    flash = flash_attention.FlashAttention(version, varlen, reference)
-    return Ops("test", plan_attention=flash.plan_attention, paged_attention=flash.paged_attention)
+    attention = flash_attention.FlashAttention(version, varlen, reference.attention)
+    return Ops("test", attention=attention)
 
 
-@pytest.mark.parametrize("planned", [True, False], ids=["planned", "without a plan"])
 @pytest.mark.parametrize("version", [2, 4])
 @pytest.mark.parametrize(
     "lengths",
@@ -113,15 +117,13 @@ def backend(version: int) -> Ops:
         [(1, 9), (0, 12), (3, 3)],
     ],
 )
-def test_splits_decodes_from_prompts(
-    version: int, lengths: list[tuple[int, int]], planned: bool
-) -> None:
+def test_splits_decodes_from_prompts(version: int, lengths: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     for window, softcap in ((None, None), (6, None), (None, 1.5)):
         step = Attention(
             random.Random(0), torch.float32, lengths, 16, 2, 2, 8, window, softcap=softcap
         )
-        step.check(backend(version), planned)
+        step.check(backend(version))
 
 
 def imports(**modules: Any) -> Any:

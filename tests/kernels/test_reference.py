@@ -1,8 +1,6 @@
 """The torch ops, against definitions written out plainly."""
 
-import math
 import random
-from dataclasses import fields
 
 import pytest
 import torch
@@ -14,16 +12,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from kernels import reference, select_ops
-from kernels.reference import KVCache
-
-
-def test_every_op_is_there_on_every_device() -> None:
-    for device in ("cpu", "meta"):
-        ops = select_ops(torch.device(device))
-        for op in fields(ops):
-            if op.name not in ("name", "new_recorder"):
-                assert callable(getattr(ops, op.name)), op.name
+from kernels import reference
+from kernels.ops import REFERENCE
+from kernels.types import PagedKV
+from tests.kernels.steps import inputs_of, poisoned_cache
 
 
 def test_our_kernels_package_is_not_mistaken_for_hugging_faces() -> None:
@@ -34,16 +26,6 @@ def test_our_kernels_package_is_not_mistaken_for_hugging_faces() -> None:
 
 
 # --- Paged attention --------------------------------------------------------------------------
-
-
-def poisoned_cache(num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> KVCache:
-    """A cache in which whatever is read without having been written shows."""
-    cache = reference.new_kv_cache(
-        num_blocks, block_size, kv_heads, head_dim, torch.float32, torch.device("cpu")
-    )
-    for part in cache:
-        part.fill_(math.nan)
-    return cache
 
 
 def dense_attention(
@@ -83,7 +65,8 @@ def check_attention(
     head_dim = 8
     torch.manual_seed(seed)
     counts = [-(-context // block_size) for _, context in lengths]
-    cache = poisoned_cache(sum(counts) + 3, block_size, kv_heads, head_dim)
+    spec = PagedKV(block_size, kv_heads, head_dim, torch.float32)
+    cache = poisoned_cache(sum(counts) + 3, spec)
     blocks = torch.randperm(sum(counts) + 3).tolist()
     # Past a request's last block, tables hold what no one may follow.
     tables = torch.full((len(lengths), max(counts) + 2), 10**6, dtype=torch.int32)
@@ -94,17 +77,14 @@ def check_attention(
         k, v = torch.randn(2, context_len, kv_heads, head_dim)
         at = torch.arange(context_len)
         slots = table[at // block_size] * block_size + at % block_size
-        reference.store_kv(k, v, cache, slots)
+        reference.attention.store(k, v, cache, slots)
         q = torch.randn(num_queries, num_heads, head_dim)
         queries.append(q)
         expected.append(dense_attention(q, k, v, scale=0.3, window=window, softcap=softcap))
-    starts = torch.tensor([0, *(num_queries for num_queries, _ in lengths)]).cumsum(0)
-    out = reference.paged_attention(
+    out = reference.attention.attend(
         torch.cat(queries),
         cache,
-        starts.int(),
-        torch.tensor([context for _, context in lengths], dtype=torch.int32),
-        tables,
+        inputs_of(lengths, tables),
         scale=0.3,
         window=window,
         softcap=softcap,
@@ -152,26 +132,21 @@ def test_attention_of_random_ragged_batches(seed: int) -> None:
 
 
 def test_attention_output_has_the_type_of_the_queries() -> None:
-    cache = poisoned_cache(1, 4, 1, 8)
-    reference.store_kv(torch.ones(1, 1, 8), torch.ones(1, 1, 8), cache, torch.tensor([0]))
-    out = reference.paged_attention(
-        torch.ones(1, 1, 8, dtype=torch.bfloat16),
-        cache,
-        torch.tensor([0, 1], dtype=torch.int32),
-        torch.tensor([1], dtype=torch.int32),
-        torch.zeros(1, 1, dtype=torch.int32),
-        scale=1.0,
-    )
+    cache = poisoned_cache(1, PagedKV(4, 1, 8, torch.float32))
+    ones = torch.ones(1, 1, 8)
+    reference.attention.store(ones, ones, cache, torch.tensor([0]))
+    inputs = inputs_of([(1, 1)], torch.zeros(1, 1, dtype=torch.int32))
+    out = reference.attention.attend(ones.bfloat16(), cache, inputs, scale=1.0)
     assert out.dtype == torch.bfloat16
     assert out.eq(1).all()
 
 
-def test_store_kv_writes_these_slots_and_no_others() -> None:
-    cache = poisoned_cache(3, block_size=4, kv_heads=2, head_dim=8)
+def test_store_writes_these_slots_and_no_others() -> None:
+    cache = poisoned_cache(3, PagedKV(4, 2, 8, torch.float32))
     k, v = torch.randn(2, 3, 2, 8)
     slots = [9, 2, 4]  # (block 2, offset 1), (0, 2), (1, 0)
-    reference.store_kv(k, v, cache, torch.tensor(slots))
-    for part, new in zip(cache, (k, v), strict=True):
+    reference.attention.store(k, v, cache, torch.tensor(slots))
+    for part, new in zip(cache.tensors, (k, v), strict=True):
         for i, slot in enumerate(slots):
             assert part[slot // 4, :, slot % 4].equal(new[i])
         assert part.isfinite().sum() == new.numel()
@@ -247,16 +222,17 @@ def test_norm_rotary_store_is_the_three_in_turn(normed: bool) -> None:
     positions, slots = torch.tensor([3, 0, 1, 7, 2]), torch.tensor([9, 2, 4, 0, 11])
     angles = torch.rand(8, head_dim // 2)
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
-    cache, expected_cache = (poisoned_cache(3, 4, kv_heads, head_dim) for _ in range(2))
+    spec = PagedKV(4, kv_heads, head_dim, torch.float32)
+    cache, expected_cache = (poisoned_cache(3, spec) for _ in range(2))
 
-    ours = reference.norm_rotary_store(qkv, norms, eps, positions, cos_sin, cache, slots)
+    ours = REFERENCE.norm_rotary_store(qkv, norms, eps, positions, cos_sin, cache, slots)
 
     if norms is not None:
         q, k = reference.rms_norm(q, norms[0], eps), reference.rms_norm(k, norms[1], eps)
     q, k = reference.rotary(q, k, positions, cos_sin)
-    reference.store_kv(k, v, expected_cache, slots)
+    reference.attention.store(k, v, expected_cache, slots)
     assert ours.equal(q)
-    for part, expected in zip(cache, expected_cache, strict=True):
+    for part, expected in zip(cache.tensors, expected_cache.tensors, strict=True):
         torch.testing.assert_close(part, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from kernels.types import Linear
 from torch import Tensor, nn
 
 from engine.models.weights.format import StoredTensor, WeightFormat
 from engine.ranks.parallel import TensorParallel
 from kernels import Ops
+from kernels.types import Linear
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,4 @@ def _part(
     """Of one tensor of a map of this name ("": the module's own) what [start, end) of it needs."""
     cut = (0, tensor.shape[0]) if dim is None else (start // per_entry, -(-end // per_entry))
     into_dim = tensor.out_dim or 0
-    return Source(
-        f"{name}.{tensor.name}", tensor.shape, dim or 0, *cut, into_dim, tensor.dtype
-    )
+    return Source(f"{name}.{tensor.name}", tensor.shape, dim or 0, *cut, into_dim, tensor.dtype)

@@ -186,4 +186,4 @@ class GrammarMask:
     def process(self, logits: Tensor, at: LogitsRows) -> None:
         if self._mask is not None:
             mask = self._mask.result()
-            self._ops.apply_bitmask(logits, mask.to(self._device, non_blocking=True))
+            self._ops.sampling.apply_bitmask(logits, mask.to(self._device, non_blocking=True))

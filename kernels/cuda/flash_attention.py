@@ -1,22 +1,22 @@
 """Prompts by flash-attn (Tri Dao and others), where it is installed; decoding stays with Triton.
 
 Its kernels make full use of the tensor cores, which is what prompts need. Decoding is bound by
-memory, and there flash-attn-4 does not split contexts on Hopper, while `kernels.triton` does.
+memory, and there flash-attn-4 does not split contexts on Hopper, while Triton does.
 The rule is measured by `benchmarks.kernels`, which runs both on both.
 
-Both packages address the cache by strides, so its layout stays that of `reference.new_kv_cache`.
+Both packages address the cache by strides, so its layout stays that of `reference.PagedAttention`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionNeeds
-from kernels.reference import KVCache
+from kernels.ops import Attention
+from kernels.types import AttentionInputs, AttentionNeeds, KVCache, PagedKV
 
 # By version, the best first.
 MODULES = {4: "flash_attn.cute", 2: "flash_attn"}
@@ -24,113 +24,94 @@ MODULES = {4: "flash_attn.cute", 2: "flash_attn"}
 
 @dataclass(frozen=True)
 class FlashPlan:
-    """What a step's layers share: the decode kernel's plan, and the lengths of the others."""
+    """The requests of a step apart: those with one query at its beginning, and the others."""
 
-    decodes: Any
-    num_decodes: int
-    max_query_len: int
-    query_starts: Tensor  # [P + 1] int32, of the P requests that are not decodes, from 0
-    context_starts: Tensor | None  # [P + 1] int32, cumulative contexts, for flash-attn 2
+    decodes: AttentionInputs  # planned
+    prompts: AttentionInputs
+    context_starts: Tensor | None  # [P + 1] int32, cumulative contexts of P prompts, for version 2
 
 
 class FlashAttention:
-    """`reference.plan_attention` and `reference.paged_attention` by one of the two packages.
+    """Implements `kernels.ops.Attention` by one of the two packages.
 
     Args:
         version: 2 for `flash_attn`, 4 for `flash_attn.cute`.
         varlen: the package's flash_attn_varlen_func.
-        decoding: a table whose plan_attention and paged_attention serve the decodes.
+        decoding: makes the cache, and serves the decodes.
     """
 
-    def __init__(self, version: int, varlen: Callable[..., Any], decoding: Any) -> None:
+    def __init__(self, version: int, varlen: Callable[..., Any], decoding: Attention) -> None:
         self.name = f"flash-attn-{version}"
         self._version = version
         self._varlen = varlen
         self._decoding = decoding
 
-    def plan_attention(
-        self,
-        query_starts: Tensor,
-        context_lens: Tensor,
-        num_decodes: int,
-        max_query_len: int,
-        num_kv_heads: int,
-    ) -> FlashPlan:
+    def new_cache(self, num_blocks: int, spec: PagedKV, device: torch.device) -> KVCache:
+        return self._decoding.new_cache(num_blocks, spec, device)
+
+    def store(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        self._decoding.store(k, v, cache, slots)
+
+    def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
+        first = inputs.num_decodes
+        decodes = replace(
+            inputs,
+            query_starts=inputs.query_starts[: first + 1],
+            context_lens=inputs.context_lens[:first],
+            block_tables=inputs.block_tables[:first],
+            slots=inputs.slots[:first],
+            max_query_len=1,
+        )
+        prompts = replace(
+            inputs,
+            query_starts=inputs.query_starts[first:] - first,
+            context_lens=inputs.context_lens[first:],
+            block_tables=inputs.block_tables[first:],
+            slots=inputs.slots[first:],
+            num_decodes=0,
+        )
         context_starts = None
         if self._version == 2:
-            ends = context_lens[num_decodes:].cumsum(0, dtype=torch.int32)
+            ends = prompts.context_lens.cumsum(0, dtype=torch.int32)
             context_starts = torch.nn.functional.pad(ends, (1, 0))
-        return FlashPlan(
-            self._decoding.plan_attention(query_starts, context_lens, num_decodes, 1, num_kv_heads),
-            num_decodes,
-            max_query_len,
-            query_starts[num_decodes:] - num_decodes,
-            context_starts,
-        )
+        decodes = self._decoding.plan(decodes, spec)
+        return replace(inputs, plan=FlashPlan(decodes, prompts, context_starts))
 
-    def paged_attention(
+    def attend(
         self,
         q: Tensor,
-        kv_cache: KVCache,
-        query_starts: Tensor,
-        context_lens: Tensor,
-        block_tables: Tensor,
+        cache: KVCache,
+        inputs: AttentionInputs,
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
-        plan: FlashPlan | None = None,
     ) -> Tensor:
-        if plan is None:
-            longest = int(query_starts.diff().max())
-            plan = self.plan_attention(query_starts, context_lens, 0, longest, kv_cache[0].shape[1])
-        first = plan.num_decodes
+        first, plan = inputs.num_decodes, inputs.plan
         parts = []
         if first > 0:
             parts.append(
-                self._decoding.paged_attention(
-                    q[:first],
-                    kv_cache,
-                    query_starts[: first + 1],
-                    context_lens[:first],
-                    block_tables[:first],
-                    scale,
-                    window,
-                    softcap,
-                    plan.decodes,
-                )
+                self._decoding.attend(q[:first], cache, plan.decodes, scale, window, softcap)
             )
-        if context_lens.shape[0] > first:
-            parts.append(
-                self._attend_prompts(
-                    q[first:],
-                    kv_cache,
-                    context_lens[first:],
-                    block_tables[first:],
-                    scale,
-                    window,
-                    softcap,
-                    plan,
-                )
-            )
+        if inputs.context_lens.shape[0] > first:
+            parts.append(self._attend_prompts(q[first:], cache, plan, scale, window, softcap))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _attend_prompts(
         self,
         q: Tensor,
-        kv_cache: KVCache,
-        context_lens: Tensor,
-        block_tables: Tensor,
+        cache: KVCache,
+        plan: FlashPlan,
         scale: float,
         window: int | None,
         softcap: float | None,
-        plan: FlashPlan,
     ) -> Tensor:
         # [blocks, K, block_size, D] -> [blocks, block_size, K, D], as views
-        k, v = (part.transpose(1, 2) for part in kv_cache)
+        k, v = (part.transpose(1, 2) for part in cache.tensors)
+        prompts = plan.prompts
         shared = dict(
-            cu_seqlens_q=plan.query_starts,
-            max_seqlen_q=plan.max_query_len,
-            max_seqlen_k=block_tables.shape[1] * k.shape[1],
+            cu_seqlens_q=prompts.query_starts,
+            max_seqlen_q=prompts.max_query_len,
+            max_seqlen_k=prompts.block_tables.shape[1] * cache.spec.block_size,
             softmax_scale=scale,
             causal=True,
             softcap=softcap or 0.0,
@@ -141,7 +122,7 @@ class FlashAttention:
                 k,
                 v,
                 cu_seqlens_k=plan.context_starts,
-                block_table=block_tables,
+                block_table=prompts.block_tables,
                 window_size=(-1, -1) if window is None else (window - 1, 0),
                 **shared,
             )
@@ -149,8 +130,8 @@ class FlashAttention:
             q,
             k,
             v,
-            seqused_k=context_lens,
-            page_table=block_tables,
+            seqused_k=prompts.context_lens,
+            page_table=prompts.block_tables,
             window_size=(None, None) if window is None else (window - 1, 0),
             **shared,
         )
@@ -176,7 +157,7 @@ def find(
             except (ImportError, AttributeError, RuntimeError, OSError) as error:
                 reason = f"cannot be imported ({error})"
             else:
-                from kernels.triton.attention import TritonAttention
+                from kernels.cuda.attention import TritonAttention
 
                 return FlashAttention(version, varlen, TritonAttention(num_processors))
         reasons.append(f"flash-attn {version} {reason}")

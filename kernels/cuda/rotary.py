@@ -1,10 +1,13 @@
-"""Between the qkv projection and attention: head norms, rotary embedding, KV store, fused."""
+"""Between the qkv projection and attention: head norms, rotary embedding, KV store, fused.
+
+And the store alone, for what else comes before it.
+"""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import FP8_MAX, KVCache
+from kernels.types import FP8_MAX, KVCache
 
 _BLOCK_HEADS = 8
 
@@ -77,11 +80,10 @@ def norm_rotary_store(
     eps: float,
     positions: Tensor,
     cos_sin: Tensor,
-    kv_cache: KVCache,
+    cache: KVCache,
     slots: Tensor,
 ) -> Tensor:
-    k_cache, v_cache = kv_cache
-    _, kv_heads, block_size, head_dim = k_cache.shape
+    kv_heads, head_dim = cache.spec.num_kv_heads, cache.spec.head_dim
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -96,18 +98,63 @@ def norm_rotary_store(
             cos_sin,
             slots,
             q,
-            k_cache,
-            v_cache,
+            cache.keys,
+            cache.values,
             eps,
             NORMED=norms is not None,
             HEADS=heads,
             KV_HEADS=kv_heads,
             D=head_dim,
-            BLOCK_SIZE=block_size,
+            BLOCK_SIZE=cache.spec.block_size,
             BLOCK_H=_BLOCK_HEADS,
             BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            FP8=k_cache.itemsize == 1,
+            FP8=cache.keys.itemsize == 1,
             FP8_LIMIT=FP8_MAX,
             num_warps=4,
         )
     return q
+
+
+@triton.jit
+def _store_kernel(
+    k, v, k_stride, v_stride, slots, k_cache, v_cache,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, FP8: tl.constexpr, FP8_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """The keys and values of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    index = tl.arange(0, BLOCK)
+    kept = (index < KV_HEADS * D) & (slot >= 0)
+    key = tl.load(k + token * k_stride + index, kept, 0.0)
+    value = tl.load(v + token * v_stride + index, kept, 0.0)
+    if FP8:  # beyond its range there is only NaN
+        key = tl.clamp(key.to(tl.float32), -FP8_LIMIT, FP8_LIMIT)
+        value = tl.clamp(value.to(tl.float32), -FP8_LIMIT, FP8_LIMIT)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    at = ((block * KV_HEADS + index // D) * BLOCK_SIZE + offset) * D + index % D
+    tl.store(k_cache + at, key.to(k_cache.dtype.element_ty), kept)
+    tl.store(v_cache + at, value.to(v_cache.dtype.element_ty), kept)
+
+
+def store(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+    """As `kernels.ops.Attention.store`."""
+    num_tokens, kv_heads, head_dim = k.shape
+    k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (k, v))
+    if num_tokens > 0:
+        _store_kernel[(num_tokens,)](
+            k,
+            v,
+            k.stride(0),
+            v.stride(0),
+            slots,
+            cache.keys,
+            cache.values,
+            KV_HEADS=kv_heads,
+            D=head_dim,
+            BLOCK_SIZE=cache.spec.block_size,
+            BLOCK=triton.next_power_of_2(kv_heads * head_dim),
+            FP8=cache.keys.itemsize == 1,
+            FP8_LIMIT=FP8_MAX,
+            num_warps=4,
+        )

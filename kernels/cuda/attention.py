@@ -1,0 +1,63 @@
+"""Paged attention by Triton: one kernel for tokens that are decoded, one for prompts.
+
+Both pack the query heads that share a key/value head into the rows of one tile (grouped-query
+attention), and stream keys and values once with an online softmax, after FlashAttention-2 (Dao,
+2023). Nothing about lengths has to come to the host, so that one CUDA graph serves all lengths.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.cuda.attention_decode import decode, plan_decodes
+from kernels.cuda.attention_prompt import prompts
+from kernels.cuda.rotary import store
+from kernels.reference import PagedAttention
+from kernels.types import AttentionInputs, KVCache, PagedKV
+
+# Programs per multiprocessor that decoding aims at: as many as its shared memory holds at once.
+_PROGRAMS_PER_PROCESSOR = 3
+
+
+class TritonAttention(PagedAttention):
+    """Implements `kernels.ops.Attention`.
+
+    Args:
+        num_processors: multiprocessors of the device, over which decoding spreads.
+    """
+
+    def __init__(self, num_processors: int) -> None:
+        super().__init__(_zeros)
+        self._num_programs = num_processors * _PROGRAMS_PER_PROCESSOR
+
+    def store(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+        store(k, v, cache, slots)
+
+    def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
+        target = triton.cdiv(self._num_programs, spec.num_kv_heads)
+        return replace(inputs, plan=plan_decodes(inputs, target))
+
+    def attend(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        inputs: AttentionInputs,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        if inputs.num_decodes > 0:
+            decode(q, cache, inputs, inputs.plan, scale, window, softcap, out)
+        if inputs.context_lens.shape[0] > inputs.num_decodes:
+            prompts(q, cache, inputs, scale, window, softcap, out)
+        return out
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As flash-attn needs it: it multiplies what lies past a context by 0, so it must be finite."""
+    bits = torch.uint8 if dtype.itemsize == 1 else dtype  # not all ops are there for float8
+    return torch.zeros(shape, dtype=bits).view(dtype)
