@@ -80,9 +80,9 @@ class ModelRunner:
             show_progress,
         )
         weights = max(meter.in_use() - before, 0)
-        # The last row belongs to no request: it pads the batches of recorded steps.
-        num_rows = config.max_num_seqs + 1
-        self.tables = DeviceTables(num_rows, self.max_len, config.block_size, self.device)
+        self.tables = DeviceTables(
+            config.max_num_seqs, self.max_len, config.block_size, self.device
+        )
         self._processor = LogitsProcessor(
             self.tables.token_ids, self.vocab_size, eos_token_ids, self.ops
         )
@@ -129,7 +129,7 @@ class ModelRunner:
         self.num_blocks = self._choose_num_blocks(memory, own)
         self.forward_pass.allocate(self.num_blocks)
         self.forward_pass.record()
-        kv_cache = (self.num_blocks + 1) * self.cache_shape.block_bytes
+        kv_cache = self.num_blocks * self.cache_shape.block_bytes
         return MemoryUse(
             weights=weights,
             other=max(in_use - weights, 0),
@@ -141,11 +141,11 @@ class ModelRunner:
         )
 
     def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
-        """Run the largest steps and record all graphs, over a cache of next to nothing.
+        """Run the largest steps and record all graphs, over a cache of one block.
 
         Returns (bytes in use between steps, bytes at the peak of a step, bytes of the graphs).
         """
-        self.forward_pass.allocate(0)
+        self.forward_pass.allocate(1)
         meter.reset_peak()
         for plan in warm_up_plans(self._config, self.max_len):
             self.launch(plan).result()
@@ -164,12 +164,12 @@ class ModelRunner:
             budget = memory.kv_cache_budget(own_bytes, config.gpu_memory_utilization)
             if memory.is_host:  # others need it too: no more than the rows could ever fill
                 blocks_per_row = -(-self.max_len // config.block_size)
-                budget = min(budget, (config.max_num_seqs * blocks_per_row + 1) * block_bytes)
-        num_blocks = budget // block_bytes - 1  # one is for padding
+                budget = min(budget, config.max_num_seqs * blocks_per_row * block_bytes)
+        num_blocks = budget // block_bytes
         if num_blocks < 1:
             raise MemoryError(
-                f"no memory is left for the KV cache: it has {budget} bytes, and the least, two "
-                f"blocks, takes {2 * block_bytes}; free some, lower block_size or "
+                f"no memory is left for the KV cache: it has {budget} bytes, and one block "
+                f"takes {block_bytes}; free some, lower block_size or "
                 "max_num_batched_tokens, or raise kv_cache_memory_bytes or, on a GPU, "
                 "gpu_memory_utilization"
             )
