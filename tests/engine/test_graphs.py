@@ -1,5 +1,6 @@
 """Recorded decoding steps: padding, static buffers and the ladder, proven on CPU tensors."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from engine import model_runner
 from engine.config import EngineConfig
@@ -207,6 +209,32 @@ def test_a_cpu_records_each_batch_size_when_it_comes(
         both = engine.stats()
         assert both["replayed_steps"] > 2 * first["replayed_steps"]
         assert 2 * both["replayed_steps"] > first["steps"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral"])
+def test_on_a_cpu_nothing_of_a_step_is_torchs_but_its_linear_layers(
+    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Those it has kernels for only with AVX512; hidden from the recorder, the rest is recorded."""
+    ops = select_ops(torch.device("cpu"))
+    if ops.new_recorder is None:
+        pytest.skip("no C++ compiler here")
+
+    def pack_hidden(*arguments: Any) -> Callable[[Tensor], Tensor]:
+        linear = ops.pack_linear(*arguments)
+
+        def run_hidden(x: Tensor) -> Tensor:
+            with _disable_current_modes():
+                return linear(x)
+
+        return run_hidden
+
+    hidden = replace(ops, pack_linear=pack_hidden)
+    monkeypatch.setattr(model_runner, "select_ops", lambda *_: hidden)
+    with new_engine(checkpoints(family)) as engine:
+        run(engine, requests()[:3])
+        run(engine, requests()[:3])
+        assert engine.stats()["replayed_steps"] > 0
 
 
 def test_what_torch_computes_is_not_recorded(checkpoints: CheckpointFactory) -> None:
