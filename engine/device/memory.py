@@ -138,12 +138,12 @@ def num_blocks_for(
         budget = memory.kv_cache_budget(own, config.gpu_memory_utilization)
         if memory.is_host:  # others need it too: no more than the rows could ever fill
             blocks_per_row = -(-max_len // config.block_size)
-            budget = min(budget, (config.max_num_seqs * blocks_per_row + 1) * block_bytes)
-    num_blocks = budget // block_bytes - 1  # one is for padding
+            budget = min(budget, config.max_num_seqs * blocks_per_row * block_bytes)
+    num_blocks = budget // block_bytes
     if num_blocks < 1:
         raise MemoryError(
-            f"no memory is left for the KV cache: it has {budget} bytes, and the least, two "
-            f"blocks, takes {2 * block_bytes}; free some, lower block_size or "
+            f"no memory is left for the KV cache: it has {budget} bytes, and one block "
+            f"takes {block_bytes}; free some, lower block_size or "
             "max_num_batched_tokens, or raise kv_cache_memory_bytes or, on a GPU, "
             "gpu_memory_utilization"
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.device.transfer import to_device
 from kernels.ops import Recorder
 
+_PADDING = -1  # no row of the tables
+
 
 def default_sizes(max_num_seqs: int) -> list[int]:
     """The ladder: each at most twice the one before, from 8 on at most 8 or an eighth more."""
@@ -31,8 +33,8 @@ class DecodeGraphs:
 
     Args:
         sizes: the batch sizes to record, all at once or, by the recorder's choice, as they come.
-        step: from rows and starts, both [N] int32 on the device, to hidden states [N, hidden].
-        padding_row: a row of the tables that belongs to no request.
+        step: from rows and starts, both [N] int32 on the device, to hidden states [N, hidden]; a
+            row of -1 is padding, of which nothing is kept.
     """
 
     def __init__(
@@ -40,17 +42,15 @@ class DecodeGraphs:
         recorder: Recorder,
         sizes: Sequence[int],
         step: Callable[[Tensor, Tensor], Tensor],
-        padding_row: int,
         device: torch.device,
     ) -> None:
         self.sizes = sorted(sizes)
         self.num_replays = 0
         self._recorder = recorder
         self._step = step
-        self._padding_row = padding_row
         self._device = device
         self._inputs = torch.zeros(2, self.sizes[-1], dtype=torch.int32, device=device)
-        self._inputs[0] = padding_row  # whatever a step of padding does, it does it to no request
+        self._inputs[0] = _PADDING
         self._recorded: dict[int, tuple[Tensor, Callable[[], None]]] = {}
         self._works = True
         if recorder.ahead:
@@ -74,7 +74,7 @@ class DecodeGraphs:
         """Hidden states [N, hidden] of these rows' tokens, to be used before the next run."""
         size = self.sizes[bisect_left(self.sizes, len(rows))]
         padding = size - len(rows)
-        inputs = [rows + [self._padding_row] * padding, starts + [0] * padding]
+        inputs = [rows + [_PADDING] * padding, starts + [0] * padding]
         self._inputs[:, :size].copy_(to_device(inputs, torch.int32, self._device))
         if size not in self._recorded:
             return self._record(size)[: len(rows)]

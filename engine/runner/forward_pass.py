@@ -19,11 +19,7 @@ from kernels.types import KVCache, StepRows
 
 
 class ForwardPass:
-    """One rank's model, device tables, KV cache and recorded decoding steps.
-
-    The last row of the tables and the last block of the cache belong to no request: they are what
-    the padding of a recorded batch reads and writes.
-    """
+    """One rank's model, device tables, KV cache and recorded decoding steps."""
 
     def __init__(
         self,
@@ -66,18 +62,16 @@ class ForwardPass:
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
-        """Make a KV cache of so many blocks and the padding's, in place of any there was."""
+        """Make a KV cache of so many blocks, in place of any there was."""
         self.close()
-        self.kv_caches = self._cache_shape.allocate(num_blocks + 1, self._ops, self._device)
-        self._tables.block_tables[-1] = num_blocks
+        self.kv_caches = self._cache_shape.allocate(num_blocks, self._ops, self._device)
 
     @torch.inference_mode()
     def record(self) -> None:
         """Record decoding over this cache, where the device has a use for it."""
         if self._new_recorder is not None:
-            padding_row = len(self._tables.token_ids) - 1
             self._graphs = DecodeGraphs(
-                self._new_recorder(), self._sizes, self._decode, padding_row, self._device
+                self._new_recorder(), self._sizes, self._decode, self._device
             )
 
     def hidden_states(self, scheduled: Sequence[ScheduledRow]) -> Tensor:

@@ -74,9 +74,9 @@ class ModelRunner:
             show_progress,
         )
         weights = max(meter.in_use() - before, 0)
-        # The last row belongs to no request: it pads the batches of recorded steps.
-        num_rows = config.max_num_seqs + 1
-        self.tables = DeviceTables(num_rows, self.max_len, config.block_size, self.device)
+        self.tables = DeviceTables(
+            config.max_num_seqs, self.max_len, config.block_size, self.device
+        )
         self.sampler = Sampler(
             self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.parallel
         )
@@ -122,7 +122,7 @@ class ModelRunner:
         )
         self.forward_pass.allocate(self.num_blocks)
         self.forward_pass.record()
-        kv_cache = (self.num_blocks + 1) * self.cache_shape.block_bytes
+        kv_cache = self.num_blocks * self.cache_shape.block_bytes
         return MemoryUse(
             weights=weights,
             other=max(in_use - weights, 0),
@@ -134,11 +134,11 @@ class ModelRunner:
         )
 
     def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
-        """Run the largest steps and record all graphs, over a cache of next to nothing.
+        """Run the largest steps and record all graphs, over a cache of one block.
 
         Returns (bytes in use between steps, bytes at the peak of a step, bytes of the graphs).
         """
-        self.forward_pass.allocate(0)
+        self.forward_pass.allocate(1)
         meter.reset_peak()
         for plan in warm_up_plans(self._config, self.max_len):
             self.launch(plan).result()

@@ -48,7 +48,7 @@ def test_a_host_is_shared_with_everybody() -> None:
     "config, num_blocks",
     [
         (dict(num_blocks=7), 7),
-        (dict(kv_cache_memory_bytes=9 * BLOCK_BYTES + 1), 8),  # one is for padding
+        (dict(kv_cache_memory_bytes=9 * BLOCK_BYTES + 1), 9),
         # Half of a free GiB would do for thousands, but two rows never fill more.
         (dict(max_num_seqs=2, max_model_len=100), 2 * 7),
     ],
@@ -63,20 +63,20 @@ def test_size_of_the_pool(
     with new_engine(checkpoints("qwen3"), **dict(num_blocks=None) | config) as engine:
         assert engine.limits.num_blocks == engine.scheduler.pool.num_blocks == num_blocks
         use = engine.runner.memory
-        assert use.kv_cache == (num_blocks + 1) * BLOCK_BYTES
+        assert use.kv_cache == num_blocks * BLOCK_BYTES
         caches = engine.runner.forward_pass.kv_caches
         assert sum(part.nbytes for cache in caches for part in cache.tensors) == use.kv_cache
         assert use.left == GIB - use.kv_cache
         assert use.weights >= 0 and use.activations is None
 
 
-@pytest.mark.parametrize("config", [dict(), dict(kv_cache_memory_bytes=2 * BLOCK_BYTES - 1)])
+@pytest.mark.parametrize("config", [dict(), dict(kv_cache_memory_bytes=BLOCK_BYTES - 1)])
 def test_too_little_memory_is_an_error_that_says_what_to_do(
     checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: BLOCK_BYTES)
     with (
-        pytest.raises(MemoryError, match=f"takes {2 * BLOCK_BYTES}; free some"),
+        pytest.raises(MemoryError, match=f"takes {BLOCK_BYTES}; free some"),
         new_engine(checkpoints("qwen3"), num_blocks=None, **config),
     ):
         pass
@@ -93,7 +93,7 @@ def test_startup_says_what_went_where(
     LLM(str(checkpoints("qwen3")), num_blocks=50, num_threads=1, device="cpu", load_format="dummy")
     said = capfd.readouterr().err
     assert "50 KV cache blocks of torch.float32 on cpu; weights " in said
-    assert f"KV cache {51 * 2 * 3 * 2 * 32 * 32 * 4 / (1 << 20):.1f} MiB" in said
+    assert f"KV cache {50 * 2 * 3 * 2 * 32 * 32 * 4 / (1 << 20):.1f} MiB" in said
     assert "left for activations and others" in said
 
 
