@@ -46,9 +46,11 @@ class DeploymentArgs(EngineConfig):
 
     @property
     def engine_config(self) -> EngineConfig:
-        return EngineConfig.model_construct(
+        config = EngineConfig.model_construct(
             **{name: getattr(self, name) for name in EngineConfig.model_fields}
         )
+        config._block_key = self._block_key
+        return config
 
 
 class ServiceArgs(StrictModel):

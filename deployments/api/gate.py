@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
-from deployments.api.keys import KeyRing, cache_salt
+from deployments.api.keys import KeyRing
 from deployments.api.request_log import RequestLog
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
@@ -92,7 +92,7 @@ class Gate:
             )
         current.tenant = name
         if self._service.isolate_cache_by_key:
-            current.cache_salt = cache_salt(name)
+            current.cache_owner = name
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         """Raises ApiError for one that is too large; it is never all in memory."""

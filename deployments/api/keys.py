@@ -76,11 +76,5 @@ class KeyRing:
         return found
 
 
-def cache_salt(name: str) -> str:
-    """What stands before the salts of a key's requests; all are equally long, so none is another's
-    beginning."""
-    return hashlib.sha256(f"manta tenant {name}".encode()).hexdigest()[:32]
-
-
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
