@@ -33,6 +33,8 @@ class Gate:
         self._app = app
         self._service = service
         self._keys = keys
+        isolates = service.isolate_cache_by_key
+        self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -91,7 +93,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         current.tenant = name
-        if self._service.isolate_cache_by_key:
+        if self._isolates_cache:
             current.cache_owner = name
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
