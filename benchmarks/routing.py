@@ -2,7 +2,8 @@
 
 Each tenant has a long system prompt; each conversation goes on for some turns with the answers it
 got. The oracle is one cache as large as all replicas' together, fed the same prompts in the order
-in which they were sent. Needs HAProxy, whose routers see the prompts.
+in which they were sent. Needs HAProxy, whose routers see the prompts. With --isolate every tenant
+has a key, and cached prefixes of its own; the routers do not see keys.
 
     python -m benchmarks.routing --tenants 12 --conversations 96
 """
@@ -41,7 +42,7 @@ from deployments.builder import build
 from deployments.request_router import PrefixRequestRouter, router_config
 from deployments.routing import RoutedPrompt
 from engine import checkpoint
-from engine.schedule.block_pool import BlockPool, extend_hashes
+from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.text.tokenizer import Tokenizer
 
 _PORT = 18456
@@ -78,6 +79,7 @@ def policies() -> dict[str, RequestRouterConfig]:
 class Conversation:
     """One chat to be had: the tenant's instructions, then a question per turn."""
 
+    tenant: str
     system: str
     questions: list[str]
 
@@ -86,7 +88,7 @@ class Conversation:
 class Outcome:
     """What the clients of one policy saw, in the order in which prompts were sent."""
 
-    sent: list[list[dict[str, str]]] = field(default_factory=list)
+    sent: list[tuple[str, list[dict[str, str]]]] = field(default_factory=list)  # by whom, what
     cached: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -104,13 +106,12 @@ def make_conversations(arguments: argparse.Namespace, seed: int) -> list[Convers
 
     systems = [text(arguments.system_words) for _ in range(arguments.tenants)]
     weights = [1 / (i + 1) ** arguments.skew for i in range(arguments.tenants)]
-    return [
-        Conversation(
-            draw.choices(systems, weights)[0] if arguments.system_words else "",
-            [text(12) for _ in range(arguments.turns)],
-        )
-        for _ in range(arguments.conversations)
-    ]
+    conversations = []
+    for _ in range(arguments.conversations):
+        (tenant,) = draw.choices(range(arguments.tenants), weights)
+        questions = [text(12) for _ in range(arguments.turns)]
+        conversations.append(Conversation(f"tenant-{tenant}", systems[tenant], questions))
+    return conversations
 
 
 async def have(conversation: Conversation, http: httpx.AsyncClient, outcome: Outcome) -> None:
@@ -119,7 +120,7 @@ async def have(conversation: Conversation, http: httpx.AsyncClient, outcome: Out
         messages.append({"role": "system", "content": conversation.system})
     for question in conversation.questions:
         messages.append({"role": "user", "content": question})
-        outcome.sent.append(list(messages))
+        outcome.sent.append((conversation.tenant, list(messages)))
         body = {
             "messages": messages,
             "temperature": 0,
@@ -130,7 +131,8 @@ async def have(conversation: Conversation, http: httpx.AsyncClient, outcome: Out
         }
         start, answer, first = time.perf_counter(), "", 0.0
         url = f"http://127.0.0.1:{_PORT}/v1/chat/completions"
-        async with http.stream("POST", url, json=body) as response:
+        headers = {"Authorization": f"Bearer key-of-{conversation.tenant}"}
+        async with http.stream("POST", url, json=body, headers=headers) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
@@ -164,14 +166,15 @@ async def run_clients(conversations: list[Conversation], num_clients: int) -> Ou
     return outcome
 
 
-def oracle_hits(outcome: Outcome, model: str, num_blocks: int) -> int:
+def oracle_hits(outcome: Outcome, model: str, num_blocks: int, isolate: bool) -> int:
     """Tokens that one cache of `num_blocks` would have found, prompt after prompt."""
     tokenizer = Tokenizer(checkpoint.resolve(model))
+    hasher = BlockHasher(_BLOCK_SIZE, b"")
     pool, hits = BlockPool(num_blocks), 0
-    for messages in outcome.sent:
+    for tenant, messages in outcome.sent:
         tokens = tokenizer.encode_chat(messages)
         hashes: list[bytes] = []
-        extend_hashes(hashes, tokens, _BLOCK_SIZE, "")
+        hasher.extend(hashes, tokens, owner=tenant if isolate else "")
         table = pool.lookup(hashes[: (len(tokens) - 1) // _BLOCK_SIZE])
         hits += len(table) * _BLOCK_SIZE
         pool.hold(table)
@@ -214,13 +217,18 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=96)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--isolate", action="store_true", help="a key for every tenant")
     parser.add_argument("--policies", nargs="+", default=list(policies()), choices=policies())
     arguments = parser.parse_args()
+    if arguments.isolate:
+        names = [f"tenant-{i}" for i in range(arguments.tenants)]
+        os.environ["MANTA_API_KEYS"] = ",".join(f"{name}:key-of-{name}" for name in names)
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
     for name in arguments.policies:
         outcome = measure(name, arguments)
-        oracle = oracle_hits(outcome, arguments.model, arguments.num_blocks * arguments.replicas)
+        num_blocks = arguments.num_blocks * arguments.replicas
+        oracle = oracle_hits(outcome, arguments.model, num_blocks, arguments.isolate)
         cuts = statistics.quantiles(outcome.ttft, n=100)
         print(
             f"{name:14} hits {outcome.cached / outcome.prompt_tokens:6.1%} of prompt tokens, "

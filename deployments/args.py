@@ -46,9 +46,11 @@ class DeploymentArgs(EngineConfig):
 
     @property
     def engine_config(self) -> EngineConfig:
-        return EngineConfig.model_construct(
+        config = EngineConfig.model_construct(
             **{name: getattr(self, name) for name in EngineConfig.model_fields}
         )
+        config._block_key = self._block_key
+        return config
 
 
 class ServiceArgs(StrictModel):
@@ -75,10 +77,11 @@ class ServiceArgs(StrictModel):
     require_api_key: bool = Field(
         False, description="Do not start without API keys. Set by serve run where it finds some."
     )
-    isolate_cache_by_key: bool = Field(
-        False,
+    isolate_cache_by_key: bool | None = Field(
+        None,
         description="Requests share cached prefixes only with those of the same key (by name), so "
-        "that none can learn from response times what others have asked.",
+        "that none can learn from token counts and response times what others have asked; default: "
+        "when the keys have several names.",
     )
     request_log: Literal["off", "on", "body"] = Field(
         "on", description="A JSON line per request: ids, counts, times; body adds what was sent."

@@ -116,6 +116,7 @@ class EngineClient:
             seed,
             options.cache_salt,
             priority=options.priority,
+            cache_owner=options.cache_owner,
         )
         live = self._live[request.id] = _Live(request, options.stream, record)
         self.num_queued += 1

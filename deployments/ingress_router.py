@@ -18,7 +18,7 @@ from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
 from deployments.args import AppArgs
 from deployments.routing import RoutedPrompt, short
 from engine import checkpoint
-from engine.schedule.block_pool import extend_hashes
+from engine.schedule.block_pool import BlockHasher
 from engine.text.tokenizer import Tokenizer
 
 SESSION_HEADER = "x-session-id"
@@ -34,6 +34,7 @@ class IngressRouter:
     def __init__(self, replicas: DeploymentHandle[Any], args: AppArgs) -> None:
         self._replicas = replicas
         self._block_size = args.block_size
+        self._hasher = BlockHasher(args.block_size, args.block_key)
         self._tokenizer = Tokenizer(checkpoint.resolve(args.model, args.revision))
         ray_private.start_routing(replicas)
 
@@ -52,7 +53,7 @@ class IngressRouter:
         return {"host": host, "port": port, "replica_id": replica_id}
 
     def _read_prompt(self, body: bytes) -> RoutedPrompt | None:
-        """The prompt's blocks, computed as the replica will; None when the body is not valid."""
+        """The prompt's blocks, named as the replica will; None when the body is not valid."""
         try:
             request: ChatCompletionRequest | CompletionRequest
             if b'"messages"' in body:
@@ -65,8 +66,8 @@ class IngressRouter:
                 request = CompletionRequest.model_validate_json(body)
                 first = request.prompts[0]
                 tokens = self._tokenizer.encode(first) if isinstance(first, str) else first
-        except (ValidationError, ValueError):
+            hashes: list[bytes] = []
+            self._hasher.extend(hashes, tokens, request.cache_salt)
+        except (ValidationError, ValueError, OverflowError):
             return None
-        hashes: list[bytes] = []
-        extend_hashes(hashes, tokens, self._block_size, request.cache_salt)
         return RoutedPrompt([short(h) for h in hashes], len(tokens), self._block_size)

@@ -14,7 +14,7 @@ from deployments.autoscaling import engine_load
 from deployments.front import Front
 from deployments.ray_metrics import RayMetrics
 from deployments.replica_watch import ReplicaWatch
-from deployments.routing import ReplicaReport, short
+from deployments.routing import ReplicaReport, pack_hashes
 from deployments.shard_group import ShardGroup
 
 
@@ -63,7 +63,7 @@ class Replica:
             waiting=client.stats["waiting"],
             uncomputed_tokens=client.stats["uncomputed_tokens"],
             tokens_per_s=client.stats["tokens_per_s"],
-            hashes=b"".join(short(block_hash) for block_hash in client.cached_blocks),
+            hashes=pack_hashes(client.cached_blocks),
         )
         return {"manta": asdict(report)}
 

@@ -33,6 +33,7 @@ class RequestOptions:
 
     stream: bool = True
     cache_salt: str = ""
+    cache_owner: str = ""
     priority: int = 0
     timeout_s: float | None = None
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Bytes of a block's 128-bit hash that reports carry. A router that is wrong about one block in
-# 10^18 loses a cache hit, nothing else.
+# Bytes of a block's name that reports carry: of the hash of its tokens and salt, which a router
+# computes too, without the owner, whom it does not know. A router that is wrong about a block loses
+# a cache hit, nothing else.
 HASH_BYTES = 8
 
 # What a running request costs newcomers on its replica, in prompt tokens: it takes part in every
@@ -51,6 +52,11 @@ class RoutedPrompt:
 
 def short(block_hash: bytes) -> bytes:
     return block_hash[:HASH_BYTES]
+
+
+def pack_hashes(cached: Iterable[bytes]) -> bytes:
+    """Cached blocks for a report; those of several owners with the same tokens are one there."""
+    return b"".join({short(block_hash) for block_hash in cached})
 
 
 _UNKNOWN = RoutedPrompt()

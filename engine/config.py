@@ -1,8 +1,9 @@
 """What an engine is told when it starts."""
 
+import secrets
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from engine.strict import StrictModel
 
@@ -103,6 +104,15 @@ class EngineConfig(StrictModel):
         "two are padded, larger ones not replayed. Default: a ladder up to max_num_seqs.",
     )
     seed: int = Field(0, description="Seeds dummy weights and, in LLM, requests without a seed.")
+    _block_key: bytes = PrivateAttr(default_factory=lambda: secrets.token_bytes(16))
+
+    @property
+    def block_key(self) -> bytes:
+        """The secret in the names of blocks: shared by all that are given this configuration.
+
+        No setting, so it is drawn at random, and is in no dump and no repr.
+        """
+        return self._block_key
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "EngineConfig":

@@ -84,7 +84,7 @@ def _queue_time_s(stats: dict[str, Any]) -> int:
 
 
 def request_options(front: Front, request: ServedRequest) -> RequestOptions:
-    """How the server treats the request: its own wishes within the limits, its tenant's salt."""
+    """How the server treats the request: its own wishes within the limits, and whose it is."""
     if request.priority != 0 and not front.has_priorities:
         raise ApiError(
             400,
@@ -97,7 +97,8 @@ def request_options(front: Front, request: ServedRequest) -> RequestOptions:
     timeouts = [t for t in (request.timeout, current.service.request_timeout_s) if t is not None]
     return RequestOptions(
         stream=request.stream,
-        cache_salt=current.cache_salt + request.cache_salt,
+        cache_salt=request.cache_salt,
+        cache_owner=current.cache_owner,
         priority=request.priority,
         timeout_s=min(timeouts, default=None),
         records=current.records,

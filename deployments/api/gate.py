@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
-from deployments.api.keys import KeyRing, cache_salt
+from deployments.api.keys import KeyRing
 from deployments.api.request_log import RequestLog
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
@@ -33,6 +33,8 @@ class Gate:
         self._app = app
         self._service = service
         self._keys = keys
+        isolates = service.isolate_cache_by_key
+        self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -91,8 +93,8 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         current.tenant = name
-        if self._service.isolate_cache_by_key:
-            current.cache_salt = cache_salt(name)
+        if self._isolates_cache:
+            current.cache_owner = name
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
         """Raises ApiError for one that is too large; it is never all in memory."""

@@ -60,6 +60,10 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._names)
 
+    @property
+    def has_several_names(self) -> bool:
+        return len({name for _, name in self._names}) > 1
+
     def find(self, authorization: str | None) -> str | None:
         """The name of the key in an Authorization header; None when it is none of ours.
 
@@ -74,12 +78,6 @@ class KeyRing:
             if hmac.compare_digest(digest, given):
                 found = name
         return found
-
-
-def cache_salt(name: str) -> str:
-    """What stands before the salts of a key's requests; all are equally long, so none is another's
-    beginning."""
-    return hashlib.sha256(f"manta tenant {name}".encode()).hexdigest()[:32]
 
 
 def _digest(key: str) -> bytes:

@@ -21,7 +21,7 @@ class RequestScope:
     headers: Headers = field(default_factory=Headers)
     body: bytes = b""
     tenant: str = ""  # the name of its API key
-    cache_salt: str = ""  # put before the request's own
+    cache_owner: str = ""  # the tenant, if its cached prefixes are its own
     records: list[RequestRecord] = field(default_factory=list)  # one per choice
     arrived_at: float = field(default_factory=time.time)
     began: float = field(default_factory=time.perf_counter)

@@ -5,36 +5,61 @@ map until the space is needed, least recently used first: prefix caching costs n
 With a `HostPool`, what is evicted then moves to host memory, and comes back when it is asked for.
 """
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-
-import numpy as np
-import xxhash
 
 from engine.schedule.host_pool import HostPool
 from engine.schedule.step import BlockCopy
 
-ROOT_HASH = b""
+_DIGEST_BYTES = 16
 
 
-def hash_block(parent: bytes, tokens: Sequence[int], salt: str) -> bytes:
-    """Names a full block by everything its keys and values depend on: all tokens up to its end.
+class BlockHasher:
+    """Names full blocks by all that their keys and values depend on: every token up to their end.
 
-    128 bits, so that equal hashes can be taken for equal content. Requests share blocks only when
-    their cache salts are equal.
+    The hash is cryptographic and keyed, for strangers choose the tokens: nobody can make two blocks
+    of one name, so equal names can be taken for equal content.
+
+    Args:
+        key: shared by all who compare names, and a secret to all who send tokens.
     """
-    # A digest stands before every block's tokens, so that no salt can be taken for a parent.
-    before = parent or xxhash.xxh3_128_digest(salt.encode("utf-8", "surrogatepass"))
-    digest = xxhash.xxh3_128(before)
-    digest.update(np.asarray(tokens, dtype=np.int64).tobytes())
-    return digest.digest()
 
+    def __init__(self, block_size: int, key: bytes) -> None:
+        self._block_size = block_size
+        self._key = key
+        self._keyed = hashlib.blake2b(digest_size=_DIGEST_BYTES, key=key)
 
-def extend_hashes(hashes: list[bytes], tokens: Sequence[int], block_size: int, salt: str) -> None:
-    """Append the hashes of the full blocks of `tokens` that `hashes` does not cover yet."""
-    for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
-        parent = hashes[-1] if hashes else ROOT_HASH
-        hashes.append(hash_block(parent, tokens[start : start + block_size], salt))
+    def extend(
+        self, hashes: list[bytes], tokens: Sequence[int], salt: str = "", owner: str = ""
+    ) -> None:
+        """Append the names of the full blocks of `tokens` that `hashes` does not cover yet.
+
+        Requests share blocks only when their salts and their owners are equal. The owner is the end
+        of a name, so that those who do not know it can compare what stands before it. Raises
+        OverflowError for what is no token id.
+        """
+        size = self._block_size
+        start, end = len(hashes) * size, len(tokens) // size * size
+        if start == end:
+            return
+        parent = hashes[-1][:_DIGEST_BYTES] if hashes else self._root(salt)
+        suffix = owner.encode("utf-8", "surrogatepass")
+        uncovered = array("I", tokens[start:end])
+        for i in range(0, len(uncovered), size):
+            digest = self._keyed.copy()
+            digest.update(parent)
+            digest.update(uncovered[i : i + size])
+            parent = digest.digest()
+            hashes.append(parent + suffix)
+
+    def _root(self, salt: str) -> bytes:
+        """The parent of first blocks: no block's name, whatever the salt spells."""
+        content = salt.encode("utf-8", "surrogatepass")
+        return hashlib.blake2b(
+            content, digest_size=_DIGEST_BYTES, key=self._key, person=b"salt"
+        ).digest()
 
 
 class BlockPool:

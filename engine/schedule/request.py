@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.sampling_params import SamplingParams
-from engine.schedule.block_pool import extend_hashes
+from engine.schedule.block_pool import BlockHasher
 
 
 @dataclass(eq=False, slots=True)
@@ -25,6 +25,7 @@ class Request:
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
+    cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
 
     # What the scheduler keeps.
     order: tuple[int, int] = field(init=False, default=(0, 0))  # its place in queue and batch
@@ -61,9 +62,9 @@ class Request:
         self.output_token_ids.append(token)
         self.token_ids.append(token)
 
-    def hash_full_blocks(self, block_size: int) -> list[bytes]:
+    def hash_full_blocks(self, hasher: BlockHasher) -> list[bytes]:
         """Hashes of all full blocks of known tokens, extended as the tokens grow."""
-        extend_hashes(self.block_hashes, self.token_ids, block_size, self.cache_salt)
+        hasher.extend(self.block_hashes, self.token_ids, self.cache_salt, self.cache_owner)
         return self.block_hashes
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
-from engine.schedule.block_pool import BlockPool
+from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.request import Request
 from engine.schedule.step import (
     NewRow,
@@ -73,6 +73,7 @@ class Scheduler:
         self._policy = config.scheduling_policy
         self._num_arrivals = 0
         self._block_size = config.block_size
+        self._hasher = BlockHasher(config.block_size, config.block_key)
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._max_len = max_len
@@ -188,7 +189,7 @@ class Scheduler:
         """
         if request.wants_prompt_logprobs:
             return []  # needs the logits of all its tokens
-        hashes = request.hash_full_blocks(self._block_size)
+        hashes = request.hash_full_blocks(self._hasher)
         return hashes[: (request.num_tokens - 1) // self._block_size]
 
     def _can_admit(self, request: Request, cached: list[int]) -> bool:
@@ -256,7 +257,7 @@ class Scheduler:
         """Name the blocks that are full of known and computed tokens."""
         num_full = min(request.num_computed, len(request.token_ids)) // self._block_size
         if num_full > request.num_published:
-            hashes = request.hash_full_blocks(self._block_size)
+            hashes = request.hash_full_blocks(self._hasher)
             for i in range(request.num_published, num_full):
                 self.pool.publish(request.block_table[i], hashes[i])
             request.num_published = num_full

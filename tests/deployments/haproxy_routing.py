@@ -1,4 +1,5 @@
-"""Two replicas behind HAProxy, asked by several tenants. Run by test_haproxy.py.
+"""Two replicas behind HAProxy, asked by several tenants with their own keys. Run by
+test_haproxy.py.
 
 Prints one JSON object of what happened.
 """
@@ -12,6 +13,7 @@ from typing import Any
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # read when Serve is imported
 os.environ["RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"] = "1"
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"  # no load balancer to inform
+os.environ["MANTA_API_KEYS"] = "acme:sk-0,globex:sk-1,initech:sk-2"
 
 import httpx
 import ray
@@ -30,25 +32,34 @@ def main(model: str) -> dict[str, Any]:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = AppArgs(model=model, dtype="float32", num_blocks=200, num_replicas=2, num_threads=1)
         serve.run(app(args), name="app", route_prefix="/")
-        with httpx.Client(timeout=60) as http:
+        with httpx.Client(timeout=60, headers={"Authorization": "Bearer sk-0"}) as http:
 
-            def cached(prompt: str, **headers: str) -> int:
+            def cached(prompt: str, tenant: int) -> int:
                 body = {"prompt": prompt, "max_tokens": 2}
+                headers = {"Authorization": f"Bearer sk-{tenant}"}
                 response = http.post(url, json=body, headers=headers).raise_for_status()
                 return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
-            tenants = [f"tenant {i} " + "x" * 300 for i in range(3)]
-            first = [cached(tenant + " hello") for tenant in tenants]
+            prompts = [f"tenant {i} " + "x" * 300 for i in range(3)]
+            first = [cached(prompts[i] + " hello", i) for i in range(3)]
             time.sleep(3)  # two report periods: from here on, routers rely on the reports
-            later = [cached(f"{tenant} {i}") for i in range(4) for tenant in tenants]
+            later = [cached(f"{prompts[i]} {turn}", i) for turn in range(4) for i in range(3)]
+            others = [cached(prompts[i], (i + 1) % 3) for i in range(3)]
             bad = http.post(url, json={"prompt": "x", "tempo": 1})
+            unknown = http.post(url, json={"prompt": [10**30]})
             broken = http.post(url, content=b"{", headers={"content-type": "application/json"})
             with http.stream("POST", url, json={"prompt": "x", "stream": True}) as response:
                 streamed = sum(line.startswith("data: {") for line in response.iter_lines())
         return {
             "first": first,
             "later": later,
-            "refused": [bad.status_code, bad.json()["error"]["param"], broken.status_code],
+            "others": others,
+            "refused": [
+                bad.status_code,
+                bad.json()["error"]["param"],
+                unknown.status_code,
+                broken.status_code,
+            ],
             "streamed": streamed,
         }
     finally:

@@ -6,15 +6,20 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.responses import PlainTextResponse
 
+from deployments.api.gate import Gate
 from deployments.api.keys import ApiKeysError, KeyRing
 from deployments.api.request_log import LOGGER
+from deployments.api.scope import scope
 from deployments.args import ServiceArgs
+from deployments.metrics import Metrics
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
 
@@ -24,12 +29,11 @@ LONG = {"ignore_eos": True}  # with max_tokens: goes on until it is told to stop
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    """With keys, small limits, and prefixes shared by key alone."""
+    """With keys of two names, whose prefixes are apart, and small limits."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text("# who may ask\nacme:sk-acme\nacme:sk-acme-next\nglobex:sk-globex\n")
     with serve_locally(
         api_keys_file=str(keys),
-        isolate_cache_by_key=True,
         max_request_bytes=10_000,
         max_messages=3,
         num_blocks=128,
@@ -119,7 +123,7 @@ def test_an_entry_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tenants_do_not_share_prefixes(guarded: LocalServer) -> None:
-    """Two keys of one name do; a tenant cannot take another's salt, as its own comes first."""
+    """Two keys of one name do, and a salt divides further."""
     words = " ".join(["mirror"] * 60)
 
     def cached(key: str, salt: str = "") -> int:
@@ -135,6 +139,32 @@ def test_tenants_do_not_share_prefixes(guarded: LocalServer) -> None:
     assert cached("sk-globex") == 0
     assert cached("sk-globex", salt="own") == 0
     assert cached("sk-globex", salt="own") > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "isolate", "owner"),
+    [
+        ([], None, ""),
+        (["acme:one"], None, ""),
+        (["acme:one", "acme:two"], None, ""),
+        (["acme:one", "globex:two"], None, "acme"),
+        (["one", "two"], None, "key-1"),
+        (["acme:one", "globex:two"], False, ""),
+        (["acme:one"], True, "acme"),
+    ],
+)
+def test_keys_of_several_names_have_prefixes_of_their_own_by_default(
+    keys: list[str], isolate: bool | None, owner: str
+) -> None:
+    async def app(*asgi: Any) -> None:
+        await PlainTextResponse(scope().cache_owner)(*asgi)
+
+    front: Any = SimpleNamespace(model_name="m", client=SimpleNamespace(metrics=Metrics("m", dict)))
+    args = ServiceArgs(isolate_cache_by_key=isolate, request_log="off")
+    gate = Gate(app, front, args, KeyRing(keys))
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://test")
+    answer = http.get("/v1/models", headers={"Authorization": "Bearer one"})
+    assert asyncio.run(answer).text == owner
 
 
 def test_the_log_names_the_key_and_says_neither_it_nor_the_prompt(

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import pytest
 
 from deployments.routing import (
+    HASH_BYTES,
     RUNNING_COST_TOKENS,
     PrefixBalancer,
     ReplicaReport,
     RoutedPrompt,
+    pack_hashes,
     short,
 )
+from engine.schedule.block_pool import BlockHasher
 
 BLOCK = 16
 
@@ -38,7 +41,7 @@ def report(
         waiting=0,
         uncomputed_tokens=uncomputed,
         tokens_per_s=1000.0,
-        hashes=b"".join(cached),
+        hashes=pack_hashes(cached),
     )
 
 
@@ -67,6 +70,19 @@ def test_blocks_count_only_as_a_prefix(balancer: PrefixBalancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(cached=prompt[1:]), "b": report(cached=prompt[:2])})
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
+
+
+def test_blocks_are_found_by_who_does_not_know_their_owner(balancer: PrefixBalancer) -> None:
+    hasher, tokens = BlockHasher(BLOCK, b"key"), list(range(160))
+    prompt: list[bytes] = []
+    hasher.extend(prompt, tokens)
+    cached: dict[str, list[bytes]] = {}
+    for owner, num_tokens in (("acme", 96), ("globex", 48)):
+        hasher.extend(cached.setdefault(owner, []), tokens[:num_tokens], owner=owner)
+    both = report(cached=cached["acme"] + cached["globex"])
+    assert len(both.hashes) == 6 * HASH_BYTES  # the blocks of both are one there
+    balancer.update({"a": report(), "b": both, "c": report(cached=cached["globex"])})
+    assert balancer.choose(RoutedPrompt([short(h) for h in prompt], 160, BLOCK)) == "b"
 
 
 def test_load_outweighs_a_prefix_that_saves_less(balancer: PrefixBalancer) -> None:

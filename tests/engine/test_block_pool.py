@@ -1,18 +1,27 @@
 """The block pool: who holds a block, what it is called, which one is reused next."""
 
+import pickle
+
+import numpy as np
 import pytest
+import xxhash
 
+from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.schedule.block_pool import ROOT_HASH, BlockPool, hash_block
+from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.request import Request
+from tests.conftest import CheckpointFactory
+from tests.engine.helpers import new_engine, new_requests, run, run_one_by_one
+
+KEY = b"of this test"
 
 
-def chain(*blocks: list[int], salt: str = "") -> list[bytes]:
-    """Hashes of consecutive full blocks."""
-    hashes = [ROOT_HASH]
-    for tokens in blocks:
-        hashes.append(hash_block(hashes[-1], tokens, salt))
-    return hashes[1:]
+def chain(*blocks: list[int], salt: str = "", owner: str = "", key: bytes = KEY) -> list[bytes]:
+    """Hashes of consecutive full blocks, all equally long."""
+    hashes: list[bytes] = []
+    tokens = [token for block in blocks for token in block]
+    BlockHasher(len(blocks[0]), key).extend(hashes, tokens, salt, owner)
+    return hashes
 
 
 def cached(pool: BlockPool, block_hash: bytes) -> int:
@@ -41,28 +50,87 @@ def test_a_salt_changes_every_hash_of_the_chain() -> None:
     assert len({*plain, *a, *b}) == 6
 
 
-def test_a_salt_may_be_any_string() -> None:
+def test_salt_and_owner_may_be_any_string() -> None:
     assert chain([1], salt="\ud800") != chain([1], salt="\x00")
+    assert chain([1], owner="\ud800") != chain([1], owner="\x00")
+
+
+def test_an_owners_names_are_those_of_all_with_the_owner_behind() -> None:
+    """Whoever does not know the owner knows the beginning; and a salt cannot pose as an owner."""
+    plain, salted = chain([1, 2], [3, 4]), chain([1, 2], [3, 4], salt="acme")
+    owned = chain([1, 2], [3, 4], owner="acme")
+    assert [name[:16] for name in owned] == plain
+    assert len({*plain, *salted, *owned}) == 6
 
 
 def test_a_salt_cannot_pose_as_a_parent() -> None:
     """A salt that spells the hash of someone's block must not lead to what follows that block."""
     parent = b"sixteen letters!"
-    assert hash_block(ROOT_HASH, [1, 2], parent.decode()) != hash_block(parent, [1, 2], "")
+    after: list[bytes] = [parent]
+    BlockHasher(2, KEY).extend(after, [0, 0, 1, 2])
+    assert chain([1, 2], salt=parent.decode()) != after[1:]
+    # Nor one that spells all that a block's hash is taken of: without the mark of salts it would.
+    tokens = np.array([65, 66], dtype=np.uint32).tobytes()
+    (root,) = chain([65, 66], salt=(parent + tokens).decode())
+    after = [parent]
+    BlockHasher(2, KEY).extend(after, [0, 0, 65, 66, 65, 66])
+    assert root != after[2]
+
+
+def test_names_depend_on_the_key() -> None:
+    assert chain([1, 2]) != chain([1, 2], key=b"another")
+
+
+def test_every_configuration_draws_a_key_and_tells_nobody() -> None:
+    config, other = EngineConfig(model="m"), EngineConfig(model="m")
+    assert config.block_key != other.block_key and len(config.block_key) == 16
+    copies = [pickle.loads(pickle.dumps(config)), config.model_copy(update={"seed": 1})]
+    assert [copy.block_key for copy in copies] == [config.block_key] * 2
+    assert "key" not in f"{config!r} {config} {config.model_dump()}"
 
 
 def test_requests_hash_their_blocks_as_they_fill() -> None:
-    request = Request("", [1, 2, 3], SamplingParams(), seed=0, cache_salt="s")
-    assert request.hash_full_blocks(2) == chain([1, 2], salt="s")
+    hasher = BlockHasher(2, KEY)
+    request = Request("", [1, 2, 3], SamplingParams(), seed=0, cache_salt="s", cache_owner="o")
+    assert request.hash_full_blocks(hasher) == chain([1, 2], salt="s", owner="o")
     request.append(4)
-    assert request.hash_full_blocks(2) == chain([1, 2], [3, 4], salt="s")
+    assert request.hash_full_blocks(hasher) == chain([1, 2], [3, 4], salt="s", owner="o")
     request.append(5)
-    assert request.hash_full_blocks(2) == chain([1, 2], [3, 4], salt="s")
+    assert request.hash_full_blocks(hasher) == chain([1, 2], [3, 4], salt="s", owner="o")
 
 
 def test_a_block_of_one_token_is_full_at_once() -> None:
     request = Request("", [7, 8], SamplingParams(), seed=0)
-    assert request.hash_full_blocks(1) == chain([7], [8])
+    assert request.hash_full_blocks(BlockHasher(1, KEY)) == chain([7], [8])
+
+
+def forged_blocks() -> tuple[list[int], list[int]]:
+    """Two blocks of 64 tokens with equal XXH3, after any parent.
+
+    Without a secret seed, XXH3 adds up (token ^ s) * t with published s and t in eight lanes, and
+    the tokens in their neighbours: a lattice reduction finds changes that cancel within a second.
+    """
+    first, second = list(range(100, 164)), list(range(100, 164))
+    first[:56:8] = [11, 250, 5, 5, 48, 16, 4]
+    second[:56:8] = [4, 4, 8, 6, 197, 3, 117]
+    for parent in (b"any parent's 128", xxhash.xxh3_128_digest(b"salt")):
+        names = {
+            xxhash.xxh3_128_digest(parent + np.array(tokens, dtype=np.int64).tobytes())
+            for tokens in (first, second)
+        }
+        assert len(names) == 1
+    return first, second
+
+
+def test_a_forged_block_gives_nobody_another_answer(checkpoints: CheckpointFactory) -> None:
+    """The attacker's block was once taken for the victim's, and the victim got its answer."""
+    attack, victim = ([*block, 7, 8, 9] for block in forged_blocks())
+    with new_engine(checkpoints("qwen3"), block_size=64, num_blocks=8) as engine:
+        (alone,) = run(engine, new_requests([victim]))
+    with new_engine(checkpoints("qwen3"), block_size=64, num_blocks=8) as engine:
+        attackers, victims = run_one_by_one(engine, new_requests([attack, victim]))
+    assert victims.num_cached_tokens == 0
+    assert victims.token_ids == alone.token_ids != attackers.token_ids
 
 
 # --- Holding and freeing ----------------------------------------------------------------------

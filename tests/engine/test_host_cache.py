@@ -15,7 +15,7 @@ from engine.device.host_cache import HostCache
 from engine.engine import Engine
 from engine.ranks.group import Leader
 from engine.runner.follower import spawn_followers
-from engine.schedule.block_pool import BlockPool
+from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.host_pool import HostPool
 from engine.schedule.step import BlockCopy
 from kernels.types import KVCache, PagedKV
@@ -163,7 +163,8 @@ def test_a_prompt_that_was_evicted_is_found_again(checkpoints: CheckpointFactory
     with new_engine(checkpoints("qwen3"), **config) as engine:
         (before,) = run(engine, new_requests([first]))
         run(engine, new_requests(others))
-        assert not engine.scheduler.pool.lookup(new_requests([first])[0].hash_full_blocks(4))
+        hasher = BlockHasher(4, engine.config.block_key)
+        assert not engine.scheduler.pool.lookup(new_requests([first])[0].hash_full_blocks(hasher))
         (after,) = run(engine, new_requests([first]))
         assert engine.stats()["restored_tokens"] >= after.num_cached_tokens == 56
         assert after.token_ids == before.token_ids

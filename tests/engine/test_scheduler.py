@@ -32,13 +32,14 @@ def add(
     salt: str = "",
     output: tuple[int, ...] = (),
     priority: int = 0,
+    owner: str = "",
     **params: Any,
 ) -> Request:
     """Queue a request; a prompt given as a length is of tokens that no other prompt has."""
     if isinstance(prompt, int):
         prompt = [1000 * ord(request_id) + i for i in range(prompt)]
     sampling = SamplingParams(**{"max_tokens": None} | params)
-    request = Request(request_id, prompt, sampling, 0, salt, list(output), priority)
+    request = Request(request_id, prompt, sampling, 0, salt, list(output), priority, owner)
     scheduler.add(request)
     return request
 
@@ -357,6 +358,15 @@ def test_other_salts_share_nothing(salts: tuple[str, str]) -> None:
     add(scheduler, "a", PROMPT, salt=salts[0])
     step(scheduler)
     add(scheduler, "b", PROMPT, salt=salts[1])
+    assert step(scheduler)["b"] == (0, 12, True)
+
+
+@pytest.mark.parametrize("owners", [("", "x"), ("x", ""), ("x", "y")])
+def test_other_owners_share_nothing_whatever_their_salts(owners: tuple[str, str]) -> None:
+    scheduler = new_scheduler()
+    add(scheduler, "a", PROMPT, owner=owners[0])
+    step(scheduler)
+    add(scheduler, "b", PROMPT, owner=owners[1], salt=owners[0])
     assert step(scheduler)["b"] == (0, 12, True)
 
 

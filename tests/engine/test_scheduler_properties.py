@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.schedule.block_pool import ROOT_HASH, BlockPool, hash_block
+from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler
 from engine.schedule.step import StepPlan
@@ -47,6 +47,7 @@ class Spec:
     max_tokens: int | None
     ignore_eos: bool
     salt: str
+    owner: str
     num_resumed: int  # output tokens it brings along
     priority: int
 
@@ -57,6 +58,7 @@ REQUEST = st.builds(
     max_tokens=st.one_of(st.none(), st.integers(1, 12)),
     ignore_eos=st.booleans(),
     salt=st.sampled_from(["", "", "salt"]),
+    owner=st.sampled_from(["", "", "owner"]),
     num_resumed=st.sampled_from([0, 0, 0, 1, 3]),
     priority=st.integers(-1, 1),
 )
@@ -105,7 +107,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_requests = 0
         self.expected: dict[str, Expected] = {}
         self.received: dict[str, list[int]] = {}
-        self.texts: list[tuple[list[int], str]] = []  # what requests say in full, and their salt
+        # What requests say in full, their salt and owner.
+        self.texts: list[tuple[list[int], str, str]] = []
         self.endings: Counter[str] = Counter()
         self.aborted: set[str] = set()
         for spec in specs:
@@ -121,14 +124,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         output = continuation(prompt, VOCAB_SIZE, max_len - len(prompt), eos)
         resumed = output[: min(spec.num_resumed, len(output) - 1)]
         params = SamplingParams(max_tokens=spec.max_tokens, ignore_eos=spec.ignore_eos)
-        request = Request(request_id, prompt, params, 0, spec.salt, list(resumed), spec.priority)
+        request = Request(
+            request_id, prompt, params, 0, spec.salt, list(resumed), spec.priority, spec.owner
+        )
         self.limits.check(request.token_ids, params)
         self.scheduler.add(request)
         self.expected[request_id] = Expected(
             output[len(resumed) :], "stop" if output[-1] in eos else "length"
         )
         self.received[request_id] = []
-        self.texts.append((prompt + output, spec.salt))
+        self.texts.append((prompt + output, spec.salt, spec.owner))
 
     @rule(number=st.integers(0, 99))
     def abort(self, number: int) -> None:
@@ -260,19 +265,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _check_cached_content(self) -> None:
         """Blocks found under the names of a text hold that text."""
         size = self.config.block_size
-        for tokens, salt in self.texts:
-            parent = ROOT_HASH
-            for start in range(0, len(tokens) - size + 1, size):
-                parent = hash_block(parent, tokens[start : start + size], salt)
-                for block in self.pool.lookup([parent]):
-                    assert self.device.content(block) == [
-                        tuple(tokens[: start + offset + 1]) for offset in range(size)
-                    ]
-                with self.pool.host.pinned(self.pool.host.lookup([parent])) as slots:
+        hasher = BlockHasher(size, self.config.block_key)
+        for tokens, salt, owner in self.texts:
+            names: list[bytes] = []
+            hasher.extend(names, tokens, salt, owner)
+            for i, name in enumerate(names):
+                content = [tuple(tokens[: i * size + offset + 1]) for offset in range(size)]
+                for block in self.pool.lookup([name]):
+                    assert self.device.content(block) == content
+                with self.pool.host.pinned(self.pool.host.lookup([name])) as slots:
                     for slot in slots:
-                        assert self.device.host_content(slot) == [
-                            tuple(tokens[: start + offset + 1]) for offset in range(size)
-                        ]
+                        assert self.device.host_content(slot) == content
 
 
 TestScheduler = SchedulerMachine.TestCase
