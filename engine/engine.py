@@ -12,7 +12,8 @@ from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
 from engine.schedule.antechamber import Antechamber
-from engine.schedule.block_pool import BlockPool
+from engine.schedule.block_pool import BlockHasher
+from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
 from engine.schedule.step import StepPlan, StepResult, TokenDelta
@@ -46,17 +47,24 @@ class Engine:
         self.config = config
         self.executor = Executor(config, leader, show_progress)
         self.runner = self.executor.runner
+        runner = self.runner
+        groups = runner.cache_layout.cache_groups(runner.num_blocks)
+        hasher = BlockHasher(config.block_size, config.block_key)
+        blocks = BlockTables(
+            groups,
+            hasher,
+            config.max_num_batched_tokens,
+            config.enable_prefix_caching,
+            runner.host_cache.num_slots if runner.host_cache is not None else 0,
+        )
         self.limits = RequestLimits(
-            vocab_size=self.runner.vocab_size,
-            max_model_len=self.runner.max_len,
-            num_blocks=self.runner.num_blocks,
+            vocab_size=runner.vocab_size,
+            max_model_len=runner.max_len,
+            num_blocks=blocks.most_blocks(runner.max_len),
             block_size=config.block_size,
-            eos_token_ids=sorted(self.runner.eos_token_ids),
+            eos_token_ids=sorted(runner.eos_token_ids),
         )
-        pool = BlockPool(
-            self.runner.num_blocks, config.enable_prefix_caching, self.runner.num_host_blocks
-        )
-        self.scheduler = Scheduler(config, pool, self.limits.max_len, self.runner.eos_token_ids)
+        self.scheduler = Scheduler(config, blocks, self.limits.max_len, runner.eos_token_ids)
         grammars = CompiledGrammars(self._new_grammar_compiler, self.runner.sampler.matchers)
         self._antechamber = Antechamber([grammars])
         self._in_flight: deque[_InFlight] = deque()
@@ -67,7 +75,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
-        self.limits.check(request.token_ids, request.params)
+        self.limits.check(request.prompt_token_ids + request.output_token_ids, request.params)
         if request.params.n != 1:
             raise ValueError(
                 f"n: a request has one output (got {request.params.n}); make one per choice"
@@ -90,19 +98,17 @@ class Engine:
         """Queue the requests that need nothing more; returns the endings of the refused."""
         if not self._antechamber:
             return []
-        if not (self._in_flight or self.scheduler.requests):  # nothing else to do meanwhile
+        if not (self._in_flight or self.scheduler.sequences):  # nothing else to do meanwhile
             self._antechamber.wait(_ANTECHAMBER_WAIT_S)
         refused = []
-        for request, refusal in self._antechamber.release():
+        for request, held, refusal in self._antechamber.release():
             if refusal is None:
                 try:
-                    self.scheduler.add(request)
+                    self.scheduler.add(request, held)
                 except ValueError as error:
                     refusal = str(error)
             if refusal is not None:
-                refused.append(
-                    TokenDelta(request_id=request.id, finish_reason="error", error=refusal)
-                )
+                refused.append(TokenDelta.failed(request.id, refusal))
         return refused
 
     def abort(self, request_id: str) -> None:
@@ -113,7 +119,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether another step is due: for live requests, or to retire what is in flight."""
-        return bool(self.scheduler.requests or self._in_flight or self._antechamber)
+        return bool(self.scheduler.sequences or self._in_flight or self._antechamber)
 
     def step(self) -> list[TokenDelta]:
         """Launch what can be launched, retire the oldest step in flight, return its tokens."""
@@ -140,7 +146,7 @@ class Engine:
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting) + len(self._antechamber),
-            "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.requests.values()),
+            "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.sequences.values()),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
             "host_blocks": scheduler.pool.host.num_slots,

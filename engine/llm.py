@@ -31,6 +31,7 @@ class _Choice:
     index: int
     detokenizer: Detokenizer | None
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     output: CompletionOutput | None = None
 
@@ -203,10 +204,11 @@ class LLM:
             one.num_cached_tokens = delta.num_cached_tokens
         if delta.prompt_logprobs is not None:
             one.prompt_logprobs = delta.prompt_logprobs
+        choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or []
         reason: str | None = delta.finish_reason
         stop_reason: int | str | None = delta.stop_token
-        num_tokens = len(choice.request.output_token_ids)
+        num_tokens = len(choice.token_ids)
         if choice.detokenizer is not None:
             choice.text += choice.detokenizer.push(
                 delta.token_ids, last=reason is not None, stopped=reason == "stop"
@@ -242,7 +244,7 @@ class LLM:
             taken = choice.logprobs[:num_tokens]
             logprobs = [self._by_token(position) for position in taken]
             cumulative = sum(position.logprobs[0] for position in taken)
-        token_ids = choice.request.output_token_ids[:num_tokens]
+        token_ids = choice.token_ids[:num_tokens]
         return CompletionOutput(
             choice.index, choice.text, token_ids, reason, stop_reason, cumulative, logprobs
         )

@@ -10,7 +10,7 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
-from engine.schedule.request import Request
+from engine.schedule.sequence import Sequence
 from engine.schedule.step import StepPlan
 
 if TYPE_CHECKING:  # imports torch, which a front that reads pictures never does
@@ -143,23 +143,23 @@ class Watch:
         return picture
 
 
-def _row(request: Request, per_cell: int) -> RowView:
+def _row(sequence: Sequence, per_cell: int) -> RowView:
     return {
-        "id": request.id,
-        "row": request.row,
-        "num_prompt": len(request.prompt_token_ids),
-        "num_tokens": request.num_tokens,
-        "num_computed": request.num_computed,
-        "num_cached": request.num_cached or 0,
-        "cells": list(dict.fromkeys(block // per_cell for block in request.block_table)),
+        "id": sequence.id,
+        "row": sequence.row,
+        "num_prompt": sequence.num_prompt,
+        "num_tokens": sequence.num_tokens,
+        "num_computed": sequence.num_computed,
+        "num_cached": sequence.num_cached or 0,
+        "cells": list(dict.fromkeys(b // per_cell for b in sequence.block_tables[0] if b >= 0)),
     }
 
 
-def _waiting(request: Request) -> WaitingView:
+def _waiting(sequence: Sequence) -> WaitingView:
     return {
-        "id": request.id,
-        "num_tokens": request.num_tokens,
-        "preempted": request.num_cached is not None,
+        "id": sequence.id,
+        "num_tokens": sequence.num_tokens,
+        "preempted": sequence.num_cached is not None,
     }
 
 

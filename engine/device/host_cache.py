@@ -8,6 +8,8 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
+from engine.config import EngineConfig
+from engine.device.kv_cache import KVCacheLayout
 from engine.device.transfer import to_device
 from engine.schedule.step import BlockCopy
 from kernels.types import KVCache
@@ -29,6 +31,8 @@ class HostCache:
 
     def __init__(self, num_slots: int, block_bytes: int, device: torch.device) -> None:
         self._device = device
+        self.num_slots = num_slots
+        self.num_bytes = num_slots * block_bytes
         self._slots = torch.empty(num_slots, block_bytes, dtype=torch.uint8)
         shape = (_NUM_STAGED, block_bytes)
         self._outgoing = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -70,6 +74,26 @@ class HostCache:
         for tensor, part in _parts(tensors, staged):
             tensor[blocks] = part
         self._taken = self._lane.mark_steps()
+
+
+def new_host_cache(
+    config: EngineConfig, layout: KVCacheLayout, device: torch.device
+) -> HostCache | None:
+    """As large as it is configured; raises ValueError where it can be of no use."""
+    num_bytes, block_bytes = config.host_cache_memory_bytes, layout.groups[0].block_bytes
+    if num_bytes == 0:
+        return None
+    if len(layout.groups) > 1:
+        raise ValueError(
+            f"host_cache_memory_bytes: {num_bytes} is for models whose layers all cache alike, "
+            "which this one's do not; leave it out"
+        )
+    if num_bytes < block_bytes:
+        raise ValueError(
+            f"host_cache_memory_bytes: {num_bytes} is less than one block, which takes "
+            f"{block_bytes}; give more, or 0"
+        )
+    return HostCache(num_bytes // block_bytes, block_bytes, device)
 
 
 class _Lane:

@@ -1,38 +1,85 @@
-"""The KV cache of one rank, layer by layer."""
+"""The KV cache of one rank: what each layer keeps, and which layers share block tables."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.ranks.parallel import TensorParallel
+from engine.schedule.block_tables import CacheGroup, most_held
 from kernels import Ops
 from kernels.types import KVCache, PagedKV
 
 
 @dataclass(frozen=True)
-class KVCacheShape:
-    """What a block of it holds."""
+class LayerGroup:
+    """Layers that cache alike: a block of theirs is one in each of them."""
 
-    num_layers: int
     spec: PagedKV  # of a layer on this rank
+    window: int | None
+    layers: list[int]
+
+    @property
+    def block_bytes(self) -> int:
+        """What one block takes in all its layers."""
+        return len(self.layers) * self.spec.block_bytes
+
+
+@dataclass(frozen=True)
+class KVCacheLayout:
+    groups: list[LayerGroup]  # as `ModelConfig.cache_groups` has them
 
     @classmethod
     def of(
         cls, config: ModelConfig, parallel: TensorParallel, block_size: int, dtype: torch.dtype
-    ) -> "KVCacheShape":
-        attention = config.layers[0].attention
-        kv_heads = max(attention.num_kv_heads // parallel.size, 1)
-        spec = PagedKV(block_size, kv_heads, attention.head_dim, dtype)
-        return cls(len(config.layers), spec)
+    ) -> "KVCacheLayout":
+        groups = []
+        for layers in config.cache_groups():
+            attention = config.layers[layers[0]].attention
+            kv_heads = max(attention.num_kv_heads // parallel.size, 1)
+            spec = PagedKV(block_size, kv_heads, attention.head_dim, dtype)
+            groups.append(LayerGroup(spec, attention.window, layers))
+        return cls(groups)
 
-    @property
-    def block_bytes(self) -> int:
-        """What one block takes in all layers."""
-        return self.num_layers * self.spec.block_bytes
-
-    def allocate(self, num_blocks: int, ops: Ops, device: torch.device) -> list[KVCache]:
-        """One cache per layer, in the layout of the device's attention."""
-        return [
-            ops.attention.new_cache(num_blocks, self.spec, device) for _ in range(self.num_layers)
+    def num_blocks(self, config: EngineConfig, num_bytes: int) -> list[int]:
+        """Of each group: as many as there is memory for, but no more windows than rows can fill."""
+        caps = [
+            None
+            if group.window is None or len(self.groups) == 1
+            else config.max_num_seqs
+            * most_held(group.window, config.max_num_batched_tokens, config.block_size)
+            for group in self.groups
         ]
+        counts: list[int] = [0] * len(self.groups)
+        open_groups = list(range(len(self.groups)))
+        while open_groups:
+            together = sum(self.groups[i].block_bytes for i in open_groups)
+            count = num_bytes // together
+            full = [i for i in open_groups if caps[i] is not None and (caps[i] or 0) < count]
+            for i in full or open_groups:
+                counts[i] = min(count, caps[i] or count)
+                num_bytes -= counts[i] * self.groups[i].block_bytes
+            open_groups = [i for i in open_groups if i not in (full or open_groups)]
+        return counts
+
+    def cache_groups(self, num_blocks: Sequence[int]) -> list[CacheGroup]:
+        """What the scheduler knows of the groups."""
+        return [
+            CacheGroup(count, group.window)
+            for group, count in zip(self.groups, num_blocks, strict=True)
+        ]
+
+    def num_bytes(self, num_blocks: Sequence[int]) -> int:
+        return sum(
+            count * group.block_bytes for count, group in zip(num_blocks, self.groups, strict=True)
+        )
+
+    def allocate(self, num_blocks: Sequence[int], ops: Ops, device: torch.device) -> list[KVCache]:
+        """One cache per layer, in the layout of the device's attention."""
+        caches: dict[int, KVCache] = {}
+        for group, count in zip(self.groups, num_blocks, strict=True):
+            for layer in group.layers:
+                caches[layer] = ops.attention.new_cache(count, group.spec, device)
+        return [caches[layer] for layer in sorted(caches)]

@@ -122,13 +122,14 @@ class DeviceMemory:
         return max(self.free - own - kv_cache, 0)
 
 
-def num_blocks_for(
+def kv_cache_bytes(
     config: EngineConfig, memory: DeviceMemory, own: int, block_bytes: int, max_len: int
 ) -> int:
-    """Blocks of the KV cache that there is memory for.
+    """What the KV cache may take, which is room for a block at least.
 
     Args:
         own: see `DeviceMemory.kv_cache_budget`.
+        block_bytes: of a block in all layers.
         max_len: tokens that a row can have.
     Raises:
         MemoryError: there is no memory for any.
@@ -139,15 +140,14 @@ def num_blocks_for(
         if memory.is_host:  # others need it too: no more than the rows could ever fill
             blocks_per_row = -(-max_len // config.block_size)
             budget = min(budget, config.max_num_seqs * blocks_per_row * block_bytes)
-    num_blocks = budget // block_bytes
-    if num_blocks < 1:
+    if budget < block_bytes:
         raise MemoryError(
             f"no memory is left for the KV cache: it has {budget} bytes, and one block "
             f"takes {block_bytes}; free some, lower block_size or "
             "max_num_batched_tokens, or raise kv_cache_memory_bytes or, on a GPU, "
             "gpu_memory_utilization"
         )
-    return num_blocks
+    return budget
 
 
 def _readable(size: int) -> str:

@@ -12,11 +12,20 @@ class DeviceTables:
     A sampled token is written here and read by the next step without visiting the host.
     """
 
-    def __init__(self, num_rows: int, max_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        max_len: int,
+        block_size: int,
+        device: torch.device,
+        num_groups: int = 1,
+    ) -> None:
         self._device = device
         self.token_ids = torch.zeros(num_rows, max_len, dtype=torch.int64, device=device)
         max_blocks = -(-max_len // block_size)
-        self.block_tables = torch.zeros(num_rows, max_blocks, dtype=torch.int32, device=device)
+        # By cache group; where a request has given back a block, or never had it, any number.
+        shape = num_groups, num_rows, max_blocks
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         # One below the other, so that a step gathers each of the two in one go.
         # temperature, top_p, min_p
         self.sampling_floats = torch.zeros(3, num_rows, device=device)
@@ -28,9 +37,9 @@ class DeviceTables:
         row, params = new.row, new.params
         tokens = to_device(new.token_ids, torch.int64, self._device)
         self.token_ids[row, : len(new.token_ids)] = tokens
-        if new.block_table:
-            blocks = to_device(new.block_table, torch.int32, self._device)
-            self.block_tables[row, : len(new.block_table)] = blocks
+        if new.block_tables and new.block_tables[0]:
+            blocks = to_device(new.block_tables, torch.int32, self._device).clamp(min=0)
+            self.block_tables[:, row, : blocks.shape[1]] = blocks
         floats = [params.temperature, params.top_p, params.min_p]
         self.sampling_floats[:, row] = to_device(floats, torch.float32, self._device)
         ints = [max(params.top_k, 0), new.seed]
@@ -39,12 +48,11 @@ class DeviceTables:
     def append_blocks(self, scheduled: list[ScheduledRow]) -> None:
         """The new blocks of all rows of a step, in one go."""
         entries = [
-            (row.row, row.num_held_blocks + i, block)
+            (group, row.row, row.num_held_blocks + i, block)
             for row in scheduled
-            for i, block in enumerate(row.new_blocks)
+            for group, new_blocks in enumerate(row.new_blocks)
+            for i, block in enumerate(new_blocks)
         ]
         if entries:
-            rows, index, blocks = to_device(
-                [*zip(*entries, strict=True)], torch.int64, self._device
-            )
-            self.block_tables[rows, index] = blocks.int()
+            *where, blocks = to_device([*zip(*entries, strict=True)], torch.int64, self._device)
+            self.block_tables[tuple(where)] = blocks.int()

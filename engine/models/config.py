@@ -26,6 +26,14 @@ class ModelConfig:
         for layer in self.layers:
             layer.check_divisible(num_ranks)
 
+    def cache_groups(self) -> list[list[int]]:
+        """Layers that cache alike, which share block tables; those that keep all tokens first."""
+        groups: dict[tuple[int, int, int | None], list[int]] = {}
+        for i, layer in enumerate(self.layers):
+            own = layer.attention
+            groups.setdefault((own.num_kv_heads, own.head_dim, own.window), []).append(i)
+        return [groups[key] for key in sorted(groups, key=lambda key: key[2] is not None)]
+
 
 def dense_config(
     hf: dict[str, Any],

@@ -29,14 +29,14 @@ class Decoder(nn.Module):
             table = rotary_table(rope, head_dim, max_model_len)
             self.register_buffer(name, table, persistent=False)
         self._tables = [tables[rope] for rope in ropes]
+        self._groups = {i: g for g, layers in enumerate(config.cache_groups()) for i in layers}
 
     def forward(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""
-        (inputs,) = step.attention
         x = self.embed_tokens.embed(step.token_ids)
         residual: Tensor | None = None
-        for layer, cache, table in zip(self.layers, kv_caches, self._tables, strict=True):
-            cos_sin = self.get_buffer(table)
+        for i, (layer, cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+            cos_sin, inputs = self.get_buffer(self._tables[i]), step.attention[self._groups[i]]
             x, residual = layer(x, residual, step.positions, cos_sin, cache, inputs)
         assert residual is not None  # there is a layer
         return self._ops.add_rms_norm(x, residual, self.norm.weight, self._eps)[0]

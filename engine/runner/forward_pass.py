@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.device.kv_cache import KVCacheShape
+from engine.device.kv_cache import KVCacheLayout
 from engine.device.recorded_steps import DecodeGraphs, default_sizes
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
@@ -26,13 +26,13 @@ class ForwardPass:
         config: EngineConfig,
         model: CausalLM,
         tables: DeviceTables,
-        cache_shape: KVCacheShape,
+        cache_layout: KVCacheLayout,
         ops: Ops,
         device: torch.device,
     ) -> None:
         self.model = model
         self._tables = tables
-        self._cache_shape = cache_shape
+        self._cache_layout = cache_layout
         self._ops = ops
         self._device = device
         self.kv_caches: list[KVCache] = []
@@ -61,10 +61,10 @@ class ForwardPass:
         self.kv_caches = []
 
     @torch.inference_mode()
-    def allocate(self, num_blocks: int) -> None:
-        """Make a KV cache of so many blocks, in place of any there was."""
+    def allocate(self, num_blocks: Sequence[int]) -> None:
+        """Make a KV cache of so many blocks for each group, in place of any there was."""
         self.close()
-        self.kv_caches = self._cache_shape.allocate(num_blocks, self._ops, self._device)
+        self.kv_caches = self._cache_layout.allocate(num_blocks, self._ops, self._device)
 
     @torch.inference_mode()
     def record(self) -> None:
@@ -106,9 +106,11 @@ class ForwardPass:
 
         Only numbers that are the same for all steps of a shape come from the host.
         """
-        spec, attention = self._cache_shape.spec, self._ops.attention
-        tables = self._tables.block_tables.unsqueeze(0)
-        step = self._ops.prepare_step(rows, self._tables.token_ids, tables, spec.block_size)
-        planned = tuple(attention.plan(inputs, spec) for inputs in step.attention)
+        specs, tables = [group.spec for group in self._cache_layout.groups], self._tables
+        step = self._ops.prepare_step(
+            rows, tables.token_ids, tables.block_tables, specs[0].block_size
+        )
+        plan = self._ops.attention.plan
+        planned = tuple(plan(own, spec) for own, spec in zip(step.attention, specs, strict=True))
         hidden: Tensor = self.model(replace(step, attention=planned), self.kv_caches)
         return hidden

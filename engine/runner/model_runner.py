@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from engine.device.host_cache import HostCache
-from engine.device.kv_cache import KVCacheShape
-from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse, num_blocks_for
+from engine.device.host_cache import new_host_cache
+from engine.device.kv_cache import KVCacheLayout
+from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse, kv_cache_bytes
 from engine.device.select import select_device
 from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
@@ -74,35 +74,28 @@ class ModelRunner:
             show_progress,
         )
         weights = max(meter.in_use() - before, 0)
+        self.cache_layout = KVCacheLayout.of(
+            model_config, self.parallel, config.block_size, self.cache_dtype
+        )
+        num_groups = len(self.cache_layout.groups)
         self.tables = DeviceTables(
-            config.max_num_seqs, self.max_len, config.block_size, self.device
+            config.max_num_seqs, self.max_len, config.block_size, self.device, num_groups
         )
         self.sampler = Sampler(
             self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.parallel
         )
-        self.cache_shape = KVCacheShape.of(
-            model_config, self.parallel, config.block_size, self.cache_dtype
-        )
         self.forward_pass = ForwardPass(
-            config, self.model, self.tables, self.cache_shape, self.ops, self.device
+            config, self.model, self.tables, self.cache_layout, self.ops, self.device
         )
-        block_bytes, host_bytes = self.cache_shape.block_bytes, config.host_cache_memory_bytes
-        if 0 < host_bytes < block_bytes:
-            raise ValueError(
-                f"host_cache_memory_bytes: {host_bytes} is less than one block, which takes "
-                f"{block_bytes}; give more, or 0"
-            )
-        self.num_host_blocks = host_bytes // block_bytes
-        self._host_cache: HostCache | None = None
-        if self.num_host_blocks:
-            self._host_cache = HostCache(self.num_host_blocks, block_bytes, self.device)
+        self.host_cache = new_host_cache(config, self.cache_layout, self.device)
         watch = watch_compilation(self.device)
         self.memory = self._open(meter, weights)
         watch.start_serving()
         # Kernels that were compiled while requests were waiting; there should be none.
         self.late_compilations = watch.late
         if show_progress:
-            blocks = f"{self.num_blocks} KV cache blocks of {self.cache_dtype}"
+            counts = " + ".join(map(str, self.num_blocks))
+            blocks = f"{counts} KV cache blocks of {self.cache_dtype}"
             print(f"{blocks} on {self.device}; {self.memory}", file=sys.stderr)
             print(f"{self.ops.name} kernels", file=sys.stderr)
 
@@ -115,14 +108,12 @@ class ModelRunner:
             in_use, peak, graphs = self._rehearse(meter)
             activations = peak - in_use
         memory = DeviceMemory.of(self.device, self.parallel.size)
-        host_cache = self.num_host_blocks * self.cache_shape.block_bytes
+        host_cache = self.host_cache.num_bytes if self.host_cache is not None else 0
         own = host_cache if memory.is_host else peak + graphs
-        self.num_blocks = self._config.num_blocks or self.parallel.agree_on_minimum(
-            num_blocks_for(self._config, memory, own, self.cache_shape.block_bytes, self.max_len)
-        )
+        self.num_blocks = self._choose_num_blocks(memory, own)
         self.forward_pass.allocate(self.num_blocks)
         self.forward_pass.record()
-        kv_cache = self.num_blocks * self.cache_shape.block_bytes
+        kv_cache = self.cache_layout.num_bytes(self.num_blocks)
         return MemoryUse(
             weights=weights,
             other=max(in_use - weights, 0),
@@ -133,12 +124,21 @@ class ModelRunner:
             left=memory.left(own, kv_cache),
         )
 
+    def _choose_num_blocks(self, memory: DeviceMemory, own: int) -> list[int]:
+        """Of each cache group; the same on every rank."""
+        config, layout = self._config, self.cache_layout
+        block_bytes = layout.num_bytes([1] * len(layout.groups))
+        if config.num_blocks is not None:
+            return layout.num_blocks(config, config.num_blocks * block_bytes)
+        budget = kv_cache_bytes(config, memory, own, block_bytes, self.max_len)
+        return [self.parallel.agree_on_minimum(n) for n in layout.num_blocks(config, budget)]
+
     def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
         """Run the largest steps and record all graphs, over a cache of one block.
 
         Returns (bytes in use between steps, bytes at the peak of a step, bytes of the graphs).
         """
-        self.forward_pass.allocate(1)
+        self.forward_pass.allocate([1] * len(self.cache_layout.groups))
         meter.reset_peak()
         for plan in warm_up_plans(self._config, self.max_len):
             self.launch(plan).result()
@@ -151,8 +151,8 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step, behind those before it; the host waits for nothing that a GPU does."""
-        if self._host_cache is not None:
-            self._host_cache.run(plan.copies, self.forward_pass.kv_caches)
+        if self.host_cache is not None:
+            self.host_cache.run(plan.copies, self.forward_pass.kv_caches)
         for new in plan.new_rows:
             self.tables.enter(new)
             self.sampler.enter(new)

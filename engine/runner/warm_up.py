@@ -36,7 +36,7 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
                     row=row,
                     token_ids=[0] * num_tokens,
                     num_prompt_tokens=num_tokens,
-                    block_table=[],
+                    block_tables=[],
                     params=params,
                     seed=0,
                 )

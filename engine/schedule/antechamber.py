@@ -18,8 +18,11 @@ class Prerequisite(Protocol):
         others may wait for the same thing.
         """
 
-    def take(self, request: Request, thing: Any) -> None:
-        """The request has all that it needs, this too, and is about to be queued."""
+    def take(self, request: Request, thing: Any) -> object:
+        """The request has all that it needs, this too, and is about to be queued.
+
+        What is returned is kept alive as long as the request.
+        """
 
     def close(self) -> None:
         """Stop what runs beside the engine's thread."""
@@ -70,16 +73,15 @@ class Antechamber:
         things = [thing for needs in self._waiting.values() for _, thing in needs.things]
         wait([thing for thing in things if not thing.done()], timeout_s, FIRST_COMPLETED)
 
-    def release(self) -> list[tuple[Request, str | None]]:
-        """The requests that have all they need, or never will: then with the reason."""
-        released = []
+    def release(self) -> list[tuple[Request, tuple[object, ...], str | None]]:
+        """The requests that have all they need, with that, or never will: then with the reason."""
+        released: list[tuple[Request, tuple[object, ...], str | None]] = []
         for needs in [needs for needs in self._waiting.values() if needs.are_met]:
             del self._waiting[needs.request.id]
             refusal = needs.refusal()
-            if refusal is None:
-                for kind, thing in needs.things:
-                    kind.take(needs.request, thing.result())
-            released.append((needs.request, refusal))
+            things = needs.things if refusal is None else []
+            held = tuple(kind.take(needs.request, thing.result()) for kind, thing in things)
+            released.append((needs.request, held, refusal))
         return released
 
     def close(self) -> None:

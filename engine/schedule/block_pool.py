@@ -27,7 +27,7 @@ class BlockHasher:
     """
 
     def __init__(self, block_size: int, key: bytes) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self._key = key
         self._keyed = hashlib.blake2b(digest_size=_DIGEST_BYTES, key=key)
 
@@ -40,7 +40,7 @@ class BlockHasher:
         of a name, so that those who do not know it can compare what stands before it. Raises
         OverflowError for what is no token id.
         """
-        size = self._block_size
+        size = self.block_size
         start, end = len(hashes) * size, len(tokens) // size * size
         if start == end:
             return
@@ -104,6 +104,9 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def is_cached(self, block_hash: bytes) -> bool:
+        return block_hash in self._cached
 
     def hold(self, blocks: Sequence[int]) -> None:
         """Take a reference on each block, free or held by others."""

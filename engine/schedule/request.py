@@ -1,13 +1,10 @@
-"""A request as the engine knows it: tokens in, tokens out, and how far it has come."""
+"""What is asked of an engine, and what may be."""
 
 import itertools
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from engine.sampling_params import SamplingParams
-from engine.schedule.block_pool import BlockHasher
 
 
 @dataclass(eq=False, slots=True)
@@ -26,46 +23,6 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
     cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
-
-    # What the scheduler keeps.
-    order: tuple[int, int] = field(init=False, default=(0, 0))  # its place in queue and batch
-    arrived_at: float = field(init=False, default_factory=time.monotonic)
-    token_ids: list[int] = field(init=False)  # prompt and output so far
-    max_len: int = field(init=False, default=0)  # prompt + output tokens at which it must end
-    row: int = field(init=False, default=-1)  # its index in the device's tables while running
-    block_table: list[int] = field(init=False, default_factory=list)
-    block_hashes: list[bytes] = field(init=False, default_factory=list)  # of full, known blocks
-    num_published: int = field(init=False, default=0)  # leading blocks named in the pool
-    num_computed: int = field(init=False, default=0)  # tokens whose KV is, or will be, in the cache
-    num_pending: int = field(init=False, default=0)  # tokens being sampled by steps in flight
-    grammar: Any = field(init=False, default=None)  # compiled from its structured_outputs
-    num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache
-
-    def __post_init__(self) -> None:
-        self.token_ids = self.prompt_token_ids + self.output_token_ids
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """They come with the first output token; who has one has them already."""
-        return self.params.prompt_logprobs is not None and not self.output_token_ids
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output, counting tokens that are still being sampled."""
-        return len(self.token_ids) + self.num_pending
-
-    @property
-    def num_uncomputed(self) -> int:
-        return self.num_tokens - self.num_computed
-
-    def append(self, token: int) -> None:
-        self.output_token_ids.append(token)
-        self.token_ids.append(token)
-
-    def hash_full_blocks(self, hasher: BlockHasher) -> list[bytes]:
-        """Hashes of all full blocks of known tokens, extended as the tokens grow."""
-        hasher.extend(self.block_hashes, self.token_ids, self.cache_salt, self.cache_owner)
-        return self.block_hashes
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ full blocks published, at scheduling time: whoever gets them runs later.
 
 import time
 from bisect import insort
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
-from engine.schedule.block_pool import BlockHasher, BlockPool
+from engine.schedule.block_pool import BlockPool
+from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request
+from engine.schedule.sequence import Sequence
 from engine.schedule.step import (
     NewRow,
     ScheduledRow,
@@ -35,10 +36,10 @@ _AGEING_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan, and the requests that get the tokens it brings: an id may have another owner then."""
+    """A plan, and who gets the tokens it brings: an id may have another owner by then."""
 
     plan: StepPlan
-    sampling: list[Request]
+    sampling: list[Sequence]
 
 
 @dataclass(slots=True)
@@ -55,44 +56,51 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """Owns every live request, the rows and the block pool."""
+    """Owns every live sequence, the rows and the blocks."""
 
     def __init__(
         self,
         config: EngineConfig,
-        pool: BlockPool,
+        blocks: BlockTables,
         max_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self.pool = pool
+        self.blocks = blocks
         self.stats = SchedulerStats()
-        self.requests: dict[str, Request] = {}
+        self.sequences: dict[str, Sequence] = {}
         # Both in the policy's order: the first to be admitted, the last to be preempted.
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
         self._policy = config.scheduling_policy
         self._num_arrivals = 0
         self._block_size = config.block_size
-        self._hasher = BlockHasher(config.block_size, config.block_key)
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._max_len = max_len
         self._eos_token_ids = eos_token_ids
 
-    def add(self, request: Request) -> None:
-        """Queue a request that `RequestLimits.check` has passed."""
-        if request.id in self.requests:
+    @property
+    def pool(self) -> BlockPool:
+        """The first group's, of all tokens if there is one."""
+        return self.blocks.pools[0]
+
+    def add(self, request: Request, held: tuple[object, ...] = ()) -> Sequence:
+        """Queue a request that `RequestLimits.check` has passed.
+
+        Args:
+            held: what is to be kept alive as long as the request is.
+        """
+        if request.id in self.sequences:
             raise ValueError(f"a request with id {request.id!r} is already live")
-        request.max_len = self._max_len
+        max_len = self._max_len
         if request.params.max_tokens is not None:
-            request.max_len = min(
-                self._max_len, len(request.prompt_token_ids) + request.params.max_tokens
-            )
-        if len(request.token_ids) >= request.max_len:
-            raise ValueError(f"request {request.id!r} has all its {request.max_len} tokens already")
-        request.order = self._order(request)
-        self.requests[request.id] = request
-        insort(self.waiting, request, key=_order)
+            max_len = min(max_len, len(request.prompt_token_ids) + request.params.max_tokens)
+        sequence = Sequence(request, max_len, self._order(request), held)
+        if len(sequence.token_ids) >= max_len:
+            raise ValueError(f"request {request.id!r} has all its {max_len} tokens already")
+        self.sequences[request.id] = sequence
+        insort(self.waiting, sequence, key=_order)
+        return sequence
 
     def _order(self, request: Request) -> tuple[int, int]:
         """The policy: what is least goes first, and it never changes."""
@@ -100,15 +108,15 @@ class Scheduler:
         if self._policy == "priority":
             return request.priority, self._num_arrivals
         if self._policy == "shortest":
-            aged = len(request.token_ids) + self._num_arrivals * _AGEING_TOKENS
-            return aged, self._num_arrivals
+            num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+            return num_tokens + self._num_arrivals * _AGEING_TOKENS, self._num_arrivals
         return 0, self._num_arrivals
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, for it may just have finished."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            self._remove(request)
+        sequence = self.sequences.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
 
     def schedule(self) -> Step | None:
         """Plan one step; None when nothing can run before a result arrives.
@@ -122,9 +130,9 @@ class Scheduler:
             self._schedule_waiting(plan, budget)
         if not plan.scheduled:
             return None
-        plan.copies.extend(self.pool.take_copies())
+        plan.copies.extend(self.blocks.take_copies())
         plan.scheduled.sort(key=lambda row: row.num_tokens > 1)
-        return Step(plan, [self.requests[r.request_id] for r in plan.scheduled if r.num_sampled])
+        return Step(plan, [self.sequences[r.request_id] for r in plan.scheduled if r.num_sampled])
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         """Returns the budget that is left.
@@ -134,114 +142,81 @@ class Scheduler:
         """
         index = 0
         while index < len(self.running):  # preemption shortens the list from its end
-            request = self.running[index]
+            sequence = self.running[index]
             index += 1
-            num_tokens = min(request.num_uncomputed, budget - (len(self.running) - index))
-            if num_tokens == 0 or request.num_tokens >= request.max_len:
+            num_tokens = min(sequence.num_uncomputed, budget - (len(self.running) - index))
+            if num_tokens == 0 or sequence.num_tokens >= sequence.max_len:
                 continue  # its last token is being sampled
-            if self._make_room(request, num_tokens):
-                self._plan_row(plan, request, num_tokens)
+            if self._make_room(sequence, num_tokens):
+                self._plan_row(plan, sequence, num_tokens)
                 budget -= num_tokens
         return budget
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Preempt the last in order until the next tokens of a running request have blocks.
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Preempt the last in order until the next tokens of a running sequence have blocks.
 
-        Victims are later in the running list than `request`, so none is in the plan yet. False
-        when the request itself had to go.
+        Victims are later in the running list than `sequence`, so none is in the plan yet. False
+        when the sequence itself had to go.
         """
-        while self._num_new_blocks(request, num_tokens) > self.pool.num_free:
+        self.blocks.trim(sequence)
+        while not self.blocks.fit(self.blocks.num_new(sequence, num_tokens)):
             victim = self.running[-1]
             self._preempt(victim)
-            if victim is request:
+            if victim is sequence:
                 return False
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         """Back to its place in the queue; what is not evicted by then is found in the cache."""
-        self._release(request)
-        request.num_computed = request.num_published = 0
-        insort(self.waiting, request, key=_order)
+        self._release(sequence)
+        insort(self.waiting, sequence, key=_order)
         self.stats.preemptions += 1
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
         while self.waiting and self._free_rows and budget > 0:
-            request = self.waiting[0]
-            if request.num_pending > 0:
+            sequence = self.waiting[0]
+            if sequence.num_pending > 0:
                 break  # preempted while its next token was being sampled: wait for that
-            cached = self._find_cached(request)
-            if not self._can_admit(request, cached):
+            cached = self.blocks.find_cached(sequence)
+            if not self.blocks.can_admit(sequence, cached, self.running):
                 break
             self.waiting.pop(0)
-            self._admit(plan, request, cached)
-            num_tokens = min(request.num_uncomputed, budget)
-            self._plan_row(plan, request, num_tokens)
+            self._admit(plan, sequence, cached)
+            num_tokens = min(sequence.num_uncomputed, budget)
+            self._plan_row(plan, sequence, num_tokens)
             budget -= num_tokens
 
-    def _find_cached(self, request: Request) -> list[int]:
-        """Blocks of the longest prefix in the KV cache."""
-        return self.pool.lookup(self._reusable(request))
-
-    def _reusable(self, request: Request) -> list[bytes]:
-        """Names of the full blocks that need not be computed if they are cached.
-
-        They leave a token to compute, for its logits.
-        """
-        if request.wants_prompt_logprobs:
-            return []  # needs the logits of all its tokens
-        hashes = request.hash_full_blocks(self._hasher)
-        return hashes[: (request.num_tokens - 1) // self._block_size]
-
-    def _can_admit(self, request: Request, cached: list[int]) -> bool:
-        """Whether all its tokens fit next to what the running ones still need for theirs.
-
-        One further block for each running request keeps the newcomer from being thrown out at
-        the next block boundary. An idle engine takes whatever fits the pool.
-        """
-        needed = self._num_blocks(request.num_tokens) - len(cached)
-        needed += sum(self.pool.is_free(block) for block in cached)
-        for other in self.running:
-            needed += self._num_new_blocks(other, other.num_uncomputed) + 1
-        return needed <= self.pool.num_free
-
-    def _admit(self, plan: StepPlan, request: Request, cached: list[int]) -> None:
-        self.pool.hold(cached)
-        restored = self.pool.restore(self._reusable(request)[len(cached) :])
-        cached = cached + restored
-        self.stats.restored_tokens += len(restored) * self._block_size
-        request.block_table = list(cached)
-        request.num_computed = len(cached) * self._block_size
-        request.num_published = len(cached)
-        if request.num_cached is None and not request.output_token_ids:
-            request.num_cached = request.num_computed
-            self.stats.cached_tokens += request.num_computed
-            self.stats.prompt_tokens += len(request.prompt_token_ids)
+    def _admit(self, plan: StepPlan, sequence: Sequence, cached: list[list[int]]) -> None:
+        self.stats.restored_tokens += self.blocks.enter(sequence, cached) * self._block_size
+        if sequence.num_cached is None and not sequence.request.output_token_ids:
+            sequence.num_cached = sequence.num_computed
+            self.stats.cached_tokens += sequence.num_computed
+            self.stats.prompt_tokens += sequence.num_prompt
             self.stats.admitted += 1
-            self.stats.queue_time_s += time.monotonic() - request.arrived_at
-        request.row = self._free_rows.pop()
-        insort(self.running, request, key=_order)
+            self.stats.queue_time_s += time.monotonic() - sequence.arrived_at
+        sequence.row = self._free_rows.pop()
+        insort(self.running, sequence, key=_order)
         plan.new_rows.append(
             NewRow(
-                row=request.row,
-                token_ids=list(request.token_ids),
-                num_prompt_tokens=len(request.prompt_token_ids),
-                block_table=cached,
-                params=request.params,
-                seed=request.seed,
+                row=sequence.row,
+                token_ids=list(sequence.token_ids),
+                num_prompt_tokens=sequence.num_prompt,
+                block_tables=[list(table) for table in sequence.block_tables],
+                params=sequence.request.params,
+                seed=sequence.request.seed,
             )
         )
 
-    def _plan_row(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
-        """Add a row to the plan and advance the request as if the step had run."""
-        num_held = len(request.block_table)
-        new_blocks = self.pool.allocate(self._num_new_blocks(request, num_tokens))
-        request.block_table += new_blocks
-        start = request.num_computed
-        num_sampled = int(start + num_tokens == request.num_tokens)
+    def _plan_row(self, plan: StepPlan, sequence: Sequence, num_tokens: int) -> None:
+        """Add a row to the plan and advance the sequence as if the step had run."""
+        num_held = len(sequence.block_tables[0])
+        new_blocks = self.blocks.extend(sequence, self.blocks.num_new(sequence, num_tokens))
+        start = sequence.num_computed
+        num_sampled = int(start + num_tokens == sequence.num_tokens)
         plan.scheduled.append(
             ScheduledRow(
-                request_id=request.id,
-                row=request.row,
+                request_id=sequence.id,
+                row=sequence.row,
                 start=start,
                 num_tokens=num_tokens,
                 num_held_blocks=num_held,
@@ -249,18 +224,9 @@ class Scheduler:
                 num_sampled=num_sampled,
             )
         )
-        request.num_computed += num_tokens
-        request.num_pending += num_sampled
-        self._publish(request)
-
-    def _publish(self, request: Request) -> None:
-        """Name the blocks that are full of known and computed tokens."""
-        num_full = min(request.num_computed, len(request.token_ids)) // self._block_size
-        if num_full > request.num_published:
-            hashes = request.hash_full_blocks(self._hasher)
-            for i in range(request.num_published, num_full):
-                self.pool.publish(request.block_table[i], hashes[i])
-            request.num_published = num_full
+        sequence.num_computed += num_tokens
+        sequence.num_pending += num_sampled
+        self.blocks.publish(sequence)
 
     def update(self, step: Step, result: StepResult) -> list[TokenDelta]:
         """Take in what a step has brought. Requests gone meanwhile are skipped.
@@ -268,27 +234,26 @@ class Scheduler:
         Steps are taken in in the order in which they were scheduled.
         """
         deltas = []
-        for i, (request, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
-            if self.requests.get(request.id) is not request:
+        for i, (sequence, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
+            if self.sequences.get(sequence.id) is not sequence:
                 continue
-            request.num_pending -= 1
+            sequence.num_pending -= 1
             if i in result.errors:
-                self._remove(request)
-                error = result.errors[i]
-                deltas.append(TokenDelta(request_id=request.id, finish_reason="error", error=error))
+                self._remove(sequence)
+                deltas.append(TokenDelta.failed(sequence.id, result.errors[i]))
                 continue
             delta = self._take_in(
-                request, tokens, result.logprobs.get(i), result.prompt_logprobs.get(i)
+                sequence, tokens, result.logprobs.get(i), result.prompt_logprobs.get(i)
             )
             if delta.finish_reason is not None:
-                self._remove(request)
+                self._remove(sequence)
             deltas.append(delta)
             self.stats.output_tokens += len(delta.token_ids)
         return deltas
 
     def _take_in(
         self,
-        request: Request,
+        sequence: Sequence,
         tokens: list[int],
         logprobs: list[TokenLogprobs] | None,
         prompt_logprobs: list[TokenLogprobs] | None,
@@ -297,53 +262,48 @@ class Scheduler:
         ending: tuple[str | None, int | None] = (None, None)
         num_taken = 0
         while num_taken < len(tokens) and ending[0] is None:
-            request.append(tokens[num_taken])
-            ending = self._ending(request, tokens[num_taken])
+            sequence.token_ids.append(tokens[num_taken])
+            ending = self._ending(sequence, tokens[num_taken])
             num_taken += 1
-        self._publish(request)
+        self.blocks.publish(sequence)
         return TokenDelta(
-            request_id=request.id,
+            request_id=sequence.id,
             token_ids=tokens[:num_taken],
             finish_reason=ending[0],
             stop_token=ending[1],
-            num_cached_tokens=request.num_cached or 0,
+            num_cached_tokens=sequence.num_cached or 0,
             logprobs=None if logprobs is None else logprobs[:num_taken],
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _ending(self, request: Request, token: int) -> tuple[str | None, int | None]:
+    def _ending(self, sequence: Sequence, token: int) -> tuple[str | None, int | None]:
         """(finish reason, stop token) if this token, its last, ends the request."""
-        if token in request.params.stop_token_ids:
+        params = sequence.request.params
+        if token in params.stop_token_ids:
             return "stop", token
-        if token in self._eos_token_ids and not request.params.ignore_eos:
+        if token in self._eos_token_ids and not params.ignore_eos:
             return "stop", None
-        if len(request.token_ids) >= request.max_len:
+        if len(sequence.token_ids) >= sequence.max_len:
             return "length", None
         return None, None
 
-    def _remove(self, request: Request) -> None:
-        del self.requests[request.id]
-        if request.row >= 0:
-            self._release(request)
+    def _remove(self, sequence: Sequence) -> None:
+        del self.sequences[sequence.id]
+        if sequence.row >= 0:
+            self._release(sequence)
         else:
-            self.waiting.remove(request)
+            self.waiting.remove(sequence)
 
-    def _release(self, request: Request) -> None:
-        self.running.remove(request)
-        self.pool.free(request.block_table)
-        request.block_table = []
-        self._free_rows.append(request.row)
-        request.row = -1
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence)
+        self._free_rows.append(sequence.row)
+        sequence.row = -1
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
-
-    def _num_new_blocks(self, request: Request, num_tokens: int) -> int:
-        return self._num_blocks(request.num_computed + num_tokens) - len(request.block_table)
-
-    def live_block_tables(self) -> Iterator[list[int]]:
-        return (request.block_table for request in self.requests.values())
+    def check(self) -> None:
+        """Assert every invariant of the blocks. For tests."""
+        self.blocks.check(list(self.sequences.values()))
 
 
-def _order(request: Request) -> tuple[int, int]:
-    return request.order
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

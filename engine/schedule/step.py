@@ -16,7 +16,7 @@ class NewRow:
     row: int
     token_ids: list[int]  # all that are known: the prompt, and output when it was preempted
     num_prompt_tokens: int
-    block_table: list[int]  # blocks found in the prefix cache
+    block_tables: list[list[int]]  # by cache group: blocks found in the prefix cache, -1 for none
     params: SamplingParams
     seed: int
 
@@ -29,8 +29,8 @@ class ScheduledRow:
     row: int
     start: int
     num_tokens: int
-    num_held_blocks: int  # block table length before this step
-    new_blocks: list[int]  # appended to the block table in this step
+    num_held_blocks: int  # length of its block tables before this step
+    new_blocks: list[list[int]]  # by cache group: appended to the block table in this step
     num_sampled: int  # of its last tokens, whose logits each yield the token that follows
 
     @property
@@ -90,3 +90,7 @@ class TokenDelta:
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
     error: str | None = None  # why the engine gives it up, and it alone
+
+    @classmethod
+    def failed(cls, request_id: str, error: str) -> "TokenDelta":
+        return cls(request_id=request_id, finish_reason="error", error=error)

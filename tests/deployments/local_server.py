@@ -47,7 +47,7 @@ class LocalServer:
         """Whether no request is live and no block is held."""
         scheduler = self.engine.scheduler
         held = scheduler.pool.num_blocks - scheduler.pool.num_free
-        return not (self.front.client.num_live or scheduler.requests or held)
+        return not (self.front.client.num_live or scheduler.sequences or held)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ cached under a wrong name or written by the wrong request is found out at once.
 import zlib
 from collections.abc import Sequence
 
-from engine.schedule.step import StepPlan, StepResult
+from engine.schedule.step import ScheduledRow, StepPlan, StepResult
 
 
 def next_token(tokens: Sequence[int], vocab_size: int) -> int:
@@ -29,12 +29,20 @@ def continuation(
 class FakeDevice:
     """Executes plans in order, with tables per row as the real one has."""
 
-    def __init__(self, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self, block_size: int, vocab_size: int, windows: Sequence[int | None] = (None,)
+    ) -> None:
+        """
+        Args:
+            windows: by cache group, how many tokens a token sees, with itself; None: all.
+        """
         self._block_size = block_size
         self._vocab_size = vocab_size
-        self._slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) -> prefix
+        self._windows = windows
+        # (group, block, offset) -> prefix
+        self._slots: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self._tokens: dict[int, dict[int, int]] = {}  # row -> position -> token
-        self._tables: dict[int, list[int]] = {}  # row -> block table
+        self._tables: dict[int, list[list[int]]] = {}  # row -> block table of each group
         self._computed: dict[int, int] = {}  # row -> tokens whose prefix is in the cache
         self._host: dict[int, list[tuple[int, ...] | None]] = {}  # slot -> content of a block
 
@@ -46,41 +54,50 @@ class FakeDevice:
             else:
                 for offset, prefix in enumerate(self._host[copy.slot]):
                     assert prefix is not None
-                    self._slots[copy.block, offset] = prefix
+                    self._slots[0, copy.block, offset] = prefix
         for new in plan.new_rows:
             self._tokens[new.row] = dict(enumerate(new.token_ids))
-            self._tables[new.row] = list(new.block_table)
-            self._computed[new.row] = len(new.block_table) * self._block_size
+            self._tables[new.row] = [list(table) for table in new.block_tables]
+            self._computed[new.row] = len(new.block_tables[0]) * self._block_size
         for row in plan.scheduled:
-            table = self._tables[row.row]
-            assert row.num_held_blocks == len(table), "the device's block table has another length"
-            table += row.new_blocks
+            for table, blocks in zip(self._tables[row.row], row.new_blocks, strict=True):
+                assert row.num_held_blocks == len(table), "the device's table has another length"
+                table += blocks
             assert row.start == self._computed[row.row], "tokens are computed twice or left out"
             self._computed[row.row] += row.num_tokens
-            for position in range(row.start, row.start + row.num_tokens):
-                self._slots[self._slot(row.row, position)] = self._prefix(row.row, position + 1)
-        sampled = []
-        for row in plan.scheduled:  # all writes of a step come before its reads
-            end = row.start + row.num_tokens
-            for position in range(end):
-                assert self._slots[self._slot(row.row, position)] == self._prefix(
-                    row.row, position + 1
-                ), "the cache holds another text than the request's"
-            if row.num_sampled:
-                token = next_token(self._prefix(row.row, end), self._vocab_size)
-                self._tokens[row.row][end] = token
-                sampled.append([token])
-        return StepResult(sampled)
+            for group in range(len(self._windows)):
+                for position in range(row.start, row.start + row.num_tokens):
+                    slot = self._slot(row.row, group, position)
+                    self._slots[slot] = self._prefix(row.row, position + 1)
+        return StepResult([self._sample(row) for row in plan.scheduled if self._reads(row)])
 
-    def content(self, block: int) -> list[tuple[int, ...] | None]:
+    def _reads(self, row: ScheduledRow) -> bool:
+        """After all writes of the step: what the row's tokens see is there. Whether it samples."""
+        for group, window in enumerate(self._windows):
+            first = 0 if window is None else max(row.start - window + 1, 0)
+            for position in range(first, row.end):
+                held = self._slots[self._slot(row.row, group, position)]
+                assert held == self._prefix(row.row, position + 1), (
+                    "the cache holds another text than the request's"
+                )
+        return row.num_sampled > 0
+
+    def _sample(self, row: ScheduledRow) -> list[int]:
+        token = next_token(self._prefix(row.row, row.end), self._vocab_size)
+        self._tokens[row.row][row.end] = token
+        return [token]
+
+    def content(self, block: int, group: int = 0) -> list[tuple[int, ...] | None]:
         """What a block holds: the prefix stored at each offset."""
-        return [self._slots.get((block, offset)) for offset in range(self._block_size)]
+        return [self._slots.get((group, block, offset)) for offset in range(self._block_size)]
 
     def host_content(self, slot: int) -> list[tuple[int, ...] | None]:
         return self._host[slot]
 
-    def _slot(self, row: int, position: int) -> tuple[int, int]:
-        return self._tables[row][position // self._block_size], position % self._block_size
+    def _slot(self, row: int, group: int, position: int) -> tuple[int, int, int]:
+        block = self._tables[row][group][position // self._block_size]
+        assert block >= 0, "a token needs a block that its request does not hold"
+        return group, block, position % self._block_size
 
     def _prefix(self, row: int, length: int) -> tuple[int, ...]:
         return tuple(self._tokens[row][position] for position in range(length))

@@ -66,7 +66,7 @@ def run(engine: Engine, requests: Iterable[Request]) -> list[Output]:
             output.num_cached_tokens = delta.num_cached_tokens
     assert all(output.finish_reason for output in outputs.values())
     pool = engine.scheduler.pool
-    pool.check([])
+    engine.scheduler.check()
     assert pool.num_free == pool.num_blocks
     return list(outputs.values())
 
@@ -94,7 +94,7 @@ def prompt_logits(runner: ModelRunner, tokens: list[int], block_table: list[int]
         row=0,
         token_ids=tokens,
         num_prompt_tokens=len(tokens),
-        block_table=block_table,
+        block_tables=[block_table],
         params=SamplingParams(),
         seed=0,
     )
@@ -104,7 +104,7 @@ def prompt_logits(runner: ModelRunner, tokens: list[int], block_table: list[int]
         start=0,
         num_tokens=len(tokens),
         num_held_blocks=len(block_table),
-        new_blocks=[],
+        new_blocks=[[]],
         num_sampled=1,
     )
     with torch.inference_mode():

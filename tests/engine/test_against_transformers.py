@@ -82,7 +82,7 @@ def new_runner(directory: Path, dtype: str = "float32") -> ModelRunner:
 
 def enter(runner: ModelRunner, sequences: list[list[int]]) -> None:
     """Put sequence i in row i, with blocks for all of it, scattered over the pool."""
-    blocks = list(range(runner.num_blocks))
+    blocks = list(range(runner.num_blocks[0]))
     random.Random(0).shuffle(blocks)
     for row, tokens in enumerate(sequences):
         table = [blocks.pop() for _ in range(-(-len(tokens) // BLOCK_SIZE))]
@@ -92,7 +92,7 @@ def enter(runner: ModelRunner, sequences: list[list[int]]) -> None:
                 row=row,
                 token_ids=tokens,
                 num_prompt_tokens=len(tokens),
-                block_table=table,
+                block_tables=[table],
                 params=params,
                 seed=0,
             )
@@ -108,7 +108,7 @@ def forward(runner: ModelRunner, *chunks: tuple[int, int, int]) -> Tensor:
             start=start,
             num_tokens=end - start,
             num_held_blocks=-(-end // BLOCK_SIZE),
-            new_blocks=[],
+            new_blocks=[[]],
             num_sampled=1,
         )
         for row, start, end in chunks

@@ -23,8 +23,9 @@ class Things:
             return None
         return self.begun.setdefault(request.id, Future())
 
-    def take(self, request: Request, thing: Any) -> None:
+    def take(self, request: Request, thing: Any) -> object:
         self.taken.append((request.id, thing))
+        return thing
 
     def close(self) -> None: ...
 
@@ -49,7 +50,7 @@ def request(name: str) -> Request:
 
 
 def released(antechamber: Antechamber) -> list[tuple[str, str | None]]:
-    return [(request.id, refusal) for request, refusal in antechamber.release()]
+    return [(request.id, refusal) for request, _, refusal in antechamber.release()]
 
 
 def test_who_needs_nothing_does_not_wait(antechamber: Antechamber) -> None:
@@ -64,7 +65,8 @@ def test_who_needs_two_things_waits_for_both(
     grammars.begun["ga"].set_result("grammar")
     assert not released(antechamber) and not grammars.taken
     adapters.begun["ga"].set_result("adapter")
-    assert released(antechamber) == [("ga", None)]
+    ((ready, held, refusal),) = antechamber.release()
+    assert (ready.id, held, refusal) == ("ga", ("grammar", "adapter"), None)
     assert grammars.taken == [("ga", "grammar")] and adapters.taken == [("ga", "adapter")]
     assert not antechamber
 

@@ -4,12 +4,9 @@ import pickle
 
 import numpy as np
 import pytest
-import xxhash
 
 from engine.config import EngineConfig
-from engine.sampling_params import SamplingParams
 from engine.schedule.block_pool import BlockHasher, BlockPool
-from engine.schedule.request import Request
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, run_one_by_one
 
@@ -89,37 +86,19 @@ def test_every_configuration_draws_a_key_and_tells_nobody() -> None:
     assert "key" not in f"{config!r} {config} {config.model_dump()}"
 
 
-def test_requests_hash_their_blocks_as_they_fill() -> None:
+def test_names_are_extended_as_blocks_fill() -> None:
     hasher = BlockHasher(2, KEY)
-    request = Request("", [1, 2, 3], SamplingParams(), seed=0, cache_salt="s", cache_owner="o")
-    assert request.hash_full_blocks(hasher) == chain([1, 2], salt="s", owner="o")
-    request.append(4)
-    assert request.hash_full_blocks(hasher) == chain([1, 2], [3, 4], salt="s", owner="o")
-    request.append(5)
-    assert request.hash_full_blocks(hasher) == chain([1, 2], [3, 4], salt="s", owner="o")
+    names: list[bytes] = []
+    for tokens in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5]):
+        hasher.extend(names, tokens, "s", "o")
+        blocks = [tokens[i : i + 2] for i in range(0, len(tokens) - 1, 2)]
+        assert names == chain(*blocks, salt="s", owner="o")
 
 
 def test_a_block_of_one_token_is_full_at_once() -> None:
-    request = Request("", [7, 8], SamplingParams(), seed=0)
-    assert request.hash_full_blocks(BlockHasher(1, KEY)) == chain([7], [8])
-
-
-def forged_blocks() -> tuple[list[int], list[int]]:
-    """Two blocks of 64 tokens with equal XXH3, after any parent.
-
-    Without a secret seed, XXH3 adds up (token ^ s) * t with published s and t in eight lanes, and
-    the tokens in their neighbours: a lattice reduction finds changes that cancel within a second.
-    """
-    first, second = list(range(100, 164)), list(range(100, 164))
-    first[:56:8] = [11, 250, 5, 5, 48, 16, 4]
-    second[:56:8] = [4, 4, 8, 6, 197, 3, 117]
-    for parent in (b"any parent's 128", xxhash.xxh3_128_digest(b"salt")):
-        names = {
-            xxhash.xxh3_128_digest(parent + np.array(tokens, dtype=np.int64).tobytes())
-            for tokens in (first, second)
-        }
-        assert len(names) == 1
-    return first, second
+    names: list[bytes] = []
+    BlockHasher(1, KEY).extend(names, [7, 8])
+    assert names == chain([7], [8])
 
 
 def test_a_forged_block_gives_nobody_another_answer(checkpoints: CheckpointFactory) -> None:

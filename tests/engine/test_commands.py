@@ -1,13 +1,18 @@
 """Ranks do what they are told, in order: steps, and commands that they have not been told of."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from engine.llm import LLM
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.ranks.group import Leader
+from engine.runner.follower import spawn_followers
 from engine.runner.model_runner import ModelRunner
-from engine.sampling_params import SamplingParams
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_requests, run, tokens_of
 
@@ -30,44 +35,52 @@ class Fail:
             raise RuntimeError("this command fails on the leader")
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-def test_a_new_kind_of_command_runs_on_all_ranks_between_steps(
-    checkpoints: CheckpointFactory, async_scheduling: bool
-) -> None:
-    llm = LLM(
-        str(checkpoints("qwen3")),
-        tensor_parallel_size=2,
+@contextmanager
+def engine_of(directory: Path, num_ranks: int, async_scheduling: bool) -> Iterator[Engine]:
+    config = EngineConfig(
+        model=str(directory),
+        tensor_parallel_size=num_ranks,
         async_scheduling=async_scheduling,
         device="cpu",
         num_threads=1,
         num_blocks=64,
     )
+    leader = Leader(num_ranks)
+    followers = spawn_followers(config, leader)
+    engine = Engine(config, leader)
     try:
-        engine, requests = llm.engine, new_requests([[5, 6, 7], [9] * 40])
-        alone = tokens_of(run(engine, requests))
-        for request in (requests := new_requests([[5, 6, 7], [9] * 40])):
+        yield engine
+    finally:
+        engine.close()
+        for follower in followers:
+            follower.wait()
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_a_new_kind_of_command_runs_on_all_ranks_between_steps(
+    checkpoints: CheckpointFactory, async_scheduling: bool
+) -> None:
+    with engine_of(checkpoints("qwen3"), 2, async_scheduling) as engine:
+        prompts = [[5, 6, 7], [9] * 40]
+        alone = tokens_of(run(engine, new_requests(prompts)))
+        for request in new_requests(prompts):
             engine.add(request)
+        texts: dict[str, list[int]] = {"0": [], "1": []}
         sums = []
         while engine.has_work:
             sums.append(engine.executor.run(Sum(10 * len(sums))))
-            engine.step()
+            for delta in engine.step():
+                texts[delta.request_id] += delta.token_ids
         assert [total() for total in sums] == [20 * i + 1 for i in range(len(sums))]
-        assert [request.output_token_ids for request in requests] == alone
-    finally:
-        llm.close()
+        assert [texts["0"], texts["1"]] == alone
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_what_a_command_raises_reaches_whoever_gave_it(
     checkpoints: CheckpointFactory, async_scheduling: bool
 ) -> None:
-    llm = LLM(
-        str(checkpoints("qwen3")), async_scheduling=async_scheduling, device="cpu", num_blocks=64
-    )
-    try:
+    with engine_of(checkpoints("qwen3"), 1, async_scheduling) as engine:
         with pytest.raises(RuntimeError, match="fails on the leader"):
-            llm.engine.executor.run(Fail())()
-        output = llm.generate([[5]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
-        assert len(output[0].outputs[0].token_ids) == 2
-    finally:
-        llm.close()
+            engine.executor.run(Fail())()
+        (output,) = run(engine, new_requests([[5]]))
+        assert output.token_ids

@@ -10,6 +10,7 @@ from engine.engine import Engine
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
+from tests.engine.helpers import run, tokens_of
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,13 +34,9 @@ def test_greedy_equals_transformers(tmp_path: Path, family: str) -> None:
     ]
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     requests = [Request(str(i), prompt, params, 0) for i, prompt in enumerate(prompts)]
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        engine.step()
+    outputs = tokens_of(run(engine, requests))
     oracle = load_oracle(directory)
-    for request in requests:
+    for prompt, output in zip(prompts, outputs, strict=True):
         with torch.inference_mode():
-            logits = oracle(torch.tensor([request.token_ids])).logits[0]
-        expected = logits.argmax(-1)[len(request.prompt_token_ids) - 1 : -1]
-        assert request.output_token_ids == expected.tolist()
+            logits = oracle(torch.tensor([prompt + output])).logits[0]
+        assert output == logits.argmax(-1)[len(prompt) - 1 : -1].tolist()

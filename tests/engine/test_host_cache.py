@@ -148,9 +148,9 @@ def test_same_text_from_a_tiny_pool(
             stats = engine.stats()
             assert stats["preemptions"] > 0
             assert stats["cached_tokens"] <= stats["prompt_tokens"]
-            assert stats["host_blocks"] * engine.runner.cache_shape.block_bytes == own.get(
-                "host_cache_memory_bytes", 0
-            )
+            block_bytes = engine.runner.cache_layout.groups[0].block_bytes
+            host_bytes = own.get("host_cache_memory_bytes", 0)
+            assert stats["host_blocks"] * block_bytes == host_bytes
             assert stats["used_host_blocks"] <= stats["host_blocks"]
             restored.append(stats["restored_tokens"])
     assert texts == [texts[0]] * 4
@@ -163,8 +163,9 @@ def test_a_prompt_that_was_evicted_is_found_again(checkpoints: CheckpointFactory
     with new_engine(checkpoints("qwen3"), **config) as engine:
         (before,) = run(engine, new_requests([first]))
         run(engine, new_requests(others))
-        hasher = BlockHasher(4, engine.config.block_key)
-        assert not engine.scheduler.pool.lookup(new_requests([first])[0].hash_full_blocks(hasher))
+        names: list[bytes] = []
+        BlockHasher(4, engine.config.block_key).extend(names, first)
+        assert not engine.scheduler.pool.lookup(names)
         (after,) = run(engine, new_requests([first]))
         assert engine.stats()["restored_tokens"] >= after.num_cached_tokens == 56
         assert after.token_ids == before.token_ids

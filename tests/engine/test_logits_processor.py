@@ -174,7 +174,7 @@ def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
                 row=row,
                 token_ids=tokens[:-num_sampled],
                 num_prompt_tokens=len(request.prompt_token_ids),
-                block_table=list(range(row * num_blocks, (row + 1) * num_blocks)),
+                block_tables=[list(range(row * num_blocks, (row + 1) * num_blocks))],
                 params=request.params,
                 seed=request.seed,
             )
@@ -188,7 +188,7 @@ def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
                     start=0,
                     num_tokens=len(tokens) - 1,
                     num_held_blocks=num_blocks,
-                    new_blocks=[],
+                    new_blocks=[[]],
                     num_sampled=num_sampled,
                 )
             )

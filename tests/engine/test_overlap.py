@@ -17,6 +17,7 @@ from engine.engine import Engine
 from engine.llm import LLM
 from engine.runner import executor as executor_module
 from engine.sampling_params import SamplingParams
+from engine.schedule.block_tables import CacheGroup
 from engine.schedule.request import Request
 from engine.schedule.step import StepPlan, StepResult
 from tests.conftest import CheckpointFactory
@@ -35,8 +36,10 @@ class FakeRunner:
     def __init__(self, config: EngineConfig) -> None:
         assert config.num_blocks is not None
         self.vocab_size, self.max_len = VOCAB_SIZE, MAX_MODEL_LEN
-        self.num_blocks = config.num_blocks
-        self.num_host_blocks = config.host_cache_memory_bytes  # of one byte each
+        self.num_blocks = [config.num_blocks]
+        self.cache_layout = SimpleNamespace(cache_groups=lambda n: [CacheGroup(n[0])])
+        num_slots = config.host_cache_memory_bytes  # of one byte each
+        self.host_cache = SimpleNamespace(num_slots=num_slots) if num_slots else None
         self.eos_token_ids = frozenset([EOS])
         self.sampler = SimpleNamespace(matchers=None)  # nobody asks for a grammar
         self._device = FakeDevice(config.block_size, VOCAB_SIZE)
@@ -128,7 +131,7 @@ def history(engine: Engine, arrivals: list[Arrival]) -> list[list[int]]:
             if len(received[i]) >= arrival.abort_after:
                 engine.abort(str(i))
                 ended[i] = True
-        pool.check(engine.scheduler.live_block_tables())
+        engine.scheduler.check()
         if step > 12 and not engine.has_work:
             break
     assert all(ended)

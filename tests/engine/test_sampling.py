@@ -78,7 +78,6 @@ def test_a_resumed_request_continues_with_the_same_tokens(
     with new_engine(checkpoints("qwen3")) as engine:
         outputs = run(engine, requests)
     assert tokens_of(outputs) == [text[num_known:] for text in alone()]
-    assert [request.output_token_ids for request in requests] == alone()
 
 
 def test_seeds_make_the_difference(checkpoints: CheckpointFactory) -> None:

@@ -6,9 +6,11 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.schedule.block_pool import BlockPool
+from engine.schedule.block_pool import BlockHasher
+from engine.schedule.block_tables import BlockTables, CacheGroup
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
+from engine.schedule.sequence import Sequence
 from engine.schedule.step import StepResult, TokenDelta
 
 EOS = 99
@@ -20,9 +22,11 @@ def new_scheduler(
     """Blocks of 4 tokens, 8 rows and 64 tokens per step, unless `config` says otherwise."""
     defaults = dict(model="none", block_size=4, max_num_seqs=8, max_num_batched_tokens=64)
     engine_config = EngineConfig(**defaults | config)
-    pool = BlockPool(num_blocks, prefix_caching)
+    hasher = BlockHasher(engine_config.block_size, b"of this test")
+    budget = engine_config.max_num_batched_tokens
+    blocks = BlockTables([CacheGroup(num_blocks)], hasher, budget, prefix_caching)
     max_len = min(max_model_len, num_blocks * engine_config.block_size)
-    return Scheduler(engine_config, pool, max_len, frozenset([EOS]))
+    return Scheduler(engine_config, blocks, max_len, frozenset([EOS]))
 
 
 def add(
@@ -34,14 +38,13 @@ def add(
     priority: int = 0,
     owner: str = "",
     **params: Any,
-) -> Request:
+) -> Sequence:
     """Queue a request; a prompt given as a length is of tokens that no other prompt has."""
     if isinstance(prompt, int):
         prompt = [1000 * ord(request_id) + i for i in range(prompt)]
     sampling = SamplingParams(**{"max_tokens": None} | params)
     request = Request(request_id, prompt, sampling, 0, salt, list(output), priority, owner)
-    scheduler.add(request)
-    return request
+    return scheduler.add(request)
 
 
 def planned(step: Step | None) -> dict[str, tuple[int, int, bool]]:
@@ -58,7 +61,7 @@ def retire(scheduler: Scheduler, step: Step | None, *tokens: int) -> list[TokenD
     assert step is not None
     sampled = [list(tokens or (7,)) for _ in step.sampling]
     deltas = scheduler.update(step, StepResult(sampled))
-    scheduler.pool.check(scheduler.live_block_tables())
+    scheduler.check()
     return deltas
 
 
@@ -126,7 +129,7 @@ def test_a_row_is_announced_with_all_that_the_device_must_know() -> None:
     assert scheduled is not None
     (new,) = scheduled.plan.new_rows
     assert (new.token_ids, new.num_prompt_tokens) == ([1, 2, 3, 4], 3)
-    assert (new.params, new.seed, new.block_table) == (request.params, 0, [])
+    assert (new.params, new.seed, new.block_tables) == (request.request.params, 0, [[]])
     assert scheduled.plan.scheduled[0].row == new.row
 
 
@@ -169,7 +172,7 @@ def test_what_a_step_brings_after_an_ending_is_dropped(
     add(scheduler, "a", 4, **params)
     (delta,) = retire(scheduler, scheduler.schedule(), *tokens)
     assert (delta.token_ids, delta.finish_reason) == (kept, reason)
-    assert not scheduler.requests and scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert not scheduler.sequences and scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
 def test_nothing_is_planned_past_the_last_token() -> None:
@@ -212,7 +215,7 @@ def test_a_waiting_request_can_be_aborted() -> None:
     step(scheduler)
     scheduler.abort("b")
     scheduler.abort("a")
-    assert scheduler.schedule() is None and not scheduler.requests
+    assert scheduler.schedule() is None and not scheduler.sequences
 
 
 def test_a_live_id_cannot_be_used_twice() -> None:
@@ -252,7 +255,7 @@ def test_ending(params: dict[str, Any], token: int, ending: tuple[str | None, in
     add(scheduler, "a", 4, **params)
     (delta,) = retire(scheduler, scheduler.schedule(), token)
     assert (delta.token_ids, (delta.finish_reason, delta.stop_token)) == ([token], ending)
-    assert (delta.finish_reason is None) == ("a" in scheduler.requests)
+    assert (delta.finish_reason is None) == ("a" in scheduler.sequences)
 
 
 def test_the_window_ends_a_request_without_max_tokens() -> None:
@@ -291,7 +294,7 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     scheduled = scheduler.schedule()
     assert planned(scheduled)["b"] == (12, 2, True)
     assert scheduled is not None
-    assert scheduled.plan.new_rows[0].block_table == first.block_table[:3]
+    assert scheduled.plan.new_rows[0].block_tables[0] == first.block_tables[0][:3]
     assert {d.request_id: d.num_cached_tokens for d in retire(scheduler, scheduled)} == {
         "a": 0,
         "b": 12,
@@ -419,7 +422,7 @@ def crowded(num_steps: int = 5) -> tuple[Scheduler, Request, Request]:
     return scheduler, a, b
 
 
-def preempted_with_its_token_in_flight() -> tuple[Scheduler, Request, Step]:
+def preempted_with_its_token_in_flight() -> tuple[Scheduler, Sequence, Step]:
     """Request b was preempted by the step after the one that is still in flight."""
     scheduler, _, b = crowded(num_steps=4)
     in_flight = scheduler.schedule()
@@ -434,7 +437,7 @@ def test_the_latest_comer_makes_room() -> None:
     scheduler, a, b = crowded()
     assert step(scheduler) == {"a": (8, 1, True)}
     assert scheduler.stats.preemptions == 1
-    assert (b.row, b.block_table, list(scheduler.waiting)) == (-1, [], [b])
+    assert (b.row, b.block_tables, list(scheduler.waiting)) == (-1, [], [b])
     assert a in scheduler.running
 
 
@@ -473,7 +476,7 @@ def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
 def test_a_request_may_end_while_it_is_preempted() -> None:
     scheduler, _, in_flight = preempted_with_its_token_in_flight()
     retire(scheduler, in_flight, EOS)
-    assert not scheduler.requests and not scheduler.waiting
+    assert not scheduler.sequences and not scheduler.waiting
     assert scheduler.pool.num_free == 4
 
 
@@ -482,7 +485,7 @@ def test_one_request_may_use_the_whole_pool() -> None:
     add(scheduler, "a", 4)
     for _ in range(12):
         step(scheduler)
-    assert scheduler.schedule() is None and not scheduler.requests
+    assert scheduler.schedule() is None and not scheduler.sequences
     assert scheduler.stats.preemptions == 0
 
 
@@ -509,7 +512,7 @@ def test_priority_admits_the_smallest_first_and_equals_as_they_came() -> None:
     for request_id, priority in (("a", 1), ("b", 0), ("c", -5), ("d", 0)):
         add(scheduler, request_id, 3, priority=priority, max_tokens=1)
     order = []
-    while scheduler.requests:
+    while scheduler.sequences:
         order += list(step(scheduler))
     assert order == ["c", "b", "d", "a"]
 
@@ -543,7 +546,7 @@ def test_shortest_lets_short_prompts_pass_but_only_so_many() -> None:
     for request_id in "abcde":
         add(scheduler, request_id, 4, max_tokens=1)
     order: list[str] = []
-    while scheduler.requests:
+    while scheduler.sequences:
         order += [request_id for request_id in step(scheduler) if request_id not in order]
     assert order == ["a", "b", "L", "c", "d", "e"]
 

@@ -20,9 +20,10 @@ from hypothesis.stateful import (
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.schedule.block_pool import BlockHasher, BlockPool
+from engine.schedule.block_pool import BlockHasher
+from engine.schedule.block_tables import BlockTables, CacheGroup
 from engine.schedule.request import Request, RequestLimits
-from engine.schedule.scheduler import Scheduler
+from engine.schedule.scheduler import Scheduler, Step
 from engine.schedule.step import StepPlan
 from tests.engine.fake_device import FakeDevice, continuation
 
@@ -72,6 +73,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_budget=st.integers(0, 8),
         prefix_caching=st.sampled_from([True, True, False]),
         num_host_blocks=st.sampled_from([0, 1, 3, 12]),
+        windows=st.sampled_from([[None], [None], [3], [None, 3], [None, 1, 5]]),
         max_in_flight=st.sampled_from([1, 2, 3, 3]),
         policy=st.sampled_from(["fcfs", "fcfs", "priority", "shortest"]),
         specs=st.lists(REQUEST, min_size=2, max_size=8),
@@ -84,6 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_budget: int,
         prefix_caching: bool,
         num_host_blocks: int,
+        windows: list[int | None],
         max_in_flight: int,
         policy: Literal["fcfs", "priority", "shortest"],
         specs: list[Spec],
@@ -96,14 +99,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             scheduling_policy=policy,
         )
         self.config = config
-        self.pool = BlockPool(num_blocks, prefix_caching, num_host_blocks)
+        self.blocks = BlockTables(
+            [CacheGroup(num_blocks, window) for window in windows],
+            BlockHasher(block_size, config.block_key),
+            config.max_num_batched_tokens,
+            prefix_caching,
+            num_host_blocks if len(windows) == 1 else 0,
+        )
+        self.pool = self.blocks.pools[0]
         self.pool.journal = []
         self.cached: dict[bytes, bool] = {}  # as the journal has it
-        self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, num_blocks, block_size)
-        self.scheduler = Scheduler(config, self.pool, self.limits.max_len, frozenset([EOS]))
-        self.device = FakeDevice(block_size, VOCAB_SIZE)
+        most_blocks = self.blocks.most_blocks(MAX_MODEL_LEN)
+        self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, most_blocks, block_size)
+        self.scheduler = Scheduler(config, self.blocks, self.limits.max_len, frozenset([EOS]))
+        self.device = FakeDevice(block_size, VOCAB_SIZE, windows)
         self.max_in_flight = max_in_flight
-        self.in_flight: deque[tuple[StepPlan, str]] = deque()  # with what they said when made
+        self.in_flight: deque[tuple[Step, str]] = deque()  # with what they said when made
         self.num_requests = 0
         self.expected: dict[str, Expected] = {}
         self.received: dict[str, list[int]] = {}
@@ -127,7 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = Request(
             request_id, prompt, params, 0, spec.salt, list(resumed), spec.priority, spec.owner
         )
-        self.limits.check(request.token_ids, params)
+        self.limits.check(prompt + list(resumed), params)
         self.scheduler.add(request)
         self.expected[request_id] = Expected(
             output[len(resumed) :], "stop" if output[-1] in eos else "length"
@@ -139,10 +150,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, number: int) -> None:
         """At any time, also when it has finished already."""
         request_id = str(number % self.num_requests)
-        if request_id in self.scheduler.requests:
+        if request_id in self.scheduler.sequences:
             self.aborted.add(request_id)
         self.scheduler.abort(request_id)
-        assert request_id not in self.scheduler.requests
+        assert request_id not in self.scheduler.sequences
 
     @rule(operations=st.lists(st.sampled_from(["schedule", "schedule", "retire"]), max_size=10))
     def run(self, operations: list[str]) -> None:
@@ -164,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemptions = scheduler.stats.preemptions
         step = scheduler.schedule()
         if step is None:
-            assert self.in_flight or not scheduler.requests, "stuck: nothing runs, nothing will"
+            assert self.in_flight or not scheduler.sequences, "stuck: nothing runs, nothing will"
             return
         plan = step.plan
         self._check_plan(plan)
@@ -182,7 +193,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert [r for r in scheduler.waiting if r in queue] == queue, "lost its place"
         if any(not copy.to_host for copy in plan.copies):
             event("prefix restored from host memory")
-        if any(new.block_table for new in plan.new_rows):
+        if any(any(new.block_tables) for new in plan.new_rows):
             event("prefix found")
         self.in_flight.append((step, repr(plan)))
 
@@ -193,7 +204,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(set(rows)) == len(rows)
         assert {new.row for new in plan.new_rows} <= {row.row for row in plan.scheduled}
         for row in plan.scheduled:
-            request = self.scheduler.requests[row.request_id]
+            request = self.scheduler.sequences[row.request_id]
             assert request.row == row.row
             assert row.start + row.num_tokens < request.max_len, "nobody will see the token"
             known = len(request.token_ids) + request.num_pending - row.num_sampled
@@ -216,21 +227,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_and_rows_are_accounted_for(self) -> None:
         scheduler = self.scheduler
-        self.pool.check(scheduler.live_block_tables())
+        scheduler.check()
         self._follow_journal()
         running, waiting = scheduler.running, scheduler.waiting
         for requests in (running, waiting):
             assert requests == sorted(requests, key=lambda request: request.order)
         everyone = [request.id for request in (*running, *waiting)]
-        assert sorted(everyone) == sorted(scheduler.requests)
+        assert sorted(everyone) == sorted(scheduler.sequences)
         rows = [request.row for request in running]
         assert len(set(rows)) == len(rows)
         assert set(rows) <= set(range(self.config.max_num_seqs))
         for request in running:
-            filled = len(request.block_table) * self.config.block_size
-            assert filled - self.config.block_size < request.num_computed <= filled
+            for table in request.block_tables:
+                filled = len(table) * self.config.block_size
+                assert filled - self.config.block_size < request.num_computed <= filled
         for request in waiting:
-            assert request.row == -1 and not request.block_table
+            assert request.row == -1 and not request.block_tables
 
     def _follow_journal(self) -> None:
         """It tells of every change of what can be found, once."""
@@ -249,17 +261,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         bound = 100 + sum(len(e.token_ids) + MAX_MODEL_LEN for e in self.expected.values()) * 4
         for _ in range(bound):
-            if not self.scheduler.requests and not self.in_flight:
+            if not self.scheduler.sequences and not self.in_flight:
                 break
             if len(self.in_flight) < self.max_in_flight:
                 self.schedule()
             if self.in_flight:
                 self.retire()
             self.blocks_and_rows_are_accounted_for()
-        assert not self.scheduler.requests, "requests without an ending"
+        assert not self.scheduler.sequences, "requests without an ending"
         for request_id in self.expected:
             assert self.endings[request_id] == (request_id not in self.aborted)
-        assert self.pool.num_free == self.pool.num_blocks
+        assert all(pool.num_free == pool.num_blocks for pool in self.blocks.pools)
         self._check_cached_content()
 
     def _check_cached_content(self) -> None:
@@ -271,8 +283,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             hasher.extend(names, tokens, salt, owner)
             for i, name in enumerate(names):
                 content = [tuple(tokens[: i * size + offset + 1]) for offset in range(size)]
-                for block in self.pool.lookup([name]):
-                    assert self.device.content(block) == content
+                for group, pool in enumerate(self.blocks.pools):
+                    for block in pool.lookup([name]):
+                        assert self.device.content(block, group) == content
                 with self.pool.host.pinned(self.pool.host.lookup([name])) as slots:
                     for slot in slots:
                         assert self.device.host_content(slot) == content

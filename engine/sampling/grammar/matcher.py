@@ -95,16 +95,19 @@ class GrammarMatchers:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._num_words = -(-vocab_size // 32)
         self._pins = device.type == "cuda"
-        # By the key of its StructuredOutputs; the requests keep them alive. Only on the leader.
+        # By the key of its StructuredOutputs; the sequences keep them alive. Only on the leader.
         self._grammars: WeakValueDictionary[str, Any] = WeakValueDictionary()
         self._rows: dict[int, _Row] = {}
         self._thread: ThreadPoolExecutor | None = None
 
-    def add(self, request: Request, grammar: Any) -> None:
-        """A request is about to be queued, with an `xgrammar.CompiledGrammar`."""
+    def add(self, request: Request, grammar: Any) -> Any:
+        """A request is about to be queued, with an `xgrammar.CompiledGrammar`.
+
+        Returns the one that it shares with others of its kind, which must outlive the request.
+        """
         assert request.params.structured_outputs is not None
         key = request.params.structured_outputs.key
-        request.grammar = self._grammars.setdefault(key, grammar)
+        return self._grammars.setdefault(key, grammar)
 
     def enter(self, new: NewRow) -> None:
         """A request enters a row; with output, it is at the place that this has reached."""

@@ -32,8 +32,8 @@ class CompiledGrammars:
             self._compiler = self._new_compiler()
         return self._compiler.compile(wanted)
 
-    def take(self, request: Request, thing: Any) -> None:
-        self._matchers.add(request, thing)
+    def take(self, request: Request, thing: Any) -> object:
+        return self._matchers.add(request, thing)
 
     def close(self) -> None:
         if self._compiler is not None:
