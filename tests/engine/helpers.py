@@ -94,7 +94,7 @@ def prompt_logits(runner: ModelRunner, tokens: list[int], block_table: list[int]
         row=0,
         token_ids=tokens,
         num_prompt_tokens=len(tokens),
-        block_tables=[block_table],
+        block_tables=[block_table] * len(runner.cache_layout.groups),
         params=SamplingParams(),
         seed=0,
     )

@@ -92,7 +92,7 @@ def enter(runner: ModelRunner, sequences: list[list[int]]) -> None:
                 row=row,
                 token_ids=tokens,
                 num_prompt_tokens=len(tokens),
-                block_tables=[table],
+                block_tables=[table] * len(runner.cache_layout.groups),
                 params=params,
                 seed=0,
             )

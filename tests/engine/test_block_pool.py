@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import xxhash
 
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockHasher, BlockPool
