@@ -109,21 +109,6 @@ class CompilationWatch(Protocol):
         """Warm-up is over."""
 
 
-class NormRotaryStore(Protocol):
-    """`Ops.norm_rotary_store` in one kernel, for caches of the attention it comes with."""
-
-    def __call__(
-        self,
-        qkv: Tensor,
-        norms: tuple[Tensor, Tensor] | None,
-        eps: float,
-        positions: Tensor,
-        cos_sin: Tensor,
-        cache: KVCache,
-        slots: Tensor,
-    ) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Ops:
     """The functions of `kernels.reference`, which documents them, for one device.
@@ -146,7 +131,13 @@ class Ops:
     )
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rotary
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
-    fused_norm_rotary_store: NormRotaryStore | None = None
+    # `norm_rotary_store` in one kernel, for caches of the attention it comes with.
+    fused_norm_rotary_store: (
+        Callable[
+            [Tensor, tuple[Tensor, Tensor] | None, float, Tensor, Tensor, KVCache, Tensor], Tensor
+        ]
+        | None
+    ) = None
 
     def norm_rotary_store(
         self,
