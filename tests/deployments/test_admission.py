@@ -20,6 +20,8 @@ from deployments.api.request_log import LOGGER
 from deployments.api.scope import scope
 from deployments.args import ServiceArgs
 from deployments.metrics import Metrics
+from deployments.routing import pack_hashes, short
+from engine.block_pool import BlockHasher
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
 
@@ -139,6 +141,16 @@ def test_tenants_do_not_share_prefixes(guarded: LocalServer) -> None:
     assert cached("sk-globex") == 0
     assert cached("sk-globex", salt="own") == 0
     assert cached("sk-globex", salt="own") > 0
+
+
+def test_replicas_report_a_tenants_blocks_as_routers_name_them(guarded: LocalServer) -> None:
+    prompt = list(range(100, 164))
+    with guarded.client(api_key="sk-acme") as client:
+        client.completions.create(model="manta-demo", prompt=prompt, max_tokens=1)
+    names: list[bytes] = []
+    BlockHasher(32, guarded.engine.config.block_key).extend(names, prompt)
+    reported = pack_hashes(guarded.front.client.cached_blocks)
+    assert len(names) == 2 and all(short(name) in reported for name in names)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """The routing policy alone, with a clock of the test's own."""
 
+import pickle
+import random
 from collections.abc import Sequence
 
 import pytest
 
+from deployments.args import AppArgs
 from deployments.routing import (
     HASH_BYTES,
     RUNNING_COST_TOKENS,
@@ -14,6 +17,7 @@ from deployments.routing import (
     short,
 )
 from engine.schedule.block_pool import BlockHasher
+from engine.block_pool import BlockHasher, BlockPool
 
 BLOCK = 16
 
@@ -83,6 +87,51 @@ def test_blocks_are_found_by_who_does_not_know_their_owner(balancer: PrefixBalan
     assert len(both.hashes) == 6 * HASH_BYTES  # the blocks of both are one there
     balancer.update({"a": report(), "b": both, "c": report(cached=cached["globex"])})
     assert balancer.choose(RoutedPrompt([short(h) for h in prompt], 160, BLOCK)) == "b"
+
+
+def hits(isolate: bool) -> list[int]:
+    """Blocks that each prompt of six tenants, with long beginnings of their own, finds cached."""
+    clock, draw, hasher = Clock(), random.Random(0), BlockHasher(BLOCK, b"key")
+    balancer, found = PrefixBalancer(clock), []
+    pools = {name: BlockPool(400) for name in "abc"}
+    journals: dict[str, list[tuple[bytes, bool]]] = {name: [] for name in pools}
+    for name, pool in pools.items():
+        pool.journal = journals[name]
+    for sequence in range(60):
+        tenant = draw.randrange(6)
+        tokens = [tenant] * 96 + [draw.randrange(1000) for _ in range(64)]
+        plain: list[bytes] = []
+        hasher.extend(plain, tokens)
+        names: list[bytes] = []
+        hasher.extend(names, tokens, owner=f"tenant {tenant}" if isolate else "")
+        reports = {}
+        for name, journal in journals.items():
+            cached = [block for block, is_cached in dict(journal).items() if is_cached]
+            # Less of a difference than the blocks to find make.
+            reports[name] = report(sequence, cached, uncomputed=draw.randrange(96))
+        balancer.update(reports)
+        pool = pools[balancer.choose(RoutedPrompt([short(h) for h in plain], len(tokens), BLOCK))]
+        table = pool.lookup(names)
+        found.append(len(table))
+        pool.hold(table)
+        table += pool.allocate(len(names) - len(table))
+        for block, name in zip(table, names, strict=True):
+            pool.publish(block, name)
+        pool.free(table)
+        clock.now += 1.0
+    return found
+
+
+def test_tenants_apart_find_as_much_as_if_they_were_not() -> None:
+    together = hits(isolate=False)
+    assert sum(together) == 6 * (60 - 6)  # all but the first of each tenant
+    assert hits(isolate=True) == together
+
+
+def test_engines_and_routers_have_one_key() -> None:
+    args = AppArgs()
+    received = pickle.loads(pickle.dumps(args.model_copy(update={"device": "cpu"})))
+    assert received.block_key == received.engine_config.block_key == args.block_key
 
 
 def test_load_outweighs_a_prefix_that_saves_less(balancer: PrefixBalancer) -> None:
