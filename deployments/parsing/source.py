@@ -12,6 +12,7 @@ BLANKS = " \t\r\n"
 SPACE = re.compile(f"[{BLANKS}]+")
 NEWLINES = re.compile(r"\n+")
 CHARACTER = re.compile(r".", re.DOTALL)
+_ANY_NUMBER = 2**31
 
 
 class Source:
@@ -75,17 +76,16 @@ class Source:
                 return mark
         return ""
 
-    def take(self, run: re.Pattern[str], at_most: int | None = None) -> str:
+    def take(self, run: re.Pattern[str], at_most: int = _ANY_NUMBER) -> str:
         """Takes what is there of a run: of a pattern that matches each part of what it matches."""
-        end = len(self._text) if at_most is None else self._at + at_most
-        match = run.match(self._text, self._at, end)
+        match = run.match(self._text, self._at, self._at + at_most)
         return self._take(match.end()) if match else ""
 
     def take_up_to(self, find: Callable[[str, int], int]) -> str:
         """Takes up to the index that is found in (text, from index)."""
         return self._take(find(self._text, self._at))
 
-    def all_of(self, run: re.Pattern[str], at_most: int = 2**31) -> Reading[str]:
+    def all_of(self, run: re.Pattern[str], at_most: int = _ANY_NUMBER) -> Reading[str]:
         """Takes a run to its end, or so many characters of it."""
         parts: list[str] = []
         while at_most and (yield from self.more()) and (part := self.take(run, at_most)):
