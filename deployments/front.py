@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +32,10 @@ class TextDelta:
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
+# Sending it True ends the request: its text is complete.
+TextStream = AsyncGenerator[TextDelta, bool | None]
+
+
 class Front:
     """Serves one model by one engine. Knows nothing of HTTP or of how engines are started."""
 
@@ -42,14 +46,16 @@ class Front:
         self.sampling_defaults = checkpoint.sampling_defaults(directory)
         self.tool_format = tool_format(args.tool_parser, self.tokenizer.chat_template)
         self.has_reasoning = reasoning_format(args.reasoning_parser, self.tokenizer.chat_template)
-        self.end_texts = tuple(
-            filter(None, map(self.tokenizer.fast.id_to_token, checkpoint.eos_token_ids(directory)))
-        )
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)
         # What is to be seen of every replica of this model; a replica among several asks them all.
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
+
+    def tokens_of(self, marks: Iterable[str]) -> frozenset[int]:
+        """Those of the marks that are tokens."""
+        ids = map(self.tokenizer.fast.token_to_id, marks)
+        return frozenset(token for token in ids if token is not None)
 
     async def encode(
         self, text: str, add_special_tokens: bool = True, max_len: int | None = None
@@ -85,7 +91,7 @@ class Front:
         prompt_token_ids: list[int],
         params: SamplingParams,
         options: RequestOptions,
-    ) -> list[AsyncGenerator[TextDelta]]:
+    ) -> list[TextStream]:
         """The texts of a request's n choices, each as `generate` has it."""
         return [
             self.generate(prompt_token_ids, own.model_copy(update={"seed": seed}), options)
@@ -97,7 +103,7 @@ class Front:
         prompt_token_ids: list[int],
         params: SamplingParams,
         options: RequestOptions,
-    ) -> AsyncGenerator[TextDelta]:
+    ) -> TextStream:
         """The text of one request; at least one delta, the last one with a finish_reason.
 
         Without `options.stream` the text comes in one piece where nothing in it can end the
@@ -106,7 +112,7 @@ class Front:
         """
         seed = _seed_of(params)
         params = params.in_tokens(self.tokenizer)
-        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
+        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params, options.shown_tokens)
         # A stop string is found only in the text, and logprobs come token by token.
         stream = options.stream or bool(params.stop) or params.logprobs is not None
         stream = stream or params.prompt_logprobs is not None
@@ -131,7 +137,7 @@ class Front:
                     held += delta.logprobs
                     if reason or not detokenizer.holds_back:
                         logprobs, held = held, []
-                yield TextDelta(
+                is_complete = yield TextDelta(
                     text,
                     detokenizer.num_tokens,
                     delta.num_cached_tokens,
@@ -140,7 +146,9 @@ class Front:
                     logprobs,
                     delta.prompt_logprobs,
                 )
-                if detokenizer.stop_string is not None:
+                if is_complete:
+                    record.finish_reason = "stop"
+                if is_complete or detokenizer.stop_string is not None:
                     return
 
     async def watch_own_engine(self) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -35,9 +35,8 @@ from deployments.api.streaming import (
     merge,
 )
 from deployments.api.tools import ForcedCall, find_format, forced_call
-from deployments.front import Front, TextDelta
-from deployments.parsing import OutputParser, Piece, ReasoningSplitter
-from deployments.parsing.reasoning import CLOSE, OPEN
+from deployments.front import Front, TextDelta, TextStream
+from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
 from deployments.request_record import RequestOptions
 from engine.sampling_params import SamplingParams
 
@@ -65,10 +64,25 @@ def routes(front: Front) -> APIRouter:
 async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[str, Any]:
     """The whole answer. Raises ApiError for a request that cannot be served."""
     chat = await Chat.start(front, request)
-    outputs = await collect_all(chat.streams())
+    said: list[list[Piece]] = [[] for _ in range(chat.params.n)]
+    outputs = await collect_all(
+        [
+            _heard(read(stream, chat.new_parser()), pieces)
+            for stream, pieces in zip(chat.streams(), said, strict=True)
+        ]
+    )
     answer = chat.head | {
         "object": "chat.completion",
-        "choices": [_choice(chat, i, output) for i, output in enumerate(outputs)],
+        "choices": [
+            {
+                "index": index,
+                "message": AnswerParser.message(pieces),
+                "logprobs": _logprobs(front, output),
+                "finish_reason": output.finish_reason,
+                "stop_reason": output.stop_reason,
+            }
+            for index, (pieces, output) in enumerate(zip(said, outputs, strict=True))
+        ],
         "usage": _usage(len(chat.prompt), outputs),
     }
     if request.prompt_logprobs is None:
@@ -86,6 +100,7 @@ class Chat:
     prompt: list[int]
     params: SamplingParams
     head: dict[str, Any]  # what all answers begin with
+    tools: ToolFormat | None  # how it may call them; None if it may not
     forced: ForcedCall | None
     options: RequestOptions
 
@@ -97,14 +112,15 @@ class Chat:
         check_queue(front, 1)
         options = request_options(front, request)
         params = sampling_params(front, request)
+        tools: ToolFormat | None = None
         forced = None
         if request.offered_tools:
-            tool_format = find_format(front)
-            forced = forced_call(request.offered_tools, request.tool_choice, tool_format)
-            if tool_format.has_special_tokens:
-                params = params.model_copy(update={"skip_special_tokens": False})
+            tools = find_format(front)
+            forced = forced_call(request.offered_tools, request.tool_choice, tools)
             if forced is not None:
                 params = forced.constrain(params)
+            elif params.structured_outputs is not None:
+                tools = None
         prompt = await _encode(front, request, params)
         if params.structured_outputs is not None:
             prompt += _beginning(front, prompt, forced)
@@ -116,30 +132,43 @@ class Chat:
             "created": int(time.time()),
             "model": front.model_name,
         }
-        return cls(front, request, prompt, params, head, forced, options)
+        return cls(front, request, prompt, params, head, tools, forced, options)
 
     @property
     def has_form(self) -> bool:
         """Whether a grammar, which the engine may yet refuse, shapes all of the answer."""
         return self.params.structured_outputs is not None
 
-    def streams(self) -> list[AsyncGenerator[TextDelta]]:
-        """The text to come for each choice."""
-        return self.front.generate_choices(self.prompt, self.params, self.options)
+    @property
+    def may_think(self) -> bool:
+        return self.front.has_reasoning and not self.has_form
+
+    def streams(self) -> list[TextStream]:
+        """The text to come for each choice, with the marks that its parser looks for."""
+        marks: tuple[str, ...] = (OPEN, CLOSE) if self.may_think else ()
+        ends_early = False
+        if self.tools is not None:
+            marks += self.tools.marks
+            ends_early = not self.request.parallel_tool_calls
+        options = replace(
+            self.options,
+            stream=self.options.stream or ends_early,
+            shown_tokens=self.front.tokens_of(marks),
+        )
+        return self.front.generate_choices(self.prompt, self.params, options)
 
     def new_parser(self) -> AnswerParser:
         """For one choice."""
-        if self.has_form and self.forced is None:
+        if self.tools is None and not self.may_think:
             return AnswerParser()
-        tools = find_format(self.front).parser() if self.request.offered_tools else None
-        thinks = self.front.has_reasoning and self.forced is None
-        if tools is None and not thinks:
-            return AnswerParser()
-        if tools is not None and self.forced is not None:
-            tools.push(self.forced.prefix, last=False)
-        reasoning = ReasoningSplitter(_opens_reasoning(self.front, self.prompt)) if thinks else None
-        parser = OutputParser(reasoning, tools, not self.request.parallel_tool_calls)
-        return AnswerParser(parser, self.front.end_texts if tools is not None else ())
+        return AnswerParser(
+            OutputParser(
+                _opens_reasoning(self.front, self.prompt) if self.may_think else None,
+                self.tools,
+                single_call=not self.request.parallel_tool_calls,
+                forced_prefix=self.forced.prefix if self.forced is not None else None,
+            )
+        )
 
 
 async def _encode(
@@ -168,17 +197,6 @@ def _opens_reasoning(front: Front, prompt: list[int]) -> bool:
     return front.has_reasoning and end.rstrip().endswith(OPEN)
 
 
-def _choice(chat: Chat, index: int, output: Output) -> dict[str, Any]:
-    parser = chat.new_parser()
-    return {
-        "index": index,
-        "message": parser.message(output.text),
-        "logprobs": _logprobs(chat.front, output),
-        "finish_reason": parser.finish_reason(output.finish_reason),
-        "stop_reason": output.stop_reason,
-    }
-
-
 def _logprobs(front: Front, output: Output | TextDelta) -> dict[str, Any] | None:
     return None if output.logprobs is None else chat_logprobs(front.tokenizer, output.logprobs)
 
@@ -197,7 +215,7 @@ class Step:
     finish_reason: str | None
 
 
-async def read(stream: AsyncGenerator[TextDelta], parser: AnswerParser) -> AsyncGenerator[Step]:
+async def read(stream: TextStream, parser: AnswerParser) -> AsyncGenerator[Step]:
     """A choice's stream, up to where its parser says that all has been said."""
     async with aclosing(stream):
         async for delta in stream:
@@ -205,9 +223,19 @@ async def read(stream: AsyncGenerator[TextDelta], parser: AnswerParser) -> Async
             pieces = parser.pieces(delta.text, last=reason is not None)
             if parser.is_over:
                 reason = "stop"
+                with suppress(StopAsyncIteration):
+                    await stream.asend(True)
             yield Step(pieces, delta, parser.finish_reason(reason))
             if parser.is_over:
                 return
+
+
+async def _heard(steps: AsyncGenerator[Step], pieces: list[Piece]) -> AsyncGenerator[TextDelta]:
+    """A choice's stream, when its pieces are put away."""
+    async with aclosing(steps):
+        async for step in steps:
+            pieces += step.pieces
+            yield replace(step.delta, finish_reason=step.finish_reason)
 
 
 async def _events(chat: Chat) -> AsyncGenerator[str]:

@@ -119,9 +119,11 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         "created": int(time.time()),
         "model": front.model_name,
     }
-    streams = []
+    streams: list[AsyncGenerator[TextDelta]] = []
     for tokens, text in zip(prompts, texts, strict=True):
-        choices = front.generate_choices(tokens, params, options)
+        choices: Sequence[AsyncGenerator[TextDelta]] = front.generate_choices(
+            tokens, params, options
+        )
         if request.max_tokens == 0:
             choices = [_without_output(deltas) for deltas in choices]
         if request.echo:

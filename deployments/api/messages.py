@@ -1,6 +1,7 @@
 """The chat API's messages: those that come in, and the answer made of a model's text."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -93,32 +94,25 @@ class Message(StrictModel):
 class AnswerParser:
     """One choice's text as the fields of an assistant's message, whole or in deltas."""
 
-    def __init__(self, parser: OutputParser | None = None, endings: tuple[str, ...] = ()) -> None:
+    def __init__(self, parser: OutputParser | None = None) -> None:
         """
         Args:
             parser: None when the text is all content.
-            endings: texts of end tokens, which are in the text when special tokens are.
         """
         self._parser = parser
-        self._endings = endings
 
     def pieces(self, text: str, last: bool) -> list[Piece]:
         """What this text makes certain; all that is left if it is the `last`."""
         if self._parser is None:
             return [Content(text)] if text else []
-        if last:
-            for ending in self._endings:
-                text = text.removesuffix(ending)
         return self._parser.push(text, last)
 
-    def message(self, text: str) -> dict[str, Any]:
+    @staticmethod
+    def message(pieces: Iterable[Piece]) -> dict[str, Any]:
         """The whole answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if self._parser is None:
-            return message
         content, reasoning = "", ""
         calls: list[dict[str, Any]] = []
-        for piece in self.pieces(text, last=True):
+        for piece in pieces:
             match piece:
                 case Content(part):
                     content += part
@@ -129,7 +123,11 @@ class AnswerParser:
                     calls.append({"id": call_id, "type": "function", "function": function})
                 case Arguments(index, part):
                     calls[index]["function"]["arguments"] += part
-        message["content"] = content if content or not calls else None
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": content if content or not calls else None,
+            "refusal": None,
+        }
         if reasoning:
             message["reasoning_content"] = reasoning
         if calls:

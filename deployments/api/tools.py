@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 
 from deployments.api.errors import ApiError
 from deployments.front import Front
-from deployments.parsing import ToolFormat
+from deployments.parsing import FORMATS, ToolFormat
 from engine.sampling_params import SamplingParams
 from engine.strict import StrictModel, explain
 from engine.structured_outputs import StructuredOutputs
@@ -79,7 +79,7 @@ def find_format(front: Front) -> ToolFormat:
         raise ApiError(
             400,
             f"tools: the chat template of {front.model_name!r} has no tool calls that this server "
-            "knows; deploy it with tool_parser=hermes, llama3_json or mistral if it does",
+            f"knows; deploy it with tool_parser={' or '.join(FORMATS)} if it does",
             "tools",
             "unsupported_value",
         )

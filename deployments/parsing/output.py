@@ -1,41 +1,181 @@
-"""Everything that is found in one output: reasoning first, then content and tool calls."""
+"""What one output holds: reasoning, then content and tool calls."""
 
-from deployments.parsing.formats import ToolParser
-from deployments.parsing.pieces import CallStart, Content, Piece
-from deployments.parsing.reasoning import ReasoningSplitter
+import re
+
+from deployments.parsing.pieces import Content, Piece, Reasoning, joined
+from deployments.parsing.source import BLANKS, CHARACTER, NEWLINES, SPACE, Reading, Source
+from deployments.parsing.tool_format import ToolFormat, beginning_of
+
+# A think block, as Qwen, DeepSeek and many others write before they answer.
+OPEN, CLOSE = "<think>", "</think>"
+_SEPARATORS = re.compile(r"[,;]+")  # of calls
+_LEFTOVERS = re.compile(r"[}\]]+")  # of a call with a bracket too many, or of an array of them
+_ANYTHING = re.compile(r".+", re.DOTALL)
 
 
 class OutputParser:
-    """Chains the parsers of one output."""
+    """Reads one output. What it finds depends on the text alone, not on how that is cut.
+
+    A think block stands at the beginning; line breaks around the reasoning are dropped. So is white
+    space before a call, and behind the last one. All that is no call is content as it was written.
+    A call in a think block is a thought, but if the output ends with it, the block was meant to end
+    before it.
+    """
 
     def __init__(
         self,
-        reasoning: ReasoningSplitter | None,
-        tools: ToolParser | None,
+        opens_thinking: bool | None,
+        tools: ToolFormat | None,
         single_call: bool = False,
+        forced_prefix: str | None = None,
     ) -> None:
-        self._reasoning = reasoning
+        """
+        Args:
+            opens_thinking: whether the prompt has begun a think block; None if none is looked for.
+            tools: None if there are no calls to look for.
+            single_call: nothing is read behind the first call.
+            forced_prefix: the prompt's end, if it begins a call, without which there is nothing.
+        """
         self._tools = tools
         self._single_call = single_call
+        self._is_forced = forced_prefix is not None
+        self._source = Source()
+        self._pieces: list[Piece] = []
+        self._reading = self._read(opens_thinking)
         self.num_calls = 0
+        self.is_over = False  # before the text is: the single call is complete
+        if forced_prefix:
+            self.push(forced_prefix, last=False)
 
     @property
-    def is_over(self) -> bool:
-        """Whether all that may be said has been: one call, when no more are allowed."""
-        return self._single_call and self._tools is not None and self._tools.num_ended > 0
+    def num_waiting(self) -> int:
+        """Characters that have come and say nothing without those to come."""
+        return self._source.num_waiting
 
     def push(self, text: str, last: bool) -> list[Piece]:
         """The pieces that this text makes certain; all that is left if it is the `last`."""
-        pieces: list[Piece] = [Content(text)] if text else []
-        if self._reasoning is not None:
-            pieces = self._reasoning.push(text, last)
-        if self._tools is None:
-            return pieces
-        thoughts = [piece for piece in pieces if not isinstance(piece, Content)]
-        content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
-        found = self._tools.push(content, last)
-        self.num_calls += sum(isinstance(piece, CallStart) for piece in found)
-        if self._single_call and self.num_calls > 1:
-            found = [p for p in found if isinstance(p, Content) or p.index == 0]  # type: ignore[union-attr]
-            self.num_calls = 1
-        return [*thoughts, *found]
+        if not self.is_over:
+            self._source.add(text, last)
+            next(self._reading, None)
+        pieces = joined(self._pieces)
+        self._pieces.clear()
+        if self._is_forced:
+            pieces = [piece for piece in pieces if not isinstance(piece, Content)]
+        return pieces
+
+    def _read(self, opens_thinking: bool | None) -> Reading[None]:
+        if opens_thinking is not None:
+            yield from self._read_thoughts(opens_thinking)
+        if self._tools is not None:
+            yield from self._read_answer(self._tools)
+            return
+        while (yield from self._source.more()):
+            self._source.take(_ANYTHING)
+            self._say(Content)
+        self._say(Content)
+
+    def _say(self, kind: type[Content] | type[Reasoning], but: str = "") -> None:
+        """What has been taken is text of this kind, but for these characters at its end."""
+        self._pieces.append(kind(self._source.taken(but)))
+
+    def _read_answer(self, tools: ToolFormat) -> Reading[None]:
+        """Content and calls, to the end."""
+        source = self._source
+        text = _text_run(BLANKS, tools.first_characters, tools.beginning)
+        follows = False  # the last thing was a call
+        while (yield from source.more()):
+            before = source.num_taken
+            if not follows and source.take(text):
+                self._say(Content)
+            elif source.take(SPACE) or (follows and source.take(_SEPARATORS)):
+                pass  # said with what follows, if that is content
+            elif follows and (source.take(_LEFTOVERS) or (yield from self._closes(tools))):
+                source.taken()
+            elif (yield from tools.read_call(source, self._pieces, self.num_calls, follows)):
+                source.taken()
+                self.num_calls += 1
+                follows = True
+                if self._single_call:
+                    self.is_over = True
+                    return
+            else:
+                if source.num_taken == before:
+                    source.take(CHARACTER)
+                self._say(Content, BLANKS)
+                follows = False
+        if not follows:
+            self._say(Content)
+        source.taken()
+
+    def _closes(self, tools: ToolFormat) -> Reading[bool]:
+        return tools.closer is not None and (yield from self._source.skip(tools.closer))
+
+    def _read_thoughts(self, is_open: bool) -> Reading[None]:
+        """The think block, if the text begins with one or, where it is open, goes on with it."""
+        source, tools = self._source, self._tools
+        yield from source.all_of(SPACE)
+        if not (yield from source.skip(OPEN)) and not is_open:
+            return
+        firsts, beginning = CLOSE[0], beginning_of(CLOSE)
+        if tools is not None:
+            firsts, beginning = firsts + tools.first_characters, f"{beginning}|{tools.beginning}"
+        text = _text_run("\n", firsts, beginning)
+        yield from source.all_of(NEWLINES)
+        source.taken()
+        while (yield from source.more()):
+            before = source.num_taken
+            if source.take(text):
+                self._say(Reasoning)
+            elif source.take(NEWLINES):
+                pass  # said with what follows, if that is a thought
+            elif (yield from source.skip(CLOSE)):
+                yield from source.all_of(NEWLINES)
+                break
+            elif tools and (yield from self._read_last_calls(tools)):
+                break
+            else:
+                if source.num_taken == before:
+                    source.take(CHARACTER)
+                self._say(Reasoning, "\n")
+        source.taken()
+
+    def _read_last_calls(self, tools: ToolFormat) -> Reading[bool]:
+        """Calls in a think block, meant if the output ends with them; whether the block is over."""
+        source = self._source
+        calls: list[Piece] = []
+        count = 0
+        others: list[Piece] = [] if self._single_call else calls
+        while (yield from tools.read_call(source, others if count else calls, count, count > 0)):
+            count += 1
+            while (yield from source.more()) and (
+                source.take(SPACE)
+                or source.take(_SEPARATORS)
+                or source.take(_LEFTOVERS)
+                or (yield from self._closes(tools))
+            ):
+                pass
+        if count == 0:
+            return False
+        is_closed = yield from source.skip(CLOSE)
+        if is_closed:
+            yield from source.all_of(NEWLINES)
+        if not (yield from source.more()):
+            self._pieces += calls
+            self.num_calls = 1 if self._single_call else count
+            return True
+        if is_closed:
+            thought = source.taken().rpartition(CLOSE)[0]
+            self._pieces.append(Reasoning(thought.rstrip("\n")))
+        return is_closed
+
+
+def _text_run(blanks: str, firsts: str, beginning: str) -> re.Pattern[str]:
+    """Text up to where something else may begin, or blanks that may not be text.
+
+    Args:
+        firsts: the characters with which other things begin.
+        beginning: a regular expression for how they do.
+    """
+    firsts = re.escape(firsts)
+    text = rf"(?:[^{blanks}{firsts}]++|(?!{beginning})[{firsts}])++"
+    return re.compile(rf"(?:[{blanks}]*+{text})++")

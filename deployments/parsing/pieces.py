@@ -1,6 +1,8 @@
-"""What the parsers cut a text into, and the care that all of them take at its edges."""
+"""What the parsers cut a text into."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +32,18 @@ class Arguments:
     text: str
 
 
-Piece = Content | Reasoning | CallStart | Arguments
+TextPiece = Content | Reasoning | Arguments
+Piece = TextPiece | CallStart
 
 
-def split_at(text: str, mark: str) -> tuple[str, str | None]:
-    """(what certainly precedes the mark, what follows it): None while the mark is not there.
-
-    Without the mark, the first part is the text up to where the mark may have begun, so the caller
-    keeps the rest of it: `text[len(first):]`.
-    """
-    index = text.find(mark)
-    if index >= 0:
-        return text[:index], text[index + len(mark) :]
-    for length in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:length]):
-            return text[:-length], None
-    return text, None
-
-
-def may_become(text: str, mark: str) -> bool:
-    """Whether the text is a beginning of the mark, or nothing yet."""
-    return len(text) < len(mark) and mark.startswith(text)
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same with neighbours of one kind in one piece, and no empty ones."""
+    result: list[Piece] = []
+    for _, group in groupby(pieces, type):
+        neighbours = list(group)
+        texts = [piece for piece in neighbours if not isinstance(piece, CallStart)]
+        if not texts:
+            result += neighbours
+        elif text := "".join(piece.text for piece in texts):
+            result.append(replace(texts[0], text=text))
+    return result

@@ -1,6 +1,6 @@
 """Tokens to text as they come, and the search for stop strings in it."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import takewhile
 
 from tokenizers.decoders import DecodeStream
@@ -20,10 +20,20 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        shown_tokens: Container[int] = (),
     ) -> None:
+        """
+        Args:
+            shown_tokens: in the text though they are special.
+        """
         self._tokenizer = tokenizer.fast
         self._params = params
+        self._is_special = tokenizer.is_special
+        self._shown_tokens = shown_tokens
         self._stream = self._new_stream()
         self._undecoded: list[int] = []  # tokens since the stream last gave text
         self._unsaid = ""  # what the stream will repeat of a prompt that ends inside a character
@@ -67,9 +77,15 @@ class Detokenizer:
         return bool(self._held or self._undecoded)
 
     def _new_stream(self, *context: int) -> DecodeStream:
-        return DecodeStream(ids=list(context), skip_special_tokens=self._params.skip_special_tokens)
+        return DecodeStream(ids=list(context), skip_special_tokens=False)
+
+    def _is_shown(self, token: int) -> bool:
+        is_left_out = self._params.skip_special_tokens and self._is_special(token)
+        return not is_left_out or token in self._shown_tokens
 
     def _decode(self, token: int) -> str:
+        if not self._is_shown(token):
+            return ""
         self._undecoded.append(token)
         try:
             text = self._stream.step(self._tokenizer, token)
@@ -87,9 +103,7 @@ class Detokenizer:
 
     def _flush(self) -> str:
         """What is left undecoded, with replacement characters for what is incomplete."""
-        text = self._tokenizer.decode(
-            self._undecoded, skip_special_tokens=self._params.skip_special_tokens
-        )
+        text = self._tokenizer.decode(self._undecoded, skip_special_tokens=False)
         self._undecoded.clear()
         return text
 

@@ -21,7 +21,7 @@ from deployments.api.scope import scope
 from deployments.args import ServiceArgs
 from deployments.metrics import Metrics
 from deployments.routing import pack_hashes, short
-from engine.block_pool import BlockHasher
+from engine.schedule.block_pool import BlockHasher
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
 

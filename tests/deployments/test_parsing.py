@@ -2,21 +2,22 @@
 
 import itertools
 import json
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.parsing import (
+    FORMATS,
     Arguments,
     CallStart,
     Content,
     OutputParser,
     Piece,
     Reasoning,
-    ReasoningSplitter,
     reasoning_format,
     tool_format,
 )
@@ -54,12 +55,13 @@ def put_together(pieces: list[Piece]) -> Found:
     return found
 
 
-def parse(texts: list[str], tools: ToolParserName = "none", think: bool | None = None) -> Found:
-    chosen = tool_format(tools, None)
-    parser = OutputParser(
-        None if think is None else ReasoningSplitter(is_open=think),
-        chosen.parser() if chosen else None,
-    )
+def parse(
+    texts: list[str],
+    tools: ToolParserName = "none",
+    think: bool | None = None,
+    single: bool = False,
+) -> Found:
+    parser = OutputParser(think, tool_format(tools, None), single_call=single)
     pieces = [piece for text in texts for piece in parser.push(text, last=False)]
     return put_together(pieces + parser.push("", last=True))
 
@@ -73,32 +75,124 @@ def loaded(found: Found) -> list[list[Any]]:
     return [[name, json.loads(arguments)] for name, arguments in found.calls]
 
 
+STOP = '{"name": "stop", "arguments": {}}'
+UNKNOWN_KEY = '<tool_call>{"name": "w", "args": {}}</tool_call>'
+XML_CALL = """<tool_call>
+<function=weather>
+<parameter=city>
+Paris
+</parameter>
+</function>
+</tool_call>"""
+QUOTED_MARK = (
+    '{"name": "write", "arguments": {"text": "</tool_call> \\"[TOOL_CALLS]\\" <tool_call>{"}}'
+)
+LONGEST_NAME = json.dumps({"name": "n" * 64, "arguments": {}})
+TOO_LONG = "<tool_call>" + json.dumps({"name": "n" * 65, "arguments": {}}) + "</tool_call>"
+# What a text says -> its content, its calls.
 HERMES = {
     f"<tool_call>\n{PARIS}\n</tool_call>": ("", [PARIS]),
     f"Let me see.\n<tool_call>\n{PARIS}\n</tool_call>\n<tool_call>{OSLO}</tool_call>": (
         "Let me see.",
         [PARIS, OSLO],
     ),
+    f"One.\n\n<tool_call>{PARIS}</tool_call> Two. <tool_call>{OSLO}</tool_call>\n\nThree.\n": (
+        "One. Two.\n\nThree.\n",
+        [PARIS, OSLO],
+    ),
     "a < b <tool> and </tool_call>": ("a < b <tool> and </tool_call>", []),
-    '<tool_call>{"arguments": {"city": "Paris"}, "name": "weather"}</tool_call>': ("", [PARIS]),
-    "<tool_call>not json</tool_call>": ("<tool_call>not json</tool_call>", []),
-    '<tool_call>{"city": 1}</tool_call> end': ('<tool_call>{"city": 1}</tool_call> end', []),
     "Answer\n\nin lines \n": ("Answer\n\nin lines \n", []),
+    # Other keys, another order, other ways to say the arguments.
+    '<tool_call>{"arguments": {"city": "Paris"}, "name": "weather"}</tool_call>': ("", [PARIS]),
+    '<tool_call>{"id": 7, "name": "weather", "parameters": {"city": "Paris"}, "x": "}"}': (
+        "",
+        [PARIS],
+    ),
+    f'<tool_call>{{"type": "function", "function": {PARIS}, "id": "1"}}</tool_call>': ("", [PARIS]),
+    f"<tool_call>{LONGEST_NAME}</tool_call>": ("", [LONGEST_NAME]),
+    '<tool_call>{"name": "stop"}</tool_call>': ("", [STOP]),
+    '<tool_call>{"name": "stop", "arguments": null}</tool_call>': ("", [STOP]),
+    '<tool_call>{"name": "stop", "arguments": ""}</tool_call>': ("", [STOP]),
+    r'<tool_call>{"name": "weather", "arguments": "{\"city\": \"Paris\"}"}</tool_call>': (
+        "",
+        [PARIS],
+    ),
+    '<tool_call>{"name": "say", "arguments": "hello"}</tool_call>': (
+        "",
+        ['{"name": "say", "arguments": "hello"}'],
+    ),
+    f"<tool_call>{QUOTED_MARK}</tool_call>": ("", [QUOTED_MARK]),
+    # What is no call is content as it was written, and costs no other call.
+    "<tool_call>not json</tool_call>": ("<tool_call>not json</tool_call>", []),
+    "<tool_call> \n {  x } </tool_call> \n": ("<tool_call> \n {  x } </tool_call> \n", []),
+    '<tool_call>{"city": 1}</tool_call> end': ('<tool_call>{"city": 1}</tool_call> end', []),
+    f"{UNKNOWN_KEY}<tool_call>{STOP}</tool_call>": (UNKNOWN_KEY, [STOP]),
+    f"{TOO_LONG}<tool_call>{STOP}</tool_call>": (TOO_LONG, [STOP]),
+    f"{XML_CALL}\n<tool_call>{STOP}</tool_call>": (XML_CALL, [STOP]),
+    f"Write <tool_call> before a call.\n<tool_call>{STOP}</tool_call>": (
+        "Write <tool_call> before a call.",
+        [STOP],
+    ),
+    f'<tool_call>{{"name": <tool_call>{PARIS}</tool_call>': ('<tool_call>{"name":', [PARIS]),
+    '<tool_call>{"name": "f", "arguments": {broken}}</tool_call>': (
+        '<tool_call>{"name": "f", "arguments": {broken}}</tool_call>',
+        [],
+    ),
+    '<tool_call>{"name": "f", "arguments": {\'a\': 1}}</tool_call>': (
+        '<tool_call>{"name": "f", "arguments": {\'a\': 1}}</tool_call>',
+        [],
+    ),
+    # What a call has too much of is not said, and what it lacks costs no other call.
+    f"<tool_call><tool_call>\n{PARIS}</tool_call>\n</tool_call>": ("", [PARIS]),
+    f"<tool_call>{PARIS}}}}}</tool_call> ok": (" ok", [PARIS]),
+    f"<tool_call>{PARIS}\n{OSLO}</tool_call>": ("", [PARIS, OSLO]),
+    f"<tool_call>[{PARIS}, {OSLO}]</tool_call>": ("", [PARIS, OSLO]),
+    f"<tool_call>{PARIS[:-1]}</tool_call><tool_call>{OSLO}</tool_call>": ("", [PARIS, OSLO]),
+    f"<tool_call>{PARIS}<tool_call>{OSLO}": ("", [PARIS, OSLO]),
+    f"<tool_call>{PARIS} 17 degrees, or so": (" 17 degrees, or so", [PARIS]),
+    f"<tool_call>{PARIS}, and so on": (", and so on", [PARIS]),
 }
 LLAMA = {
     PARIS.replace("arguments", "parameters"): ("", [PARIS]),
     f"<|python_tag|>{PARIS}; {OSLO}": ("", [PARIS, OSLO]),
+    f"<|python_tag|>{PARIS}<|python_tag|>{OSLO}": ("", [PARIS, OSLO]),
+    f"{PARIS};\n{OSLO}\n": ("", [PARIS, OSLO]),
+    f"\n{PARIS} 17 degrees\n\nor so": (" 17 degrees\n\nor so", [PARIS]),
+    f"I look: {PARIS} Done {{see}}.": ("I look: Done {see}.", [PARIS]),
     '{"type": "function", "name": "weather", "parameters": {"city": "Paris"}}': ("", [PARIS]),
+    f'{{"name": "weather", "parameters": {{{PARIS}': (
+        '{"name": "weather", "parameters": {',
+        [PARIS],
+    ),
+    f"{PARIS}}}": ("", [PARIS]),
+    "<|python_tag|>print(1)": ("<|python_tag|>print(1)", []),
+    '<|python_tag|>{"name": "stop"}': ("", [STOP]),
+    '{"name": "stop"}': ('{"name": "stop"}', []),
     '{"answer": 42}': ('{"answer": 42}', []),
     '{"name": "Bob"} is an object': ('{"name": "Bob"} is an object', []),
+    '{"name": "f", "description": "A tool.", "parameters": {"type": "object"}}': (
+        '{"name": "f", "description": "A tool.", "parameters": {"type": "object"}}',
+        [],
+    ),
     "It is {sunny}.": ("It is {sunny}.", []),
+    "; \n{": ("; \n{", []),
     "<b>": ("<b>", []),
 }
 MISTRAL = {
     f"[TOOL_CALLS] [{PARIS}, {OSLO}]": ("", [PARIS, OSLO]),
+    f"[TOOL_CALLS]{PARIS}": ("", [PARIS]),
+    f"[TOOL_CALLS] [{PARIS}] [1, 2]": (" [1, 2]", [PARIS]),
     'Well. [TOOL_CALLS]weather[ARGS]{"city": "Paris"}': ("Well.", [PARIS]),
     '[TOOL_CALLS]weather{"city": "Paris"}[TOOL_CALLS]weather[CALL_ID]1[ARGS]'
     + json.dumps(json.loads(OSLO)["arguments"]): ("", [PARIS, OSLO]),
+    'The [TOOL_CALLS] token, then [TOOL_CALLS]weather{"city": "Paris"}': (
+        "The [TOOL_CALLS] token, then",
+        [PARIS],
+    ),
+    '[TOOL_CALLS]{"city": "Paris"}': ('[TOOL_CALLS]{"city": "Paris"}', []),
+    '[TOOL_CALLS] {"a": [1]} x': ('[TOOL_CALLS] {"a": [1]} x', []),
+    "[TOOL_CALLS][1, 2]": ("[TOOL_CALLS][1, 2]", []),
+    "[TOOL_CALLS]weather": ("[TOOL_CALLS]weather", []),
     "[1, 2] [TOOL": ("[1, 2] [TOOL", []),
 }
 CASES: list[tuple[ToolParserName, str, str, list[str]]] = [
@@ -122,14 +216,14 @@ def test_calls_and_content_come_apart_however_the_text_is_cut(
 def test_arguments_are_passed_on_as_they_come() -> None:
     chosen = tool_format("hermes", None)
     assert chosen is not None
-    parser = chosen.parser()
+    parser = OutputParser(None, chosen)
     start, first = parser.push('<tool_call>{"name": "f", "arguments": {"text": "on', False)
     assert isinstance(start, CallStart) and start.name == "f"
     assert first == Arguments(0, '{"text": "on')
     assert parser.push("ce ", False) == [Arguments(0, "ce ")]
     assert parser.push('upon"}', False) == [Arguments(0, 'upon"}')]
     assert parser.push("}", False) == []
-    assert parser.num_ended == 1
+    assert parser.num_calls == 1
 
 
 def test_a_call_cut_off_by_the_token_limit_keeps_what_it_had() -> None:
@@ -138,24 +232,166 @@ def test_a_call_cut_off_by_the_token_limit_keeps_what_it_had() -> None:
     assert parse(['<tool_call>{"name": "f'], "hermes").content == '<tool_call>{"name": "f'
 
 
+def test_a_call_whose_arguments_lack_an_end_costs_no_other_call() -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {{"a": [1</tool_call> <tool_call>{PARIS}'
+    found = parse([text], "hermes")
+    assert found.calls == [["f", '{"a": [1'], ["weather", '{"city": "Paris"}']]
+    assert found.content == ""
+    text = (
+        f'<tool_call>{{"name": "f", "arguments": {{"a": "5" pipe"}}}}</tool_call><tool_call>{PARIS}'
+    )
+    calls = parse([text], "hermes").calls
+    assert calls == [["f", '{"a": "5" pipe"}}'], ["weather", '{"city": "Paris"}']]
+    text = '[TOOL_CALLS]f{"a": [1, [2][TOOL_CALLS]weather{"city": "Paris"}'
+    assert parse([text], "mistral").calls == [
+        ["f", '{"a": [1, [2]'],
+        ["weather", '{"city": "Paris"}'],
+    ]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 12, 30, 40, 100])
+def test_of_a_forced_call_nothing_is_content(cut: int) -> None:
+    """Not the part of it that the prompt has, not what the token limit leaves of its name."""
+    parser = OutputParser(None, tool_format("hermes", None), forced_prefix="<tool_call>\n")
+    pieces = parser.push(PARIS[:cut], last=False) + parser.push("", last=True)
+    assert not any(isinstance(piece, Content) for piece in pieces)
+    arguments = PARIS[:-1][PARIS.index('{"city') : cut]
+    assert put_together(pieces).calls == ([["weather", arguments]] if arguments else [])
+
+
 def test_mistral_call_ids_are_what_its_templates_demand() -> None:
     (call_id,) = parse([f"[TOOL_CALLS][{PARIS}]"], "mistral").ids
     assert len(call_id) == 9 and call_id.isalnum()
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.sampled_from(["hermes", "llama3_json", "mistral"]),
-    st.text(alphabet='<>/tool_cal{}[]",:\\ nameTOOL_S;\n', max_size=60),
-    st.lists(st.integers(0, 60), max_size=5),
+FRAGMENTS = st.sampled_from(
+    [
+        *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+        *(
+            "<think>",
+            "</think>",
+            "<",
+            "<tool",
+            "[TOOL",
+            "weather",
+            " ",
+            "\n",
+            "\n\n",
+            " \t",
+            "é漢👋",
+        ),
+        *(
+            "{",
+            "}",
+            "[",
+            "]",
+            '"',
+            "\\",
+            '\\"',
+            ",",
+            ";",
+            ":",
+            "null",
+            "1",
+            "'",
+            "a word",
+            XML_CALL,
+        ),
+        *(
+            '"name"',
+            '"arguments": ',
+            '"parameters":',
+            '"function": {',
+            '"name": "f", "arguments": {',
+        ),
+        *(
+            '{"name": "f", "arguments": {"a": "5" pipe"}}',
+            '"5" pipe"',
+            '" :',
+            '{,"name":',
+            '{ "id": 1 "name": ',
+        ),
+        *(PARIS, OSLO, STOP, QUOTED_MARK, UNKNOWN_KEY, PARIS[:-1], PARIS[1:], PARIS[:20]),
+        *(f"<tool_call>{PARIS}</tool_call>", f"[TOOL_CALLS][{PARIS}]", '[TOOL_CALLS]f{"a": 1}'),
+    ]
 )
-def test_no_text_breaks_a_parser_and_cuts_change_nothing(
-    name: ToolParserName, text: str, cuts: list[int]
+TEXTS = st.lists(FRAGMENTS | st.text(max_size=3), max_size=12).map("".join)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(["none", "hermes", "llama3_json", "mistral"]),
+    think=st.sampled_from([None, False, True]),
+    single=st.booleans(),
+    text=TEXTS,
+    cuts=st.lists(st.integers(0, 200), max_size=8),
+)
+def test_what_is_found_does_not_depend_on_how_the_text_is_cut(
+    name: ToolParserName, think: bool | None, single: bool, text: str, cuts: list[int]
 ) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
-    whole, cut = parse([text], name), parse(pieces, name)
-    assert (whole.content, whole.calls) == (cut.content, cut.calls)
+    whole = parse([text], name, think, single)
+    for texts in (pieces, list(text)):
+        cut = parse(texts, name, think, single)
+        assert (cut.content, cut.reasoning, cut.calls) == (
+            whole.content,
+            whole.reasoning,
+            whole.calls,
+        )
+    if think is None and not whole.calls:
+        assert whole.content == text
+    assert not single or len(whole.calls) <= 1
+
+
+HEADS: list[tuple[ToolParserName, str, str]] = [
+    ("hermes", "<tool_call>", " "),
+    ("hermes", '<tool_call>{"name": "', "a"),
+    ("hermes", '<tool_call>{"name": "', "a "),
+    ("hermes", '<tool_call>{"id": "', "a "),
+    ("hermes", '<tool_call>{"arguments": {"a": "', "b "),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "', "b\\"),
+    ("hermes", '<tool_call>{"name": "f"', " "),
+    ("hermes", "", "<tool_call>"),
+    ("hermes", "", '<tool_call>{"id": "'),
+    ("hermes", "", "\n"),
+    ("llama3_json", '{"name": "', "abcd"),
+    ("llama3_json", '{"id": "', "abcd"),
+    ("llama3_json", "", '{"name'),
+    ("mistral", "[TOOL_CALLS]", "a"),
+    ("mistral", "[TOOL_CALLS][", "["),
+    ("mistral", "", "[TOOL_CALLS]a"),
+]
+
+
+@pytest.mark.parametrize(("name", "head", "more"), HEADS)
+@pytest.mark.parametrize("think", [None, True])
+def test_the_work_grows_with_the_text_alone(
+    name: ToolParserName, head: str, more: str, think: bool | None
+) -> None:
+    """However long what may become a call goes on: a piece is not looked at again with the next."""
+
+    def work(count: int) -> tuple[int, int]:
+        """(characters that the parser had before it, function calls) over so many pieces."""
+        parser = OutputParser(think, tool_format(name, None))
+        seen = calls = 0
+
+        def note(frame: object, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(note)
+        try:
+            for text in [head, *[more] * count]:
+                seen += parser.num_waiting + len(text)
+                parser.push(text, last=False)
+        finally:
+            sys.setprofile(None)
+        return seen, calls
+
+    (seen, calls), (twice_seen, twice_calls) = work(200), work(400)
+    assert twice_seen <= 2.2 * seen and twice_calls <= 2.2 * calls
+    assert seen <= 12 * (len(head) + 200 * len(more))
 
 
 THINK = {
@@ -165,6 +401,8 @@ THINK = {
     "<thin": ("", "<thin"),
     "<think>cut\n\noff\n": ("cut\n\noff", ""),
     "\n x": ("", "\n x"),
+    "\n": ("", "\n"),
+    "a <think>b</think>": ("", "a <think>b</think>"),
 }
 
 
@@ -180,16 +418,55 @@ def test_reasoning_that_the_prompt_opened_needs_no_tag() -> None:
     assert (found.reasoning, found.content) == ("hmm", "yes")
 
 
-def test_a_call_follows_reasoning() -> None:
-    text = f"<think>\nWeather? <tool_call>\n</think>\n\n<tool_call>\n{PARIS}\n</tool_call>"
-    for texts in ([text], list(text)):
+def test_a_block_may_be_opened_by_the_prompt_and_again_by_the_model() -> None:
+    found = parse(["<think>\nhmm\n</think>\n\nyes"], think=True)
+    assert (found.reasoning, found.content) == ("hmm", "yes")
+
+
+CALL = f"<tool_call>\n{PARIS}\n</tool_call>"
+THOUGHTFUL = {
+    f"<think>\nWeather? <tool_call>\n</think>\n\n{CALL}": ("Weather? <tool_call>", "", 1),
+    # Only thought of: something else follows.
+    f"<think>\nI could say {CALL}, but no.\n</think>\n\nNo.": (
+        f"I could say {CALL}, but no.",
+        "No.",
+        0,
+    ),
+    f"<think>\n{CALL}\n</think>\n\n{CALL}": (CALL, "", 1),
+    f"<think>\n{CALL}\n</think>\n\nNo.": (CALL, "No.", 0),
+    f"<think>\n{CALL}, or not": (f"{CALL}, or not", "", 0),
+    # Meant: the block was not closed before it, or at all.
+    f"<think>\nI look.\n{CALL}": ("I look.", "", 1),
+    f"<think>\nI look.\n{CALL}\n": ("I look.", "", 1),
+    f"<think>\nI look.\n{CALL}\n{CALL}": ("I look.", "", 2),
+    f"<think>\nI look.\n{CALL}\n</think>\n": ("I look.", "", 1),
+    f"<think>\nNot {CALL}. But:\n{CALL}": (f"Not {CALL}. But:", "", 1),
+}
+
+
+@pytest.mark.parametrize("text", THOUGHTFUL)
+def test_calls_in_a_think_block_are_meant_if_the_output_ends_with_them(text: str) -> None:
+    reasoning, content, count = THOUGHTFUL[text]
+    for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(1, len(text)))):
         found = parse(texts, "hermes", think=False)
-        assert found.reasoning == "Weather? <tool_call>"
-        assert found.content == ""
-        assert loaded(found) == [call(PARIS)]
+        assert (found.reasoning, found.content) == (reasoning, content)
+        assert loaded(found) == [call(PARIS)] * count
+    assert len(parse([text], "hermes", think=False, single=True).calls) == min(count, 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_behind_a_single_call_nothing_is_read(name: ToolParserName) -> None:
+    parser = OutputParser(None, tool_format(name, None), single_call=True)
+    text = f"Hm.{tool_format(name, None).opener}{PARIS}"  # type: ignore[union-attr]
+    assert not parser.is_over
+    found = put_together(parser.push(text + f" {OSLO} and so on", last=False))
+    assert parser.is_over and parser.num_calls == 1
+    assert (found.content, loaded(found)) == ("Hm.", [call(PARIS)])
+    assert parser.push("more", last=True) == []
 
 
 def test_formats_are_told_from_the_chat_template() -> None:
+    assert {"auto", "none", *FORMATS} == set(get_args(ToolParserName))
     demo = Tokenizer(DEMO_MODEL).chat_template
     chosen = tool_format("auto", demo)
     assert chosen is not None and chosen.name == "hermes"

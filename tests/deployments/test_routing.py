@@ -16,8 +16,7 @@ from deployments.routing import (
     pack_hashes,
     short,
 )
-from engine.schedule.block_pool import BlockHasher
-from engine.block_pool import BlockHasher, BlockPool
+from engine.schedule.block_pool import BlockHasher, BlockPool
 
 BLOCK = 16
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,6 +11,7 @@ from openai.types.chat import ChatCompletion
 
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
+from tests.deployments.scripted import ScriptedApi
 
 WEATHER = {
     "type": "function",
@@ -202,3 +204,91 @@ def test_what_makes_no_sense_is_refused(
 def test_a_model_without_tools_says_so(tiny: LocalServer) -> None:
     with tiny.client() as client, pytest.raises(openai.BadRequestError, match="tool_parser"):
         client.chat.completions.create(**ASK | {"model": "tiny"})
+
+
+# --- What a model says, word for word ---------------------------------------------------------
+
+CALL = '<tool_call>\n{"name": "set_timer", "arguments": {"minutes": 3}}\n</tool_call>'
+MARKS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+
+
+@pytest.fixture(params=[[], MARKS], ids=["text", "special"])
+def scripted(tmp_path: Path, request: pytest.FixtureRequest) -> ScriptedApi:
+    """Where the marks are text, and where they are special tokens, which texts are without."""
+    return ScriptedApi(tmp_path, request.param, tool_parser="hermes", reasoning_parser="think")
+
+
+def say(api: ScriptedApi, text: str, **options: Any) -> tuple[str, str, list[tuple[str, str]], str]:
+    """(content, reasoning, calls, finish reason) of what the model says, whole and streamed."""
+    api.says = text
+    answers = []
+    for stream in (False, True):
+        choice = asyncio.run(api.chat(tools=[WEATHER, TIMER], stream=stream, **options))
+        message = choice["message"]
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        answers.append(
+            (
+                message["content"] or "",
+                message.get("reasoning_content", ""),
+                [(call["name"], call["arguments"]) for call in calls],
+                choice["finish_reason"],
+            )
+        )
+    assert answers[0] == answers[1]
+    return answers[0]
+
+
+TIMER_CALL = ("set_timer", '{"minutes": 3}')
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning", "calls"),
+    [
+        ("Hello.\n", "Hello.\n", "", []),
+        (f"<think>\nHm.\n</think>\n\nYes.\n{CALL}", "Yes.", "Hm.", [TIMER_CALL]),
+        (f"<think>\nHm.\n{CALL}", "", "Hm.", [TIMER_CALL]),
+        (f"<tool_call>{CALL} 17 degrees", " 17 degrees", "", [TIMER_CALL]),
+        (f"A <tool_call> is:\n\n{CALL}\n{CALL}", "A <tool_call> is:", "", [TIMER_CALL] * 2),
+        ('<tool_call>{"name": "stop"}}</tool_call>', "", "", [("stop", "{}")]),
+    ],
+)
+def test_an_answer_comes_apart_streamed_or_not_and_whatever_its_marks_are(
+    scripted: ScriptedApi,
+    text: str,
+    content: str,
+    reasoning: str,
+    calls: list[tuple[str, str]],
+) -> None:
+    reason = "tool_calls" if calls else "stop"
+    assert say(scripted, text) == (content, reasoning, calls, reason)
+
+
+def test_marks_that_nobody_looks_for_are_left_out_as_other_special_tokens_are(
+    tmp_path: Path,
+) -> None:
+    api = ScriptedApi(tmp_path, MARKS, tool_parser="hermes", reasoning_parser="none")
+    api.says = "<think>a<tool_call>b"
+    assert asyncio.run(api.chat())["message"]["content"] == "ab"
+    choice = asyncio.run(api.chat(tools=[TIMER]))
+    assert choice["message"]["content"] == "a<tool_call>b"
+
+
+def test_the_engine_stops_after_the_only_call_that_is_allowed(scripted: ScriptedApi) -> None:
+    text = f"{CALL}\n{CALL} and so on" * 5
+    for stream in (False, True):
+        scripted.says = text
+        choice = asyncio.run(scripted.chat(tools=[TIMER], parallel_tool_calls=False, stream=stream))
+        assert choice["finish_reason"] == "tool_calls"
+        assert len(choice["message"]["tool_calls"]) == 1
+        assert scripted.num_made <= len(CALL)
+        assert scripted.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("tokens", "calls"), [(1, []), (12, []), (40, [("set_timer", '{"min')])])
+def test_a_forced_call_that_is_cut_says_nothing_else(
+    scripted: ScriptedApi, tokens: int, calls: list[tuple[str, str]]
+) -> None:
+    choice = {"type": "function", "function": {"name": "set_timer"}}
+    text = '{"name": "set_timer", "arguments": {"minutes": 3}}'
+    found = say(scripted, text, tool_choice=choice, max_tokens=tokens)
+    assert found == ("", "", calls, "length")

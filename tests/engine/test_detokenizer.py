@@ -77,6 +77,18 @@ def test_special_tokens_are_left_out_unless_asked_for() -> None:
     assert text_of(tokens, skip_special_tokens=False) == "a<eos>b<eos>"
 
 
+def test_special_tokens_that_somebody_reads_are_shown() -> None:
+    """The same text as if only the others had been left out, also where spaces depend on it."""
+    the = BYTE_FALLBACK.fast.token_to_id("▁the")
+    for tokenizer, tokens in (
+        (BYTE_LEVEL, [1, *byte_tokens("é"), 2]),
+        (BYTE_FALLBACK, [1, 2, the]),
+    ):
+        detokenizer = Detokenizer(tokenizer, PROMPT, SamplingParams(), shown_tokens={2})
+        text = "".join(detokenizer.push([token], last=False) for token in tokens)
+        assert text == tokenizer.decode(tokens[1:], skip_special_tokens=False)
+
+
 def test_ids_beyond_the_tokenizer_are_no_text() -> None:
     assert text_of([*byte_tokens("a"), NUM_TOKENS, *byte_tokens("b"), NUM_TOKENS + 9]) == "ab"
 

@@ -1,0 +1,31 @@
+"""[TOOL_CALLS] and a JSON array of calls, or, in newer models, name[ARGS]{…} for each call."""
+
+import secrets
+import string
+
+from deployments.parsing.json_call import MAX_NAME, WORD, CallReader
+from deployments.parsing.source import SPACE, Reading, Source
+from deployments.parsing.tool_format import ToolFormat
+
+
+class Mistral(ToolFormat):
+    name = "mistral"
+    trace = "[TOOL_CALLS]"
+    opener = "[TOOL_CALLS]"
+    inner_marks = ("[CALL_ID]", "[ARGS]")
+    prefix = "[TOOL_CALLS]"
+    is_array = True
+
+    def new_id(self) -> str:
+        letters = string.ascii_letters + string.digits  # its chat templates insist on nine of these
+        return "".join(secrets.choice(letters) for _ in range(9))
+
+    def read_marked(self, source: Source, reader: CallReader) -> Reading[None]:
+        if (yield from source.sees("[", "{")):
+            yield from super().read_marked(source, reader)
+        elif name := (yield from source.all_of(WORD, MAX_NAME)):
+            if (yield from source.skip("[CALL_ID]")):
+                yield from source.all_of(WORD, MAX_NAME)
+            yield from source.skip("[ARGS]")
+            yield from source.all_of(SPACE)
+            yield from reader.read_arguments(name)

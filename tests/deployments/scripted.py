@@ -1,0 +1,89 @@
+"""The API before an engine that says what a test has told it to, one token a step."""
+
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from deployments.api import build_api
+from deployments.args import AppArgs
+from deployments.front import Front
+from deployments.request_record import RequestOptions, RequestRecord
+from engine.sampling_params import SamplingParams
+from engine.schedule.request import RequestLimits
+from engine.schedule.step import TokenDelta
+from tests.engine.small_tokenizer import byte_level
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+EOS = 2
+
+
+class ScriptedApi:
+    """Every request is answered with `says`, and the end of sequence."""
+
+    def __init__(self, directory: Path, special_tokens: list[str], **args: Any) -> None:
+        """
+        Args:
+            directory: an empty one, for the tokenizer.
+        """
+        tokenizer = byte_level()
+        tokenizer.add_special_tokens(special_tokens)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "chat_template.jinja").write_text(TEMPLATE)
+        self.says = ""
+        self.num_made = 0  # tokens of the last request that the engine has made
+        self.finish_reason: str | None = None  # on the last request's record
+        self._front = Front(AppArgs(model=str(directory), **args))
+        self._front.client.limits = RequestLimits(1000, 2000, 1000, 16)
+        self._front.client.generate = self._generate  # type: ignore[method-assign]
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(build_api(self._front)), base_url="http://test"
+        )
+
+    async def _generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        options: RequestOptions,
+        record: RequestRecord,
+    ) -> AsyncGenerator[TokenDelta]:
+        tokens = [*self._front.tokenizer.encode(self.says), EOS][: params.max_tokens]
+        self.num_made = 0
+        step = 1 if options.stream else len(tokens)
+        try:
+            for start in range(0, len(tokens), step):
+                self.num_made += step
+                if self.num_made == len(tokens):
+                    record.finish_reason = "stop" if tokens[-1] == EOS else "length"
+                yield TokenDelta("0", tokens[start : start + step], record.finish_reason)
+        finally:
+            self.finish_reason = record.finish_reason
+
+    async def chat(self, **options: Any) -> dict[str, Any]:
+        """The one choice of an answer, whole, or put together if it is streamed."""
+        messages = [{"role": "user", "content": "hi"}]
+        answer = await self.http.post(
+            "/v1/chat/completions", json={"messages": messages, "temperature": 0} | options
+        )
+        assert answer.status_code == 200, answer.text
+        if not options.get("stream"):
+            (choice,) = answer.json()["choices"]
+            return dict(choice)
+        message: dict[str, Any] = {"content": ""}
+        for line in filter(None, answer.text.splitlines()):
+            if line == "data: [DONE]":
+                break
+            (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+            delta = choice["delta"]
+            for name in delta.keys() & {"content", "reasoning_content"}:
+                message[name] = message.get(name, "") + delta[name]
+            for call in delta.get("tool_calls", ()):
+                calls = message.setdefault("tool_calls", [])
+                if "id" in call:
+                    calls.append(call)
+                else:
+                    calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        return dict(choice) | {"message": message}
