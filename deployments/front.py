@@ -13,6 +13,7 @@ from deployments.parsing import reasoning_format, tool_format
 from deployments.request_record import RequestOptions, RequestRecord
 from engine import checkpoint
 from engine.detokenizer import Detokenizer
+from engine.generation_config import eos_token_ids, sampling_defaults
 from engine.sampling_params import SamplingParams
 from engine.step import TokenLogprobs
 from engine.tokenizer import Tokenizer
@@ -39,11 +40,11 @@ class Front:
         directory = checkpoint.resolve(args.model, args.revision)
         self.model_name = args.model_name
         self.tokenizer = Tokenizer(directory)
-        self.sampling_defaults = checkpoint.sampling_defaults(directory)
+        self.sampling_defaults = sampling_defaults(directory)
         self.tool_format = tool_format(args.tool_parser, self.tokenizer.chat_template)
         self.has_reasoning = reasoning_format(args.reasoning_parser, self.tokenizer.chat_template)
         self.end_texts = tuple(
-            filter(None, map(self.tokenizer.fast.id_to_token, checkpoint.eos_token_ids(directory)))
+            filter(None, map(self.tokenizer.fast.id_to_token, eos_token_ids(directory)))
         )
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engine import checkpoint
 from engine.config import EngineConfig
 from engine.decoder_config import DecoderConfig
+from engine.generation_config import eos_token_ids
 from engine.group import Follower, GroupAddress, Leader
 from engine.model_runner import ModelRunner, select_device
 from engine.parallel import TensorParallel
@@ -57,8 +58,8 @@ def load_runner(
             f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "
             f"be at most {model_config.max_position}"
         )
-    eos_token_ids = checkpoint.eos_token_ids(directory)
-    return ModelRunner(config, model_config, directory, eos_token_ids, parallel, show_progress)
+    eos = eos_token_ids(directory)
+    return ModelRunner(config, model_config, directory, eos, parallel, show_progress)
 
 
 def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:

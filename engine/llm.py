@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer
 from engine.engine import Engine
 from engine.follower import spawn_followers
+from engine.generation_config import sampling_defaults
 from engine.group import Leader
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from engine.request import Request
@@ -68,7 +69,7 @@ class LLM:
         self.tokenizer: Tokenizer | None = None  # dummy weights may come without one
         if self.config.load_format != "dummy" or (directory / "tokenizer.json").exists():
             self.tokenizer = Tokenizer(directory)
-        self._default_params = SamplingParams(**checkpoint.sampling_defaults(directory))
+        self._default_params = SamplingParams(**sampling_defaults(directory))
         self._seeds = random.Random(self.config.seed)
         self._next_id = 0
 

@@ -196,14 +196,14 @@ class ChatCompletionRequest(GenerationRequest):
             **self.chat_template_kwargs,
         }
 
+    def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        return super().sampling_params({"max_tokens": None} | defaults)
+
     def translated(self) -> dict[str, Any]:
-        longest = self.max_completion_tokens
-        if longest is None:
-            longest = self.max_tokens if "max_tokens" in self.model_fields_set else None
-        return {
-            "max_tokens": longest,
-            "logprobs": self.top_logprobs if self.logprobs else None,
-        }
+        values: dict[str, Any] = {"logprobs": self.top_logprobs if self.logprobs else None}
+        if self.max_completion_tokens is not None:
+            values["max_tokens"] = self.max_completion_tokens
+        return values
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
