@@ -41,8 +41,9 @@ class Front:
         self.model_name = args.model_name
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
-        self.tool_format = tool_format(args.tool_parser, self.tokenizer.chat_template)
-        self.has_reasoning = reasoning_format(args.reasoning_parser, self.tokenizer.chat_template)
+        templates = self.tokenizer.chat_templates
+        self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
+        self.has_reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.end_texts = tuple(
             filter(None, map(self.tokenizer.fast.id_to_token, eos_token_ids(directory)))
         )

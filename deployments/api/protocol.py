@@ -5,29 +5,14 @@ from typing import Annotated, Any
 import msgpack
 from pydantic import AfterValidator, Field, model_validator
 
-from deployments.api.messages import Message
 from deployments.api.structured import FormFields
-from deployments.api.tools import NamedTool, Tool, ToolChoice
+from deployments.api.tools import NamedTool, ToolChoice
+from engine.chat_template import check_variables
+from engine.messages import Message, Tool
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.strict import StrictModel
 
-# What the template's renderer and its callers take themselves.
-_NOT_VARIABLES = frozenset(
-    (
-        *("self", "messages", "conversations", "tools", "documents", "chat_template", "max_len"),
-        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-    )
-)
-
-
-def _only_variables(value: dict[str, Any]) -> dict[str, Any]:
-    for name in value:
-        if name in _NOT_VARIABLES or not name.isidentifier():
-            raise ValueError(f"{name!r} is not a variable of the template that can be set here")
-    return value
-
-
-TemplateVariables = Annotated[dict[str, Any], AfterValidator(_only_variables)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
 
 class ModelRequest(StrictModel):
@@ -160,14 +145,6 @@ class ChatCompletionRequest(GenerationRequest):
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only allowed when logprobs is true")
-        return self
-
-    @model_validator(mode="after")
-    def _one_way_to_go_on(self) -> "ChatCompletionRequest":
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
-                "continue_final_message: set add_generation_prompt to false to continue a message"
-            )
         return self
 
     @model_validator(mode="after")

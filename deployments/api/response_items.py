@@ -4,8 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from deployments.api.messages import CalledFunction, Message, TextPart, ToolCall
-from deployments.api.tools import FunctionName
+from engine.messages import CalledFunction, FunctionName, Message, TextPart, ToolCall
 from engine.strict import StrictModel
 
 
