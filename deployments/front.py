@@ -12,6 +12,7 @@ from deployments.engine_client import EngineClient, EngineUnavailableError
 from deployments.parsing import reasoning_format, tool_format
 from deployments.request_record import RequestOptions, RequestRecord
 from engine import checkpoint
+from engine.generation_config import sampling_defaults
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import TokenLogprobs
 from engine.text.detokenizer import Detokenizer
@@ -43,9 +44,10 @@ class Front:
         directory = checkpoint.resolve(args.model, args.revision)
         self.model_name = args.model_name
         self.tokenizer = Tokenizer(directory)
-        self.sampling_defaults = checkpoint.sampling_defaults(directory)
-        self.tool_format = tool_format(args.tool_parser, self.tokenizer.chat_template)
-        self.has_reasoning = reasoning_format(args.reasoning_parser, self.tokenizer.chat_template)
+        self.sampling_defaults = sampling_defaults(directory)
+        templates = self.tokenizer.chat_templates
+        self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
+        self.has_reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)
         # What is to be seen of every replica of this model; a replica among several asks them all.

@@ -55,19 +55,22 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def eos_token_ids(directory: Path) -> frozenset[int]:
-    """Tokens that end an output: generation_config.json's if it says, else config.json's."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(directory, name).get("eos_token_id")
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+def tokenizer_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and the special_tokens_map.json that goes with old ones."""
+    config = read_json(directory, "tokenizer_config.json")
+    if "added_tokens_decoder" in config:
+        return config
+    return config | read_json(directory, "special_tokens_map.json")
 
 
-def sampling_defaults(directory: Path) -> dict[str, Any]:
-    """The sampling parameters that the model's authors recommend, from generation_config.json."""
-    recommended = read_json(directory, "generation_config.json")
-    if recommended.get("do_sample") is False:  # said outright, not left out
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    return {name: recommended[name] for name in names if recommended.get(name) is not None}
+def special_tokens(directory: Path) -> dict[str, str]:
+    """Texts of the tokenizer's special tokens that have a name, as bos_token."""
+    config = tokenizer_config(directory)
+    extra = config.get("extra_special_tokens")
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    return {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in named.items()
+        if isinstance(token, (str, dict))
+    }

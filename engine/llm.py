@@ -11,13 +11,16 @@ from tqdm import tqdm
 from engine import checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.generation_config import sampling_defaults
 from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from engine.ranks.group import Leader
 from engine.runner.follower import spawn_followers
 from engine.sampling_params import MAX_SEED, SamplingParams
 from engine.schedule.request import Request
 from engine.schedule.step import TokenDelta, TokenLogprobs
+from engine.text.chat_template import check_variables
 from engine.text.detokenizer import Detokenizer
+from engine.text.messages import for_template
 from engine.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -69,7 +72,7 @@ class LLM:
         self.tokenizer: Tokenizer | None = None  # dummy weights may come without one
         if self.config.load_format != "dummy" or (directory / "tokenizer.json").exists():
             self.tokenizer = Tokenizer(directory)
-        self._default_params = SamplingParams(**checkpoint.sampling_defaults(directory))
+        self._default_params = SamplingParams(**sampling_defaults(directory))
         self._seeds = random.Random(self.config.seed)
         self._next_id = 0
 
@@ -126,20 +129,25 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or many, through the chat template."""
+        """Answer one conversation (a list of messages) or many, through the chat template.
+
+        Messages and tools are as in the OpenAI API; raises ValueError for what is not.
+        """
         conversations: Sequence[Any] = messages
         if messages and isinstance(messages[0], Mapping):
             conversations = [messages]
-        prompts = [
-            self.get_tokenizer().encode_chat(
-                conversation,
-                tools=tools,
+        variables = check_variables(dict(chat_template_kwargs or {}))
+        prompts = []
+        for conversation in conversations:
+            given, offered = for_template(conversation, tools)
+            tokens = self.get_tokenizer().encode_chat(
+                given,
+                tools=offered,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
-            for conversation in conversations
-        ]
+            prompts.append(tokens)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Prompted:

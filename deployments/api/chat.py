@@ -19,9 +19,9 @@ from deployments.api.common import (
     check_queue,
     request_options,
     sampling_params,
+    template_error,
     usage,
 )
-from deployments.api.errors import ApiError
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.messages import AnswerParser
 from deployments.api.protocol import ChatCompletionRequest
@@ -181,7 +181,7 @@ async def _encode(
             **request.template_options(),
         )
     except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
+        raise template_error(error) from error
 
 
 def _beginning(front: Front, prompt: list[int], forced: ForcedCall | None) -> list[int]:

@@ -38,6 +38,13 @@ def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param:
         raise ApiError(400, str(error), param, "context_length_exceeded") from error
 
 
+def template_error(error: ValueError) -> ApiError:
+    """400 for what the chat template does not take."""
+    field = str(error).partition(":")[0]
+    named = field in ("tools", "continue_final_message")
+    return ApiError(400, str(error), field if named else "messages")
+
+
 def check_messages(messages: Sequence[Any]) -> None:
     """400 for a longer conversation than this server takes."""
     limit = scope().service.max_messages

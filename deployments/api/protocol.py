@@ -5,29 +5,14 @@ from typing import Annotated, Any
 import msgpack
 from pydantic import AfterValidator, Field, model_validator
 
-from deployments.api.messages import Message
 from deployments.api.structured import FormFields
-from deployments.api.tools import NamedTool, Tool, ToolChoice
+from deployments.api.tools import NamedTool, ToolChoice
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.strict import StrictModel
+from engine.text.chat_template import check_variables
+from engine.text.messages import Message, Tool
 
-# What the template's renderer and its callers take themselves.
-_NOT_VARIABLES = frozenset(
-    (
-        *("self", "messages", "conversations", "tools", "documents", "chat_template", "max_len"),
-        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-    )
-)
-
-
-def _only_variables(value: dict[str, Any]) -> dict[str, Any]:
-    for name in value:
-        if name in _NOT_VARIABLES or not name.isidentifier():
-            raise ValueError(f"{name!r} is not a variable of the template that can be set here")
-    return value
-
-
-TemplateVariables = Annotated[dict[str, Any], AfterValidator(_only_variables)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
 
 class ModelRequest(StrictModel):
@@ -163,14 +148,6 @@ class ChatCompletionRequest(GenerationRequest):
         return self
 
     @model_validator(mode="after")
-    def _one_way_to_go_on(self) -> "ChatCompletionRequest":
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError(
-                "continue_final_message: set add_generation_prompt to false to continue a message"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _choice_among_tools(self) -> "ChatCompletionRequest":
         if self.tool_choice in ("auto", "required") or isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools]
@@ -196,14 +173,14 @@ class ChatCompletionRequest(GenerationRequest):
             **self.chat_template_kwargs,
         }
 
+    def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        return super().sampling_params({"max_tokens": None} | defaults)
+
     def translated(self) -> dict[str, Any]:
-        longest = self.max_completion_tokens
-        if longest is None:
-            longest = self.max_tokens if "max_tokens" in self.model_fields_set else None
-        return {
-            "max_tokens": longest,
-            "logprobs": self.top_logprobs if self.logprobs else None,
-        }
+        values: dict[str, Any] = {"logprobs": self.top_logprobs if self.logprobs else None}
+        if self.max_completion_tokens is not None:
+            values["max_tokens"] = self.max_completion_tokens
+        return values
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]

@@ -4,9 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from deployments.api.messages import CalledFunction, Message, TextPart, ToolCall
-from deployments.api.tools import FunctionName
 from engine.strict import StrictModel
+from engine.text.messages import CalledFunction, FunctionName, Message, TextPart, ToolCall
 
 
 class _Item(StrictModel):

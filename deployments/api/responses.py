@@ -14,16 +14,16 @@ from deployments.api import answers
 from deployments.api.answers import documented
 from deployments.api.chat import Chat, read
 from deployments.api.errors import report, validation_error
-from deployments.api.messages import Message
 from deployments.api.protocol import ChatCompletionRequest, ServedRequest, TemplateVariables
 from deployments.api.response_items import InputItem, to_messages
 from deployments.api.response_output import ResponseOutput
 from deployments.api.streaming import begun, event_stream, named_event
 from deployments.api.structured import JsonObjectFormat, NamedSchema, TextFormat
-from deployments.api.tools import Function, FunctionName, NamedTool, Tool
+from deployments.api.tools import NamedTool
 from deployments.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
 from engine.strict import StrictModel, explain
+from engine.text.messages import Function, FunctionName, Message, Tool
 
 
 class FunctionTool(Function):

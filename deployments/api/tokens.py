@@ -7,13 +7,12 @@ from pydantic import Field, model_validator
 
 from deployments.api import answers
 from deployments.api.answers import documented
-from deployments.api.common import check_messages, check_model
+from deployments.api.common import check_messages, check_model, template_error
 from deployments.api.errors import ApiError
-from deployments.api.messages import Message
 from deployments.api.protocol import ModelRequest, TemplateVariables
-from deployments.api.tools import Tool
 from deployments.front import Front
 from engine.sampling_params import TokenId
+from engine.text.messages import Message, Tool
 
 
 class TokenizeRequest(ModelRequest):
@@ -95,4 +94,4 @@ async def _encode_chat(front: Front, request: TokenizeRequest) -> list[int]:
             **request.chat_template_kwargs,
         )
     except ValueError as error:
-        raise ApiError(400, str(error), "messages") from error
+        raise template_error(error) from error

@@ -1,9 +1,9 @@
 """Tools in the chat API: what may be declared, and what a request's choice asks of the model."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from deployments.api.errors import ApiError
 from deployments.front import Front
@@ -11,29 +11,7 @@ from deployments.parsing import FORMATS, ToolFormat
 from engine.sampling_params import SamplingParams
 from engine.strict import StrictModel, explain
 from engine.structured_outputs import StructuredOutputs
-
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-class Function(StrictModel):
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = Field(
-        None, description="JSON schema of the arguments; default: there are none."
-    )
-    strict: bool | None = Field(
-        None, description="Taken for its name: forced calls are always strict, others never."
-    )
-
-
-class Tool(StrictModel):
-    type: Literal["function"] = "function"
-    function: Function
-
-    def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: nothing that was not said."""
-        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
-        return {"type": "function", "function": function}
+from engine.text.messages import FunctionName, Tool
 
 
 class FunctionReference(StrictModel):

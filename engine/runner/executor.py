@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engine import checkpoint
 from engine.config import EngineConfig
 from engine.device.select import select_device
+from engine.generation_config import eos_token_ids
 from engine.models.registry import read_config
 from engine.ranks.group import Follower, GroupAddress, Leader
 from engine.ranks.parallel import TensorParallel
@@ -67,8 +68,8 @@ def load_runner(
             f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "
             f"be at most {model_config.max_position}"
         )
-    eos_token_ids = checkpoint.eos_token_ids(directory)
-    return ModelRunner(config, model_config, directory, eos_token_ids, parallel, show_progress)
+    eos = eos_token_ids(directory)
+    return ModelRunner(config, model_config, directory, eos, parallel, show_progress)
 
 
 def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:

@@ -1,7 +1,7 @@
 """Text to tokens and back, without importing torch.
 
 transformers' AutoTokenizer would pull torch into the serving front, so this uses the library
-beneath it, `tokenizers`, and transformers' own renderer for chat templates.
+beneath it, `tokenizers`.
 """
 
 import re
@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint import CheckpointError, special_tokens, tokenizer_config
+from engine.text.chat_template import ChatTemplates
 
 
 class _Pieces:
@@ -54,8 +55,26 @@ def _byte_letters() -> dict[str, int]:
 _BYTES = _byte_letters()
 
 
+def _declared_tokens(config: dict[str, Any], named: dict[str, str]) -> list[AddedToken]:
+    """Tokens that only the tokenizer's configuration has, in the order in which they are added."""
+    listed = config.get("added_tokens_decoder", {})
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = [*named.values(), *(extra if isinstance(extra, list) else ())]
+    fields = [listed[i] for i in sorted(listed, key=int)]
+    fields += [{"special": True} | (t if isinstance(t, dict) else {"content": t}) for t in special]
+    return [AddedToken(**{name: f[name] for name in f if name != "__type"}) for f in fields]
+
+
+def _check_size(num_characters: int, max_len: int | None, longest_token: int) -> None:
+    if max_len is not None and num_characters > max_len * longest_token:
+        raise ValueError(
+            f"the prompt has {num_characters} characters, more than fit a window of {max_len} "
+            "tokens"
+        )
+
+
 class Tokenizer:
-    """The tokenizer and chat template of a checkpoint directory."""
+    """The tokenizer and chat templates of a checkpoint directory."""
 
     def __init__(self, directory: Path) -> None:
         path = directory / "tokenizer.json"
@@ -67,23 +86,16 @@ class Tokenizer:
         self.fast = FastTokenizer.from_file(str(path))
         self.fast.no_truncation()
         self.fast.no_padding()
-        config = read_json(directory, "tokenizer_config.json")
-        self._special = {
-            str(name): token["content"] if isinstance(token, dict) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, (str, dict))
-        }
+        config = tokenizer_config(directory)
+        named = special_tokens(directory)
+        self.fast.add_tokens(_declared_tokens(config, named))
         self._pieces = _Pieces(self.fast)
-        template_file = directory / "chat_template.jinja"
-        template = (
-            template_file.read_text(encoding="utf-8")
-            if template_file.exists()
-            else config.get("chat_template")
-        )
-        if isinstance(template, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        self.chat_template: str | None = template
+        added = self.fast.get_added_tokens_decoder().values()
+        self.chat_templates = ChatTemplates(directory, config, named, added)
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.chat_templates.source()
 
     @cached_property
     def longest_token(self) -> int:
@@ -98,10 +110,7 @@ class Tokenizer:
         Raises ValueError for a text so long that it must be more than `max_len` tokens, before time
         is spent on it.
         """
-        if max_len is not None and len(text) > max_len * self.longest_token:
-            raise ValueError(
-                f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
-            )
+        _check_size(len(text), max_len, self.longest_token)
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -134,41 +143,31 @@ class Tokenizer:
                 sequences.append(spaced)
         return [tokens for tokens in sequences if tokens]
 
-    def render_chat(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        **template_kwargs: Any,
-    ) -> str:
-        """Messages as the prompt text that the checkpoint's template makes of them.
-
-        Raises ValueError when there is no template or it refuses the messages.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options: dict[str, Any] = self._special | template_kwargs
-        if self.chat_template is None:
-            raise ValueError(
-                "this model has no chat template; send a text prompt to completions instead"
-            )
-        try:
-            rendered, _ = render_jinja_template(
-                [list(messages)],
-                tools=list(tools) if tools else None,
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **options,
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, RecursionError) as error:
-            raise ValueError(f"the chat template refused the messages: {error}") from error
-        return str(rendered[0])
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self.encode("\n", add_special_tokens=False)
 
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], max_len: int | None = None, **options: Any
     ) -> list[int]:
-        """Token ids of a chat; options as for `render_chat`. The template writes its own BOS."""
-        text = self.render_chat(messages, **options)
-        return self.encode(text, add_special_tokens=False, max_len=max_len)
+        """Token ids of a chat; options as for `ChatTemplates.render`. Templates write their BOS.
+
+        What the messages say is text, also where it reads like a special token.
+        """
+        pieces = self.chat_templates.render(messages, **options)
+        _check_size(sum(map(len, pieces)), max_len, self.longest_token)
+        ids = self.encode(pieces[0], add_special_tokens=False)
+        for piece in pieces[1:]:
+            ids += self._encode_further(piece)
+        return ids
+
+    def _encode_further(self, text: str) -> list[int]:
+        """Token ids of a text that others precede: no space comes before its first word.
+
+        As transformers has it: behind a newline, which is then taken away.
+        """
+        ids = self.encode("\n" + text, add_special_tokens=False)
+        size = len(self._newline)
+        if ids[:size] == self._newline:
+            return ids[size:]
+        return self.encode(text, add_special_tokens=False)

@@ -1,5 +1,6 @@
 """Sampling parameters over HTTP, with the real `openai` client: each changes what comes back."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -135,6 +136,29 @@ def test_allowed_and_bad_words(api: InProcessApi) -> None:
     assert word not in complete(api, extra_body={"bad_words": [word]}).choices[0].text
     tokens = {"bad_words_token_ids": [[token(api, word[0]), token(api, word[1])]]}
     assert word not in complete(api, extra_body=tokens).choices[0].text
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_checkpoints_recommendations_are_the_defaults(
+    api: InProcessApi, model: Path, tmp_path: Path, path: str
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    recommended = {"do_sample": False, "repetition_penalty": 1.9, "max_new_tokens": 7}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(recommended))
+    body = {"ignore_eos": True, "prompt": PROMPT}
+    if "chat" in path:
+        body = {"ignore_eos": True, "messages": MESSAGES}
+    asked = {"temperature": 0, "repetition_penalty": 1.9, "max_tokens": 7}
+    expected = api.post(path, **body | asked).json()
+    assert expected["usage"]["completion_tokens"] == 7
+    assert (
+        api.post(path, **body | asked | {"repetition_penalty": 1}).json()["choices"]
+        != (expected["choices"])
+    )
+    with serve_in_process(str(tmp_path / "model")) as recommending:
+        assert recommending.post(path, **body).json()["choices"] == expected["choices"]
+        longer = recommending.post(path, **body, max_tokens=9).json()
+        assert longer["usage"]["completion_tokens"] == 9
 
 
 # --- n and best_of ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, eos_token_ids, resolve, sampling_defaults
+from engine.checkpoint import CheckpointError, resolve
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM
@@ -264,17 +264,6 @@ def test_window_longer_than_the_models_is_refused(checkpoints: CheckpointFactory
     config = EngineConfig(model=str(checkpoints("qwen3")), max_model_len=513)
     with pytest.raises(ValueError, match=r"max_model_len \(513\).*at most 512"):
         Engine(config)
-
-
-def test_generation_config_is_preferred_for_eos_and_sampling(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
-    assert eos_token_ids(tmp_path) == {2}
-    assert sampling_defaults(tmp_path) == {}
-    (tmp_path / "generation_config.json").write_text(
-        '{"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "top_p": null, "max_length": 9}'
-    )
-    assert eos_token_ids(tmp_path) == {5, 6}
-    assert sampling_defaults(tmp_path) == {"temperature": 0.6, "top_k": 20}
 
 
 def test_dummy_weights_are_finite_and_the_same_for_one_seed(

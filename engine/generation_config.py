@@ -1,0 +1,96 @@
+"""How a checkpoint wants to generate: what ends an output, and which sampling is recommended."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.checkpoint import CheckpointError, read_json, special_tokens
+from engine.sampling_params import SamplingParams
+from engine.strict import explain
+
+logger = logging.getLogger(__name__)
+
+# The names in generation_config.json of what we have too, and ours.
+_OBEYED = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+}
+# What else would make transformers' `generate` write another text. Neutral are null, 0 and 1.
+_NOT_OBEYED = frozenset(
+    (
+        *("min_length", "min_new_tokens", "max_time", "stop_strings", "num_return_sequences"),
+        *("num_beams", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"),
+        *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "dola_layers"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty"),
+        *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
+        *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+        *("guidance_scale", "token_healing", "watermarking_config"),
+    )
+)
+
+
+def eos_token_ids(directory: Path) -> frozenset[int]:
+    """Tokens that end an output: those of both configs and the tokenizer's, as in vLLM.
+
+    Where none of them names one, any special token does: it is no text.
+    """
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        ids = read_json(directory, name).get("eos_token_id")
+        found |= {ids} if isinstance(ids, int) else set(ids or ())
+    named = special_tokens(directory).get("eos_token")
+    if named is not None or not found:
+        ids_by_text, special = _tokens(directory)
+        found |= {ids_by_text[named]} if named in ids_by_text else set()
+        found = found or special
+    return frozenset(found)
+
+
+def _tokens(directory: Path) -> tuple[dict[str, int], set[int]]:
+    """(ids by text, ids of special tokens), from the files: a tokenizer takes long to load."""
+    ids: dict[str, int] = {}
+    added = read_json(directory, "tokenizer_config.json").get("added_tokens_decoder")
+    if added is None:
+        content = read_json(directory, "tokenizer.json")
+        added = {token["id"]: token for token in content.get("added_tokens", ())}
+        vocab = content.get("model", {}).get("vocab")
+        ids |= vocab if isinstance(vocab, dict) else {}
+    ids |= {token["content"]: int(i) for i, token in added.items()}
+    return ids, {int(i) for i, token in added.items() if token.get("special")}
+
+
+def sampling_defaults(directory: Path) -> dict[str, Any]:
+    """The sampling parameters that the model's authors recommend.
+
+    What they recommend and we lack is named in the log. Raises CheckpointError for a value that
+    cannot be.
+    """
+    recommended = {
+        name: value
+        for name, value in read_json(directory, "generation_config.json").items()
+        if value is not None
+    }
+    defaults = {ours: recommended[name] for name, ours in _OBEYED.items() if name in recommended}
+    if recommended.get("do_sample") is False:  # said outright, not left out
+        for name in ("top_k", "top_p", "min_p"):
+            defaults.pop(name, None)
+        defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)
+    except ValidationError as error:
+        faults = "; ".join(f"{field}: {fault}" for field, fault in explain(error.errors()))
+        raise CheckpointError(f"{directory}/generation_config.json: {faults}") from error
+    ignored = {
+        name: value
+        for name, value in recommended.items()
+        if name in _NOT_OBEYED and value not in (0, 1, [], {})
+    }
+    window = read_json(directory, "config.json").get("max_position_embeddings", 0)
+    if "max_tokens" not in defaults and recommended.get("max_length", window) < window:
+        ignored["max_length"] = recommended["max_length"]
+    if ignored:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(ignored.items()))
+        logger.warning("generation_config.json recommends what is not obeyed here: %s", listed)
+    return defaults

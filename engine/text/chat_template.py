@@ -1,0 +1,149 @@
+"""Conversations as text: a checkpoint's chat templates, by transformers' own renderer."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import AddedToken
+
+from engine.text.control_tokens import ControlTokens, strings, unused_character
+
+# Tags that a model writes itself, and that templates look for in its messages.
+_OWN_TAGS = {"<think>", "</think>", "<tool_call>", "</tool_call>"}
+# What is no variable: the renderer and its callers take it themselves.
+_TAKEN = frozenset(
+    (
+        *("self", "messages", "conversations", "tools", "documents", "chat_template", "max_len"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+    )
+)
+
+
+def check_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """The same; raises ValueError for what is not a template's own variable."""
+    for name in variables:
+        if name in _TAKEN or not name.isidentifier():
+            raise ValueError(f"{name!r} is not a variable of the template that can be set here")
+    return variables
+
+
+class ChatTemplates:
+    """The templates of a checkpoint, by name: "default", and "tool_use" where there are tools."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        special_tokens: dict[str, str],
+        added_tokens: Iterable[AddedToken],
+    ) -> None:
+        """
+        Args:
+            config: see `engine.checkpoint.tokenizer_config`.
+            special_tokens: by name, as templates know them.
+            added_tokens: all that the tokenizer finds in a text before anything else.
+        """
+        self._sources = _sources(directory, config)
+        self._special_tokens = special_tokens
+        tokens = _control_tokens(config, self._sources.values(), added_tokens)
+        self._tokens, self._tokens_in_answers = map(ControlTokens, (tokens, tokens - _OWN_TAGS))
+
+    def source(self, with_tools: bool = False) -> str | None:
+        """The template for conversations with tools or without."""
+        default = self._sources.get("default")
+        return self._sources.get("tool_use", default) if with_tools else default
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> list[str]:
+        """The prompt in pieces, to be encoded each by itself and joined.
+
+        It is one, unless a string in the arguments has the text of a control token. Those that the
+        template writes are control tokens; in the arguments they are text, cut in two.
+        Raises ValueError when there is no template or it refuses the messages.
+        """
+        source = self.source(bool(tools))
+        if source is None:
+            raise ValueError(
+                "this model has no chat template; send a text prompt to completions instead"
+            )
+        if tools and "tools" not in source:
+            raise ValueError("tools: the model's chat template has no place for them")
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "continue_final_message: set add_generation_prompt to false to continue a message"
+            )
+        options: dict[str, Any] = dict(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        given = list(messages), tools or None, variables
+        try:
+            texts = "\0".join(strings(given))
+            if not self._tokens.starts(texts):
+                return [self._render(source, *given, **options)]
+            mark = unused_character([texts, source])
+            messages = [self._cut(message, mark) for message in messages]
+            others = self._tokens.cut(given[1:], mark)
+            return self._render(source, messages, *others, **options).split(mark)
+        except (jinja2.TemplateError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"the chat template refused the messages: {error}") from error
+
+    def _cut(self, message: dict[str, Any], mark: str) -> dict[str, Any]:
+        is_answer = message.get("role") == "assistant"
+        own = ("content", "reasoning_content") if is_answer else ()
+        return {
+            name: (self._tokens_in_answers if name in own else self._tokens).cut(value, mark)
+            for name, value in message.items()
+        }
+
+    def _render(
+        self, source: str, messages: Any, tools: Any, variables: dict[str, Any], **options: bool
+    ) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=source,
+            **options,
+            **(self._special_tokens | variables),
+        )
+        return str(rendered[0])
+
+
+def _sources(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Files come before what tokenizer_config.json has, as in transformers."""
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    default = directory / "chat_template.jinja"
+    if default.exists():
+        files["default"] = default
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}
+    return {} if template is None else {"default": template}
+
+
+def _control_tokens(
+    config: dict[str, Any], sources: Iterable[str], added_tokens: Iterable[AddedToken]
+) -> set[str]:
+    """Tokens that give a conversation its structure, as transformers tells them.
+
+    The special ones, and of the others those that the checkpoint declares to be, else those that
+    its templates write.
+    """
+    known = config.get("chat_control_tokens") or "\0".join(sources)
+    return {
+        token.content
+        for token in added_tokens
+        if len(token.content) > 1
+        and (token.special or (token.content in known and not token.content.isspace()))
+    }
