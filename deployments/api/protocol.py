@@ -3,13 +3,13 @@
 from typing import Annotated, Any
 
 import msgpack
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from deployments.api.messages import Message
+from deployments.api.request_model import NotServed, RequestModel, Unserved
 from deployments.api.structured import FormFields
 from deployments.api.tools import NamedTool, Tool, ToolChoice
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
-from engine.strict import StrictModel
 
 # What the template's renderer and its callers take themselves.
 _NOT_VARIABLES = frozenset(
@@ -30,8 +30,8 @@ def _only_variables(value: dict[str, Any]) -> dict[str, Any]:
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_only_variables)]
 
 
-class ModelRequest(StrictModel):
-    """What all requests have in common. A field that is null has its default."""
+class ModelRequest(RequestModel):
+    """What all requests have in common."""
 
     model: str | None = Field(None, description="Default: the model being served.")
 
@@ -46,17 +46,6 @@ class ModelRequest(StrictModel):
         except ValueError:
             raise ValueError("the request is nested too deeply") from None
         return data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None or name not in cls.model_fields
-        }
 
 
 class ServedRequest(ModelRequest):
@@ -82,11 +71,30 @@ class ServedRequest(ModelRequest):
     )
 
 
-class StreamOptions(StrictModel):
+class AgentRequest(ServedRequest):
+    """What chats and responses have in common."""
+
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ] = Field(default_factory=dict, max_length=16, description="More tags of the caller's own.")
+    safety_identifier: str | None = Field(None, description="Another tag, which changes nothing.")
+    prompt_cache_key: str | None = Field(
+        None, description="The same: prefixes are found without it. To divide them: cache_salt."
+    )
+    prompt_cache_options: Annotated[None, NotServed({}, {"mode": "implicit"})] = None
+    prompt_cache_retention: Annotated[None, NotServed("in_memory")] = None
+    service_tier: Annotated[None, NotServed("auto", "default")] = None
+    store: Unserved = Field(None, description="Nothing is: send the conversation each time.")
+    moderation: Unserved = None
+
+
+class StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="End the stream with a chunk of token counts.")
     continuous_usage_stats: bool = Field(
         False, description="Every chunk has its choice's token counts so far, as in vLLM."
     )
+    include_obfuscation: Unserved = None
 
 
 class GenerationRequest(SamplingParams, FormFields, ServedRequest):
@@ -96,7 +104,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options not in (None, StreamOptions()) and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs: not in a stream; leave stream out")
@@ -129,7 +137,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         return {}
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, AgentRequest):
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] = Field(default_factory=list, max_length=128)
     tool_choice: ToolChoice | None = Field(
@@ -155,6 +163,14 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool = Field(
         False, description="Continue the last message; add_generation_prompt must be false."
     )
+    audio: Unserved = None
+    function_call: Annotated[None, NotServed("none", "auto")] = None
+    functions: Unserved = None
+    modalities: Annotated[None, NotServed(["text"])] = None
+    prediction: Unserved = None
+    reasoning_effort: Unserved = None
+    verbosity: Annotated[None, NotServed("medium")] = None
+    web_search_options: Unserved = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
@@ -172,7 +188,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _choice_among_tools(self) -> "ChatCompletionRequest":
-        if self.tool_choice in ("auto", "required") or isinstance(self.tool_choice, NamedTool):
+        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools]
             if not names:
                 raise ValueError("tool_choice: there are no tools to choose from")
@@ -221,6 +237,12 @@ class CompletionRequest(GenerationRequest):
         le=128,
         description="Make so many choices, return the n most probable per token.",
     )
+    suffix: Unserved = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_no_number(cls, value: Any) -> Any:
+        return None if value is False else value
 
     @model_validator(mode="after")
     def _echo_and_best_of(self) -> "CompletionRequest":

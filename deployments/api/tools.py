@@ -6,16 +6,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from deployments.api.errors import ApiError
+from deployments.api.request_model import RequestModel
 from deployments.front import Front
 from deployments.parsing import ToolFormat
 from engine.sampling_params import SamplingParams
-from engine.strict import StrictModel, explain
+from engine.strict import explain
 from engine.structured_outputs import StructuredOutputs
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class Function(StrictModel):
+class Function(RequestModel):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
@@ -26,7 +27,7 @@ class Function(StrictModel):
     )
 
 
-class Tool(StrictModel):
+class Tool(RequestModel):
     type: Literal["function"] = "function"
     function: Function
 
@@ -36,11 +37,11 @@ class Tool(StrictModel):
         return {"type": "function", "function": function}
 
 
-class FunctionReference(StrictModel):
+class FunctionReference(RequestModel):
     name: FunctionName
 
 
-class NamedTool(StrictModel):
+class NamedTool(RequestModel):
     type: Literal["function"] = "function"
     function: FunctionReference
 

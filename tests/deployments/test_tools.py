@@ -166,7 +166,7 @@ def test_an_answer_without_a_thought_has_no_reasoning(demo: LocalServer) -> None
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [
-        ({"tool_choice": "auto", "tools": []}, None, "no tools to choose from"),
+        ({"tool_choice": "required", "tools": []}, None, "no tools to choose from"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "fly"}}},
             None,
