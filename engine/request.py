@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.block_pool import extend_hashes
 from engine.sampling_params import SamplingParams
+from engine.tokenizer import PromptTooLongError
 
 
 @dataclass(eq=False, slots=True)
@@ -83,7 +84,10 @@ class RequestLimits:
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises ValueError when the engine could never serve this request."""
+        """Raises ValueError when the engine could never serve this request.
+
+        That is a PromptTooLongError where a shorter prompt would help.
+        """
         length = len(prompt_token_ids)
         if length == 0:
             raise ValueError("the prompt is empty; at least one token is needed")
@@ -94,7 +98,7 @@ class RequestLimits:
                 else f"the KV cache holds {self.max_len} tokens ({self.num_blocks} blocks of "
                 f"{self.block_size}); raise num_blocks"
             )
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {length} tokens, and with one token of output must fit: {limit}"
             )
         for name, tokens in (

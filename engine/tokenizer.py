@@ -16,6 +16,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from engine.checkpoint import CheckpointError, read_json
 
 
+class PromptTooLongError(ValueError):
+    """More tokens than there is room for."""
+
+
 class _Pieces:
     """The bytes of single tokens, by the kind of decoder that the tokenizer has."""
 
@@ -95,11 +99,11 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text; by default with the model's own prefix, such as a BOS token.
 
-        Raises ValueError for a text so long that it must be more than `max_len` tokens, before time
-        is spent on it.
+        Raises PromptTooLongError for a text so long that it must be more than `max_len` tokens,
+        before time is spent on it.
         """
         if max_len is not None and len(text) > max_len * self.longest_token:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
             )
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids

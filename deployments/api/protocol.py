@@ -136,6 +136,11 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         """Sampling parameters that this endpoint spells otherwise."""
         return {}
 
+    def other_names(self) -> dict[str, str]:
+        """What this request calls sampling parameters that have other names."""
+        given = self._given()
+        return {"structured_outputs": given[0]} if given else {}
+
 
 class ChatCompletionRequest(GenerationRequest, AgentRequest):
     messages: list[Message] = Field(min_length=1)
@@ -146,11 +151,14 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
         "of any tool; or one by name. The last two are enforced by a grammar.",
     )
     parallel_tool_calls: bool = Field(True, description="False allows one call at most.")
+    max_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="Default: to the window's end."
+    )
     max_completion_tokens: int | None = Field(
         None,
         ge=1,
         lt=2**31,
-        description="OpenAI's newer name of max_tokens; default: to the window's end.",
+        description="OpenAI's newer name of max_tokens, before which it goes.",
     )
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
     top_logprobs: int = Field(
@@ -213,13 +221,14 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
         }
 
     def translated(self) -> dict[str, Any]:
-        longest = self.max_completion_tokens
-        if longest is None:
-            longest = self.max_tokens if "max_tokens" in self.model_fields_set else None
         return {
-            "max_tokens": longest,
+            "max_tokens": self.max_completion_tokens or self.max_tokens,
             "logprobs": self.top_logprobs if self.logprobs else None,
         }
+
+    def other_names(self) -> dict[str, str]:
+        names = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
+        return super().other_names() | names
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -249,7 +258,7 @@ class CompletionRequest(GenerationRequest):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 leaves nothing to answer; it needs echo")
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of ({self.best_of}) must be at least n ({self.n})")
+            raise ValueError(f"best_of: {self.best_of}, but it must be at least n ({self.n})")
         if self.best_of is not None and self.best_of > self.n and self.stream:
             raise ValueError("best_of: a stream cannot wait for the best; leave stream out")
         if self.echo and self.logprobs is not None and self.stream and self.n > 1:

@@ -104,7 +104,12 @@ InputItem = Annotated[
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")]
     | Annotated[Reasoning, Tag("reasoning")],
-    Discriminator(_type_of),
+    Discriminator(
+        _type_of,
+        custom_error_type="item_type",
+        custom_error_message="type must be message, function_call, function_call_output or "
+        "reasoning",
+    ),
 ]
 
 

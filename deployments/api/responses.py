@@ -19,12 +19,21 @@ from deployments.api.protocol import AgentRequest, ChatCompletionRequest, Templa
 from deployments.api.request_model import NotServed, RequestModel, Unserved
 from deployments.api.response_items import InputItem, to_messages
 from deployments.api.response_output import ResponseOutput
+from deployments.api.scope import scope
 from deployments.api.streaming import begun, event_stream, named_event
 from deployments.api.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.tools import Function, FunctionName, NamedTool, Tool
 from deployments.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
+
+# Of a chat, for errors.
+_OTHER_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    r"tools\.(\d+)\.function": r"tools.\1",
+}
 
 
 class FunctionTool(Function):
@@ -163,6 +172,7 @@ def routes(front: Front) -> APIRouter:
         responses=documented(answers.Response, streams=True),
     )
     async def create_response(request: ResponseRequest) -> Response:
+        scope().names = dict(_OTHER_NAMES)
         try:
             as_chat = request.to_chat()
         except ValidationError as error:
@@ -199,7 +209,7 @@ async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
 
 
 def _failed(output: ResponseOutput, error: Exception | None) -> str:
-    return "" if error is None else named_event(output.fail(report(error).message))
+    return "" if error is None else named_event(output.fail(report(error)))
 
 
 def _usage(chat: Chat, output: ResponseOutput, last: TextDelta) -> dict[str, Any]:

@@ -85,7 +85,9 @@ class FormFields(StrictModel):
             kind = given[0].removeprefix("guided_")
             return StructuredOutputs(**{kind: getattr(self, given[0])})
         except ValidationError as error:
-            raise ValueError(f"{given[0]}: {explain(error.errors())[0][1]}") from error
+            field, fault = explain(error.errors())[0]
+            path = field.partition(".")[2]  # within the form
+            raise ValueError(f"{given[0]}: {path}{': ' if path else ''}{fault}") from error
 
     def _given(self) -> list[str]:
         names = [name for name in FormFields.model_fields if getattr(self, name) is not None]
