@@ -39,7 +39,7 @@ class Replica:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._front, self._args)
+        return build_api(self._front, self._args, tells_request_ids=False)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's numbers and this front's, for callers with a handle."""

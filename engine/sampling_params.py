@@ -109,7 +109,7 @@ class SamplingParams(StrictModel):
     def _min_within_max(self) -> "SamplingParams":
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
+                f"min_tokens: {self.min_tokens} must not exceed max_tokens ({self.max_tokens})"
             )
         return self
 
@@ -117,15 +117,15 @@ class SamplingParams(StrictModel):
     def _something_to_choose(self) -> "SamplingParams":
         if self.allowed_token_ids is not None and (self.bad_words or self.bad_words_token_ids):
             raise ValueError(
-                "allowed_token_ids and bad_words exclude each other: together they could leave no "
-                "token to choose"
+                "allowed_token_ids: it and bad_words exclude each other: together they could leave "
+                "no token to choose"
             )
         if self.structured_outputs is not None:
             for name in ("min_tokens", "ignore_eos", "allowed_token_ids", "bad_words"):
                 if getattr(self, name) or (name == "bad_words" and self.bad_words_token_ids):
                     raise ValueError(
-                        f"{name} cannot be combined with structured_outputs, which alone decides "
-                        "what may come next: together they could leave no token to choose"
+                        f"{name}: it cannot be combined with structured_outputs, which alone "
+                        "decides what may come next: together they could leave no token to choose"
                     )
         if self.stop and not self.detokenize:
             raise ValueError("stop: stop strings are found in the text; they need detokenize")

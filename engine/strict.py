@@ -1,11 +1,15 @@
 """The base of everything users configure: unknown fields are errors that suggest the right name."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+# How a check of several fields begins its sentence: with the one that is at fault.
+_FIELD = re.compile(r"([A-Za-z_$][\w$.-]*): (.+)", re.DOTALL)
 
 
 class StrictModel(BaseModel):
@@ -34,20 +38,49 @@ class StrictModel(BaseModel):
         return data
 
 
-def explain(errors: Iterable[Any]) -> list[tuple[str, str]]:
+def explain(errors: Iterable[Any], data: Any = None) -> list[tuple[str, str]]:
     """(field, sentence) per fault, for people: "top_p", "Input should be … (got 7)".
 
     Args:
         errors: what pydantic's `ValidationError.errors()` returns.
+        data: what was validated. Then fields are paths in it, without the names that pydantic
+            gives to the branches of unions, and of several branches those count that went farthest.
     """
     faults = []
     for detail in errors:
-        field = ".".join(str(part) for part in detail["loc"])
+        path = [str(part) for part in detail["loc"]]
+        if data is not None:
+            path = _path_in(data, detail["loc"], is_missing=detail["type"] == "missing")
         message = detail["msg"].removeprefix("Value error, ")
-        if detail["type"] not in ("missing", "json_invalid"):
+        if detail["type"] == "value_error" and (named := _FIELD.fullmatch(message)):
+            path, message = [*path, named[1]], named[2]
+        elif detail["type"] == "json_invalid":
+            message = f"{message}: {detail['ctx']['error']}"
+        elif detail["type"] != "missing" and not _says_all(detail):
             message += f" (got {_shown(detail['input'])})"
-        faults.append((field, message))
-    return faults
+        faults.append((path, message))
+    passed = {tuple(path[:i]) for path, _ in faults for i in range(len(path))}
+    if data is None:
+        passed = set()
+    return [(".".join(path), fault) for path, fault in faults if tuple(path) not in passed]
+
+
+def _path_in(data: Any, loc: Sequence[Any], is_missing: bool) -> list[str]:
+    path = []
+    for i, part in enumerate(loc):
+        is_there = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if is_there:
+            data = data[part]
+        if is_there or (is_missing and i == len(loc) - 1):
+            path.append(str(part))
+    return path
+
+
+def _says_all(detail: Any) -> bool:
+    """Whether a check of ours, which says what is wrong, saw more than one value."""
+    return detail["type"] == "value_error" and not isinstance(detail["input"], str | int | list)
 
 
 def _shown(value: Any) -> str:

@@ -225,7 +225,7 @@ class IncompleteDetails(Answer):
 
 
 class ResponseError(Answer):
-    code: Literal["server_error"]
+    code: Literal["server_error", "invalid_prompt"]
     message: str
 
 

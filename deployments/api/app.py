@@ -24,13 +24,19 @@ from deployments.front import Front
 from deployments.version import VERSION
 
 
-def build_api(front: Front, service: ServiceArgs | None = None) -> FastAPI:
-    """A plain ASGI app, testable without Ray. Raises ApiKeysError for keys that cannot be had."""
+def build_api(
+    front: Front, service: ServiceArgs | None = None, tells_request_ids: bool = True
+) -> FastAPI:
+    """A plain ASGI app, testable without Ray. Raises ApiKeysError for keys that cannot be had.
+
+    Args:
+        tells_request_ids: False where whoever calls the app does, as Serve.
+    """
     service = service or ServiceArgs()
     keys = KeyRing.load(service)
     api = _Api(bool(keys))
     _add_error_handlers(api)
-    api.add_middleware(Gate, front=front, service=service, keys=keys)
+    api.add_middleware(Gate, front=front, service=service, keys=keys, tells_ids=tells_request_ids)
     for part in (chat, completions, responses, tokens, server, engine_events):
         api.include_router(part.routes(front))
     api.include_router(playground.routes())

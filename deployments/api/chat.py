@@ -17,9 +17,9 @@ from deployments.api.common import (
     check_model,
     check_prompt,
     check_queue,
+    prompt_error,
     request_options,
     sampling_params,
-    template_error,
     usage,
 )
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs
@@ -181,7 +181,7 @@ async def _encode(
             **request.template_options(),
         )
     except ValueError as error:
-        raise template_error(error) from error
+        raise prompt_error(error, "messages") from error
 
 
 def _beginning(front: Front, prompt: list[int], forced: ForcedCall | None) -> list[int]:
@@ -255,6 +255,8 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
+        if finish_reason is not None:
+            choice["stop_reason"] = last[index].stop_reason
         counts = None
         if chat.request.continuous_usage:
             so_far = last.get(index)

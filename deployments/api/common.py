@@ -13,6 +13,7 @@ from deployments.front import Front
 from deployments.request_record import RequestOptions
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
+from engine.text.tokenizer import PromptTooLongError
 
 
 def check_model(front: Front, request: ModelRequest) -> None:
@@ -21,6 +22,8 @@ def check_model(front: Front, request: ModelRequest) -> None:
 
 
 def sampling_params(front: Front, request: GenerationRequest) -> SamplingParams:
+    current = scope()
+    current.names = request.other_names() | current.names
     try:
         return request.sampling_params(front.sampling_defaults)
     except ValidationError as error:
@@ -32,17 +35,16 @@ def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param:
     try:
         front.check(prompt, params)
     except ValueError as error:
-        field = str(error).partition(":")[0]
-        if field in SamplingParams.model_fields:
-            raise ApiError(400, str(error), field) from error
-        raise ApiError(400, str(error), param, "context_length_exceeded") from error
+        raise prompt_error(error, param) from error
 
 
-def template_error(error: ValueError) -> ApiError:
-    """400 for what the chat template does not take."""
+def prompt_error(error: ValueError, param: str) -> ApiError:
+    """400 for what is said of a prompt, in the field `param`, or of the field that it names."""
     field = str(error).partition(":")[0]
-    named = field in ("tools", "continue_final_message")
-    return ApiError(400, str(error), field if named else "messages")
+    if field in SamplingParams.model_fields or field in ("tools", "continue_final_message"):
+        return ApiError(400, str(error), field)
+    is_too_long = isinstance(error, PromptTooLongError)
+    return ApiError(400, str(error), param, "context_length_exceeded" if is_too_long else None)
 
 
 def check_messages(messages: Sequence[Any]) -> None:

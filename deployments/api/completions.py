@@ -16,11 +16,11 @@ from deployments.api.common import (
     check_model,
     check_prompt,
     check_queue,
+    prompt_error,
     request_options,
     sampling_params,
     usage,
 )
-from deployments.api.errors import ApiError
 from deployments.api.logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.protocol import CompletionRequest
 from deployments.api.streaming import (
@@ -136,7 +136,7 @@ async def _encode(front: Front, prompt: str, params: SamplingParams) -> list[int
     try:
         return await front.encode(prompt, max_len=front.max_prompt_len(params))
     except ValueError as error:
-        raise ApiError(400, str(error), "prompt", "context_length_exceeded") from error
+        raise prompt_error(error, "prompt") from error
 
 
 async def _echo(prompt: str, deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
@@ -196,6 +196,8 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
                         "logprobs": own.take(delta) if own else None,
                         "finish_reason": delta.finish_reason,
                     }
+                    if delta.finish_reason is not None:
+                        choice["stop_reason"] = delta.stop_reason
                     counts = None
                     if started.request.continuous_usage:
                         prompt = started.prompts[index // num_choices]

@@ -1,6 +1,7 @@
 """Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ class ApiError(Exception):
             case ApiError():
                 return error
             case RequestValidationError():
-                return validation_error(explain(error.errors()))
+                return validation_error(explain(error.errors(), {"body": error.body}))
             case HTTPException():
                 return cls(error.status_code, str(error.detail), headers=error.headers)
             case RequestRefusedError():
@@ -71,6 +72,14 @@ class ApiError(Exception):
                 stay = {"x-should-retry": "false"}
                 return cls(408, str(error), code="request_timeout", headers=stay)
         return cls(500, f"internal error: {type(error).__name__}")
+
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same, with the names (as regular expressions) that the client has for parameters."""
+        message, param = self.message, self.param
+        for name, own in names.items():
+            message = re.sub(rf"(?<!['\w.]){name}(?!['\w])", own, message)
+            param = re.sub(rf"^{name}\b", own, param) if param else None
+        return ApiError(self.status, message, param, self.code, self.headers)
 
     @classmethod
     def no_such_model(cls, asked: str, served: str) -> "ApiError":
@@ -91,8 +100,8 @@ class ApiError(Exception):
 
 def report(error: Exception) -> ApiError:
     """What the client is told; noted for logs and metrics."""
-    told = ApiError.of(error)
     current = scope()
+    told = ApiError.of(error).renamed(current.names)
     current.error = told.code or str(told.status)
     if told.status == 500:
         logger.error("request %s failed", current.request_id, exc_info=error)

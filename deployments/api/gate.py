@@ -29,12 +29,15 @@ _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
 class Gate:
     """ASGI middleware around everything; adds nothing per streamed token but a call."""
 
-    def __init__(self, app: ASGIApp, front: Front, service: ServiceArgs, keys: KeyRing) -> None:
+    def __init__(
+        self, app: ASGIApp, front: Front, service: ServiceArgs, keys: KeyRing, tells_ids: bool
+    ) -> None:
         self._app = app
         self._service = service
         self._keys = keys
         isolates = service.isolate_cache_by_key
         self._isolates_cache = keys.has_several_names if isolates is None else isolates
+        self._tells_ids = tells_ids
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -43,6 +46,8 @@ class Gate:
         if http["type"] != "http":
             await self._app(http, receive, send)
             return
+        if _route_path(http) != "/":  # a slash at the end changes nothing
+            http["path"] = http["path"].rstrip("/")
         headers = Headers(scope=http)
         current = RequestScope(
             self._service, _request_id(headers), http["method"], http["path"], headers
@@ -52,7 +57,8 @@ class Gate:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 current.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = current.request_id
+                if self._tells_ids:
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = current.request_id
             await send(message)
 
         try:

@@ -3,20 +3,20 @@
 from typing import Annotated, Any
 
 import msgpack
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from deployments.api.structured import FormFields
 from deployments.api.tools import NamedTool, ToolChoice
+from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
-from engine.strict import StrictModel
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
 
-class ModelRequest(StrictModel):
-    """What all requests have in common. A field that is null has its default."""
+class ModelRequest(RequestModel):
+    """What all requests have in common."""
 
     model: str | None = Field(None, description="Default: the model being served.")
 
@@ -31,17 +31,6 @@ class ModelRequest(StrictModel):
         except ValueError:
             raise ValueError("the request is nested too deeply") from None
         return data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None or name not in cls.model_fields
-        }
 
 
 class ServedRequest(ModelRequest):
@@ -67,11 +56,30 @@ class ServedRequest(ModelRequest):
     )
 
 
-class StreamOptions(StrictModel):
+class AgentRequest(ServedRequest):
+    """What chats and responses have in common."""
+
+    metadata: dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ] = Field(default_factory=dict, max_length=16, description="More tags of the caller's own.")
+    safety_identifier: str | None = Field(None, description="Another tag, which changes nothing.")
+    prompt_cache_key: str | None = Field(
+        None, description="The same: prefixes are found without it. To divide them: cache_salt."
+    )
+    prompt_cache_options: Annotated[None, NotServed({}, {"mode": "implicit"})] = None
+    prompt_cache_retention: Annotated[None, NotServed("in_memory")] = None
+    service_tier: Annotated[None, NotServed("auto", "default")] = None
+    store: Unserved = Field(None, description="Nothing is: send the conversation each time.")
+    moderation: Unserved = None
+
+
+class StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="End the stream with a chunk of token counts.")
     continuous_usage_stats: bool = Field(
         False, description="Every chunk has its choice's token counts so far, as in vLLM."
     )
+    include_obfuscation: Unserved = None
 
 
 class GenerationRequest(SamplingParams, FormFields, ServedRequest):
@@ -81,7 +89,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options not in (None, StreamOptions()) and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs: not in a stream; leave stream out")
@@ -113,8 +121,13 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         """Sampling parameters that this endpoint spells otherwise."""
         return {}
 
+    def other_names(self) -> dict[str, str]:
+        """What this request calls sampling parameters that have other names."""
+        given = self._given()
+        return {"structured_outputs": given[0]} if given else {}
 
-class ChatCompletionRequest(GenerationRequest):
+
+class ChatCompletionRequest(GenerationRequest, AgentRequest):
     messages: list[Message] = Field(min_length=1)
     tools: list[Tool] = Field(default_factory=list, max_length=128)
     tool_choice: ToolChoice | None = Field(
@@ -123,11 +136,14 @@ class ChatCompletionRequest(GenerationRequest):
         "of any tool; or one by name. The last two are enforced by a grammar.",
     )
     parallel_tool_calls: bool = Field(True, description="False allows one call at most.")
+    max_tokens: int | None = Field(
+        None, ge=1, lt=2**31, description="Default: to the window's end."
+    )
     max_completion_tokens: int | None = Field(
         None,
         ge=1,
         lt=2**31,
-        description="OpenAI's newer name of max_tokens; default: to the window's end.",
+        description="OpenAI's newer name of max_tokens, before which it goes.",
     )
     logprobs: bool = Field(False, description="Log-probabilities of the answer's tokens.")
     top_logprobs: int = Field(
@@ -140,6 +156,14 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: bool = Field(
         False, description="Continue the last message; add_generation_prompt must be false."
     )
+    audio: Unserved = None
+    function_call: Annotated[None, NotServed("none", "auto")] = None
+    functions: Unserved = None
+    modalities: Annotated[None, NotServed(["text"])] = None
+    prediction: Unserved = None
+    reasoning_effort: Unserved = None
+    verbosity: Annotated[None, NotServed("medium")] = None
+    web_search_options: Unserved = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatCompletionRequest":
@@ -149,7 +173,7 @@ class ChatCompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _choice_among_tools(self) -> "ChatCompletionRequest":
-        if self.tool_choice in ("auto", "required") or isinstance(self.tool_choice, NamedTool):
+        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools]
             if not names:
                 raise ValueError("tool_choice: there are no tools to choose from")
@@ -182,6 +206,10 @@ class ChatCompletionRequest(GenerationRequest):
             values["max_tokens"] = self.max_completion_tokens
         return values
 
+    def other_names(self) -> dict[str, str]:
+        names = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
+        return super().other_names() | names
+
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -198,13 +226,19 @@ class CompletionRequest(GenerationRequest):
         le=128,
         description="Make so many choices, return the n most probable per token.",
     )
+    suffix: Unserved = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_no_number(cls, value: Any) -> Any:
+        return None if value is False else value
 
     @model_validator(mode="after")
     def _echo_and_best_of(self) -> "CompletionRequest":
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 leaves nothing to answer; it needs echo")
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of ({self.best_of}) must be at least n ({self.n})")
+            raise ValueError(f"best_of: {self.best_of}, but it must be at least n ({self.n})")
         if self.best_of is not None and self.best_of > self.n and self.stream:
             raise ValueError("best_of: a stream cannot wait for the best; leave stream out")
         if self.echo and self.logprobs is not None and self.stream and self.n > 1:

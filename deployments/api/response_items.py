@@ -4,11 +4,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from engine.strict import StrictModel
-from engine.text.messages import CalledFunction, FunctionName, Message, TextPart, ToolCall
+from engine.request_model import NotServed, RequestModel, Unserved
+from engine.text.messages import (
+    CacheBreakpoint,
+    CalledFunction,
+    FunctionName,
+    Message,
+    RefusalPart,
+    TextPart,
+    ToolCall,
+)
 
 
-class _Item(StrictModel):
+class _Item(RequestModel):
     id: str | None = Field(None, description="Of an output item that comes back; not looked at.")
     status: str | None = Field(None, description="The same.")
 
@@ -21,53 +29,74 @@ class _Item(StrictModel):
         return {name: value for name, value in data.items() if value is not None}
 
 
-class InputPart(StrictModel):
+class InputPart(RequestModel):
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: list[Any] = Field(default_factory=list, max_length=0)
-    logprobs: list[Any] | None = Field(None, max_length=0)
+    annotations: Unserved = None
+    logprobs: Unserved = None
+    prompt_cache_breakpoint: CacheBreakpoint = None
+    parsed: Any = Field(None, description="Of OpenAI's clients; not looked at.")
+
+
+Parts = list[Annotated[InputPart | RefusalPart, Field(discriminator="type")]]
+
+
+def _text(content: str | Parts) -> str | list[TextPart]:
+    if isinstance(content, str):
+        return content
+    return [TextPart(type="text", text=part.text) for part in content]
 
 
 class InputMessage(_Item):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
-
-    @property
-    def text(self) -> str | list[TextPart]:
-        if isinstance(self.content, str):
-            return self.content
-        return [TextPart(type="text", text=part.text) for part in self.content]
+    content: str | Parts
+    phase: str | None = Field(None, description="Of an output item that comes back.")
 
 
-class FunctionCall(_Item):
-    type: Literal["function_call"]
+class _OfACall(_Item):
     call_id: str
+    caller: Annotated[None, NotServed({"type": "direct"})] = None
+    namespace: Unserved = None
+
+
+class FunctionCall(_OfACall):
+    type: Literal["function_call"]
     name: FunctionName
     arguments: str
+    parsed_arguments: Any = Field(None, description="Of OpenAI's clients; not looked at.")
+    is_async: Unserved = Field(None, alias="async")
 
 
-class FunctionCallOutput(_Item):
+class FunctionCallOutput(_OfACall):
     type: Literal["function_call_output"]
-    call_id: str
-    output: str
+    output: str | Parts
+    name: str | None = None
 
 
-class ReasoningPart(StrictModel):
-    type: Literal["reasoning_text"]
+class ReasoningPart(RequestModel):
+    type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
 class Reasoning(_Item):
     type: Literal["reasoning"]
-    summary: list[Any] = Field(default_factory=list, max_length=0)
+    summary: list[ReasoningPart] = Field(
+        default_factory=list, description="Stands for content where there is none."
+    )
     content: list[ReasoningPart] = Field(default_factory=list)
+    encrypted_content: Unserved = None
+
+    @property
+    def text(self) -> str:
+        separator, parts = ("", self.content) if self.content else ("\n\n", self.summary)
+        return separator.join(part.text for part in parts)
 
 
 def _type_of(item: Any) -> str | None:
     """A message may leave its type out."""
-    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if isinstance(kind, str) else None
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return "message" if kind is None else kind if isinstance(kind, str) else None
 
 
 InputItem = Annotated[
@@ -75,7 +104,12 @@ InputItem = Annotated[
     | Annotated[FunctionCall, Tag("function_call")]
     | Annotated[FunctionCallOutput, Tag("function_call_output")]
     | Annotated[Reasoning, Tag("reasoning")],
-    Discriminator(_type_of),
+    Discriminator(
+        _type_of,
+        custom_error_type="item_type",
+        custom_error_message="type must be message, function_call, function_call_output or "
+        "reasoning",
+    ),
 ]
 
 
@@ -93,11 +127,11 @@ def to_messages(items: list[InputItem]) -> list[Message]:
         match item:
             case Reasoning():
                 end_turn()
-                turn["reasoning_content"] = "".join(part.text for part in item.content)
+                turn["reasoning_content"] = item.text
             case InputMessage(role="assistant"):
                 if "content" in turn or "tool_calls" in turn:
                     end_turn()
-                turn["content"] = item.text
+                turn["content"] = _text(item.content)
             case FunctionCall():
                 function = CalledFunction(name=item.name, arguments=item.arguments)
                 turn.setdefault("tool_calls", []).append(
@@ -105,11 +139,10 @@ def to_messages(items: list[InputItem]) -> list[Message]:
                 )
             case FunctionCallOutput():
                 end_turn()
-                messages.append(
-                    Message(role="tool", tool_call_id=item.call_id, content=item.output)
-                )
+                answer = {"tool_call_id": item.call_id, "name": item.name}
+                messages.append(Message(role="tool", content=_text(item.output), **answer))
             case InputMessage():
                 end_turn()
-                messages.append(Message(role=item.role, content=item.text))
+                messages.append(Message(role=item.role, content=_text(item.content)))
     end_turn()
     return messages

@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
+from deployments.api.errors import ApiError
 from deployments.parsing import Arguments, CallStart, Content, Piece, Reasoning
 
 Event = dict[str, Any]
@@ -73,10 +74,11 @@ class ResponseOutput:
         }
         yield self._event(f"response.{status}", response=self.response())
 
-    def fail(self, message: str) -> Event:
+    def fail(self, error: ApiError) -> Event:
         """There will be no more of it."""
+        code = "invalid_prompt" if error.status == 400 else "server_error"
         self._end["status"] = "failed"
-        self._end["error"] = {"code": "server_error", "message": message}
+        self._end["error"] = {"code": code, "message": error.message}
         return self._event("response.failed", response=self.response())
 
     def end_item(self, status: str = "completed") -> Iterator[Event]:

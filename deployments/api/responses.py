@@ -8,31 +8,49 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 
 from deployments.api import answers
 from deployments.api.answers import documented
 from deployments.api.chat import Chat, read
 from deployments.api.errors import report, validation_error
-from deployments.api.protocol import ChatCompletionRequest, ServedRequest, TemplateVariables
+from deployments.api.protocol import (
+    AgentRequest,
+    ChatCompletionRequest,
+    TemplateVariables,
+)
 from deployments.api.response_items import InputItem, to_messages
 from deployments.api.response_output import ResponseOutput
+from deployments.api.scope import scope
 from deployments.api.streaming import begun, event_stream, named_event
 from deployments.api.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.tools import NamedTool
 from deployments.front import Front, TextDelta
+from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import SamplingParams
-from engine.strict import StrictModel, explain
+from engine.strict import explain
 from engine.text.messages import Function, FunctionName, Message, Tool
+
+# Of a chat, for errors.
+_OTHER_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    r"tools\.(\d+)\.function": r"tools.\1",
+}
 
 
 class FunctionTool(Function):
     """The API's functions are flat."""
 
     type: Literal["function"]
+    allowed_callers: Annotated[None, NotServed(["direct"])] = None
+    defer_loading: Unserved = None
+    output_schema: Unserved = None
+    is_async: Unserved = Field(None, alias="async")
 
 
-class FunctionChoice(StrictModel):
+class FunctionChoice(RequestModel):
     type: Literal["function"]
     name: FunctionName
 
@@ -43,10 +61,11 @@ class SchemaFormat(NamedSchema):
     type: Literal["json_schema"]
 
 
-class TextOptions(StrictModel):
+class TextOptions(RequestModel):
     format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] = (
         TextFormat(type="text")
     )
+    verbosity: Annotated[None, NotServed("medium")] = None
 
     def response_format(self) -> dict[str, Any]:
         """The format as a chat has it."""
@@ -62,7 +81,7 @@ def _sampling(name: str) -> Any:
     return SamplingParams.model_fields[name]
 
 
-class ResponseRequest(ServedRequest):
+class ResponseRequest(AgentRequest):
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(
@@ -80,13 +99,21 @@ class ResponseRequest(ServedRequest):
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextOptions = TextOptions()
-    store: Literal[False] = Field(False, description="Nothing is: send the conversation each time.")
-    truncation: Literal["disabled"] = "disabled"
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)],
-        Annotated[str, StringConstraints(max_length=512)],
-    ] = Field(default_factory=dict, max_length=16, description="Comes back as it is.")
+    max_tool_calls: int | None = Field(None, ge=1, description="Of hosted tools: there are none.")
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict)
+    access_programs: Unserved = None
+    background: Unserved = None
+    background_options: Annotated[None, NotServed({}, {"completion_window": "soonest"})] = None
+    context_management: Unserved = None
+    conversation: Unserved = None
+    image: Annotated[None, NotServed({}, {"context_compression": "auto"})] = None
+    include: Unserved = None
+    previous_response_id: Unserved = None
+    prompt: Unserved = None
+    reasoning: Annotated[None, NotServed({})] = None
+    stream_options: Annotated[None, NotServed({}, {"include_obfuscation": False})] = None
+    top_logprobs: Unserved = None
+    truncation: Annotated[None, NotServed("disabled")] = None
 
     def to_chat(self) -> ChatCompletionRequest:
         """The same as a chat."""
@@ -95,7 +122,7 @@ class ResponseRequest(ServedRequest):
             messages = [Message(role="user", content=self.input)]
         else:
             messages = to_messages(self.input)
-        same = (set(SamplingParams.model_fields) | set(ServedRequest.model_fields)) & set(
+        same = (set(SamplingParams.model_fields) | set(AgentRequest.model_fields)) & set(
             self.model_fields_set
         )
         choice: Any = self.tool_choice
@@ -104,7 +131,7 @@ class ResponseRequest(ServedRequest):
         return ChatCompletionRequest(
             messages=system + messages,
             tools=[Tool(function=_plain(tool)) for tool in self.tools],
-            tool_choice=choice if self.tools or choice != "auto" else None,
+            tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
             max_completion_tokens=self.max_output_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
@@ -149,6 +176,7 @@ def routes(front: Front) -> APIRouter:
         responses=documented(answers.Response, streams=True),
     )
     async def create_response(request: ResponseRequest) -> Response:
+        scope().names = dict(_OTHER_NAMES)
         try:
             as_chat = request.to_chat()
         except ValidationError as error:
@@ -185,7 +213,7 @@ async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
 
 
 def _failed(output: ResponseOutput, error: Exception | None) -> str:
-    return "" if error is None else named_event(output.fail(report(error).message))
+    return "" if error is None else named_event(output.fail(report(error)))
 
 
 def _usage(chat: Chat, output: ResponseOutput, last: TextDelta) -> dict[str, Any]:

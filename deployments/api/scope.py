@@ -22,6 +22,8 @@ class RequestScope:
     body: bytes = b""
     tenant: str = ""  # the name of its API key
     cache_owner: str = ""  # the tenant, if its cached prefixes are its own
+    # What the client calls parameters that have other names here, one after another: for errors.
+    names: dict[str, str] = field(default_factory=dict)
     records: list[RequestRecord] = field(default_factory=list)  # one per choice
     arrived_at: float = field(default_factory=time.time)
     began: float = field(default_factory=time.perf_counter)

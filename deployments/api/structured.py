@@ -4,25 +4,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from engine.request_model import RequestModel
 from engine.strict import StrictModel, explain
 from engine.structured_outputs import StructuredOutputs
 
 
-class TextFormat(StrictModel):
+class TextFormat(RequestModel):
     type: Literal["text"]
 
     def form(self) -> StructuredOutputs | None:
         return None
 
 
-class JsonObjectFormat(StrictModel):
+class JsonObjectFormat(RequestModel):
     type: Literal["json_object"]
 
     def form(self) -> StructuredOutputs | None:
         return StructuredOutputs(json_object=True)
 
 
-class NamedSchema(StrictModel):
+class NamedSchema(RequestModel):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     json_schema: dict[str, Any] = Field(
@@ -31,7 +32,7 @@ class NamedSchema(StrictModel):
     strict: bool | None = Field(None, description="Taken, but every schema is followed strictly.")
 
 
-class JsonSchemaFormat(StrictModel):
+class JsonSchemaFormat(RequestModel):
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
@@ -39,7 +40,7 @@ class JsonSchemaFormat(StrictModel):
         return StructuredOutputs(json=self.json_schema.json_schema)
 
 
-class StructuralTagFormat(StrictModel):
+class StructuralTagFormat(RequestModel):
     type: Literal["structural_tag"]
     format: dict[str, Any]
 
@@ -84,7 +85,9 @@ class FormFields(StrictModel):
             kind = given[0].removeprefix("guided_")
             return StructuredOutputs(**{kind: getattr(self, given[0])})
         except ValidationError as error:
-            raise ValueError(f"{given[0]}: {explain(error.errors())[0][1]}") from error
+            field, fault = explain(error.errors())[0]
+            path = field.partition(".")[2]  # within the form
+            raise ValueError(f"{given[0]}: {path}{': ' if path else ''}{fault}") from error
 
     def _given(self) -> list[str]:
         names = [name for name in FormFields.model_fields if getattr(self, name) is not None]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from deployments.api import answers
 from deployments.api.answers import documented
-from deployments.api.common import check_messages, check_model, template_error
+from deployments.api.common import check_messages, check_model, prompt_error
 from deployments.api.errors import ApiError
 from deployments.api.protocol import ModelRequest, TemplateVariables
 from deployments.front import Front
@@ -94,4 +94,4 @@ async def _encode_chat(front: Front, request: TokenizeRequest) -> list[int]:
             **request.chat_template_kwargs,
         )
     except ValueError as error:
-        raise template_error(error) from error
+        raise prompt_error(error, "messages") from error

@@ -5,20 +5,22 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from deployments.api.errors import ApiError
+from deployments.api.errors import ApiError, validation_error
+from deployments.api.scope import scope
 from deployments.front import Front
 from deployments.parsing import FORMATS, ToolFormat
+from engine.request_model import RequestModel
 from engine.sampling_params import SamplingParams
-from engine.strict import StrictModel, explain
+from engine.strict import explain
 from engine.structured_outputs import StructuredOutputs
 from engine.text.messages import FunctionName, Tool
 
 
-class FunctionReference(StrictModel):
+class FunctionReference(RequestModel):
     name: FunctionName
 
 
-class NamedTool(StrictModel):
+class NamedTool(RequestModel):
     type: Literal["function"] = "function"
     function: FunctionReference
 
@@ -38,17 +40,15 @@ class ForcedCall:
         if params.structured_outputs is not None:
             raise ApiError(
                 400,
-                "tool_choice: a forced call leaves no room for another form of the answer; leave "
-                "response_format and structured_outputs out",
+                "tool_choice: a forced call leaves no room for structured_outputs; leave one out",
                 "tool_choice",
             )
+        scope().names["structured_outputs"] = "tools"
+        form = {"json": self.schema, "disable_any_whitespace": True}
         try:
-            form = StructuredOutputs(json=self.schema, disable_any_whitespace=True)
-            constraint = {"structured_outputs": form}
-            return SamplingParams(**(params.model_dump(exclude_unset=True) | constraint))
+            return SamplingParams(**params.model_dump(exclude_unset=True), structured_outputs=form)
         except ValidationError as error:
-            field, fault = explain(error.errors())[0]
-            raise ApiError(400, f"tools: {field}: {fault}" if field else fault, "tools") from error
+            raise validation_error(explain(error.errors())) from error
 
 
 def find_format(front: Front) -> ToolFormat:
@@ -70,8 +70,22 @@ def forced_call(
     """What the choice leaves no way around; None when the model may answer without a call."""
     if choice in (None, "auto", "none"):
         return None
-    wanted = tools
-    if isinstance(choice, NamedTool):
-        wanted = [tool for tool in tools if tool.function.name == choice.function.name]
+    wanted = []
+    for i, tool in enumerate(tools):
+        if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name:
+            _check_parameters(tool, f"tools.{i}.function.parameters")
+            wanted.append(tool)
     schema = tool_format.forced_schema([tool.function.model_dump() for tool in wanted])
     return ForcedCall(tool_format.prefix, schema)
+
+
+def _check_parameters(tool: Tool, path: str) -> None:
+    """Raises ApiError for a schema that no grammar can be made of."""
+    if tool.function.parameters is None:
+        return
+    try:
+        StructuredOutputs(json=tool.function.parameters)
+    except ValidationError as error:
+        field, fault = explain(error.errors())[0]
+        param = path + field.removeprefix("json")
+        raise ApiError(400, f"{param}: {fault}", param) from error

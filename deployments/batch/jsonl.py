@@ -77,7 +77,7 @@ def _parse(text: bytes) -> Row:
         custom_id = content.get("custom_id")
         return Row(
             custom_id=custom_id if isinstance(custom_id, str) else None,
-            error=validation_error(explain(error.errors())),
+            error=validation_error(explain(error.errors(), content)),
         )
     return Row(line.url, line.body, line.custom_id)
 
@@ -92,6 +92,8 @@ def _encode(row: Row, answer: Answer) -> str:
             "request_id": f"req_{secrets.token_hex(12)}",
             "body": answer.body,
         },
-        "error": answer.error,
+        "error": None,
     }
+    if row.error is not None:  # a line that is no request has no response
+        line |= {"response": None, "error": answer.error}
     return json.dumps(line, ensure_ascii=False)

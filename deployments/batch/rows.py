@@ -1,21 +1,20 @@
 """One row: a request of the OpenAI API in, its answer or its error out."""
 
-import logging
 import random
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
+from deployments.api import scope
 from deployments.api.chat import complete_chat
 from deployments.api.completions import complete_text
-from deployments.api.errors import ApiError, validation_error
+from deployments.api.errors import ApiError, report, validation_error
 from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.api.scope import RequestScope
 from deployments.engine_client import EngineUnavailableError
 from deployments.front import Front
 from engine.strict import explain
-
-logger = logging.getLogger(__name__)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -53,6 +52,7 @@ async def answer(front: Front, row: Row, defaults: dict[str, Any], seed: int) ->
         defaults: sampling parameters for what the row leaves open.
         seed: of its random numbers, if the row has none.
     """
+    scope.enter(RequestScope(request_id=row.custom_id or ""))
     try:
         if row.error is not None:
             raise row.error
@@ -61,11 +61,9 @@ async def answer(front: Front, row: Row, defaults: dict[str, Any], seed: int) ->
     except EngineUnavailableError:
         raise
     except ValidationError as error:
-        return Answer(400, validation_error(explain(error.errors())).body())
+        return Answer(400, validation_error(explain(error.errors(), row.body)).body())
     except Exception as error:
-        told = ApiError.of(error)
-        if told.status == 500:
-            logger.exception("A row failed")
+        told = report(error)
         return Answer(told.status, told.body())
 
 

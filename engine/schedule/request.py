@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from engine.sampling_params import SamplingParams
+from engine.text.tokenizer import PromptTooLongError
 
 
 @dataclass(eq=False, slots=True)
@@ -41,7 +42,10 @@ class RequestLimits:
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises ValueError when the engine could never serve this request."""
+        """Raises ValueError when the engine could never serve this request.
+
+        That is a PromptTooLongError where a shorter prompt would help.
+        """
         length = len(prompt_token_ids)
         if length == 0:
             raise ValueError("the prompt is empty; at least one token is needed")
@@ -52,7 +56,7 @@ class RequestLimits:
                 else f"the KV cache holds {self.max_len} tokens ({self.num_blocks} blocks of "
                 f"{self.block_size}); raise num_blocks"
             )
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {length} tokens, and with one token of output must fit: {limit}"
             )
         for name, tokens in (

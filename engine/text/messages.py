@@ -6,28 +6,40 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from engine.request_model import NotServed, RequestModel, Unserved
 from engine.strict import StrictModel, explain
 
-# Fields of an answer that clients send back as they got them: harmless while they say nothing.
-_ECHOED = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content")
-
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+# Of a prompt's part: where a cached prefix should end. Every block of a prompt may be such an end.
+CacheBreakpoint = Annotated[None, NotServed({"mode": "explicit"})]
 
 
-class TextPart(StrictModel):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: CacheBreakpoint = None
 
 
-class CalledFunction(StrictModel):
+class RefusalPart(RequestModel):
+    type: Literal["refusal"]
+    refusal: str = Field(description="Of an assistant: what it said instead of an answer.")
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+class CalledFunction(RequestModel):
     name: FunctionName
     arguments: str = Field(description="JSON, as the model wrote it.")
+    parsed_arguments: Any = Field(None, description="Of OpenAI's clients; not looked at.")
 
 
-class ToolCall(StrictModel):
+class ToolCall(RequestModel):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = Field(None, description="As streams have it; not looked at.")
 
     def for_template(self) -> dict[str, Any]:
         """Templates write arguments as JSON, so they take them parsed, if they can be."""
@@ -41,35 +53,32 @@ class ToolCall(StrictModel):
         return {"id": self.id, "type": "function", "function": function}
 
 
-class Message(StrictModel):
+class Message(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = Field(
-        None, description="May only be missing beside tool_calls or reasoning_content."
+    content: str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = (
+        Field(None, description="May only be missing beside what an assistant says otherwise.")
     )
     name: str | None = None
+    refusal: str | None = Field(
+        None, description="Of an assistant: what it said instead of an answer."
+    )
     reasoning_content: str | None = Field(None, description="Of an assistant: what it thought.")
-    tool_calls: list[ToolCall] | None = Field(None, min_length=1, description="Of an assistant.")
+    tool_calls: list[ToolCall] = Field(default_factory=list, description="Of an assistant.")
     tool_call_id: str | None = Field(None, description="Of a tool: the call it answers.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_echoes(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value
-            for name, value in data.items()
-            if not (name in _ECHOED and (value is None or value == []))
-        }
+    parsed: Any = Field(None, description="Of OpenAI's clients: content once more; not looked at.")
+    annotations: Unserved = None
+    audio: Unserved = None
+    function_call: Unserved = None
 
     @model_validator(mode="after")
     def _fields_fit_the_role(self) -> "Message":
-        if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
-            raise ValueError("tool_calls and reasoning_content are for messages of the assistant")
+        of_assistant = ("tool_calls", "reasoning_content", "refusal")
+        given = [name for name in of_assistant if getattr(self, name) not in (None, [])]
+        if given and self.role != "assistant":
+            raise ValueError(f"{given[0]}: only messages of the assistant have it")
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("tool_call_id: messages of a tool need it, others cannot have it")
-        may_be_empty = self.tool_calls or self.reasoning_content is not None
-        if self.content is None and not may_be_empty:
+        if self.content is None and not given:
             raise ValueError("content: Field required")
         return self
 
@@ -80,7 +89,7 @@ class Message(StrictModel):
             content = "\n".join(part.text for part in content)
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
-            "content": content or "",
+            "content": content or self.refusal or "",
         }
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
@@ -91,7 +100,7 @@ class Message(StrictModel):
         return message
 
 
-class Function(StrictModel):
+class Function(RequestModel):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(
@@ -102,7 +111,7 @@ class Function(StrictModel):
     )
 
 
-class Tool(StrictModel):
+class Tool(RequestModel):
     type: Literal["function"] = "function"
     function: Function
 

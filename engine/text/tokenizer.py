@@ -17,6 +17,10 @@ from engine.checkpoint import CheckpointError, special_tokens, tokenizer_config
 from engine.text.chat_template import ChatTemplates
 
 
+class PromptTooLongError(ValueError):
+    """More tokens than there is room for."""
+
+
 class _Pieces:
     """The bytes of single tokens, by the kind of decoder that the tokenizer has."""
 
@@ -67,7 +71,7 @@ def _declared_tokens(config: dict[str, Any], named: dict[str, str]) -> list[Adde
 
 def _check_size(num_characters: int, max_len: int | None, longest_token: int) -> None:
     if max_len is not None and num_characters > max_len * longest_token:
-        raise ValueError(
+        raise PromptTooLongError(
             f"the prompt has {num_characters} characters, more than fit a window of {max_len} "
             "tokens"
         )
@@ -107,8 +111,8 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text; by default with the model's own prefix, such as a BOS token.
 
-        Raises ValueError for a text so long that it must be more than `max_len` tokens, before time
-        is spent on it.
+        Raises PromptTooLongError for a text so long that it must be more than `max_len` tokens,
+        before time is spent on it.
         """
         _check_size(len(text), max_len, self.longest_token)
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids

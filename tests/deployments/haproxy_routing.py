@@ -50,7 +50,9 @@ def main(model: str) -> dict[str, Any]:
             broken = http.post(url, content=b"{", headers={"content-type": "application/json"})
             with http.stream("POST", url, json={"prompt": "x", "stream": True}) as response:
                 streamed = sum(line.startswith("data: {") for line in response.iter_lines())
+        ids = [answer.headers.get_list("x-request-id") for answer in (bad, broken, response)]
         return {
+            "ids": [len(told) for told in ids],
             "first": first,
             "later": later,
             "others": others,

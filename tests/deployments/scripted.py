@@ -16,7 +16,10 @@ from engine.schedule.request import RequestLimits
 from engine.schedule.step import TokenDelta
 from tests.engine.small_tokenizer import byte_level
 
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TEMPLATE = (
+    "{% if tools %}{{ tools | length }} tools. {% endif %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
 EOS = 2
 
 

@@ -15,3 +15,4 @@ def test_prompts_go_to_the_replica_that_has_their_prefix(tiny_model: Path) -> No
     # What the router cannot read, the replica refuses as it would have without one.
     assert result["refused"] == [400, "tempo", 400, 400]
     assert result["streamed"] > 1
+    assert result["ids"] == [1, 1, 1]

@@ -299,5 +299,12 @@ def test_a_plain_request_is_aborted_when_its_client_hangs_up(server: str) -> Non
     assert engine_stats()["output_tokens"] - before < 900
 
 
+def test_every_answer_has_one_request_id(server: str) -> None:
+    """Serve gives it one, and so does the application where there is no Serve."""
+    for path, sent in (("health", {}), ("v1/models", {"x-request-id": "mine"}), ("v1/no", {})):
+        (told,) = httpx.get(f"{server}/{path}", headers=sent).headers.get_list("x-request-id")
+        assert told == sent.get("x-request-id", told)
+
+
 def test_health_is_ok_while_the_engine_beats(server: str) -> None:
     assert httpx.get(f"{server}/health").status_code == 200

@@ -447,7 +447,7 @@ def test_a_prompt_is_cut_to_its_last_tokens(api: InProcessApi) -> None:
         ({"frequency_penalty": -2.5}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
-        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
         ({"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words.0"),
         ({"n": 0}, "n"),

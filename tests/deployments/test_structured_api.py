@@ -339,7 +339,7 @@ def test_100_of_100_forced_calls_parse(model: Path, parser: str, count: int) -> 
     ("options", "says"),
     [
         ({"response_format": {"type": "json_object"}}, "tool_choice: a forced call"),
-        ({"extra_body": {"ignore_eos": True}}, "ignore_eos cannot be combined"),
+        ({"extra_body": {"ignore_eos": True}}, "ignore_eos: it cannot be combined"),
         (
             {
                 "tools": [

@@ -168,10 +168,10 @@ def test_an_answer_without_a_thought_has_no_reasoning(demo: LocalServer) -> None
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [
-        ({"tool_choice": "auto", "tools": []}, None, "no tools to choose from"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice", "no tools to choose from"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "fly"}}},
-            None,
+            "tool_choice",
             "'fly' is not among the tools",
         ),
         (
@@ -181,10 +181,14 @@ def test_an_answer_without_a_thought_has_no_reasoning(demo: LocalServer) -> None
         ),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
-            "messages.0",
+            "messages.0.tool_call_id",
             "tool_call_id: messages of a tool need it",
         ),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0", "content"),
+        (
+            {"messages": [{"role": "assistant", "content": None}]},
+            "messages.0.content",
+            "required",
+        ),
         (
             {"extra_body": {"chat_template_kwargs": {"messages": 1}}},
             "chat_template_kwargs",

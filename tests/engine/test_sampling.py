@@ -162,7 +162,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name() -> None:
 
 
 def test_min_tokens_beyond_max_tokens_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"min_tokens \(5\) must not exceed max_tokens \(4\)"):
+    with pytest.raises(ValidationError, match=r"min_tokens: 5 must not exceed max_tokens \(4\)"):
         SamplingParams(min_tokens=5, max_tokens=4)
     SamplingParams(min_tokens=4, max_tokens=4)
     SamplingParams(min_tokens=500, max_tokens=None)

@@ -254,7 +254,7 @@ def test_what_would_contradict_a_form(name: str) -> None:
     values: dict[str, Any] = dict(
         min_tokens=1, ignore_eos=True, allowed_token_ids=[1], bad_words=["a"]
     )
-    with pytest.raises(ValueError, match=f"{name} cannot be combined with structured_outputs"):
+    with pytest.raises(ValueError, match=f"{name}: it cannot be combined with structured_out"):
         SamplingParams(structured_outputs={"regex": "a"}, **{name: values[name]})
 
 
