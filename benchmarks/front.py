@@ -30,7 +30,7 @@ from ray import serve
 from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.front import Front
-from deployments.wire import MessageSocket
+from deployments.wire import MessageSocket, decode_request
 
 _PORT = 18345
 
@@ -51,8 +51,8 @@ class SimulatedEngine:
         left: dict[str, int] = {}
         while True:
             for message in connection.receive(0.0 if left else 0.5):
-                for request_id, _, params, *_ in message.get("add", ()):
-                    left[request_id] = params["max_tokens"]
+                for request_id, packed in message.get("add", ()):
+                    left[request_id] = decode_request(packed).params.max_tokens or 1
                 for request_id in message.get("abort", ()):
                     left.pop(request_id, None)
             deltas = []
@@ -72,9 +72,9 @@ class SimulatedReplica:
 
     async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
         self._front = Front(args)
-        await self._front.client.start()
+        address = await self._front.client.listen()
         self._engine = SimulatedEngine.remote()  # type: ignore[attr-defined]
-        self._run = self._engine.run.remote(self._front.client.address)
+        self._run = self._engine.run.remote(address)
         await self._front.client.wait_connected()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

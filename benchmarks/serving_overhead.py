@@ -119,9 +119,9 @@ def serve(args: AppArgs, ready: Connection) -> None:
 
     async def main() -> None:
         front = Front(args)
-        await front.client.start()
+        address = await front.client.listen()
         context = multiprocessing.get_context("spawn")
-        engine = context.Process(target=run_engine, args=(args, front.client.address), daemon=True)
+        engine = context.Process(target=run_engine, args=(args, address), daemon=True)
         engine.start()
         await front.client.wait_connected()
         with socket.socket() as listening:

@@ -18,6 +18,8 @@ from deployments.shard import group_bundles
 
 # The replica waits for the network most of the time; the shards do the work.
 _REPLICA_CPUS = 0.1
+# Serve replaces a replica that has not answered three times in a row, each for so long.
+_HEALTH_CHECK_TIMEOUT_S = 10
 
 
 def app(args: AppArgs) -> Application:
@@ -48,6 +50,7 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
         max_ongoing_requests=args.max_ongoing_requests,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         health_check_period_s=2,
+        health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
         **options,
     ).bind(args)
     if not by_body:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.metrics import Metrics
+from deployments.quarantine import MAX_DEATHS, Quarantine
 from deployments.request_record import RequestOptions, RequestRecord
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
 from engine.sampling_params import SamplingParams
@@ -32,6 +33,10 @@ class RequestRefusedError(Exception):
     """The engine cannot serve the request as it is."""
 
 
+class RequestFailedError(Exception):
+    """The engine fails at the request, through no fault that could be named."""
+
+
 class RequestTimeoutError(Exception):
     """The request has had all the time that it may take."""
 
@@ -39,6 +44,7 @@ class RequestTimeoutError(Exception):
 @dataclass(eq=False)
 class _Live:
     request: Request
+    packed: bytes  # until it is sent
     stream: bool
     record: RequestRecord
     is_queued: bool = True  # no token has come yet
@@ -49,8 +55,6 @@ class EngineClient:
     """Listens on a Unix socket for one engine at a time."""
 
     def __init__(self, model_name: str = "") -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="manta-")
-        self.address = str(Path(self._directory.name) / "engine.sock")
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
         self.metrics = Metrics(model_name, lambda: self.stats)
@@ -58,18 +62,36 @@ class EngineClient:
         self.queued_tokens = 0  # of their prompts
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
         self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
+        self.num_blamed = 0  # deaths of engines that are laid to a request
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._server: asyncio.Server | None = None
         self._writer: asyncio.StreamWriter | None = None
-        self._outbox: Message = {}
+        self._quarantine = Quarantine()
+        self._aborted: list[str] = []  # to be told to the engine
+        self._is_flush_due = False
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
         self._last_beat = time.monotonic()
         self._watched_until = 0.0
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_unix_server(self._serve, self.address)
+    async def listen(self) -> str:
+        """Expect an engine; returns the address of the socket, which is gone once it has come.
+
+        So nothing is left of it when this process is killed, and no other engine gets in.
+        """
+        self._stop_listening()
+        self._directory = tempfile.TemporaryDirectory(prefix="manta-")
+        address = str(Path(self._directory.name) / "engine.sock")
+        self._server = await asyncio.start_unix_server(self._serve, address)
+        return address
+
+    def _stop_listening(self) -> None:
+        if self._server is not None and self._directory is not None:
+            self._server.close()
+            self._directory.cleanup()
+        self._server = self._directory = None
 
     @property
     def is_connected(self) -> bool:
@@ -106,7 +128,8 @@ class EngineClient:
         """The tokens of one request, as they come; leaving the iteration early aborts it.
 
         Without `options.stream` they come all at once with the last one: nobody is woken every
-        step. Raises EngineUnavailableError, RequestRefusedError, and RequestTimeoutError.
+        step. Raises EngineUnavailableError, RequestRefusedError, RequestFailedError, and
+        RequestTimeoutError.
         """
         self.check_available()
         request = Request(
@@ -118,10 +141,13 @@ class EngineClient:
             priority=options.priority,
             cache_owner=options.cache_owner,
         )
-        live = self._live[request.id] = _Live(request, options.stream, record)
+        # Packed here, where it fails nobody else if it cannot be.
+        live = _Live(request, encode_request(request), options.stream, record)
+        self._live[request.id] = live
         self.num_queued += 1
         self.queued_tokens += len(prompt_token_ids)
-        self._send("add", encode_request(request))
+        self._quarantine.add(request.id)
+        self._flush_soon()
         deadline = self._set_deadline(live, options.timeout_s)
         try:
             while True:
@@ -136,7 +162,9 @@ class EngineClient:
             if deadline is not None:
                 deadline.cancel()
             if self._live.pop(request.id, None) is not None:
-                self._send("abort", request.id)
+                self._aborted.append(request.id)
+            self._quarantine.remove(request.id)
+            self._flush_soon()
             self._leave_queue(live)
             self.metrics.count_end(record, time.monotonic())
 
@@ -172,19 +200,27 @@ class EngineClient:
         for live in self._live.values():
             live.arrived.put_nowait(error)
         self._live.clear()
+        self._quarantine = Quarantine()
 
-    def _send(self, kind: str, item: Any) -> None:
-        """Queue for the next message; all that one turn of the event loop brings goes into one."""
-        if self._writer is None:
-            return  # live requests are sent when an engine connects
-        if not self._outbox:
+    def _flush_soon(self) -> None:
+        """All that one turn of the event loop brings goes into one message."""
+        if not self._is_flush_due:
+            self._is_flush_due = True
             asyncio.get_running_loop().call_soon(self._flush)
-        self._outbox.setdefault(kind, []).append(item)
 
     def _flush(self) -> None:
-        message, self._outbox = self._outbox, {}
-        if self._writer is not None:
-            self._writer.write(pack(message))
+        """Send the engine the requests whose turn it is, and what has been aborted."""
+        self._is_flush_due = False
+        if self._writer is None:
+            return  # live requests are sent when an engine connects
+        added = []
+        for request_id in self._quarantine.take():
+            live = self._live[request_id]
+            added.append((request_id, live.packed))
+            live.packed = b""
+        if added or self._aborted:
+            self._writer.write(pack({"add": added, "abort": self._aborted}))
+            self._aborted = []
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Talk to one engine until it goes away."""
@@ -205,24 +241,47 @@ class EngineClient:
             writer.close()
 
     def disconnect(self) -> None:
-        """Give up the engine, if there is one; its requests wait for the next."""
-        if self._writer is not None:
-            self._writer.close()
+        """Give up the engine, if there is one; its requests wait for the next.
+
+        All but the one that it died of, if that has been found.
+        """
+        if self._writer is None:
+            return
+        self._writer.close()
         self._writer = None
         self.stats, self.view = {}, None
         self._watched_until = 0.0
         self._connected.clear()
+        culprit = self._quarantine.blame()
+        if culprit is not None:
+            self.num_blamed += 1
+            if self._quarantine.is_guilty(culprit):
+                self._end(
+                    culprit,
+                    RequestFailedError(
+                        f"the engine has failed {MAX_DEATHS} times in a row at this request, and "
+                        "lastly with no other that could be the cause; it is not tried again"
+                    ),
+                )
+
+    def _end(self, request_id: str, error: Exception) -> None:
+        self._quarantine.remove(request_id)
+        live = self._live.pop(request_id, None)
+        if live is not None:
+            live.arrived.put_nowait(error)
 
     def _adopt(self, writer: asyncio.StreamWriter) -> None:
+        self._stop_listening()
         self._writer = writer
-        self._outbox = {}
+        self._aborted = []
         self.cached_blocks.clear()
         self._last_beat = time.monotonic()
         self.metrics.engine_starts += 1
         self._connected.set()
-        if self._live:
-            requests = [encode_request(live.request) for live in self._live.values()]
-            writer.write(pack({"add": requests}))
+        for live in self._live.values():
+            live.packed = encode_request(live.request)
+        self._quarantine.restart(self._live)
+        self._flush()
 
     def _take_in(self, message: Message) -> None:
         self._last_beat = time.monotonic()
@@ -240,6 +299,7 @@ class EngineClient:
                 continue  # aborted while the step ran
             live.request.output_token_ids += delta.token_ids
             self.metrics.count_tokens(live.record, len(delta.token_ids), self._last_beat)
+            self._quarantine.acquit(delta.request_id)
             if live.is_queued:
                 self._leave_queue(live)
                 live.record.num_cached = delta.num_cached_tokens
@@ -252,17 +312,20 @@ class EngineClient:
                 whole = replace(delta, token_ids=live.request.output_token_ids)
                 live.arrived.put_nowait(whole)
         for request_id, reason in message["errors"]:
-            refused = self._live.pop(request_id, None)
-            if refused is not None:
-                refused.arrived.put_nowait(RequestRefusedError(reason))
+            self._end(request_id, _refusal(reason))
+        self._flush()  # somebody's turn may have come
 
     async def close(self) -> None:
         """Let the engine go: it ends when the connection does."""
         self.fail(EngineUnavailableError("the server is shutting down"))
         self.disconnect()
-        if self._server is not None:
-            self._server.close()
-        self._directory.cleanup()
+        self._stop_listening()
+
+
+def _refusal(reason: str | None) -> Exception:
+    if reason is None:
+        return RequestFailedError("the engine could not take the request in; its log says why")
+    return RequestRefusedError(reason)
 
 
 def _reason(error: Exception) -> str:

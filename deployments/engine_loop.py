@@ -1,5 +1,6 @@
 """The engine's side of the wire: take in requests, step, send tokens, until the front is gone."""
 
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,8 @@ from engine.view import Watch
 
 if TYPE_CHECKING:  # imports torch, which the front, sharing a module with this one, never does
     from engine.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 # How often an idle engine says that it is alive, in seconds.
 HEARTBEAT_S = 0.5
@@ -48,15 +51,20 @@ class EngineLoop:
             self._socket.close()
             self._engine.close()
 
-    def _take_in(self, message: Message) -> list[tuple[str, str]]:
-        """Returns (request id, reason) for what the engine refuses."""
-        errors = []
-        for fields in message.get("add", ()):
-            request = decode_request(fields)
+    def _take_in(self, message: Message) -> list[tuple[str, str | None]]:
+        """Returns (request id, reason) for what the engine refuses, without one where it fails.
+
+        What is done for one request fails that request alone.
+        """
+        errors: list[tuple[str, str | None]] = []
+        for request_id, packed in message.get("add", ()):
             try:
-                self._engine.add(request)
+                self._engine.add(decode_request(packed))
             except ValueError as error:
-                errors.append((request.id, str(error)))
+                errors.append((request_id, str(error)))
+            except Exception:
+                logger.exception("A request could not be taken in")
+                errors.append((request_id, None))
         for request_id in message.get("abort", ()):
             self._engine.abort(request_id)
         if "watch" in message:

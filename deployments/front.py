@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,15 @@ class Front:
     async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
 
+    def warm_up(self) -> None:
+        """Import what renders chats before the first one waits for it."""
+        with suppress(ValueError):  # the template may refuse this one, or there is none
+            self.tokenizer.encode_chat([{"role": "user", "content": ""}])
+
+    async def in_tokens(self, params: SamplingParams) -> SamplingParams:
+        """The parameters as `generate` takes them; raises ValueError when no engine does."""
+        return await asyncio.to_thread(params.in_tokens, self.tokenizer.encode_bad_words)
+
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that can never be served.
 
@@ -110,10 +119,10 @@ class Front:
 
         Without `options.stream` the text comes in one piece where nothing in it can end the
         request. Leaving the iteration early aborts it. Raises EngineUnavailableError when there is
-        no engine, RequestTimeoutError when its time is up. The caller has passed it to `check`.
+        no engine, RequestTimeoutError when its time is up, RequestFailedError when the engine
+        fails at it. The caller has passed it to `in_tokens` and `check`.
         """
         seed = _seed_of(params)
-        params = params.in_tokens(self.tokenizer)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params, options.shown_tokens)
         # A stop string is found only in the text, and logprobs come token by token.
         stream = options.stream or bool(params.stop) or params.logprobs is not None

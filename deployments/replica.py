@@ -28,12 +28,11 @@ class Replica:
         assert bundles is not None, "the app builder gives every replica a placement group"
         self._args = args
         self._front = await asyncio.to_thread(Front, args)
-        await self._front.client.start()
         self._shards = ShardGroup(args, self._front.client, bundles)
         self._num_reports = 0
         if args.num_replicas > 1 or args.max_replicas is not None:
             self._front.watch = ReplicaWatch().pictures
-        await self._shards.start()
+        await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.warm_up))
         self._metrics = asyncio.create_task(
             RayMetrics(self._front.client.metrics).publish_forever()
         )

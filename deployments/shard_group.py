@@ -69,12 +69,16 @@ class ShardGroup:
         return [pid for _, pid in self._processes]
 
     async def supervise(self) -> None:
-        """Keep an engine connected to the client until it has failed too often."""
+        """Keep an engine connected to the client until it has failed too often.
+
+        What it died of a request does not count: that one has an end.
+        """
         while True:
+            num_blamed = self._client.num_blamed
             cause = await self._run()
             self._client.disconnect()
-            await self._kill()
-            if not self._may_restart():
+            self._kill()
+            if self._client.num_blamed == num_blamed and not self._may_restart():
                 self.failure = f"the engine failed too often, lastly: {cause}"
                 logger.error(self.failure)
                 self._client.fail(EngineUnavailableError(self.failure))
@@ -94,23 +98,31 @@ class ShardGroup:
         return self._client.limits is not None and len(self._restarts) <= self._args.max_restarts
 
     async def _run(self) -> str:
-        """Start all shards and wait until one ends or the engine falls silent; returns why."""
+        """Start all shards and wait until one ends or the engine falls silent; returns why.
+
+        Whatever is raised meanwhile is the end of this engine, and of nothing else.
+        """
         ends: list[asyncio.Future[None]] = []
+        timeout_s = self._args.startup_timeout_s
+        too_late = f"not ready within startup_timeout_s={timeout_s:g}"
+        deadline = time.monotonic() + timeout_s
+        startup = asyncio.timeout(timeout_s)
         try:
-            ends = await self._start()
-            deadline = time.monotonic() + self._args.startup_timeout_s
+            async with startup:
+                ends = await self._start()
             while True:
                 done, _ = await asyncio.wait(
                     ends, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED
                 )
                 if done:
-                    return _describe(done.pop().exception())
+                    end = done.pop()
+                    return _describe(None if end.cancelled() else end.exception())
                 if self._client.is_silent(self._args.heartbeat_timeout_s):
                     return f"no heartbeat for {self._args.heartbeat_timeout_s:g} s"
                 if not self._client.is_connected and time.monotonic() > deadline:
-                    return f"not ready within startup_timeout_s={self._args.startup_timeout_s:g}"
-        except ray.exceptions.RayError as error:
-            return _describe(error)
+                    return too_late
+        except Exception as error:
+            return too_late if startup.expired() else _describe(error)
         finally:
             for end in ends:
                 end.cancel()
@@ -118,11 +130,12 @@ class ShardGroup:
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
         config, size = self._args.engine_config, self._args.tensor_parallel_size
+        address = await self._client.listen()
         self._shards = [self._new_shard(rank) for rank in range(size)]
         self._processes = await asyncio.gather(*(s.process.remote() for s in self._shards))
         leader, *followers = self._shards
         group_address = await leader.open_group.remote(size)
-        calls = [leader.lead.remote(config, self._client.address)]
+        calls = [leader.lead.remote(config, address)]
         for rank, follower in enumerate(followers, start=1):
             calls.append(follower.follow.remote(config, rank, group_address))
         return [asyncio.ensure_future(_completion(call)) for call in calls]
@@ -137,19 +150,21 @@ class ShardGroup:
             ),
         ).remote()
 
-    async def _kill(self) -> None:
+    def _kill(self) -> None:
         """End all shards at once, also those that are stopped or stuck and hear nothing."""
-        here = ray.get_runtime_context().get_node_id()
-        for node, pid in self._processes:
-            if node == here:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            else:
-                _kill_process.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-                ).remote(pid)
-        for shard in self._shards:
-            ray.kill(shard)
+        try:
+            for node, pid in self._processes:
+                if node == ray.get_runtime_context().get_node_id():
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+                else:
+                    _kill_process.options(
+                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+                    ).remote(pid)
+            for shard in self._shards:
+                ray.kill(shard)
+        except Exception:
+            logger.exception("Shards of an engine that failed may still be there")
         self._shards, self._processes = [], []
 
 

@@ -154,7 +154,7 @@ class LLM:
         text, token_ids, salt = self._parse(prompt)
         token_ids = params.truncated(token_ids, self.engine.limits.max_len)
         if params.stop or params.bad_words:
-            params = params.in_tokens(self.get_tokenizer())
+            params = params.in_tokens(self.get_tokenizer().encode_bad_words)
         seed = params.seed if params.seed is not None else self._seeds.randint(0, MAX_SEED)
         request_id, self._next_id = str(self._next_id), self._next_id + 1
         choices = []

@@ -1,15 +1,17 @@
 """How the tokens of one request are chosen, and when it ends."""
 
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.strict import StrictModel
 from engine.structured_outputs import StructuredOutputs
-from engine.text.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_TOKENS = 64
 
 TokenId = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
@@ -47,11 +49,15 @@ class SamplingParams(StrictModel):
     allowed_token_ids: list[TokenId] | None = Field(
         None, min_length=1, description="Only these tokens; None allows all."
     )
-    bad_words: list[NonEmpty] = Field(
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=1000)]] = Field(
         default_factory=list, max_length=256, description="Texts whose tokens are never completed."
     )
-    bad_words_token_ids: list[Annotated[list[TokenId], Field(min_length=1, max_length=64)]] = Field(
-        default_factory=list, max_length=1024, description="Token sequences never completed."
+    bad_words_token_ids: list[
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
+    ] = Field(
+        default_factory=list,
+        max_length=MAX_BAD_WORDS,
+        description="Token sequences never completed.",
     )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="The form of the text: a JSON schema, regex, choice or grammar."
@@ -158,9 +164,28 @@ class SamplingParams(StrictModel):
         seeds = [(seed + i + MAX_SEED + 1) % 2**64 - MAX_SEED - 1 for i in range(self.n)]
         return list(zip([first] + [others] * (self.n - 1), seeds, strict=True))
 
-    def in_tokens(self, tokenizer: Tokenizer) -> "SamplingParams":
-        """The same for an engine, which knows no words: bad_words as bad_words_token_ids."""
+    def in_tokens(
+        self, encode_bad_words: Callable[[Sequence[str]], list[list[int]]]
+    ) -> "SamplingParams":
+        """The same for an engine, which knows no words: bad_words as bad_words_token_ids.
+
+        Raises ValueError when they are more, or longer, than those may be.
+
+        Args:
+            encode_bad_words: a tokenizer's.
+        """
         if not self.bad_words:
             return self
-        sequences = self.bad_words_token_ids + tokenizer.encode_bad_words(self.bad_words)
+        words = encode_bad_words(self.bad_words)
+        longest = max(map(len, words), default=0)
+        if longest > MAX_BAD_WORD_TOKENS:
+            raise ValueError(
+                f"bad_words: one of them is {longest} tokens; at most {MAX_BAD_WORD_TOKENS}"
+            )
+        sequences = self.bad_words_token_ids + words
+        if len(sequences) > MAX_BAD_WORDS:
+            raise ValueError(
+                f"bad_words: with bad_words_token_ids they are {len(sequences)} sequences of "
+                f"tokens; at most {MAX_BAD_WORDS}"
+            )
         return self.model_copy(update={"bad_words": [], "bad_words_token_ids": sequences})

@@ -20,15 +20,16 @@ _ANNOTATIONS = {
     *("$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default"),
     *("examples", "example", "deprecated", "readOnly", "writeOnly", "discriminator"),
 }
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_MAX_BOUND = 2**63 - 1  # of an integer, either way, for the compiler
 _CONSTRAINTS = {
     *("type", "properties", "required", "additionalProperties", "items", "prefixItems"),
     *("minItems", "maxItems", "minLength", "maxLength", "pattern", "format"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    *_BOUNDS,
 }
 _WHOLE = {"enum", "const", "anyOf", "oneOf", "allOf", "$ref"}  # each says everything by itself
-_NEED_A_TYPE = {
+_NEED_A_TYPE = _BOUNDS | {
     *("minItems", "maxItems", "minLength", "maxLength", "pattern", "format"),
-    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
 }
 _KINDS_OF_VALUES: dict[str, type] = {
     **dict.fromkeys(("properties", "$defs", "definitions"), dict),
@@ -195,6 +196,11 @@ def _check_keywords(schema: dict[str, Any], path: str) -> None:
         raise ValueError(f"{path}.$ref: only references within the schema, '#/…', are supported")
     if names & _NEED_A_TYPE and "type" not in names:
         raise ValueError(f"{path}.{min(names & _NEED_A_TYPE)}: needs a type beside it")
+    if schema.get("type") == "integer":
+        for name in sorted(names & _BOUNDS):
+            bound = schema[name]
+            if not isinstance(bound, (int, float)) or bound % 1 or abs(bound) > _MAX_BOUND:
+                raise ValueError(f"{path}.{name}: must be a 64-bit integer (got {bound!r:.100})")
     if "pattern" in names and names & {"minLength", "maxLength", "format"}:
         raise ValueError(f"{path}: pattern cannot be combined with minLength, maxLength or format")
     if "format" in names and names & {"minLength", "maxLength"}:

@@ -54,6 +54,32 @@ print("torch" in sys.modules)
     assert run_python(code) == "False"
 
 
+def test_all_that_renders_chats_is_imported_before_the_first_one() -> None:
+    code = """
+import sys
+from deployments.args import AppArgs
+from deployments.front import Front
+front = Front(AppArgs())
+front.warm_up()
+before = set(sys.modules)
+front.tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+print(sorted(set(sys.modules) - before))
+"""
+    assert run_python(code) == "[]"
+
+
+def test_an_engine_does_not_import_torchs_compiler() -> None:
+    """That takes seconds, at the first step for which torch thinks of it."""
+    code = """
+import sys
+from engine import LLM, SamplingParams
+llm = LLM("manta-demo", num_blocks=64)
+llm.generate([[5, 6], [7]], SamplingParams(max_tokens=4, logprobs=1, top_p=0.5), use_tqdm=False)
+print("torch._dynamo" in sys.modules)
+"""
+    assert run_python(code) == "False"
+
+
 def test_transformers_does_not_take_our_kernels_for_the_hub_package() -> None:
     """Hugging Face publishes a package of the same name; it would be called with its own API."""
     code = "from transformers.utils import is_kernels_available; print(is_kernels_available())"

@@ -111,7 +111,7 @@ class Chat:
         check_messages(request.messages)
         check_queue(front, 1)
         options = request_options(front, request)
-        params = sampling_params(front, request)
+        params = await sampling_params(front, request)
         tools: ToolFormat | None = None
         forced = None
         if request.offered_tools:

@@ -21,13 +21,17 @@ def check_model(front: Front, request: ModelRequest) -> None:
         raise ApiError.no_such_model(request.model, front.model_name)
 
 
-def sampling_params(front: Front, request: GenerationRequest) -> SamplingParams:
+async def sampling_params(front: Front, request: GenerationRequest) -> SamplingParams:
+    """In tokens. Raises ApiError for what the engine could never take."""
     current = scope()
     current.names = request.other_names() | current.names
     try:
-        return request.sampling_params(front.sampling_defaults)
+        params = request.sampling_params(front.sampling_defaults)
+        return await front.in_tokens(params) if params.bad_words else params
     except ValidationError as error:
         raise validation_error(explain(error.errors())) from error
+    except ValueError as error:
+        raise ApiError(400, str(error), "bad_words") from error
 
 
 def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param: str) -> None:

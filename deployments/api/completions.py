@@ -100,7 +100,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     check_model(front, request)
     check_queue(front, len(request.prompts))
     options = request_options(front, request)
-    params = sampling_params(front, request)
+    params = await sampling_params(front, request)
     prompts, texts = [], []
     for prompt in request.prompts:
         tokens = await _encode(front, prompt, params) if isinstance(prompt, str) else prompt

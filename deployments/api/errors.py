@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from deployments.api.scope import scope
 from deployments.engine_client import (
     EngineUnavailableError,
+    RequestFailedError,
     RequestRefusedError,
     RequestTimeoutError,
 )
@@ -20,6 +21,8 @@ from engine.strict import explain
 
 # Seconds after which a client should try again when there is no engine.
 RETRY_AFTER_S = 5
+# OpenAI's clients would try again what goes the same way every time.
+_STAY = {"x-should-retry": "false"}
 
 _TYPES = {
     401: "authentication_error",
@@ -64,13 +67,13 @@ class ApiError(Exception):
             case RequestRefusedError():
                 field = str(error).partition(":")[0]
                 return cls(400, str(error), field if field in SamplingParams.model_fields else None)
+            case RequestFailedError():
+                return cls(500, str(error), code="engine_failed", headers=_STAY)
             case EngineUnavailableError():
                 retry = {"Retry-After": str(RETRY_AFTER_S)}
                 return cls(503, str(error), code="engine_unavailable", headers=retry)
             case RequestTimeoutError():
-                # OpenAI's clients would try again: and it would not be faster.
-                stay = {"x-should-retry": "false"}
-                return cls(408, str(error), code="request_timeout", headers=stay)
+                return cls(408, str(error), code="request_timeout", headers=_STAY)
         return cls(500, f"internal error: {type(error).__name__}")
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":

@@ -93,7 +93,6 @@ class BatchReplica:
         bundles = get_current_placement_group()
         assert bundles is not None, "AnswerParts gives every replica a placement group"
         self._front = await asyncio.to_thread(Front, self._args)
-        await self._front.client.start()
         self._shards = ShardGroup(self._args, self._front.client, bundles)
         await self._shards.start()
         self._ready_at = time.time()

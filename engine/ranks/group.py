@@ -6,9 +6,16 @@ on which the leader sends it the plan of every step.
 """
 
 import secrets
+import socket
+import struct
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -18,7 +25,12 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from engine.ranks.parallel import TensorParallel
 
 # A collective slower than this means that a rank is gone; its peers then fail instead of waiting.
+# The ranks have as long to find each other.
 _TIMEOUT = timedelta(minutes=10)
+# How often the leader looks for another connection, in seconds.
+_ACCEPT_S = 0.02
+# How long one may say nothing before it has shown that it has the key: 10 s, as a timeval.
+_SILENCE = struct.pack("ll", 10, 0)
 
 
 @dataclass(frozen=True)
@@ -41,18 +53,37 @@ class Leader:
             self._store = TCPStore(
                 host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT
             )
+            self._door = socket.create_server((host, 0))
+            port = self._door.getsockname()[1]
             key = secrets.token_bytes(32)
-            self._listener = Listener((host, 0), backlog=size, authkey=key)
-            port = self._listener.address[1]
-            self.address = GroupAddress(host, self._store.port, int(port), key)
+            self.address = GroupAddress(host, self._store.port, port, key)
 
     def gather(self, device: torch.device) -> TensorParallel:
         """Wait for all followers; returns rank 0's place among them."""
         if self.size == 1:
             return TensorParallel()
-        self._followers = [self._listener.accept() for _ in range(self.size - 1)]
-        self._listener.close()
+        with self._door:
+            self._followers = self._accept_followers()
         return _join(self._store, 0, self.size, device)
+
+    def _accept_followers(self) -> "list[Connection[Any, Any]]":
+        """Connections to all that have the key. Others, whatever they say or do not, are let be."""
+        deadline = time.monotonic() + _TIMEOUT.total_seconds()
+        followers: list[Connection[Any, Any]] = []
+        welcome: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
+        self._door.settimeout(_ACCEPT_S)
+        while len(followers) < self.size - 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"{len(followers)} of {self.size - 1} other ranks came within {_TIMEOUT}"
+                )
+            with suppress(OSError):  # nobody there, or too many
+                caller, _ = self._door.accept()
+                greeting = caller, self.address.key, welcome
+                Thread(target=_greet, args=greeting, daemon=True).start()
+            with suppress(Empty):
+                followers.append(welcome.get(timeout=_ACCEPT_S))
+        return followers
 
     def send(self, message: Any) -> None:
         """Give every follower the same message, in the same order."""
@@ -86,6 +117,19 @@ class Follower:
     def receive(self) -> Any:
         """The leader's next message; raises EOFError when it is gone."""
         return self._connection.recv()
+
+
+def _greet(caller: socket.socket, key: bytes, welcome: "SimpleQueue[Connection[Any, Any]]") -> None:
+    """Welcome who has the key, and hang up on anybody else."""
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SILENCE)
+    connection: Connection[Any, Any] = Connection(caller.detach())
+    try:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+    except (OSError, EOFError, AuthenticationError):
+        connection.close()
+    else:
+        welcome.put(connection)
 
 
 def _join(store: Store, rank: int, size: int, device: torch.device) -> TensorParallel:

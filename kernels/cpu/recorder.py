@@ -106,6 +106,11 @@ class _WorkOfTorch(TorchDispatchMode):
         super().__init__()
         self.seen = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, which takes seconds, to keep it from compiling this."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:

@@ -53,9 +53,9 @@ def serve_in_process(model: str, **args: Any) -> Iterator[InProcessApi]:
     arguments = AppArgs(model=model, **defaults | args)
     with asyncio.Runner() as runner:
         front = Front(arguments)
-        runner.run(front.client.start())
+        address = runner.run(front.client.listen())
         engine = Engine(arguments.engine_config)
-        loop = threading.Thread(target=_serve, args=(engine, front.client.address))
+        loop = threading.Thread(target=_serve, args=(engine, address))
         loop.start()
         try:
             runner.run(asyncio.wait_for(front.client.wait_connected(), 60))

@@ -91,8 +91,8 @@ class _Server:
 
     async def _serve(self) -> None:
         front = Front(self._args)
-        await front.client.start()
-        engine = await asyncio.to_thread(self._start_engine, front.client.address)
+        address = await front.client.listen()
+        engine = await asyncio.to_thread(self._start_engine, address)
         await front.client.wait_connected()
         api = build_api(front, self._args)
         with socket.socket() as listening:

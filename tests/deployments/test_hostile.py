@@ -149,6 +149,57 @@ def test_what_reaches_the_template_as_it_is(demo: LocalServer, field: str, value
     wait_until(demo.is_idle)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bad_words": ["apple river stone " * 60]}, "at most 1000 characters"),
+        ({"bad_words": ["apple river stone " * 25]}, "one of them is 76 tokens; at most 64"),
+        (
+            {"bad_words": [f"w{i}" for i in range(256)], "bad_words_token_ids": [[1]] * 1024},
+            "with bad_words_token_ids they are 1536 sequences of tokens; at most 1024",
+        ),
+    ],
+    ids=["characters", "tokens", "sequences"],
+)
+def test_bad_words_that_no_engine_takes(
+    demo: LocalServer, fields: dict[str, Any], said: str
+) -> None:
+    """Are found out at the door, where words become tokens, not by an engine that dies of them."""
+    told = refuse(demo, TEXT, json.dumps({"prompt": "a", "max_tokens": 2} | fields))
+    assert told.startswith("bad_words") and said in told
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "field"),
+    [
+        (TEXT, '"guided_json": SCHEMA', "guided_json: json.minimum"),
+        (TEXT, '"structured_outputs": {"json": SCHEMA}', "structured_outputs: json.minimum"),
+        (
+            CHAT,
+            '"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": '
+            '{"type": "object", "properties": {"b": SCHEMA}}}}',
+            "response_format: json.properties.b.minimum",
+        ),
+        (
+            CHAT,
+            '"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", '
+            '"parameters": {"type": "object", "properties": {"b": SCHEMA}}}}]',
+            "properties.b.minimum",
+        ),
+    ],
+)
+def test_numbers_beyond_64_bits(demo: LocalServer, path: str, fields: str, field: str) -> None:
+    """No integer of a grammar has them, and msgpack does not; a float may well begin there."""
+    prompt = {TEXT: '"prompt": "a"', CHAT: MESSAGES}[path]
+    body = f'{{{prompt}, "max_tokens": 2, {fields}}}'
+    integer = f'{{"type": "integer", "minimum": {10**30}}}'
+    assert field in refuse(demo, path, body.replace("SCHEMA", integer))
+    number = integer.replace("integer", "number")
+    answer = send(demo, path, body.replace("SCHEMA", number))
+    assert answer.status_code == 200, answer.text
+    wait_until(demo.is_idle)
+
+
 @pytest.mark.parametrize("depth", [100, 1000, 100_000, 1_000_000])
 @pytest.mark.parametrize("field", ["prompt", "logit_bias", "unknown"])
 def test_deeply_nested_json(tiny: LocalServer, field: str, depth: int) -> None:

@@ -92,3 +92,10 @@ def test_health_fails_while_the_engine_hangs_and_recovers_with_it(server: str) -
     if response.status_code == 503:
         assert "retry-after" in response.headers
     wait_until(lambda: httpx.get(f"{server}/health").status_code == 200, what="health is back")
+
+
+def test_a_hung_front_is_replaced_within_half_a_minute(server: str) -> None:
+    """Serve takes three answers that do not come in time for a death."""
+    details = serve.context._get_global_client().get_serve_details()
+    config = details["applications"]["recovery"]["deployments"]["Replica"]["deployment_config"]
+    assert 3 * config["health_check_timeout_s"] <= 30

@@ -106,6 +106,13 @@ def test_bad_words_are_never_completed(generate: Any) -> None:
         assert word in text and word not in other
 
 
+def test_bad_words_that_are_too_long_or_too_many_in_tokens(generate: Any) -> None:
+    with pytest.raises(ValueError, match="bad_words: one of them is 65 tokens; at most 64"):
+        generate(bad_words=["a" * 65], bad_words_token_ids=[[3] * 64])
+    with pytest.raises(ValueError, match="they are 1025 sequences of tokens; at most 1024"):
+        generate(bad_words=["ab"], bad_words_token_ids=[[3]] * 1024)
+
+
 def test_the_stop_string_may_be_part_of_the_text(generate: Any) -> None:
     text = generate().outputs[0].text
     stop = text[3:6]

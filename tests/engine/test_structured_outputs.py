@@ -14,6 +14,7 @@ import pytest
 
 from engine import LLM, SamplingParams, StructuredOutputs
 from engine.engine import Engine
+from engine.sampling.grammar import matcher as grammar_matcher
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.schedule.request import Request
 from tests.conftest import CheckpointFactory
@@ -226,6 +227,9 @@ def test_an_engine_without_grammars_has_none_of_it(byte_model: Path) -> None:
         ({"json": {"anyOf": []}}, "json.anyOf: must not be empty"),
         ({"json": {"properties": []}}, "json.properties: must be an object"),
         ({"json": {"properties": {"a": 1}}}, "json.properties.a: a schema is an object"),
+        ({"json": {"type": "integer", "minimum": 2**63}}, "json.minimum: must be a 64-bit integer"),
+        ({"json": {"type": "integer", "exclusiveMaximum": 0.5}}, "json.exclusiveMaximum: must be"),
+        ({"json": {"type": "integer", "maximum": "1"}}, "json.maximum: must be a 64-bit integer"),
         ({"json": {"type": "string", "maxLength": "3"}}, "json: a length is a whole number"),
         ({"regex": "a" * 100_001}, "regex: .* characters are too many"),
         ({"choice": ["a", ""]}, "choice: a choice must not be empty"),
@@ -337,6 +341,21 @@ def test_a_grammar_too_ambiguous_to_follow_ends_alone(
         endings = endings_of(engine)
     assert endings["plain"] == "length"
     assert "too ambiguous to follow" in endings["ambiguous"]
+
+
+def test_what_is_raised_while_a_grammar_is_followed_ends_its_request_alone(
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(grammar: Any) -> Any:
+        raise RuntimeError("a fault of xgrammar's")
+
+    with new_engine(byte_model) as engine:
+        monkeypatch.setattr(grammar_matcher, "_new_matcher", fail)
+        engine.add(Request("form", PROMPT, structured(regex="ab"), 0))
+        engine.add(Request("plain", PROMPT, SamplingParams(ignore_eos=True, max_tokens=9), 0))
+        endings = endings_of(engine)
+    assert endings["plain"] == "length"
+    assert endings["form"].endswith("its grammar cannot be followed: a fault of xgrammar's")
 
 
 def test_an_aborted_request_is_forgotten_while_its_grammar_compiles(byte_model: Path) -> None:

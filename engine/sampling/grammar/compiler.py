@@ -78,6 +78,7 @@ class GrammarCompiler:
         return tokenizer_info(**self._vocabulary)
 
     def _compile(self, wanted: StructuredOutputs) -> Any:
+        self._worker.start()  # which takes as long as the imports here
         with self._lock:
             info = self._tokenizer_info
         from xgrammar import CompiledGrammar
@@ -118,11 +119,16 @@ class _Worker:
                 ) from error
 
     def _hand_over(self, fd: int) -> None:
+        self.start()
+        with self._lock:
+            assert self._control is not None
+            socket.send_fds(self._control, [b"."], [fd])
+
+    def start(self) -> None:
+        """If it does not run."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            assert self._control is not None
-            socket.send_fds(self._control, [b"."], [fd])
 
     def _start(self) -> None:
         self._control, theirs = socket.socketpair()

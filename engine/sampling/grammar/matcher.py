@@ -7,7 +7,6 @@ for the tokens of step N, the device is busy with step N + 1 meanwhile.
 """
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -38,39 +37,49 @@ class _Row:
                 gone before it ran.
             output: the tokens that it has already.
         """
+        self._grammar = grammar
         # What the matcher has not been told: tokens, some of which are still on their way.
-        self._unmatched: deque[int | tuple[ToHost, int]] = deque(output)
+        self._unmatched: list[int | tuple[ToHost, int]] = [*output]
         self.error: str | None = None
-        self._matcher = None if grammar is None else _new_matcher(grammar)
+        self._matcher: Any = None  # made when the first mask is
         self._num_tokens = 0
         self._seconds = 0.0
 
     def accept(self, tokens: ToHost, index: int) -> None:
         """The token that is, or will be, in tokens [N] at this index."""
-        if self._matcher is not None and self.error is None:
+        if self._grammar is not None and self.error is None:
             self._unmatched.append((tokens, index))
 
     def fill(self, bitmask: Tensor, index: int) -> None:
-        """Allow what may come next in row `index` of bitmask; all, once there is nothing left."""
-        if self._matcher is None or self.error is not None:
+        """Allow what may come next in row `index` of bitmask; all, once there is nothing left.
+
+        What goes wrong with a grammar is its request's error, and nobody else's.
+        """
+        if self._grammar is None or self.error is not None:
             return
         start = time.thread_time()
-        self.error = self._advance(start)
-        if self.error is None and not self._matcher.is_terminated():
-            self._matcher.fill_next_token_bitmask(bitmask, index)
-            if not bitmask[index].any():
-                self.error = "the model's vocabulary has no token that could come next"
-                bitmask[index] = -1
+        tokens = [t if isinstance(t, int) else int(t[0].wait()[t[1]]) for t in self._unmatched]
+        self._unmatched.clear()
+        try:
+            self.error = self._advance(tokens, start) or self._fill(bitmask, index)
+        except Exception as error:
+            self.error = f"its grammar cannot be followed: {error}"
+        if self.error is not None:
+            bitmask[index] = -1
         self._seconds += time.thread_time() - start
 
-    def _advance(self, start: float) -> str | None:
-        """Go on by the tokens there are; what is wrong, if that cannot be."""
-        assert self._matcher is not None
-        while self._unmatched:
-            token = self._unmatched.popleft()
-            if not isinstance(token, int):
-                brought, index = token
-                token = int(brought.wait()[index])
+    def _fill(self, bitmask: Tensor, index: int) -> str | None:
+        if not self._matcher.is_terminated():
+            self._matcher.fill_next_token_bitmask(bitmask, index)
+            if not bitmask[index].any():
+                return "the model's vocabulary has no token that could come next"
+        return None
+
+    def _advance(self, tokens: Sequence[int], start: float) -> str | None:
+        """Go on by these tokens; what is wrong, if that cannot be."""
+        if self._matcher is None:
+            self._matcher = _new_matcher(self._grammar)
+        for token in tokens:
             self._num_tokens += 1
             if not self._matcher.is_terminated() and not self._matcher.accept_token(token):
                 return f"the text so far does not match: token {token} does not fit"

@@ -25,6 +25,8 @@ from engine.text.tokenizer import Tokenizer
 _NICENESS = 10
 # Characters of white space in a row that JSON may have: enough to indent it, too few to never end.
 _MAX_WHITESPACE = 32
+# Characters of what xgrammar says is wrong: it may quote all of the grammar.
+_MAX_REASON = 500
 
 
 def tokenizer_info(directory: str, vocab_size: int, eos_token_ids: Sequence[int]) -> Any:
@@ -130,7 +132,7 @@ def _answer(connection: "Connection[Any, Any]", info: Any) -> None:
     except Exception as error:  # xgrammar's own are RuntimeErrors and others
         # Without the time and the C++ file that stand before it.
         reason = re.sub(r"^\[[\d:]+\] \S+\.(cc|h):\d+: ", "", str(error)).strip()
-        answer = None, reason or type(error).__name__
+        answer = None, reason[:_MAX_REASON] or type(error).__name__
     connection.send(answer)
 
 

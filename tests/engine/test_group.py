@@ -1,0 +1,54 @@
+"""How the ranks find each other: who has no key neither joins them nor holds them up."""
+
+import pickle
+import socket
+import subprocess
+import sys
+from threading import Thread
+
+import torch
+
+from engine.ranks.group import GroupAddress, Leader
+from engine.ranks.parallel import TensorParallel
+
+_FOLLOW = """
+import pickle, sys, torch
+from engine.ranks.group import Follower
+follower = Follower(pickle.loads(bytes.fromhex(sys.argv[1])))
+follower.join(1, 2, torch.device("cpu"))
+print(follower.receive())
+"""
+
+
+def strangers(address: GroupAddress) -> list[socket.socket]:
+    """On both ports: one says nothing, one speaks HTTP, one stops within a message, one goes."""
+    calls = []
+    for port in (address.plan_port, address.store_port):
+        for said in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0\0\0\x20half"):
+            call = socket.create_connection((address.host, port), timeout=10)
+            call.sendall(said)
+            calls.append(call)
+        socket.create_connection((address.host, port), timeout=10).close()
+    return calls
+
+
+def test_strangers_neither_block_nor_fail_a_start() -> None:
+    leader = Leader(2)
+    calls = strangers(leader.address)
+    groups: list[TensorParallel] = []
+    gather = Thread(target=lambda: groups.append(leader.gather(torch.device("cpu"))), daemon=True)
+    gather.start()
+    argument = pickle.dumps(leader.address).hex()
+    follower = subprocess.Popen(
+        [sys.executable, "-c", _FOLLOW, argument], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        gather.join(60)
+        assert [group.size for group in groups] == [2]
+        leader.send("a plan")
+        assert follower.communicate(timeout=60) == ("a plan\n", None)
+    finally:
+        follower.kill()
+        leader.close()
+        for call in calls:
+            call.close()
