@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -160,6 +161,11 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
         assert line["response"]["body"]["error"] == line["error"]
         assert message in line["error"]["message"]
         assert set(line["error"]) == {"message", "type", "param", "code"}
+
+
+def test_jobs_are_taken_from_who_has_the_token(jobs: JobCluster) -> None:
+    answer = httpx.post(f"{jobs.address}/api/jobs/", json={"entrypoint": "true"})
+    assert answer.status_code == 401
 
 
 def wait_for_parts(job: "subprocess.Popen[str]", output: Path, count: int) -> None:
