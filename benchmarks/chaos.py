@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", MANTA_FAULT_INJECTION="1")
+from deployments import local_ray
+
+os.environ.update(local_ray.prepare(), MANTA_FAULT_INJECTION="1")
 
 import httpx
 import psutil

@@ -17,10 +17,11 @@ import sys
 import time
 from typing import Any
 
-os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
-if __name__ == "__main__" and "--default-proxy" not in sys.argv:
-    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
+from deployments import local_ray
+
+os.environ.update(
+    local_ray.prepare(haproxy=__name__ == "__main__" and "--default-proxy" not in sys.argv)
+)
 
 import psutil
 import ray

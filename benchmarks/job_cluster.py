@@ -1,7 +1,11 @@
-"""A Ray cluster of its own for submitted jobs, on ports of its own, as `ray start` makes it."""
+"""A Ray cluster of its own for submitted jobs, on ports of its own, as `ray start` makes it.
+
+As clusters should be, it is closed: it takes orders only from who has its token.
+"""
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -11,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import psutil
 
@@ -25,6 +29,7 @@ class JobCluster:
     def __init__(self, num_cpus: int = 8) -> None:
         self._num_cpus = num_cpus
         self._dashboard_port = _free_port()
+        self._token = secrets.token_hex(32)
         # pytest's directories are too deep: a Unix socket's path has at most 107 characters.
         self._directory = tempfile.mkdtemp(prefix="manta-jobs-")
 
@@ -44,7 +49,7 @@ class JobCluster:
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=_clean_environment(),
+            env=self._environment(),
         )
         try:
             _wait_until(self._is_up, 60, "the job server answers")
@@ -53,11 +58,18 @@ class JobCluster:
             raise
         return self
 
+    def _environment(self) -> dict[str, str]:
+        """Without what would lead to another cluster; this one lives and dies with its owner."""
+        own = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+        auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        return own | auth | {"RAY_USAGE_STATS_ENABLED": "0"}
+
     def _is_up(self) -> bool:
         if self._head.poll() is not None:
             raise RuntimeError("`ray start` has ended; run it by hand to see why")
+        key = {"Authorization": f"Bearer {self._token}"}
         try:
-            with urlopen(f"{self.address}/api/jobs/", timeout=5):
+            with urlopen(Request(f"{self.address}/api/jobs/", headers=key), timeout=5):
                 return True
         except OSError:
             return False
@@ -87,7 +99,7 @@ class JobCluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=_clean_environment(),
+            env=self._environment(),
         )
 
     def run(self, *arguments: str, timeout_s: float = 120) -> str:
@@ -115,12 +127,6 @@ def _is_driver(process: psutil.Process, output: Path) -> bool:
     except psutil.Error:
         return False
     return line[1:3] == ["-m", "deployments.batch"] and str(output) in line
-
-
-def _clean_environment() -> dict[str, str]:
-    """Without what would lead to another cluster; this one lives and dies with its owner."""
-    own = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
-    return own | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _free_port() -> int:

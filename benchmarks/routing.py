@@ -18,13 +18,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ.update(
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_AUTH_MODE="disabled",
-    RAY_SERVE_ENABLE_HA_PROXY="1",
-    RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY="1",
-    RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",
-)
+from deployments import local_ray
+
+os.environ.update(local_ray.prepare(haproxy=True))
 
 import httpx
 import ray

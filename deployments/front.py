@@ -18,6 +18,9 @@ from engine.schedule.step import TokenLogprobs
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
+# How long proxies may take to pass on the end of an answer.
+_DRAIN_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
@@ -52,6 +55,8 @@ class Front:
         self.client = EngineClient(self.model_name)
         # What is to be seen of every replica of this model; a replica among several asks them all.
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
+        self.num_open = 0  # requests being answered
+        self.is_draining = False
         self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
     def tokens_of(self, marks: Iterable[str]) -> frozenset[int]:
@@ -165,8 +170,21 @@ class Front:
     async def watch_own_engine(self) -> list[dict[str, Any]]:
         return [{"replica": "", **self.client.watch()}]
 
+    async def drain(self) -> None:
+        """Let no more requests in; returns when the last one has been answered."""
+        self.is_draining = True
+        while self.num_open:
+            await asyncio.sleep(_DRAIN_S / 10)
+        await asyncio.sleep(_DRAIN_S)
+
+    def check_open(self) -> None:
+        """Raises EngineUnavailableError while draining."""
+        if self.is_draining:
+            raise EngineUnavailableError("the server is shutting down")
+
     def check_health(self) -> None:
-        """Raises EngineUnavailableError when the engine is gone or has stopped beating."""
+        """Raises EngineUnavailableError when draining, or the engine is gone or does not beat."""
+        self.check_open()
         if not self.client.is_connected:
             raise EngineUnavailableError("the engine is being restarted")
         if self.client.is_silent(self._heartbeat_timeout_s):

@@ -70,6 +70,10 @@ class Replica:
         """Called by Serve when the number of replicas follows their load."""
         return engine_load(self._front.client.stats, self._args)
 
+    async def drain(self) -> None:
+        """Called before the server stops; returns when the last request has been answered."""
+        await self._front.drain()
+
     async def shard_pids(self) -> list[int]:
         """Process ids by rank, for tests and tools that break things on purpose."""
         return self._shards.pids

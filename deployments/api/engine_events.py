@@ -35,7 +35,7 @@ def routes(front: Front) -> APIRouter:
 async def _events(front: Front) -> AsyncGenerator[str]:
     last, silent = "", 0
     end = time.monotonic() + _LIFETIME_S
-    while time.monotonic() < end:
+    while time.monotonic() < end and not front.is_draining:
         news = event({"replicas": await front.watch()})
         silent += 1
         if news != last or silent >= _SILENT_INTERVALS:

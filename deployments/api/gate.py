@@ -38,6 +38,7 @@ class Gate:
         isolates = service.isolate_cache_by_key
         self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._tells_ids = tells_ids
+        self._front = front
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -61,9 +62,11 @@ class Gate:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = current.request_id
             await send(message)
 
+        self._front.num_open += 1
         try:
             await self._pass(http, receive, send_with_id, current)
         finally:
+            self._front.num_open -= 1
             current.handler = str(getattr(http.get("route"), "path", "none"))
             self._metrics.http[current.method, current.handler, current.status_class] += 1
             if current.error:
@@ -86,10 +89,11 @@ class Gate:
                 await answer(http, receive, send)
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
-        """Raises ApiError unless the path is open or the key is ours."""
+        """Raises ApiError unless the path is open or the key is ours, and whenever draining."""
         path = _route_path(http)
         if path in OPEN_PATHS or path.startswith(_OPEN_FILES):
             return
+        self._front.check_open()
         name = self._keys.find(current.headers.get("authorization"))
         if name is None:
             raise ApiError(

@@ -1,8 +1,8 @@
-"""`manta bench`: the scripts of benchmarks/ by name, each in a process of its own."""
+"""`manta bench`: the scripts of benchmarks/ by name."""
 
 import ast
 import importlib.util
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def run(name: str | None, arguments: list[str]) -> None:
-    """Raises SystemExit with the script's status, or with what there is to choose from."""
+    """Becomes the script; raises SystemExit with what there is to choose from."""
     known = benchmarks()
     if name is None or name in ("--help", "-h"):
         table = Table.grid(padding=(0, 3))
@@ -23,7 +23,7 @@ def run(name: str | None, arguments: list[str]) -> None:
         return
     if name not in known:
         sys.exit(f"error: there is no benchmark {name!r}; choose from: {', '.join(known)}")
-    sys.exit(subprocess.call([sys.executable, "-m", f"benchmarks.{name}", *arguments]))
+    os.execv(sys.executable, [sys.executable, "-m", f"benchmarks.{name}", *arguments])
 
 
 def benchmarks() -> dict[str, str]:

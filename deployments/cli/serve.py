@@ -1,11 +1,7 @@
 """`manta serve`: a Serve config from the command line, run with the right environment."""
 
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
+import socket
 import time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,14 +11,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from deployments import local_ray
 from deployments.args import AppArgs
 from deployments.cli.client import Client, ServerError
 
-# Read by Ray when it is imported, on every node.
-HAPROXY = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
-}
+APPLICATION = "manta"
 
 
 def run(
@@ -34,21 +27,31 @@ def run(
     address: str,
     dry_run: bool,
 ) -> None:
-    """Returns when the server has been stopped; raises SystemExit with `serve run`'s status."""
+    """Returns when the server has been stopped; raises SystemExit for what cannot be served."""
     args = parse_options(model, options)
-    config = yaml.safe_dump(serve_config(args, host, port), sort_keys=False)
     if dry_run:
-        print(config, end="")
+        print(yaml.safe_dump(serve_config(args, host, port), sort_keys=False), end="")
         return
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | (HAPROXY if haproxy else {})
-    with tempfile.TemporaryDirectory(prefix="manta-") as directory:
-        path = Path(directory) / "serve.yaml"
-        path.write_text(config)
-        # `serve` of this environment, whatever is first on the PATH.
-        serve = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(path)]
-        process = subprocess.Popen(serve, env=environment)
-        threading.Thread(target=_announce, args=(process, host, port), daemon=True).start()
-        sys.exit(_wait(process))
+    if address == "local":
+        _check_port(host, port)
+        try:
+            os.environ.update(local_ray.prepare(haproxy))
+        except (ImportError, FileNotFoundError) as error:
+            raise SystemExit(f"error: {error}") from None
+    elif haproxy:
+        os.environ.update(local_ray.HAPROXY)
+    from deployments.cli.lifecycle import run_server  # Ray reads the environment now
+
+    run_server(AppArgs(**args), host, port, address)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises SystemExit for a port in use: Serve's proxies would share it with its owner."""
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(where[:2], family=family).close()
+    except OSError as error:
+        raise SystemExit(f"error: {host}:{port}: {error}; choose another by --port") from None
 
 
 def parse_options(model: str, options: list[str]) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def completions(incomplete: str) -> list[str]:
 def serve_config(args: dict[str, Any], host: str, port: int) -> dict[str, Any]:
     """What `serve run` and `serve deploy` take."""
     application = {
-        "name": "manta",
+        "name": APPLICATION,
         "route_prefix": "/",
         "import_path": "deployments:app",
         "args": args,
@@ -93,21 +96,10 @@ def serve_config(args: dict[str, Any], host: str, port: int) -> dict[str, Any]:
     return {"http_options": {"host": host, "port": port}, "applications": [application]}
 
 
-def _wait(process: "subprocess.Popen[bytes]") -> int:
-    """Ctrl-C reaches the child too: it stops the server in its own time."""
-    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
-
-
-def _announce(process: "subprocess.Popen[bytes]", host: str, port: int) -> None:
-    """Once the engine serves: where everything is, and what it runs on."""
+def announce_when_ready(host: str, port: int) -> None:
+    """Where everything is, and what it runs on."""
     shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::") else host
-    url = f"http://{shown}:{port}"
-    while process.poll() is None and not announce(url, _first_key()):
+    while not announce(f"http://{shown}:{port}", _first_key()):
         time.sleep(0.5)
 
 

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
+from deployments import local_ray
 from deployments.cli.serve import _first_key, announce
 from engine import doctor
-from tests.deployments.conftest import demo  # noqa: F401
+from tests.deployments.conftest import demo, wait_until  # noqa: F401
 from tests.deployments.local_server import LocalServer, serve_locally
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +189,34 @@ def test_bench_lists_and_runs_the_benchmarks(demo: LocalServer, tmp_path: Path) 
     clients = [line.split()[0] for line in done.stdout.splitlines()]
     assert clients == ["clients", "1", "4"] and "▇" in done.stdout
     assert path.read_text().startswith("<?xml")
+
+
+def test_a_benchmark_ends_when_the_command_is_told_to(demo: LocalServer) -> None:  # noqa: F811
+    code = "from deployments.cli import main; main()"
+    arguments = ["bench", "serving", "--url", demo.url, "--requests", "100000"]
+    bench = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT)
+    try:
+        wait_until(lambda: psutil.Process(bench.pid).cmdline()[2] == "benchmarks.serving")
+        bench.terminate()
+        assert bench.wait(30) == -signal.SIGTERM
+    finally:
+        bench.kill()
+
+
+def test_ray_of_one_machine_is_closed_to_its_other_users(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".ray").mkdir(mode=0o755)  # as Ray makes it, with a token that all can read
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_METRICS_PORT", "9101")
+    values = [local_ray.prepare(haproxy=True) for _ in range(2)]
+    assert (tmp_path / ".ray").stat().st_mode & 0o777 == 0o700
+    files = {value for value in values[0].values() if value.startswith("/")}
+    (directory,) = {Path("/tmp", Path(file).parts[2]) for file in files}
+    assert len(files) == 6 and directory.stat().st_mode & 0o777 == 0o700
+    assert {value["RAY_SERVE_HAPROXY_METRICS_PORT"] for value in values} == {"9101"}
+    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"):
+        assert values[0][name] != values[1][name]
 
 
 def test_doctor_names_devices_ops_and_reasons() -> None:

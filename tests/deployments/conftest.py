@@ -4,13 +4,15 @@ A test that is not about Ray takes `demo` or `tiny` (or `serve_locally`): those 
 """
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import pytest
 

@@ -10,9 +10,9 @@ import sys
 import time
 from typing import Any
 
-os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # read when Serve is imported
-os.environ["RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"] = "1"
-os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"  # no load balancer to inform
+from deployments import local_ray
+
+os.environ.update(local_ray.prepare(haproxy=True))
 os.environ["MANTA_API_KEYS"] = "acme:sk-0,globex:sk-1,initech:sk-2"
 
 import httpx

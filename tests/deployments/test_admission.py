@@ -14,6 +14,7 @@ import openai
 import pytest
 from starlette.responses import PlainTextResponse
 
+from deployments.api import engine_events
 from deployments.api.gate import Gate
 from deployments.api.keys import ApiKeysError, KeyRing
 from deployments.api.request_log import LOGGER
@@ -338,6 +339,39 @@ def test_priority_is_refused_where_it_would_change_nothing(demo: LocalServer) ->
     with demo.client() as client, pytest.raises(openai.BadRequestError) as e:
         client.completions.create(model="manta-demo", prompt="a", extra_body={"priority": 1})
     assert e.value.param == "priority" and "scheduling_policy=priority" in e.value.message
+
+
+# The end
+
+
+def test_a_server_that_stops_lets_nobody_in_and_answers_whoever_is(
+    narrow: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_events, "_LIFETIME_S", 1000)  # of a page that is open somewhere
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=narrow.url) as http:
+            async with _busy(narrow) as ask:
+                page, queued = asyncio.create_task(http.get("/engine/events")), ask()
+                await _until_queued(narrow, 1)
+                while narrow.front.num_open < 3:
+                    await asyncio.sleep(0.005)
+                drained = asyncio.create_task(narrow.front.drain())
+                await asyncio.sleep(0)
+                answer = await http.post("/v1/completions", json={"prompt": "b"})
+                assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+                assert answer.json()["error"]["message"] == "the server is shutting down"
+                assert (await http.get("/health")).status_code == 503
+                assert (await http.get("/metrics")).status_code == 200
+                assert not drained.done() and not queued.done()
+            assert queued.result().usage.completion_tokens == 1
+            await drained
+            assert (await page).status_code == 200
+
+    try:
+        _run(run())
+    finally:
+        narrow.front.is_draining = False
 
 
 # Time

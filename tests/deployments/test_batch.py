@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -164,6 +165,11 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
             assert line["response"] is None
         assert message in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_jobs_are_taken_from_who_has_the_token(jobs: JobCluster) -> None:
+    answer = httpx.post(f"{jobs.address}/api/jobs/", json={"entrypoint": "true"})
+    assert answer.status_code == 401
 
 
 def wait_for_parts(job: "subprocess.Popen[str]", output: Path, count: int) -> None:

@@ -18,6 +18,7 @@ RAY_SERVICE = ROOT / "docs" / "examples" / "rayservice.yaml"
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
@@ -50,7 +51,10 @@ def test_ray_up_accepts_the_cluster(cluster_config: dict[str, Any]) -> None:
     head, workers = (cluster_config["available_node_types"][name] for name in ("head", "gpu"))
     assert cluster_config["head_node_type"] == "head" and head["resources"] == {"CPU": 0}
     assert workers["min_workers"] < workers["max_workers"] <= cluster_config["max_workers"]
-    assert all(Path(local).is_dir() for local in cluster_config["file_mounts"].values())
+    assert cluster_config["file_mounts"] == {
+        "/home/ray/manta": ".",
+        "/home/ray/.ray/auth_token": "~/.ray/auth_token",  # where Ray looks for it by itself
+    }
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
@@ -59,7 +63,8 @@ def test_every_node_starts_ray_with_the_environment(
 ) -> None:
     (start,) = [command for command in cluster_config[commands] if "ray start" in command]
     before = start.split("ray start")[0].split()
-    assert ENVIRONMENT.items() <= dict(word.split("=") for word in before if "=" in word).items()
+    given = dict(word.split("=") for word in before if "=" in word)
+    assert given == ENVIRONMENT | {"RAY_AUTH_MODE": "token"}
 
 
 def test_serve_deploy_accepts_the_config() -> None:
@@ -83,6 +88,7 @@ def test_kuberay_gets_a_sound_service() -> None:
     check_applications(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
     cluster = manifest["spec"]["rayClusterConfig"]
     assert cluster["rayVersion"] == ray.__version__ and cluster["enableInTreeAutoscaling"]
+    assert cluster["authOptions"] == {"mode": "token"}
     head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
     for group in (head, workers):

@@ -44,8 +44,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def environment(path: str) -> dict[str, str]:
     given = {"PATH": path, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "160"}
-    ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | given | ray
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | given
 
 
 @pytest.fixture(scope="module")

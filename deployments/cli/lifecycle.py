@@ -1,0 +1,57 @@
+"""The life of `manta serve`: it starts Ray and the application, and they end with it.
+
+Ray's processes are told by the kernel when the one that started them is killed. This module is
+imported when the environment is complete, for Ray reads it at import.
+"""
+
+import signal
+import sys
+from contextlib import suppress
+
+import ray
+from ray import serve
+
+from deployments.args import AppArgs
+from deployments.builder import app
+from deployments.cli.serve import APPLICATION, announce_when_ready
+
+
+def run_server(args: AppArgs, host: str, port: int, address: str) -> None:
+    """Returns after SIGINT or SIGTERM, once the last answer has ended; a second signal cuts it.
+
+    Of a cluster that was there before, only the application ends. Raises SystemExit, saying why,
+    when it cannot be served.
+    """
+    try:
+        ray.init(address=address)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        sys.exit(f"error: {error}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own exits at once
+    try:
+        with suppress(KeyboardInterrupt):
+            _start(args, host, port)
+            with suppress(KeyboardInterrupt):
+                while True:
+                    signal.pause()
+            _drain(args.graceful_shutdown_timeout_s)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if address == "local":
+            ray.shutdown()
+        else:
+            serve.delete(APPLICATION)
+
+
+def _start(args: AppArgs, host: str, port: int) -> None:
+    """Raises RuntimeError when the application fails."""
+    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+    serve.run(app(args), name=APPLICATION, route_prefix="/")
+    announce_when_ready(host, port)
+
+
+def _drain(timeout_s: float) -> None:
+    print("Stopping once the last answer has ended; Ctrl-C again cuts it.", flush=True)
+    with suppress(TimeoutError):
+        replicas = serve.get_app_handle(APPLICATION)
+        replicas.broadcast("drain").results(timeout_s=timeout_s, return_exceptions=True)
