@@ -61,11 +61,11 @@ class ChatTemplates:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
-    ) -> list[str]:
-        """The prompt in pieces, to be encoded each by itself and joined.
+    ) -> tuple[str, str]:
+        """The prompt, and a character that cuts it in pieces to be encoded each by itself.
 
-        It is one, unless a string in the arguments has the text of a control token. Those that the
-        template writes are control tokens; in the arguments they are text, cut in two.
+        Control tokens are those that the template writes. In the arguments they are text: there
+        the character stands within each. It is "" where there are none.
         Raises ValueError when there is no template or it refuses the messages.
         """
         source = self.source(bool(tools))
@@ -86,12 +86,12 @@ class ChatTemplates:
         given = list(messages), tools or None, variables
         try:
             texts = "\0".join(strings(given))
-            if not self._tokens.starts(texts):
-                return [self._render(source, *given, **options)]
-            mark = unused_character([texts, source])
+            if not self._tokens.are_in(texts):
+                return self._render(source, *given, **options), ""
+            mark = unused_character(texts + source)
             messages = [self._cut(message, mark) for message in messages]
             others = self._tokens.cut(given[1:], mark)
-            return self._render(source, messages, *others, **options).split(mark)
+            return self._render(source, messages, *others, **options), mark
         except (jinja2.TemplateError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"the chat template refused the messages: {error}") from error
 

@@ -143,10 +143,6 @@ class Tokenizer:
                 sequences.append(spaced)
         return [tokens for tokens in sequences if tokens]
 
-    @cached_property
-    def _newline(self) -> list[int]:
-        return self.encode("\n", add_special_tokens=False)
-
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], max_len: int | None = None, **options: Any
     ) -> list[int]:
@@ -154,10 +150,15 @@ class Tokenizer:
 
         What the messages say is text, also where it reads like a special token.
         """
-        pieces = self.chat_templates.render(messages, **options)
-        _check_size(sum(map(len, pieces)), max_len, self.longest_token)
-        ids = self.encode(pieces[0], add_special_tokens=False)
-        for piece in pieces[1:]:
+        text, mark = self.chat_templates.render(messages, **options)
+        _check_size(len(text), max_len, self.longest_token)
+        if not mark:
+            return self.encode(text, add_special_tokens=False)
+        if max_len is not None and text.count(mark) > max_len:  # each piece is a token at least
+            raise ValueError(f"the prompt has more tokens than fit a window of {max_len}")
+        first, *others = text.split(mark)
+        ids = self.encode(first, add_special_tokens=False)
+        for piece in others:
             ids += self._encode_further(piece)
         return ids
 
@@ -171,3 +172,7 @@ class Tokenizer:
         if ids[:size] == self._newline:
             return ids[size:]
         return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self.encode("\n", add_special_tokens=False)
