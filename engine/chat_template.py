@@ -1,11 +1,10 @@
 """Conversations as text: a checkpoint's chat templates, by transformers' own renderer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken
 
 from engine.control_tokens import ControlTokens, strings, unused_character
 
@@ -35,18 +34,22 @@ class ChatTemplates:
         self,
         directory: Path,
         config: dict[str, Any],
-        special_tokens: dict[str, str],
-        added_tokens: Iterable[AddedToken],
+        named_tokens: dict[str, str],
+        special_tokens: set[str],
+        other_added_tokens: set[str],
     ) -> None:
         """
         Args:
             config: see `engine.checkpoint.tokenizer_config`.
-            special_tokens: by name, as templates know them.
-            added_tokens: all that the tokenizer finds in a text before anything else.
+            named_tokens: by name, as templates know them.
+            special_tokens, other_added_tokens: what a tokenizer finds in a text before all else.
         """
         self._sources = _sources(directory, config)
-        self._special_tokens = special_tokens
-        tokens = _control_tokens(config, self._sources.values(), added_tokens)
+        self._named_tokens = named_tokens
+        # The tokens that give a conversation its structure, as transformers tells them.
+        known = config.get("chat_control_tokens") or "\0".join(self._sources.values())
+        written = {t for t in other_added_tokens if t in known and not t.isspace()}
+        tokens = {token for token in special_tokens | written if len(token) > 1}
         self._tokens, self._tokens_in_answers = map(ControlTokens, (tokens, tokens - _OWN_TAGS))
 
     def source(self, with_tools: bool = False) -> str | None:
@@ -113,7 +116,7 @@ class ChatTemplates:
             tools=tools,
             chat_template=source,
             **options,
-            **(self._special_tokens | variables),
+            **(self._named_tokens | variables),
         )
         return str(rendered[0])
 
@@ -130,20 +133,3 @@ def _sources(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
     return {} if template is None else {"default": template}
-
-
-def _control_tokens(
-    config: dict[str, Any], sources: Iterable[str], added_tokens: Iterable[AddedToken]
-) -> set[str]:
-    """Tokens that give a conversation its structure, as transformers tells them.
-
-    The special ones, and of the others those that the checkpoint declares to be, else those that
-    its templates write.
-    """
-    known = config.get("chat_control_tokens") or "\0".join(sources)
-    return {
-        token.content
-        for token in added_tokens
-        if len(token.content) > 1
-        and (token.special or (token.content in known and not token.content.isspace()))
-    }

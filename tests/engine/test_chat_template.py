@@ -311,7 +311,15 @@ def test_a_template_without_a_place_for_tools_refuses_them(write: Callable[..., 
         ({"bos_token": "the", "eos_token": "<eos>"}, {}),
         ({"extra_special_tokens": {"bos_token": "<bos>", "image_token": "<image>"}}, {}),
         ({"extra_special_tokens": ["<extra>"], "bos_token": "<extra>"}, {}),
+        ({"pad_token": "<first>", "unk_token": "<later>", "bos_token": "<new>"}, {}),
         ({"additional_special_tokens": ["<extra>", "<more>"]}, {}),
+        (
+            {
+                "added_tokens_decoder": {"270": {"content": "<first>", "special": False}},
+                "extra_special_tokens": ["<first>"],
+            },
+            {},
+        ),
         (
             {
                 "added_tokens_decoder": {
