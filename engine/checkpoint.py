@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from engine.demo import DEMO_MODEL
 from engine.progress import Progress
 
+_NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
@@ -64,10 +65,11 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
 
 
 def special_tokens(directory: Path) -> dict[str, str]:
-    """Texts of the tokenizer's special tokens that have a name, as bos_token."""
+    """Texts of the tokenizer's special tokens that have a name; in transformers' order."""
     config = tokenizer_config(directory)
     extra = config.get("extra_special_tokens")
-    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named: dict[str, Any] = dict.fromkeys(_NAMED_TOKENS)
+    named |= {name: token for name, token in config.items() if name.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
     return {
         name: token["content"] if isinstance(token, dict) else token

@@ -1,11 +1,10 @@
 """Conversations as text: a checkpoint's chat templates, by transformers' own renderer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken
 
 from engine.text.control_tokens import ControlTokens, strings, unused_character
 
@@ -35,18 +34,22 @@ class ChatTemplates:
         self,
         directory: Path,
         config: dict[str, Any],
-        special_tokens: dict[str, str],
-        added_tokens: Iterable[AddedToken],
+        named_tokens: dict[str, str],
+        special_tokens: set[str],
+        other_added_tokens: set[str],
     ) -> None:
         """
         Args:
             config: see `engine.checkpoint.tokenizer_config`.
-            special_tokens: by name, as templates know them.
-            added_tokens: all that the tokenizer finds in a text before anything else.
+            named_tokens: by name, as templates know them.
+            special_tokens, other_added_tokens: what a tokenizer finds in a text before all else.
         """
         self._sources = _sources(directory, config)
-        self._special_tokens = special_tokens
-        tokens = _control_tokens(config, self._sources.values(), added_tokens)
+        self._named_tokens = named_tokens
+        # The tokens that give a conversation its structure, as transformers tells them.
+        known = config.get("chat_control_tokens") or "\0".join(self._sources.values())
+        written = {t for t in other_added_tokens if t in known and not t.isspace()}
+        tokens = {token for token in special_tokens | written if len(token) > 1}
         self._tokens, self._tokens_in_answers = map(ControlTokens, (tokens, tokens - _OWN_TAGS))
 
     def source(self, with_tools: bool = False) -> str | None:
@@ -61,11 +64,11 @@ class ChatTemplates:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         **variables: Any,
-    ) -> list[str]:
-        """The prompt in pieces, to be encoded each by itself and joined.
+    ) -> tuple[str, str]:
+        """The prompt, and a character that cuts it in pieces to be encoded each by itself.
 
-        It is one, unless a string in the arguments has the text of a control token. Those that the
-        template writes are control tokens; in the arguments they are text, cut in two.
+        Control tokens are those that the template writes. In the arguments they are text: there
+        the character stands within each. It is "" where there are none.
         Raises ValueError when there is no template or it refuses the messages.
         """
         source = self.source(bool(tools))
@@ -86,12 +89,12 @@ class ChatTemplates:
         given = list(messages), tools or None, variables
         try:
             texts = "\0".join(strings(given))
-            if not self._tokens.starts(texts):
-                return [self._render(source, *given, **options)]
-            mark = unused_character([texts, source])
+            if not self._tokens.are_in(texts):
+                return self._render(source, *given, **options), ""
+            mark = unused_character(texts + source)
             messages = [self._cut(message, mark) for message in messages]
             others = self._tokens.cut(given[1:], mark)
-            return self._render(source, messages, *others, **options).split(mark)
+            return self._render(source, messages, *others, **options), mark
         except (jinja2.TemplateError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"the chat template refused the messages: {error}") from error
 
@@ -113,7 +116,7 @@ class ChatTemplates:
             tools=tools,
             chat_template=source,
             **options,
-            **(self._special_tokens | variables),
+            **(self._named_tokens | variables),
         )
         return str(rendered[0])
 
@@ -130,20 +133,3 @@ def _sources(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}
     return {} if template is None else {"default": template}
-
-
-def _control_tokens(
-    config: dict[str, Any], sources: Iterable[str], added_tokens: Iterable[AddedToken]
-) -> set[str]:
-    """Tokens that give a conversation its structure, as transformers tells them.
-
-    The special ones, and of the others those that the checkpoint declares to be, else those that
-    its templates write.
-    """
-    known = config.get("chat_control_tokens") or "\0".join(sources)
-    return {
-        token.content
-        for token in added_tokens
-        if len(token.content) > 1
-        and (token.special or (token.content in known and not token.content.isspace()))
-    }

@@ -5,7 +5,7 @@ beneath it, `tokenizers`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ class PromptTooLongError(ValueError):
 class _Pieces:
     """The bytes of single tokens, by the kind of decoder that the tokenizer has."""
 
-    def __init__(self, tokenizer: FastTokenizer) -> None:
+    def __init__(self, tokenizer: FastTokenizer, special: Collection[str]) -> None:
         self._tokenizer = tokenizer
+        self._special = special
         self._added = tokenizer.get_added_tokens_decoder()
         decoder = tokenizer.decoder.__getstate__().decode() if tokenizer.decoder else ""
         self._is_byte_level = '"ByteLevel"' in decoder
         self._has_spaces = "▁" in decoder
 
     def is_special(self, token: int) -> bool:
-        return token in self._added and self._added[token].special
+        return token in self._added and self._added[token].content in self._special
 
     def bytes_of(self, token: int) -> bytes:
         if token in self._added:
@@ -60,21 +61,14 @@ _BYTES = _byte_letters()
 
 
 def _declared_tokens(config: dict[str, Any], named: dict[str, str]) -> list[AddedToken]:
-    """Tokens that only the tokenizer's configuration has, in the order in which they are added."""
+    """Tokens of the tokenizer's configuration; those that it alone has get ids in this order."""
     listed = config.get("added_tokens_decoder", {})
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     special = [*named.values(), *(extra if isinstance(extra, list) else ())]
-    fields = [listed[i] for i in sorted(listed, key=int)]
-    fields += [{"special": True} | (t if isinstance(t, dict) else {"content": t}) for t in special]
-    return [AddedToken(**{name: f[name] for name in f if name != "__type"}) for f in fields]
-
-
-def _check_size(num_characters: int, max_len: int | None, longest_token: int) -> None:
-    if max_len is not None and num_characters > max_len * longest_token:
-        raise PromptTooLongError(
-            f"the prompt has {num_characters} characters, more than fit a window of {max_len} "
-            "tokens"
-        )
+    tokens = [listed[i] for i in sorted(listed, key=int)]
+    tokens += [(t if isinstance(t, dict) else {"content": t}) | {"special": True} for t in special]
+    fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return [AddedToken(**{name: t[name] for name in fields if name in t}) for t in tokens]
 
 
 class Tokenizer:
@@ -92,10 +86,14 @@ class Tokenizer:
         self.fast.no_padding()
         config = tokenizer_config(directory)
         named = special_tokens(directory)
-        self.fast.add_tokens(_declared_tokens(config, named))
-        self._pieces = _Pieces(self.fast)
+        declared = _declared_tokens(config, named)
+        self.fast.add_tokens(declared)
         added = self.fast.get_added_tokens_decoder().values()
-        self.chat_templates = ChatTemplates(directory, config, named, added)
+        special = {token.content for token in (*added, *declared) if token.special}
+        self._pieces = _Pieces(self.fast, special)
+        self.chat_templates = ChatTemplates(
+            directory, config, named, special, {token.content for token in added} - special
+        )
 
     @property
     def chat_template(self) -> str | None:
@@ -114,8 +112,14 @@ class Tokenizer:
         Raises PromptTooLongError for a text so long that it must be more than `max_len` tokens,
         before time is spent on it.
         """
-        _check_size(len(text), max_len, self.longest_token)
+        self._check_size(text, max_len)
         return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _check_size(self, text: str, max_len: int | None) -> None:
+        if max_len is not None and len(text) > max_len * self.longest_token:
+            raise PromptTooLongError(
+                f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
+            )
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -147,10 +151,6 @@ class Tokenizer:
                 sequences.append(spaced)
         return [tokens for tokens in sequences if tokens]
 
-    @cached_property
-    def _newline(self) -> list[int]:
-        return self.encode("\n", add_special_tokens=False)
-
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], max_len: int | None = None, **options: Any
     ) -> list[int]:
@@ -158,10 +158,15 @@ class Tokenizer:
 
         What the messages say is text, also where it reads like a special token.
         """
-        pieces = self.chat_templates.render(messages, **options)
-        _check_size(sum(map(len, pieces)), max_len, self.longest_token)
-        ids = self.encode(pieces[0], add_special_tokens=False)
-        for piece in pieces[1:]:
+        text, mark = self.chat_templates.render(messages, **options)
+        self._check_size(text, max_len)
+        if not mark:
+            return self.encode(text, add_special_tokens=False)
+        if max_len is not None and text.count(mark) > max_len:  # each piece is a token at least
+            raise PromptTooLongError(f"the prompt has more tokens than fit a window of {max_len}")
+        first, *others = text.split(mark)
+        ids = self.encode(first, add_special_tokens=False)
+        for piece in others:
             ids += self._encode_further(piece)
         return ids
 
@@ -175,3 +180,7 @@ class Tokenizer:
         if ids[:size] == self._newline:
             return ids[size:]
         return self.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self.encode("\n", add_special_tokens=False)

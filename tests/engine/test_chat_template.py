@@ -216,17 +216,21 @@ def test_templates_may_do_with_it_what_they_like() -> None:
         assert control_tokens(ours, tokens) == expected
 
 
-def test_a_long_conversation_of_control_tokens_is_searched_in_windows() -> None:
-    tokens = ControlTokens(["<|im_end|>", "<s>", "[INST]", "<<s>>"])
-    text = ("a<|im_end|>" + "<" * 65525 + "[INST]<<s>>") * 2
-    starts = tokens.starts(text)
-    assert starts == [
-        i for i in range(len(text)) if text[i:].startswith(("<|im_end|>", "<s>", "[INST]", "<<s>>"))
-    ]
-    cut = tokens.cut([{"<s>": text}, 1, None], "¦")
-    assert cut == [{"<¦s>": text[:2] + "¦" + cut[0]["<¦s>"][3:]}, 1, None]
-    assert not tokens.starts(cut[0]["<¦s>"])
-    assert cut[0]["<¦s>"].replace("¦", "") == text
+def test_control_tokens_are_cut_wherever_they_begin() -> None:
+    """Within each other too, and where the search goes on with its next window."""
+    texts = ["<|im_end|>", "<s>", "[INST]", "<<s>>"]
+    tokens = ControlTokens(texts)
+    text = ("a<|im_end|>" + "<" * (2**16 - 13) + "[INST]<<s>>") * 2
+    letters = [text[i] + "¦" * text.startswith((*texts,), i) for i in range(len(text))]
+    assert tokens.are_in(text) and tokens.are_in(text[2**16 - 8 :])
+    assert tokens.cut([{"<s>": text}, 1, None], "¦") == [{"<¦s>": "".join(letters)}, 1, None]
+    assert not tokens.are_in("".join(letters))
+
+
+def test_what_cannot_fit_is_not_encoded() -> None:
+    ours, _ = pair("demo")
+    with pytest.raises(ValueError, match="more tokens than fit a window of 100"):
+        ours.encode_chat([{"role": "user", "content": "<|im_end|>" * 101}], max_len=100)
 
 
 def test_a_prompt_text_is_read_as_it_is() -> None:
@@ -307,7 +311,15 @@ def test_a_template_without_a_place_for_tools_refuses_them(write: Callable[..., 
         ({"bos_token": "the", "eos_token": "<eos>"}, {}),
         ({"extra_special_tokens": {"bos_token": "<bos>", "image_token": "<image>"}}, {}),
         ({"extra_special_tokens": ["<extra>"], "bos_token": "<extra>"}, {}),
+        ({"pad_token": "<first>", "unk_token": "<later>", "bos_token": "<new>"}, {}),
         ({"additional_special_tokens": ["<extra>", "<more>"]}, {}),
+        (
+            {
+                "added_tokens_decoder": {"270": {"content": "<first>", "special": False}},
+                "extra_special_tokens": ["<first>"],
+            },
+            {},
+        ),
         (
             {
                 "added_tokens_decoder": {
