@@ -30,7 +30,7 @@ from ray import serve
 
 from deployments.api import build_api
 from deployments.args import AppArgs
-from deployments.front import Front
+from deployments.front.front import Front
 from deployments.wire import MessageSocket, decode_request
 
 _PORT = 18345

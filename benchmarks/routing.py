@@ -35,8 +35,8 @@ from ray.serve.experimental.round_robin_router import RoundRobinRouter
 
 from deployments.args import AppArgs
 from deployments.builder import build
-from deployments.request_router import PrefixRequestRouter, router_config
-from deployments.routing import RoutedPrompt
+from deployments.routing.balancer import RoutedPrompt
+from deployments.routing.request_router import PrefixRequestRouter, router_config
 from engine import checkpoint
 from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.text.tokenizer import Tokenizer

@@ -115,7 +115,7 @@ def serve(args: AppArgs, ready: Connection) -> None:
     import uvicorn
 
     from deployments.api import build_api
-    from deployments.front import Front
+    from deployments.front.front import Front
 
     async def main() -> None:
         front = Front(args)
@@ -136,7 +136,7 @@ def serve(args: AppArgs, ready: Connection) -> None:
 
 
 def run_engine(args: AppArgs, address: str) -> None:
-    from deployments.engine_loop import EngineLoop
+    from deployments.shards.engine_loop import EngineLoop
     from engine.engine import Engine
 
     EngineLoop(Engine(args.engine_config), address).run()

@@ -11,10 +11,10 @@ from deployments.api.keys import KEYS_VARIABLE
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
 from deployments.devices import with_device
-from deployments.ingress_router import IngressRouter
 from deployments.replica import Replica
-from deployments.request_router import router_config
-from deployments.shard import group_bundles
+from deployments.routing.ingress_router import IngressRouter
+from deployments.routing.request_router import router_config
+from deployments.shards.shard import group_bundles
 
 # The replica waits for the network most of the time; the shards do the work.
 _REPLICA_CPUS = 0.1

@@ -11,11 +11,11 @@ from ray.util.placement_group import get_current_placement_group
 from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
-from deployments.front import Front
-from deployments.ray_metrics import RayMetrics
-from deployments.replica_watch import ReplicaWatch
-from deployments.routing import ReplicaReport, pack_hashes
-from deployments.shard_group import ShardGroup
+from deployments.front.front import Front
+from deployments.observe.ray_metrics import RayMetrics
+from deployments.observe.replica_watch import ReplicaWatch
+from deployments.routing.balancer import ReplicaReport, pack_hashes
+from deployments.shards.shard_group import ShardGroup
 
 
 @serve.deployment

@@ -46,7 +46,7 @@ def test_the_front_does_not_import_torch() -> None:
 import sys
 import deployments.replica
 from deployments.args import AppArgs
-from deployments.front import Front
+from deployments.front.front import Front
 front = Front(AppArgs())
 front.tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 print("torch" in sys.modules)
@@ -58,7 +58,7 @@ def test_all_that_renders_chats_is_imported_before_the_first_one() -> None:
     code = """
 import sys
 from deployments.args import AppArgs
-from deployments.front import Front
+from deployments.front.front import Front
 front = Front(AppArgs())
 front.warm_up()
 before = set(sys.modules)

@@ -7,20 +7,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.api import (
+from deployments.api.errors import error_response
+from deployments.api.gate import OPEN_PATHS, Gate
+from deployments.api.keys import KeyRing
+from deployments.api.routes import (
     chat,
     completions,
     engine_events,
     playground,
     responses,
-    server,
+    server_info,
     tokens,
 )
-from deployments.api.errors import error_response
-from deployments.api.gate import OPEN_PATHS, Gate
-from deployments.api.keys import KeyRing
 from deployments.args import ServiceArgs
-from deployments.front import Front
+from deployments.front.front import Front
 from deployments.version import VERSION
 
 
@@ -37,7 +37,7 @@ def build_api(
     api = _Api(bool(keys))
     _add_error_handlers(api)
     api.add_middleware(Gate, front=front, service=service, keys=keys, tells_ids=tells_request_ids)
-    for part in (chat, completions, responses, tokens, server, engine_events):
+    for part in (chat, completions, responses, tokens, server_info, engine_events):
         api.include_router(part.routes(front))
     api.include_router(playground.routes())
     return api

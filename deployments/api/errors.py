@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deployments.api.scope import scope
-from deployments.engine_client import (
+from deployments.front.engine_client import (
     EngineUnavailableError,
     RequestFailedError,
     RequestRefusedError,

@@ -14,7 +14,7 @@ from deployments.api.request_log import RequestLog
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs
-from deployments.front import Front
+from deployments.front.front import Front
 
 REQUEST_ID_HEADER = "x-request-id"
 _MAX_ID_LENGTH = 128

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 
 from deployments.args import ServiceArgs
-from deployments.request_record import RequestRecord
+from deployments.front.request_record import RequestRecord
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi.responses import StreamingResponse
 
 from deployments.api.errors import report
-from deployments.front import TextDelta
+from deployments.front.front import TextDelta
 from engine.schedule.step import TokenLogprobs
 
 T = TypeVar("T")

@@ -10,11 +10,11 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from deployments.batch.args import BatchArgs, parse_args
+from deployments.batch.engine_actor import AnswerParts, PartReport
+from deployments.batch.job_args import BatchArgs, parse_args
 from deployments.batch.job_file import claim_output
+from deployments.batch.job_progress import Progress
 from deployments.batch.parts import Part, split
-from deployments.batch.progress import Progress
-from deployments.batch.replica import AnswerParts, PartReport
 from deployments.batch.storage import Location
 from deployments.devices import with_device
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from deployments.batch.args import BatchArgs
+from deployments.batch.job_args import BatchArgs
 from deployments.batch.storage import Location
 
 # Readers of data sets skip names that begin with an underscore.

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deployments.batch.args import BatchArgs
+from deployments.batch.job_args import BatchArgs
 from deployments.batch.jsonl import JsonlFormat
 from deployments.batch.parquet import ParquetFormat
 from deployments.batch.storage import Location

@@ -7,13 +7,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from deployments.api import scope
-from deployments.api.chat import complete_chat
-from deployments.api.completions import complete_text
 from deployments.api.errors import ApiError, report, validation_error
-from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.api.routes.chat import complete_chat
+from deployments.api.routes.completions import complete_text
+from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest
 from deployments.api.scope import RequestScope
-from deployments.engine_client import EngineUnavailableError
-from deployments.front import Front
+from deployments.front.engine_client import EngineUnavailableError
+from deployments.front.front import Front
 from engine.strict import explain
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -89,7 +89,7 @@ def chat(
     Ctrl-C stops an answer, Ctrl-D ends the chat; arrow keys bring back earlier messages, and
     `/help` lists what else there is.
     """
-    from deployments.cli.chat import Chat
+    from deployments.cli.terminal_chat import Chat
 
     Chat(url, key, system, {"temperature": temperature, "max_tokens": max_tokens}, think).run()
 

@@ -12,8 +12,8 @@ import openai
 
 from deployments.api import build_api
 from deployments.args import AppArgs
-from deployments.engine_loop import EngineLoop
-from deployments.front import Front
+from deployments.front.front import Front
+from deployments.shards.engine_loop import EngineLoop
 from engine.engine import Engine
 
 T = TypeVar("T")

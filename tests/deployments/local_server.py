@@ -18,8 +18,8 @@ from fastapi import FastAPI
 
 from deployments.api import build_api
 from deployments.args import AppArgs
-from deployments.engine_loop import EngineLoop
-from deployments.front import Front
+from deployments.front.front import Front
+from deployments.shards.engine_loop import EngineLoop
 
 _START_TIMEOUT_S = 120
 

@@ -9,8 +9,8 @@ import httpx
 
 from deployments.api import build_api
 from deployments.args import AppArgs
-from deployments.front import Front
-from deployments.request_record import RequestOptions, RequestRecord
+from deployments.front.front import Front
+from deployments.front.request_record import RequestOptions, RequestRecord
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import RequestLimits
 from engine.schedule.step import TokenDelta

@@ -14,14 +14,14 @@ import openai
 import pytest
 from starlette.responses import PlainTextResponse
 
-from deployments.api import engine_events
 from deployments.api.gate import Gate
 from deployments.api.keys import ApiKeysError, KeyRing
 from deployments.api.request_log import LOGGER
+from deployments.api.routes import engine_events
 from deployments.api.scope import scope
 from deployments.args import ServiceArgs
-from deployments.metrics import Metrics
-from deployments.routing import pack_hashes, short
+from deployments.observe.metrics import Metrics
+from deployments.routing.balancer import pack_hashes, short
 from engine.schedule.block_pool import BlockHasher
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally

@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from benchmarks.job_cluster import JobCluster, kill_driver
-from deployments.batch.args import parse_args
+from deployments.batch.job_args import parse_args
 from deployments.batch.job_file import claim_output
 from deployments.batch.jsonl import JsonlFormat
 from deployments.batch.parquet import ParquetFormat

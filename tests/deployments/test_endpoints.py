@@ -9,7 +9,7 @@ import pytest
 from openai.types.responses import Response, ResponseCompletedEvent
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.api import answers
+from deployments.api.schema import answers
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
 
@@ -252,7 +252,7 @@ def test_what_responses_do_not_have_is_refused_by_name(
 
 
 def test_thoughts_are_items_of_their_own() -> None:
-    from deployments.api.response_output import ResponseOutput
+    from deployments.api.schema.response_output import ResponseOutput
     from deployments.parsing import Content, Reasoning
 
     output = ResponseOutput({})

@@ -13,11 +13,11 @@ import pytest
 
 from deployments.api import build_api
 from deployments.args import AppArgs
-from deployments.engine_client import EngineClient, RequestFailedError
-from deployments.engine_loop import EngineLoop
-from deployments.front import Front
-from deployments.quarantine import MAX_DEATHS, Quarantine
-from deployments.request_record import RequestOptions, RequestRecord
+from deployments.front.engine_client import EngineClient, RequestFailedError
+from deployments.front.front import Front
+from deployments.front.quarantine import MAX_DEATHS, Quarantine
+from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.shards.engine_loop import EngineLoop
 from deployments.wire import decode_request, pack, read_message
 from engine.engine import Engine
 from engine.sampling_params import SamplingParams

@@ -45,6 +45,6 @@ def test_watching_shows_a_running_request_and_leaves_no_trace(demo: LocalServer)
 def test_the_stream_ends_after_a_while_so_that_replicas_can_retire(
     demo: LocalServer, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("deployments.api.engine_events._LIFETIME_S", 0.3)
+    monkeypatch.setattr("deployments.api.routes.engine_events._LIFETIME_S", 0.3)
     answer = httpx.get(f"{demo.url}/engine/events", timeout=10)
     assert answer.text.endswith("data: [DONE]\n\n")

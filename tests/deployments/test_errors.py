@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseFailedEvent
 
-from deployments.api import answers
+from deployments.api.schema import answers
 from deployments.batch.jsonl import JsonlFormat
 from deployments.batch.rows import answer
 from tests.deployments.in_process import serve_in_process

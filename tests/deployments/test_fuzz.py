@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from deployments.api import answers
+from deployments.api.schema import answers
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deployments.api import answers
+from deployments.api.schema import answers
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
 

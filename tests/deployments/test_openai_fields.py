@@ -16,12 +16,12 @@ from openai.types.responses import response_create_params, response_input_param
 from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from deployments.api.messages import Message, RefusalPart, TextPart, ToolCall
-from deployments.api.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
-from deployments.api.response_items import InputItem, InputPart
-from deployments.api.responses import FunctionTool, ResponseRequest, TextOptions
-from deployments.api.structured import NamedSchema
-from deployments.api.tools import Function, NamedTool, Tool
+from deployments.api.routes.responses import FunctionTool, ResponseRequest, TextOptions
+from deployments.api.schema.answer_parser import Message, RefusalPart, TextPart, ToolCall
+from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from deployments.api.schema.response_items import InputItem, InputPart
+from deployments.api.schema.structured import NamedSchema
+from deployments.api.schema.tools import Function, NamedTool, Tool
 from engine.strict import explain
 from tests.deployments.local_server import LocalServer
 

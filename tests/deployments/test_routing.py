@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from deployments.args import AppArgs
-from deployments.routing import (
+from deployments.routing.balancer import (
     HASH_BYTES,
     RUNNING_COST_TOKENS,
     PrefixBalancer,

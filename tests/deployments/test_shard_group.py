@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deployments.args import AppArgs
-from deployments.engine_client import EngineClient, EngineUnavailableError
-from deployments.shard_group import ShardGroup
+from deployments.front.engine_client import EngineClient, EngineUnavailableError
+from deployments.shards.shard_group import ShardGroup
 from tests.deployments.test_engine_client import FakeEngine, complete
 
 Start = Callable[[EngineClient], Awaitable[list[asyncio.Future[None]]]]

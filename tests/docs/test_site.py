@@ -12,7 +12,7 @@ pytest.importorskip("mkdocs", reason="needs mkdocs-material: pip install -e '.[d
 
 from mkdocs.exceptions import PluginError
 
-from deployments.batch.args import BatchArgs
+from deployments.batch.job_args import BatchArgs
 from docs.site import bars
 from docs.site.hooks import expand
 from engine.sampling_params import SamplingParams

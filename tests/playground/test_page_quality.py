@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from deployments.api.playground import ASSETS
+from deployments.api.routes.playground import ASSETS
 from tests.deployments.local_server import LocalServer
 from tests.playground.conftest import OpenPage
 from tests.playground.test_chat_page import Screenshot, last_answer, say

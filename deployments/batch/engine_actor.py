@@ -9,14 +9,14 @@ import ray
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from deployments.batch.args import BatchArgs
+from deployments.batch.job_args import BatchArgs
 from deployments.batch.job_file import JOB_FILE
 from deployments.batch.parts import Part, find_format
 from deployments.batch.rows import answer, row_seed
 from deployments.batch.storage import Location
-from deployments.front import Front
-from deployments.shard import group_bundles
-from deployments.shard_group import ShardGroup
+from deployments.front.front import Front
+from deployments.shards.shard import group_bundles
+from deployments.shards.shard_group import ShardGroup
 
 # The UDF and the front wait for the engine most of the time.
 _LIGHT_CPUS = 0.1

@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import (
 )
 
 from deployments.args import DeploymentArgs
-from deployments.engine_client import EngineClient, EngineUnavailableError
-from deployments.shard import EngineShard, shard_resources
+from deployments.front.engine_client import EngineClient, EngineUnavailableError
+from deployments.shards.shard import EngineShard, shard_resources
 
 logger = logging.getLogger("ray.serve")
 

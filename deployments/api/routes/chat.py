@@ -10,9 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from deployments.api import answers
-from deployments.api.answers import documented
-from deployments.api.common import (
+from deployments.api.admission import (
     check_messages,
     check_model,
     check_prompt,
@@ -22,9 +20,12 @@ from deployments.api.common import (
     sampling_params,
     usage,
 )
-from deployments.api.logprobs import chat_logprobs, prompt_logprobs
-from deployments.api.messages import AnswerParser
-from deployments.api.protocol import ChatCompletionRequest
+from deployments.api.schema import answers
+from deployments.api.schema.answer_parser import AnswerParser
+from deployments.api.schema.answers import documented
+from deployments.api.schema.openai_logprobs import chat_logprobs, prompt_logprobs
+from deployments.api.schema.protocol import ChatCompletionRequest
+from deployments.api.schema.tools import ForcedCall, find_format, forced_call
 from deployments.api.streaming import (
     Chunks,
     Output,
@@ -34,10 +35,9 @@ from deployments.api.streaming import (
     event_stream,
     merge,
 )
-from deployments.api.tools import ForcedCall, find_format, forced_call
-from deployments.front import Front, TextDelta, TextStream
+from deployments.front.front import Front, TextDelta, TextStream
+from deployments.front.request_record import RequestOptions
 from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
-from deployments.request_record import RequestOptions
 from engine.sampling_params import SamplingParams
 
 # Tokens at a prompt's end that show whether it opens a think block.

@@ -6,11 +6,11 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 
-from deployments.api import answers
-from deployments.api.answers import documented
 from deployments.api.errors import ApiError
-from deployments.front import Front
-from deployments.metrics import CONTENT_TYPE
+from deployments.api.schema import answers
+from deployments.api.schema.answers import documented
+from deployments.front.front import Front
+from deployments.observe.metrics import CONTENT_TYPE
 from deployments.version import VERSION
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from deployments.api.errors import RETRY_AFTER_S, ApiError, validation_error
-from deployments.api.protocol import GenerationRequest, ModelRequest, ServedRequest
+from deployments.api.schema.protocol import GenerationRequest, ModelRequest, ServedRequest
 from deployments.api.scope import scope
-from deployments.front import Front
-from deployments.request_record import RequestOptions
+from deployments.front.front import Front
+from deployments.front.request_record import RequestOptions
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.text.tokenizer import PromptTooLongError

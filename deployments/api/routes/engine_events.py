@@ -13,7 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from deployments.api.streaming import event, event_stream
-from deployments.front import Front
+from deployments.front.front import Front
 
 _INTERVAL_S = 0.1
 # A picture that has not changed is sent again after so many: proxies close silent streams.

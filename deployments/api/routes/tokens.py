@@ -5,12 +5,12 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import Field, model_validator
 
-from deployments.api import answers
-from deployments.api.answers import documented
-from deployments.api.common import check_messages, check_model, prompt_error
+from deployments.api.admission import check_messages, check_model, prompt_error
 from deployments.api.errors import ApiError
-from deployments.api.protocol import ModelRequest, TemplateVariables
-from deployments.front import Front
+from deployments.api.schema import answers
+from deployments.api.schema.answers import documented
+from deployments.api.schema.protocol import ModelRequest, TemplateVariables
+from deployments.front.front import Front
 from engine.sampling_params import TokenId
 from engine.text.messages import Message, Tool
 

@@ -10,9 +10,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from deployments.api import answers
-from deployments.api.answers import documented
-from deployments.api.common import (
+from deployments.api.admission import (
     check_model,
     check_prompt,
     check_queue,
@@ -21,8 +19,10 @@ from deployments.api.common import (
     sampling_params,
     usage,
 )
-from deployments.api.logprobs import TextLogprobs, prompt_logprobs
-from deployments.api.protocol import CompletionRequest
+from deployments.api.schema import answers
+from deployments.api.schema.answers import documented
+from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
+from deployments.api.schema.protocol import CompletionRequest
 from deployments.api.streaming import (
     Chunks,
     Output,
@@ -32,7 +32,7 @@ from deployments.api.streaming import (
     event_stream,
     merge,
 )
-from deployments.front import Front, TextDelta
+from deployments.front.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
 
 

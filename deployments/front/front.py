@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deployments.args import DeploymentArgs
-from deployments.engine_client import EngineClient, EngineUnavailableError
+from deployments.front.engine_client import EngineClient, EngineUnavailableError
+from deployments.front.request_record import RequestOptions, RequestRecord
 from deployments.parsing import reasoning_format, tool_format
-from deployments.request_record import RequestOptions, RequestRecord
 from engine import checkpoint
 from engine.generation_config import sampling_defaults
 from engine.sampling_params import SamplingParams

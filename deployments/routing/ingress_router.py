@@ -14,9 +14,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments import ray_private
-from deployments.api.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest
 from deployments.args import AppArgs
-from deployments.routing import RoutedPrompt, short
+from deployments.routing.balancer import RoutedPrompt, short
 from engine import checkpoint
 from engine.schedule.block_pool import BlockHasher
 from engine.text.tokenizer import Tokenizer

@@ -10,22 +10,22 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
-from deployments.api import answers
-from deployments.api.answers import documented
-from deployments.api.chat import Chat, read
 from deployments.api.errors import report, validation_error
-from deployments.api.protocol import (
+from deployments.api.routes.chat import Chat, read
+from deployments.api.schema import answers
+from deployments.api.schema.answers import documented
+from deployments.api.schema.protocol import (
     AgentRequest,
     ChatCompletionRequest,
     TemplateVariables,
 )
-from deployments.api.response_items import InputItem, to_messages
-from deployments.api.response_output import ResponseOutput
+from deployments.api.schema.response_items import InputItem, to_messages
+from deployments.api.schema.response_output import ResponseOutput
+from deployments.api.schema.structured import JsonObjectFormat, NamedSchema, TextFormat
+from deployments.api.schema.tools import NamedTool
 from deployments.api.scope import scope
 from deployments.api.streaming import begun, event_stream, named_event
-from deployments.api.structured import JsonObjectFormat, NamedSchema, TextFormat
-from deployments.api.tools import NamedTool
-from deployments.front import Front, TextDelta
+from deployments.front.front import Front, TextDelta
 from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import SamplingParams
 from engine.strict import explain

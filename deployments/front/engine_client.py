@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deployments.metrics import Metrics
-from deployments.quarantine import MAX_DEATHS, Quarantine
-from deployments.request_record import RequestOptions, RequestRecord
+from deployments.front.quarantine import MAX_DEATHS, Quarantine
+from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.observe.metrics import Metrics
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request, RequestLimits

@@ -3,7 +3,7 @@
 import time
 from datetime import timedelta
 
-from deployments.batch.replica import PartReport
+from deployments.batch.engine_actor import PartReport
 
 
 class Progress:

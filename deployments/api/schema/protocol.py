@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import msgpack
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
-from deployments.api.structured import FormFields
-from deployments.api.tools import NamedTool, ToolChoice
+from deployments.api.schema.structured import FormFields
+from deployments.api.schema.tools import NamedTool, ToolChoice
 from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.text.chat_template import check_variables

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from deployments.api.errors import ApiError, validation_error
 from deployments.api.scope import scope
-from deployments.front import Front
+from deployments.front.front import Front
 from deployments.parsing import FORMATS, ToolFormat
 from engine.request_model import RequestModel
 from engine.sampling_params import SamplingParams

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from deployments.args import DeploymentArgs
-from deployments.engine_loop import EngineLoop
+from deployments.shards.engine_loop import EngineLoop
 from engine.config import EngineConfig
 from engine.device.threads import spin_briefly
 

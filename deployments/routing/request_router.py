@@ -9,7 +9,7 @@ from typing import Any
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.routing import PrefixBalancer, RoutedPrompt, report_from_stats
+from deployments.routing.balancer import PrefixBalancer, RoutedPrompt, report_from_stats
 
 # How often Serve asks the replicas for their reports; it gets no faster than this.
 _REPORT_PERIOD_S = 1.0
