@@ -9,6 +9,9 @@ from deployments.parsing.formats import ReasoningParserName, ToolParserName
 from engine.config import EngineConfig
 from engine.strict import StrictModel, explain
 
+# What Serve calls it where nobody says otherwise.
+APPLICATION = "manta"
+
 
 class DeploymentArgs(EngineConfig):
     """The engine's configuration and how Ray runs it, for the server and for offline batches."""

@@ -11,9 +11,9 @@ from contextlib import suppress
 import ray
 from ray import serve
 
-from deployments.args import AppArgs
+from deployments.args import APPLICATION, AppArgs
 from deployments.builder import app
-from deployments.cli.serve import APPLICATION, announce_when_ready
+from deployments.cli.announce import announce_when_ready
 
 
 def run_server(args: AppArgs, host: str, port: int, address: str) -> None:

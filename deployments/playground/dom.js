@@ -79,3 +79,14 @@ export function colour(name) {
   probe.style.setProperty("outline-color", `var(${name})`);
   return getComputedStyle(probe).outlineColor;
 }
+
+/** A colour of its own for every request; neighbours in time are far apart in hue. */
+function hue(id) {
+  let number = Number(id.replace(/\D/g, ""));
+  if (!Number.isFinite(number) || number > 1e9) number = [...id].reduce((sum, c) => (sum * 31 + c.charCodeAt(0)) % 9973, 7);
+  return 112 + ((number * 137.508) % 360) * (300 / 360); // not the gold of shared blocks
+}
+
+const dark = () => matchMedia("(prefers-color-scheme: dark)").matches
+  ? document.documentElement.dataset.theme !== "light" : document.documentElement.dataset.theme === "dark";
+export const requestColour = (id) => `oklch(${dark() ? 0.74 : 0.62} 0.13 ${hue(id).toFixed(0)})`;

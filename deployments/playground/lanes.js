@@ -1,7 +1,6 @@
 // The running batch: a lane for each row of the device's tables, a column for each step.
 
-import { context, el } from "./dom.js";
-import { requestColour } from "./engine.js";
+import { context, el, requestColour } from "./dom.js";
 
 const STEP_PX = 5;
 const MAX_STEPS = 400;

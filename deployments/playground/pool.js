@@ -1,7 +1,6 @@
 // The block pool as a grid: free, cached, owned by a request, shared by several.
 
-import { $, colour, context, hidePopover, popover } from "./dom.js";
-import { requestColour } from "./engine.js";
+import { $, colour, context, hidePopover, popover, requestColour } from "./dom.js";
 
 const TALL = 220; // px that the grid may take before its cells become smaller
 const GLOW_MS = 900;

@@ -45,16 +45,14 @@ class ModelRunner:
         config.check_device(self.device.type)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
-        self.ops = select_ops(
-            self.device,
-            AttentionNeeds(
-                config.attention_backend,
-                self.dtype,
-                self.cache_dtype,
-                model_config.layers[0].attention.head_dim,
-                config.block_size,
-            ),
+        needs = AttentionNeeds(
+            config.attention_backend,
+            self.dtype,
+            self.cache_dtype,
+            model_config.layers[0].attention.head_dim,
+            config.block_size,
         )
+        self.ops = select_ops(self.device, needs)
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = eos_token_ids
@@ -94,10 +92,12 @@ class ModelRunner:
         # Kernels that were compiled while requests were waiting; there should be none.
         self.late_compilations = watch.late
         if show_progress:
-            counts = " + ".join(map(str, self.num_blocks))
-            blocks = f"{counts} KV cache blocks of {self.cache_dtype}"
-            print(f"{blocks} on {self.device}; {self.memory}", file=sys.stderr)
-            print(f"{self.ops.name} kernels", file=sys.stderr)
+            print(self, file=sys.stderr)
+
+    def __str__(self) -> str:
+        counts = " + ".join(map(str, self.num_blocks))
+        blocks = f"{counts} KV cache blocks of {self.cache_dtype} on {self.device}"
+        return f"{blocks}; {self.memory}\n{self.ops.name} kernels"
 
     @torch.inference_mode()
     def _open(self, meter: MemoryMeter, weights: int) -> MemoryUse:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from deployments import local_ray
-from deployments.cli.serve import _first_key, announce
+from deployments.cli.announce import _first_key, announce
 from engine import diagnosis as doctor
 from tests.deployments.conftest import demo, wait_until  # noqa: F401
 from tests.deployments.local_server import LocalServer, serve_locally
