@@ -28,9 +28,10 @@ class KeyRing:
             name, colon, key = entry.partition(":")
             if not colon:
                 name, key = f"key-{number}", entry
-            if not name.strip() or not key.strip():
+            if not (name.strip() and key.strip() and name.isprintable()):
                 raise ApiKeysError(
-                    f"API key {number}: should be KEY or NAME:KEY, and has an empty part"
+                    f"API key {number}: should be KEY or NAME:KEY, and has an empty part or a name "
+                    "that cannot be printed"
                 )
             self._names.append((_digest(key.strip()), name.strip()))
 

@@ -119,8 +119,9 @@ def test_keys_that_must_be_there_and_are_not(args: dict[str, Any], fault: str) -
         KeyRing.load(ServiceArgs(**args))
 
 
-def test_an_entry_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MANTA_API_KEYS", "good,acme:")
+@pytest.mark.parametrize("entry", ["acme:", ":sk", "\udcff:sk"])
+def test_an_entry_without_a_key_or_a_name(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setenv("MANTA_API_KEYS", f"good,{entry}")
     with pytest.raises(ApiKeysError, match=r"API key 2: should be KEY or NAME:KEY"):
         KeyRing.load(ServiceArgs())
 
