@@ -60,13 +60,22 @@ def _byte_letters() -> dict[str, int]:
 _BYTES = _byte_letters()
 
 
-def _declared_tokens(config: dict[str, Any], named: dict[str, str]) -> list[AddedToken]:
-    """Tokens of the tokenizer's configuration; those that it alone has get ids in this order."""
+def _declared_tokens(
+    config: dict[str, Any], named: dict[str, str], known: set[str]
+) -> list[AddedToken]:
+    """Tokens of the tokenizer's configuration; those that it alone has get ids in this order.
+
+    Args:
+        known: texts of those that the tokenizer has.
+    """
     listed = config.get("added_tokens_decoder", {})
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    special = [*named.values(), *(extra if isinstance(extra, list) else ())]
     tokens = [listed[i] for i in sorted(listed, key=int)]
-    tokens += [(t if isinstance(t, dict) else {"content": t}) | {"special": True} for t in special]
+    known = known | {token["content"] for token in tokens}
+    for special in (*named.values(), *(extra if isinstance(extra, list) else ())):
+        token = special if isinstance(special, dict) else {"content": special}
+        if token["content"] not in known:
+            tokens.append(token | {"special": True})
     fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     return [AddedToken(**{name: t[name] for name in fields if name in t}) for t in tokens]
 
@@ -86,14 +95,14 @@ class Tokenizer:
         self.fast.no_padding()
         config = tokenizer_config(directory)
         named = special_tokens(directory)
-        declared = _declared_tokens(config, named)
+        added = {t.content for t in self.fast.get_added_tokens_decoder().values()}
+        declared = _declared_tokens(config, named, added)
         self.fast.add_tokens(declared)
-        added = self.fast.get_added_tokens_decoder().values()
-        special = {token.content for token in (*added, *declared) if token.special}
+        tokens = [*self.fast.get_added_tokens_decoder().values(), *declared]
+        special = {token.content for token in tokens if token.special}
+        others = {token.content for token in tokens} - special
         self._pieces = _Pieces(self.fast, special)
-        self.chat_templates = ChatTemplates(
-            directory, config, named, special, {token.content for token in added} - special
-        )
+        self.chat_templates = ChatTemplates(directory, config, named, special, others)
 
     @property
     def chat_template(self) -> str | None:

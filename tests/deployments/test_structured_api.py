@@ -20,7 +20,10 @@ from tests.engine.random_schemas import random_schema
 
 PROMPT = "the cat sat"
 MESSAGES: list[Any] = [{"role": "user", "content": PROMPT}]
-TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
 SERVER: dict[str, Any] = dict(num_blocks=1500, max_num_seqs=64)
 TAG = {"type": "structural_tag", "format": {"type": "const_string", "value": "hi"}}
 SCHEMA: dict[str, Any] = {
@@ -333,6 +336,33 @@ def test_100_of_100_forced_calls_parse(model: Path, parser: str, count: int) -> 
             assert name == choice["function"]["name"]
         jsonschema.validate(json.loads(arguments), PARAMETERS[name])
     assert {name for name, _ in calls} == set(PARAMETERS)
+
+
+def test_tools_may_have_a_template_of_their_own(model: Path, tmp_path: Path) -> None:
+    """It is the one that shows how calls are written."""
+    directory = tmp_path / "chat"
+    shutil.copytree(model, directory)
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (directory / "additional_chat_templates").mkdir()
+    own = directory / "additional_chat_templates" / "tool_use.jinja"
+    own.write_text("{{ tools[0].function.name }}{{ messages[0].content }}{# <tool_call> #}")
+    with serve_in_process(str(directory), **SERVER) as api:
+        name, arguments = api.run(call(api, 0, "required"))
+        prompts = [
+            api.post("/tokenize", messages=MESSAGES, tools=tools).json() for tools in ([], TOOLS)
+        ]
+    jsonschema.validate(json.loads(arguments), PARAMETERS[name])
+    texts = [api.front.tokenizer.decode(prompt["tokens"]) for prompt in prompts]
+    assert texts == [PROMPT, TOOLS[0]["function"]["name"] + PROMPT]
+
+
+def test_a_template_that_does_not_tell_of_tools_refuses_them(model: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "chat"
+    shutil.copytree(model, directory)
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with serve_in_process(str(directory), tool_parser="hermes", **SERVER) as api:
+        answer = api.post("/v1/chat/completions", messages=MESSAGES, tools=TOOLS)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
 
 
 @pytest.mark.parametrize(
