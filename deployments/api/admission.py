@@ -11,9 +11,9 @@ from deployments.api.schema.protocol import GenerationRequest, ModelRequest, Ser
 from deployments.api.scope import scope
 from deployments.front.front import Front
 from deployments.front.request_record import RequestOptions
+from engine.errors import PromptTooLongError
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
-from engine.text.tokenizer import PromptTooLongError
 
 
 def check_model(front: Front, request: ModelRequest) -> None:

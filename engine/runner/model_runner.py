@@ -59,19 +59,7 @@ class ModelRunner:
         model_config.check_divisible(self.parallel.size)
         self._config = config
         meter = MemoryMeter(self.device)
-        before = meter.in_use()
-        self.model = load_model(
-            config,
-            model_config,
-            directory,
-            self.max_len,
-            self.dtype,
-            self.device,
-            self.ops,
-            self.parallel,
-            show_progress,
-        )
-        weights = max(meter.in_use() - before, 0)
+        weights = self._load(model_config, directory, meter, show_progress)
         self.cache_layout = KVCacheLayout.of(
             model_config, self.parallel, config.block_size, self.cache_dtype
         )
@@ -93,6 +81,24 @@ class ModelRunner:
         self.late_compilations = watch.late
         if show_progress:
             print(self, file=sys.stderr)
+
+    def _load(
+        self, model_config: ModelConfig, directory: Path, meter: MemoryMeter, show_progress: bool
+    ) -> int:
+        """Make the model; returns the bytes that its weights take."""
+        before = meter.in_use()
+        self.model = load_model(
+            self._config,
+            model_config,
+            directory,
+            self.max_len,
+            self.dtype,
+            self.device,
+            self.ops,
+            self.parallel,
+            show_progress,
+        )
+        return max(meter.in_use() - before, 0)
 
     def __str__(self) -> str:
         counts = " + ".join(map(str, self.num_blocks))

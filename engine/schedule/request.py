@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from engine.errors import PromptTooLongError
 from engine.sampling_params import SamplingParams
-from engine.text.tokenizer import PromptTooLongError
 
 
 @dataclass(eq=False, slots=True)

@@ -14,11 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
 from engine.checkpoint import CheckpointError, special_tokens, tokenizer_config
+from engine.errors import PromptTooLongError
 from engine.text.chat_template import ChatTemplates
-
-
-class PromptTooLongError(ValueError):
-    """More tokens than there is room for."""
 
 
 class _Pieces:
