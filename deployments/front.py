@@ -1,6 +1,5 @@
 """The front: text in, text out. Owns the tokenizer and the connection to the engine."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -9,6 +8,7 @@ from typing import Any
 
 from deployments.args import DeploymentArgs
 from deployments.engine_client import EngineClient, EngineUnavailableError
+from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.request_record import RequestOptions, RequestRecord
 from engine import checkpoint
@@ -54,11 +54,14 @@ class Front:
     async def encode(
         self, text: str, add_special_tokens: bool = True, max_len: int | None = None
     ) -> list[int]:
-        """Off the event loop, which must go on streaming while a long prompt is tokenized."""
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, max_len)
+        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens, max_len)
 
     async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
+        size = sum(len(message["content"]) for message in messages)
+        return await off_loop(size, self.tokenizer.encode_chat, messages, **options)
+
+    async def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return await off_loop(len(token_ids), self.tokenizer.decode, token_ids, skip_special_tokens)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that can never be served.

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from engine.checkpoint import CheckpointError, read_json
+
+# Characters that no text has for every token of it, unless it is of long runs of one character.
+_USUAL_TOKEN = 16
 
 
 class _Pieces:
@@ -96,16 +100,26 @@ class Tokenizer:
         """Token ids of a text; by default with the model's own prefix, such as a BOS token.
 
         Raises ValueError for a text so long that it must be more than `max_len` tokens, before time
-        is spent on it.
+        is spent on all of it.
         """
-        if max_len is not None and len(text) > max_len * self.longest_token:
-            raise ValueError(
-                f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
+        if max_len is not None:
+            usual = max_len * _USUAL_TOKEN
+            is_longer = len(text) > max_len * self.longest_token or (
+                len(text) > usual and len(self._encode(text[:usual])) > max_len + self.longest_token
             )
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+            if is_longer:
+                raise ValueError(
+                    f"the prompt has {len(text)} characters, more than fit a window of {max_len} "
+                    "tokens"
+                )
+        return self._encode(text, add_special_tokens).ids
+
+    def _encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
+        """Of a batch, because the library lets go of the GIL only for batches."""
+        return self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self.fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self.fast.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for, which may be a part of a character; b"" beyond the vocabulary.

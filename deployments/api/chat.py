@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.api import answers
 from deployments.api.answers import documented
+from deployments.api.bodies import BodyRoute
 from deployments.api.common import (
-    check_messages,
     check_model,
     check_prompt,
     check_queue,
@@ -46,7 +46,7 @@ _END_TOKENS = 8
 
 
 def routes(front: Front) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post(
         "/v1/chat/completions",
@@ -93,7 +93,6 @@ class Chat:
     async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
         """Raises ApiError for a request that cannot be served."""
         check_model(front, request)
-        check_messages(request.messages)
         check_queue(front, 1)
         options = request_options(front, request)
         params = sampling_params(front, request)

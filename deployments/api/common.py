@@ -1,7 +1,6 @@
 """What chat and text completions share on the way in and out."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -36,15 +35,6 @@ def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param:
         if field in SamplingParams.model_fields:
             raise ApiError(400, str(error), field) from error
         raise ApiError(400, str(error), param, "context_length_exceeded") from error
-
-
-def check_messages(messages: Sequence[Any]) -> None:
-    """400 for a longer conversation than this server takes."""
-    limit = scope().service.max_messages
-    if len(messages) > limit:
-        raise ApiError(
-            400, f"messages: {len(messages)} are too many, the limit is {limit}", "messages"
-        )
 
 
 def check_queue(front: Front, num_requests: int, num_tokens: int = 0) -> None:
