@@ -56,7 +56,7 @@ class StructuredOutputs:
     json: dict[str, Any] | str | None = Field(default=None, description="A JSON schema.")
     regex: str | None = Field(default=None, min_length=1, description="The whole text matches it.")
     choice: list[str] | None = Field(
-        default=None, min_length=1, description="The text is one of these."
+        default=None, min_length=1, fail_fast=True, description="The text is one of these."
     )
     grammar: str | None = Field(
         default=None, min_length=1, description="EBNF; its start rule is root."

@@ -1,7 +1,6 @@
 """What chat and text completions share on the way in and out."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -49,15 +48,6 @@ def prompt_error(error: ValueError, param: str) -> ApiError:
         return ApiError(400, str(error), field)
     is_too_long = isinstance(error, PromptTooLongError)
     return ApiError(400, str(error), param, "context_length_exceeded" if is_too_long else None)
-
-
-def check_messages(messages: Sequence[Any]) -> None:
-    """400 for a longer conversation than this server takes."""
-    limit = scope().service.max_messages
-    if len(messages) > limit:
-        raise ApiError(
-            400, f"messages: {len(messages)} are too many, the limit is {limit}", "messages"
-        )
 
 
 def check_queue(front: Front, num_requests: int, num_tokens: int = 0) -> None:

@@ -52,7 +52,6 @@ class _Api(FastAPI):
             version=VERSION,
             docs_url="/docs",
             redoc_url=None,
-            strict_content_type=False,
         )
         self._needs_key = needs_key
 

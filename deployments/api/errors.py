@@ -17,12 +17,16 @@ from deployments.front.engine_client import (
     RequestTimeoutError,
 )
 from engine.sampling_params import SamplingParams
-from engine.strict import explain
+from engine.strict import cut, explain, shown
 
 # Seconds after which a client should try again when there is no engine.
 RETRY_AFTER_S = 5
 # OpenAI's clients would try again what goes the same way every time.
 _STAY = {"x-should-retry": "false"}
+
+# Characters. What a message quotes may be as long as a request.
+_MAX_MESSAGE = 2000
+_MAX_PARAM = 200
 
 _TYPES = {
     401: "authentication_error",
@@ -86,16 +90,16 @@ class ApiError(Exception):
 
     @classmethod
     def no_such_model(cls, asked: str, served: str) -> "ApiError":
-        message = f"the model {asked!r} does not exist; this server has {served!r}"
+        message = f"the model {shown(asked)} does not exist; this server has {served!r}"
         return cls(404, message, "model", "model_not_found")
 
     def body(self) -> dict[str, Any]:
         default = "invalid_request_error" if self.status < 500 else "internal_server_error"
         return {
             "error": {
-                "message": _encodable(self.message),
+                "message": _encodable(cut(self.message, _MAX_MESSAGE)),
                 "type": _TYPES.get(self.status, default),
-                "param": None if self.param is None else _encodable(self.param),
+                "param": None if self.param is None else _encodable(cut(self.param, _MAX_PARAM)),
                 "code": self.code,
             }
         }

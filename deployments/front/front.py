@@ -10,6 +10,7 @@ from typing import Any
 from deployments.args import DeploymentArgs
 from deployments.front.engine_client import EngineClient, EngineUnavailableError
 from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from engine import checkpoint
 from engine.generation_config import sampling_defaults
@@ -67,11 +68,14 @@ class Front:
     async def encode(
         self, text: str, add_special_tokens: bool = True, max_len: int | None = None
     ) -> list[int]:
-        """Off the event loop, which must go on streaming while a long prompt is tokenized."""
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens, max_len)
+        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens, max_len)
 
     async def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-        return await asyncio.to_thread(self.tokenizer.encode_chat, messages, **options)
+        size = sum(len(message["content"]) for message in messages)
+        return await off_loop(size, self.tokenizer.encode_chat, messages, **options)
+
+    async def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return await off_loop(len(token_ids), self.tokenizer.decode, token_ids, skip_special_tokens)
 
     def warm_up(self) -> None:
         """Import what renders chats before the first one waits for it."""
@@ -80,7 +84,8 @@ class Front:
 
     async def in_tokens(self, params: SamplingParams) -> SamplingParams:
         """The parameters as `generate` takes them; raises ValueError when no engine does."""
-        return await asyncio.to_thread(params.in_tokens, self.tokenizer.encode_bad_words)
+        size = sum(map(len, params.bad_words))
+        return await off_loop(size, params.in_tokens, self.tokenizer.encode_bad_words)
 
     def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that can never be served.

@@ -10,12 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from engine.checkpoint import CheckpointError, special_tokens, tokenizer_config
 from engine.errors import PromptTooLongError
 from engine.text.chat_template import ChatTemplates
+
+# Characters that no text has for every token of it, unless it is of long runs of one character.
+_USUAL_TOKEN = 16
 
 
 class _Pieces:
@@ -116,19 +119,28 @@ class Tokenizer:
         """Token ids of a text; by default with the model's own prefix, such as a BOS token.
 
         Raises PromptTooLongError for a text so long that it must be more than `max_len` tokens,
-        before time is spent on it.
+        before time is spent on all of it.
         """
         self._check_size(text, max_len)
-        return self.fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encode(text, add_special_tokens).ids
 
     def _check_size(self, text: str, max_len: int | None) -> None:
-        if max_len is not None and len(text) > max_len * self.longest_token:
+        if max_len is None:
+            return
+        usual = max_len * _USUAL_TOKEN
+        if len(text) > max_len * self.longest_token or (
+            len(text) > usual and len(self._encode(text[:usual])) > max_len + self.longest_token
+        ):
             raise PromptTooLongError(
                 f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
             )
 
+    def _encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
+        """Of a batch, because the library lets go of the GIL only for batches."""
+        return self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self.fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self.fast.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for, which may be a part of a character; b"" beyond the vocabulary.

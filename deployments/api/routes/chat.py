@@ -11,7 +11,6 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from deployments.api.admission import (
-    check_messages,
     check_model,
     check_prompt,
     check_queue,
@@ -20,6 +19,7 @@ from deployments.api.admission import (
     sampling_params,
     usage,
 )
+from deployments.api.bodies import BodyRoute
 from deployments.api.schema import answers
 from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.answers import documented
@@ -45,7 +45,7 @@ _END_TOKENS = 8
 
 
 def routes(front: Front) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post(
         "/v1/chat/completions",
@@ -108,7 +108,6 @@ class Chat:
     async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
         """Raises ApiError for a request that cannot be served."""
         check_model(front, request)
-        check_messages(request.messages)
         check_queue(front, 1)
         options = request_options(front, request)
         params = await sampling_params(front, request)

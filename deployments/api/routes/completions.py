@@ -19,6 +19,7 @@ from deployments.api.admission import (
     sampling_params,
     usage,
 )
+from deployments.api.bodies import BodyRoute
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
 from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
@@ -64,7 +65,7 @@ class _Started:
 
 
 def routes(front: Front) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post(
         "/v1/completions",
@@ -108,9 +109,9 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         check_prompt(front, kept, params, "prompt")
         prompts.append(kept)
         is_whole = isinstance(prompt, str) and len(kept) == len(tokens)
-        texts.append(
-            prompt if is_whole else front.tokenizer.decode(kept, params.skip_special_tokens)
-        )
+        if request.echo and not is_whole:
+            prompt = await front.decode(kept, params.skip_special_tokens)
+        texts.append(prompt)
     num_choices = request.num_choices
     check_queue(front, len(prompts) * num_choices, sum(map(len, prompts)) * num_choices)
     head = {

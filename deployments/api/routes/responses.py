@@ -10,6 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
+from deployments.api.bodies import BodyRoute
 from deployments.api.errors import report, validation_error
 from deployments.api.routes.chat import Chat, read
 from deployments.api.schema import answers
@@ -17,6 +18,7 @@ from deployments.api.schema.answers import documented
 from deployments.api.schema.protocol import (
     AgentRequest,
     ChatCompletionRequest,
+    NotTooMany,
     TemplateVariables,
 )
 from deployments.api.schema.response_items import InputItem, to_messages
@@ -82,7 +84,7 @@ def _sampling(name: str) -> Any:
 
 
 class ResponseRequest(AgentRequest):
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: Annotated[str | Annotated[list[InputItem], Field(min_length=1)], NotTooMany]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(
         None, ge=1, lt=2**31, description="Default: to the window's end."
@@ -168,7 +170,7 @@ def _plain(tool: FunctionTool) -> Function:
 
 
 def routes(front: Front) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post(
         "/v1/responses",
@@ -209,15 +211,15 @@ async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
                 yield "".join(opening + news)
                 opening = []
     assert delta is not None, "a stream has at least one delta"
-    yield "".join(map(named_event, output.end(reason, _usage(chat, output, delta))))
+    yield "".join(map(named_event, output.end(reason, await _usage(chat, output, delta))))
 
 
 def _failed(output: ResponseOutput, error: Exception | None) -> str:
     return "" if error is None else named_event(output.fail(report(error)))
 
 
-def _usage(chat: Chat, output: ResponseOutput, last: TextDelta) -> dict[str, Any]:
-    thoughts = chat.front.tokenizer.encode(output.reasoning, add_special_tokens=False)
+async def _usage(chat: Chat, output: ResponseOutput, last: TextDelta) -> dict[str, Any]:
+    thoughts = await chat.front.encode(output.reasoning, add_special_tokens=False)
     cached = last.num_cached_tokens
     details = {"cached_tokens": cached, "cache_write_tokens": len(chat.prompt) - cached}
     return {

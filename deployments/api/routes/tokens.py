@@ -1,23 +1,33 @@
 """POST /tokenize and /detokenize, as vLLM has them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import Field, model_validator
+from pydantic_core import to_json
 
-from deployments.api.admission import check_messages, check_model, prompt_error
+from deployments.api.admission import check_model, prompt_error
+from deployments.api.bodies import BodyRoute
 from deployments.api.errors import ApiError
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
-from deployments.api.schema.protocol import ModelRequest, TemplateVariables
+from deployments.api.schema.protocol import ModelRequest, NotTooMany, TemplateVariables
 from deployments.front.front import Front
+from deployments.off_loop import off_loop
 from engine.sampling_params import TokenId
 from engine.text.messages import Message, Tool
+
+P = ParamSpec("P")
+
+# Texts may be longer than the window, whoever wants to cut them must count them first; but not
+# without end.
+_MAX_TOKENS = 2**16
 
 
 class TokenizeRequest(ModelRequest):
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message] | None, NotTooMany] = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(
         None, description="Default: true for a prompt; templates write their own."
     )
@@ -47,51 +57,66 @@ class DetokenizeRequest(ModelRequest):
 
 
 def routes(front: Front) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(route_class=BodyRoute)
 
-    @router.post("/tokenize", responses=documented(answers.Tokens))
-    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+    @router.post("/tokenize", response_model=None, responses=documented(answers.Tokens))
+    async def tokenize(request: TokenizeRequest) -> Response:
         """The tokens of a text, or of a conversation as the model's template has it."""
         check_model(front, request)
-        if request.prompt is not None:
-            tokens = await front.encode(request.prompt, request.add_special_tokens is not False)
-        else:
-            tokens = await _encode_chat(front, request)
-        strings = None
-        if request.return_token_strs:
-            pieces = map(front.tokenizer.token_bytes, tokens)
-            strings = [piece.decode(errors="replace") for piece in pieces]
-        limits = front.client.limits
-        return {
-            "count": len(tokens),
-            "max_model_len": limits.max_len if limits else None,
-            "tokens": tokens,
-            "token_strs": strings,
-        }
+        try:
+            tokens = await _encode(front, request)
+        except ValueError as error:
+            field = "prompt" if request.messages is None else "messages"
+            raise prompt_error(error, field) from error
+        return await _answer(len(tokens), _tokens, front, tokens, request.return_token_strs)
 
-    @router.post("/detokenize", responses=documented(answers.Text))
-    async def detokenize(request: DetokenizeRequest) -> dict[str, Any]:
+    @router.post("/detokenize", response_model=None, responses=documented(answers.Text))
+    async def detokenize(request: DetokenizeRequest) -> Response:
         """The text of tokens, with special tokens by their names."""
         check_model(front, request)
         size = front.tokenizer.fast.get_vocab_size()
-        for token in request.tokens:
-            if token >= size:
-                message = f"tokens: {token} is outside the vocabulary (0 to {size - 1})"
-                raise ApiError(400, message, "tokens")
-        return {"prompt": front.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+        highest = max(request.tokens, default=0)
+        if highest >= size:
+            message = f"tokens: {highest} is outside the vocabulary (0 to {size - 1})"
+            raise ApiError(400, message, "tokens")
+        text = await front.decode(request.tokens, skip_special_tokens=False)
+        return await _answer(len(text), dict, prompt=text)
 
     return router
 
 
-async def _encode_chat(front: Front, request: TokenizeRequest) -> list[int]:
-    messages = request.messages or []
-    check_messages(messages)
-    try:
-        return await front.encode_chat(
-            [message.for_template() for message in messages],
-            tools=[tool.for_template() for tool in request.tools],
-            add_generation_prompt=request.add_generation_prompt,
-            **request.chat_template_kwargs,
-        )
-    except ValueError as error:
-        raise prompt_error(error, "messages") from error
+async def _encode(front: Front, request: TokenizeRequest) -> list[int]:
+    limits = front.client.limits
+    max_len = max(limits.max_len if limits else 0, _MAX_TOKENS)
+    if request.prompt is not None:
+        special = request.add_special_tokens is not False
+        return await front.encode(request.prompt, special, max_len)
+    return await front.encode_chat(
+        [message.for_template() for message in request.messages or []],
+        max_len=max_len,
+        tools=[tool.for_template() for tool in request.tools],
+        add_generation_prompt=request.add_generation_prompt,
+        **request.chat_template_kwargs,
+    )
+
+
+def _tokens(front: Front, tokens: list[int], with_strings: bool) -> dict[str, Any]:
+    limits = front.client.limits
+    pieces = map(front.tokenizer.token_bytes, tokens)
+    return {
+        "count": len(tokens),
+        "max_model_len": limits.max_len if limits else None,
+        "tokens": tokens,
+        "token_strs": [p.decode(errors="replace") for p in pieces] if with_strings else None,
+    }
+
+
+async def _answer(
+    size: int, make: Callable[P, dict[str, Any]], *args: P.args, **kwargs: P.kwargs
+) -> Response:
+    """Of what may be long: made and written off the event loop."""
+
+    def body() -> bytes:
+        return to_json(make(*args, **kwargs))
+
+    return Response(await off_loop(size, body), media_type="application/json")

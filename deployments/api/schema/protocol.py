@@ -3,16 +3,38 @@
 from typing import Annotated, Any
 
 import msgpack
-from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from deployments.api.schema.structured import FormFields
 from deployments.api.schema.tools import NamedTool, ToolChoice
+from deployments.api.scope import scope
 from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
+
+
+def _not_too_many(messages: Any) -> Any:
+    """Counted before any is looked at."""
+    limit = scope().service.max_messages
+    if isinstance(messages, list) and len(messages) > limit:
+        raise ValueError(f"{len(messages)} are too many, the limit is {limit}")
+    return messages
+
+
+# In front of a list of messages.
+NotTooMany = BeforeValidator(_not_too_many)
 
 
 class ModelRequest(RequestModel):
@@ -128,7 +150,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
 
 
 class ChatCompletionRequest(GenerationRequest, AgentRequest):
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], NotTooMany] = Field(min_length=1)
     tools: list[Tool] = Field(default_factory=list, max_length=128)
     tool_choice: ToolChoice | None = Field(
         None,
@@ -214,8 +236,32 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
+def _kind_of_prompt(value: Any) -> str | None:
+    """Told by the first item, so that a long list is looked at once, as the kind that it is."""
+    if isinstance(value, str):
+        return "text"
+    if not isinstance(value, list) or not value:
+        return None
+    if isinstance(value[0], str):
+        return "texts"
+    return "lists of token ids" if isinstance(value[0], list) else "token ids"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Tag("texts")]
+    | Annotated[TokenIds, Tag("token ids")]
+    | Annotated[list[TokenIds], Tag("lists of token ids")],
+    Discriminator(
+        _kind_of_prompt,
+        custom_error_type="prompt",
+        custom_error_message="Input should be a text, a list of token ids, or a list of either",
+    ),
+]
+
+
 class CompletionRequest(GenerationRequest):
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1)]
+    prompt: Prompt
     max_tokens: int | None = Field(
         16, ge=0, lt=2**31, description="0, with echo, is for scoring a prompt."
     )
