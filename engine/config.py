@@ -114,6 +114,11 @@ class EngineConfig(StrictModel):
         """
         return self._block_key
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes that an engine is made of, one device each."""
+        return self.tensor_parallel_size
+
     @model_validator(mode="after")
     def _no_contradictions(self) -> "EngineConfig":
         sizes = ("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization")

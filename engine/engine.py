@@ -42,8 +42,8 @@ class Engine:
         self, config: EngineConfig, leader: Leader | None = None, show_progress: bool = False
     ) -> None:
         leader = leader or Leader(1)
-        if leader.size != config.tensor_parallel_size:
-            raise ValueError("tensor_parallel_size needs a leader with followers")
+        if leader.size != config.num_ranks:
+            raise ValueError(f"{config.num_ranks} ranks need a leader of so many")
         self.config = config
         self.executor = Executor(config, leader, show_progress)
         self.runner = self.executor.runner
@@ -70,7 +70,7 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         self.num_steps = 0
         # When set to a deque, collects (step number, plan) of every launch.
-        self.journal: deque[tuple[int, StepPlan]] | None = None
+        self.step_log: deque[tuple[int, StepPlan]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
@@ -131,8 +131,8 @@ class Engine:
             now = time.monotonic()
             self._in_flight.append(_InFlight(step, now, self.executor.launch(step.plan)))
             self.num_steps += 1
-            if self.journal is not None:
-                self.journal.append((self.num_steps, step.plan))
+            if self.step_log is not None:
+                self.step_log.append((self.num_steps, step.plan))
         if not self._in_flight:
             return refused
         oldest = self._in_flight.popleft()

@@ -65,7 +65,7 @@ class LLM:
 
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig(model=str(model), **config)
-        leader = Leader(self.config.tensor_parallel_size)
+        leader = Leader(self.config.num_ranks)
         self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
         self.engine = Engine(self.config, leader, show_progress=True)
         directory = checkpoint.resolve(self.config.model, self.config.revision)

@@ -1,6 +1,6 @@
 """What an engine looks like from outside: a picture of its pool, its batch and its queue.
 
-Nothing is recorded and nothing is built unless a `Recorder` is attached, that is, while somebody
+Nothing is recorded and nothing is built unless a `Observer` is attached, that is, while somebody
 watches. A picture is plain data (numbers, strings, lists, dicts), bounded in size: a pool of more
 than `MAX_CELLS` blocks is drawn with several blocks to a cell.
 """
@@ -69,16 +69,16 @@ class EngineView(TypedDict):
     steps: list[StepView]  # since the picture before, at most MAX_STEPS
 
 
-class Recorder:
+class Observer:
     """Notes what steps compute, and draws; `close` leaves the engine as it was."""
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self._plans: deque[tuple[int, StepPlan]] = deque(maxlen=MAX_STEPS)
-        engine.journal = self._plans
+        engine.step_log = self._plans
 
     def close(self) -> None:
-        self._engine.journal = None
+        self._engine.step_log = None
 
     def draw(self) -> EngineView:
         """The engine now, with the steps since the last drawing."""
@@ -96,7 +96,7 @@ class Recorder:
             "stats": engine.stats(),
             "device": str(engine.runner.device),
             "ops": engine.runner.ops.name,
-            "tensor_parallel_size": engine.runner.parallel.size,
+            "tensor_parallel_size": engine.runner.ranks.tensor.size,
             "block_size": engine.limits.block_size,
             "num_blocks": pool.num_blocks,
             "blocks_per_cell": per_cell,
@@ -118,26 +118,26 @@ class Watch:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._recorder: Recorder | None = None
+        self._observer: Observer | None = None
         self._until = self._next = 0.0
 
     def renew(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
-        if self._recorder is None:
-            self._recorder = Recorder(self._engine)
+        if self._observer is None:
+            self._observer = Observer(self._engine)
 
     def picture(self) -> EngineView | None:
         """The engine now; None when nobody watches or the last picture is too recent."""
-        if self._recorder is None:
+        if self._observer is None:
             return None
         now = time.monotonic()
         if now > self._until:
-            self._recorder.close()
-            self._recorder = None
+            self._observer.close()
+            self._observer = None
             return None
         if now < self._next:
             return None
-        picture = self._recorder.draw()
+        picture = self._observer.draw()
         spent = time.monotonic() - now
         self._next = now + max(self._INTERVAL_S, spent / self._SHARE_OF_TIME)
         return picture

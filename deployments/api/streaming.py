@@ -113,7 +113,7 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {_to_json(content)}\n\n"
 
 
-async def begun(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
+async def await_first(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
     """The same once the first is there. What is raised until then is an answer of its own."""
     first = await anext(events)
 

@@ -21,7 +21,7 @@ class EngineLoop:
 
     def __init__(self, engine: "Engine", address: str) -> None:
         self._engine = engine
-        self._cache_changes = engine.scheduler.pool.journal = []
+        self._cache_changes = engine.scheduler.pool.changes = []
         self._socket = MessageSocket(address)
         self._watch = Watch(engine)
 

@@ -28,7 +28,7 @@ def group_bundles(args: DeploymentArgs, replica_cpus: float) -> list[dict[str, f
     """
     shard = shard_resources(args)
     first = shard | {"CPU": shard.get("CPU", 0) + replica_cpus}
-    return [first] + [shard] * (args.tensor_parallel_size - 1)
+    return [first] + [shard] * (args.num_ranks - 1)
 
 
 def _raise_injected_fault(*_: Any) -> None:

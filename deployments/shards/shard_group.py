@@ -129,7 +129,7 @@ class ShardGroup:
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
-        config, size = self._args.engine_config, self._args.tensor_parallel_size
+        config, size = self._args.engine_config, self._args.num_ranks
         address = await self._client.listen()
         self._shards = [self._new_shard(rank) for rank in range(size)]
         self._processes = await asyncio.gather(*(s.process.remote() for s in self._shards))

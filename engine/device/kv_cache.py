@@ -7,7 +7,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup
 from engine.schedule.block_tables import CacheGroup, most_held
 from kernels import Ops
 from kernels.types import KVCache, PagedKV
@@ -33,7 +33,7 @@ class KVCacheLayout:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, parallel: TensorParallel, block_size: int, dtype: torch.dtype
+        cls, config: ModelConfig, parallel: RankGroup, block_size: int, dtype: torch.dtype
     ) -> "KVCacheLayout":
         groups = []
         for layers in config.cache_groups():

@@ -28,7 +28,7 @@ def default_sizes(max_num_seqs: int) -> list[int]:
     return [*sizes, max_num_seqs]
 
 
-class DecodeGraphs:
+class RecordedSteps:
     """One recorded step per batch size.
 
     Args:

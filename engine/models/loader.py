@@ -17,7 +17,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM
 from engine.models.weights import weight_format
 from engine.progress import Progress
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup
 from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.
@@ -125,7 +125,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     ops: Ops,
-    parallel: TensorParallel,
+    parallel: RankGroup,
     show_progress: bool = False,
 ) -> CausalLM:
     """One rank's model with its weights, in the layout of the device's ops."""

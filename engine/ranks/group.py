@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup, Ranks
 
 # A collective slower than this means that a rank is gone; its peers then fail instead of waiting.
 # The ranks have as long to find each other.
@@ -58,10 +58,10 @@ class Leader:
             key = secrets.token_bytes(32)
             self.address = GroupAddress(host, self._store.port, port, key)
 
-    def gather(self, device: torch.device) -> TensorParallel:
+    def gather(self, device: torch.device) -> Ranks:
         """Wait for all followers; returns rank 0's place among them."""
         if self.size == 1:
-            return TensorParallel()
+            return Ranks()
         with self._door:
             self._followers = self._accept_followers()
         return _join(self._store, 0, self.size, device)
@@ -108,7 +108,7 @@ class Follower:
             (address.host, address.plan_port), authkey=address.key
         )
 
-    def join(self, rank: int, size: int, device: torch.device) -> TensorParallel:
+    def join(self, rank: int, size: int, device: torch.device) -> Ranks:
         store = TCPStore(
             self._address.host, self._address.store_port, is_master=False, timeout=_TIMEOUT
         )
@@ -132,7 +132,8 @@ def _greet(caller: socket.socket, key: bytes, welcome: "SimpleQueue[Connection[A
         welcome.put(connection)
 
 
-def _join(store: Store, rank: int, size: int, device: torch.device) -> TensorParallel:
+def _join(store: Store, rank: int, size: int, device: torch.device) -> Ranks:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
-    return TensorParallel(rank, size, dist.group.WORLD)
+    world = RankGroup(rank, size, dist.group.WORLD)
+    return Ranks(world, tensor=world)

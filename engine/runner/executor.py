@@ -9,7 +9,7 @@ from engine.device.select import select_device
 from engine.generation_config import eos_token_ids
 from engine.models.registry import read_config
 from engine.ranks.group import Follower, GroupAddress, Leader
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import Ranks
 from engine.runner.commands import Command, LaunchStep, Result
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.step import StepPlan, StepResult
@@ -57,9 +57,7 @@ class Executor:
         self._leader.close()
 
 
-def load_runner(
-    config: EngineConfig, parallel: TensorParallel, show_progress: bool = False
-) -> ModelRunner:
+def load_runner(config: EngineConfig, ranks: Ranks, show_progress: bool = False) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
     directory = checkpoint.resolve(config.model, config.revision)
     model_config = read_config(directory)
@@ -69,14 +67,14 @@ def load_runner(
             f"be at most {model_config.max_position}"
         )
     eos = eos_token_ids(directory)
-    return ModelRunner(config, model_config, directory, eos, parallel, show_progress)
+    return ModelRunner(config, model_config, directory, eos, ranks, show_progress)
 
 
 def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:
     """Be rank `rank`: run the leader's commands until it hangs up."""
     follower = Follower(address)
-    parallel = follower.join(rank, config.tensor_parallel_size, select_device(config.device))
-    runner = load_runner(config, parallel)
+    ranks = follower.join(rank, config.num_ranks, select_device(config.device))
+    runner = load_runner(config, ranks)
     while True:
         try:
             command: Command[object] = follower.receive()

@@ -16,7 +16,7 @@ from engine.ranks.group import GroupAddress, Leader
 
 def spawn_followers(config: EngineConfig, leader: Leader) -> list[subprocess.Popen[bytes]]:
     """Start ranks 1 .. N - 1, each with its own GPU where there are GPUs."""
-    return [_spawn(config, rank, leader.address) for rank in range(1, config.tensor_parallel_size)]
+    return [_spawn(config, rank, leader.address) for rank in range(1, config.num_ranks)]
 
 
 def _spawn(config: EngineConfig, rank: int, address: GroupAddress) -> subprocess.Popen[bytes]:

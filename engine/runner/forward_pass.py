@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
-from engine.device.recorded_steps import DecodeGraphs, default_sizes
+from engine.device.recorded_steps import RecordedSteps, default_sizes
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
 from engine.models.decoder import CausalLM
@@ -48,7 +48,7 @@ class ForwardPass:
             )
         # Where each request of a batch begins, when all of them have one token.
         self._unit_starts = torch.arange(max(self._sizes) + 1, dtype=torch.int32, device=device)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: RecordedSteps | None = None
 
     @property
     def num_replays(self) -> int:
@@ -70,7 +70,7 @@ class ForwardPass:
     def record(self) -> None:
         """Record decoding over this cache, where the device has a use for it."""
         if self._new_recorder is not None:
-            self._graphs = DecodeGraphs(
+            self._graphs = RecordedSteps(
                 self._new_recorder(), self._sizes, self._decode, self._device
             )
 

@@ -14,7 +14,7 @@ from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
 from engine.models.config import ModelConfig
 from engine.models.loader import load_model
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import Ranks
 from engine.runner.forward_pass import ForwardPass
 from engine.runner.warm_up import warm_up_plans
 from engine.sampling.pending_step import PendingStep
@@ -35,13 +35,13 @@ class ModelRunner:
         model_config: ModelConfig,
         directory: Path,
         eos_token_ids: frozenset[int] = frozenset(),
-        parallel: TensorParallel | None = None,
+        ranks: Ranks | None = None,
         show_progress: bool = False,
     ) -> None:
         self.device = select_device(config.device)
-        self.parallel = parallel or TensorParallel()
+        self.ranks = ranks or Ranks()
         if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or num_compute_threads(self.parallel.size))
+            torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
         config.check_device(self.device.type)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
@@ -56,19 +56,19 @@ class ModelRunner:
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = eos_token_ids
-        model_config.check_divisible(self.parallel.size)
+        model_config.check_divisible(self.ranks.tensor.size)
         self._config = config
         meter = MemoryMeter(self.device)
         weights = self._load(model_config, directory, meter, show_progress)
         self.cache_layout = KVCacheLayout.of(
-            model_config, self.parallel, config.block_size, self.cache_dtype
+            model_config, self.ranks.tensor, config.block_size, self.cache_dtype
         )
         num_groups = len(self.cache_layout.groups)
         self.tables = DeviceTables(
             config.max_num_seqs, self.max_len, config.block_size, self.device, num_groups
         )
         self.sampler = Sampler(
-            self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.parallel
+            self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.ranks.world
         )
         self.forward_pass = ForwardPass(
             config, self.model, self.tables, self.cache_layout, self.ops, self.device
@@ -95,7 +95,7 @@ class ModelRunner:
             self.dtype,
             self.device,
             self.ops,
-            self.parallel,
+            self.ranks.tensor,
             show_progress,
         )
         return max(meter.in_use() - before, 0)
@@ -113,7 +113,7 @@ class ModelRunner:
         if self.device.type == "cuda" or self.forward_pass.records_ahead:
             in_use, peak, graphs = self._rehearse(meter)
             activations = peak - in_use
-        memory = DeviceMemory.of(self.device, self.parallel.size)
+        memory = DeviceMemory.of(self.device, self.ranks.world.size)
         host_cache = self.host_cache.num_bytes if self.host_cache is not None else 0
         own = host_cache if memory.is_host else peak + graphs
         self.num_blocks = self._choose_num_blocks(memory, own)
@@ -137,7 +137,7 @@ class ModelRunner:
         if config.num_blocks is not None:
             return layout.num_blocks(config, config.num_blocks * block_bytes)
         budget = kv_cache_bytes(config, memory, own, block_bytes, self.max_len)
-        return [self.parallel.agree_on_minimum(n) for n in layout.num_blocks(config, budget)]
+        return [self.ranks.world.agree_on_minimum(n) for n in layout.num_blocks(config, budget)]
 
     def _rehearse(self, meter: MemoryMeter) -> tuple[int, int, int]:
         """Run the largest steps and record all graphs, over a cache of one block.

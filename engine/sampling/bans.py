@@ -36,8 +36,8 @@ class AllowedTokens:
         everything = torch.full((self._num_words,), -1, dtype=torch.int32, device=self._device)
         return torch.stack([everything if mask is None else mask for mask in masks])
 
-    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
-        return self._rules.concerned(rows)
+    def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+        return self._rules.applies_to(rows)
 
     def prepare(self, at: LogitsRows) -> None: ...
 
@@ -82,8 +82,8 @@ class BadWords:
             num_prompt=self._tensor([num_prompt] * len(words)),
         )
 
-    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
-        return self._rules.concerned(rows)
+    def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+        return self._rules.applies_to(rows)
 
     def prepare(self, at: LogitsRows) -> None: ...
 

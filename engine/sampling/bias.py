@@ -56,9 +56,9 @@ class LogitBias:
             expires=max(until),
         )
 
-    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+    def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         return [
-            i for i in self._rules.concerned(rows) if positions[i] < self._rules[rows[i]].expires
+            i for i in self._rules.applies_to(rows) if positions[i] < self._rules[rows[i]].expires
         ]
 
     def prepare(self, at: LogitsRows) -> None: ...

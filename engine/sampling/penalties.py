@@ -54,7 +54,7 @@ class Penalties:
             self._penalties = none.repeat(len(self._token_ids), 1)
         return self._counts, self._penalties
 
-    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+    def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         if not self._counted or self._counted.keys().isdisjoint(rows):
             return []
         return [i for i, row in enumerate(rows) if row in self._counted]
@@ -62,7 +62,7 @@ class Penalties:
     def prepare(self, at: LogitsRows) -> None: ...
 
     def process(self, logits: Tensor, at: LogitsRows) -> None:
-        if not self.concerned(at.rows, at.positions):
+        if not self.applies_to(at.rows, at.positions):
             return
         counts, penalties = self._tables()
         uncertain = self._count(at)

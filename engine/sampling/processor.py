@@ -37,7 +37,7 @@ class LogitsProcessor(Protocol):
     def enter(self, new: NewRow) -> None:
         """A request enters a row; what the row held before is gone."""
 
-    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+    def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         """Which of these logits rows want anything done, by index."""
 
     def prepare(self, at: LogitsRows) -> None:
@@ -72,7 +72,7 @@ class RowRules(Generic[R, C]):
     def __getitem__(self, row: int) -> R:
         return self._rules[row]
 
-    def concerned(self, rows: Sequence[int]) -> list[int]:
+    def applies_to(self, rows: Sequence[int]) -> list[int]:
         """Which of these rows want anything, by index."""
         rules = self._rules
         if not rules or rules.keys().isdisjoint(rows):

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.device.tables import DeviceTables
 from engine.device.transfer import ToHost, to_device
 from engine.models.decoder import CausalLM
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup
 from engine.sampling.bans import AllowedTokens, BadWords
 from engine.sampling.bias import LogitBias
 from engine.sampling.grammar.matcher import GrammarMask, GrammarMatchers
@@ -48,18 +48,18 @@ class Sampler:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         ops: Ops,
-        parallel: TensorParallel,
+        world: RankGroup,
     ) -> None:
         token_ids = tables.token_ids
         self._model = model
         self._tables = tables
         self._ops = ops
-        self._parallel = parallel
+        self._world = world
         self._device = token_ids.device
         self.matchers = GrammarMatchers(vocab_size, self._device)
         # The order is vLLM's: what is allowed, then biases and bans, then penalties.
         self.processors: list[LogitsProcessor] = [
-            GrammarMask(self.matchers, parallel.rank, self._device, ops),
+            GrammarMask(self.matchers, world.rank, self._device, ops),
             AllowedTokens(vocab_size, self._device, ops),
             LogitBias(eos_token_ids, self._device),
             BadWords(token_ids),
@@ -89,7 +89,7 @@ class Sampler:
         ]
         processed: set[int] = set()
         for processor in self.processors:
-            processed.update(processor.concerned(rows, positions))
+            processed.update(processor.applies_to(rows, positions))
         at = processed_at = self._logits_rows(rows, positions)
         index = sorted(processed)
         if 0 < len(index) < len(rows):
@@ -112,7 +112,7 @@ class Sampler:
         logits = self.logits(step.scheduled, hidden)
         tokens = self._sample(logits, step)
         if self.matchers.constrained(step.at.rows):
-            tokens = self._parallel.broadcast(tokens)  # only the leader follows the grammars
+            tokens = self._world.broadcast(tokens)  # only the leader follows the grammars
         self._tables.token_ids[step.at.row_index, step.at.position] = tokens
         brought = ToHost(tokens)
         return PendingStep(
@@ -161,7 +161,7 @@ class Sampler:
         self, logits: Tensor, step: SamplingStep, tokens: Tensor
     ) -> tuple[list[int], PendingLogprobs] | None:
         """Of the rows that want them, with their indices; only the leader is asked."""
-        if not self._num_logprobs or self._parallel.rank != 0:
+        if not self._num_logprobs or self._world.rank != 0:
             return None
         wanted = [i for i, row in enumerate(step.at.rows) if row in self._num_logprobs]
         if not wanted:

@@ -77,7 +77,7 @@ class BlockPool:
         self._copies: list[BlockCopy] = []
         # When set to a list, collects (hash, whether it is cached now, here or in host memory) of
         # every change.
-        self.journal: list[tuple[bytes, bool]] | None = None
+        self.changes: list[tuple[bytes, bool]] | None = None
         # Ordered by last use: the front is evicted first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
@@ -182,10 +182,10 @@ class BlockPool:
             self._note(old_hash, False)
 
     def _note(self, block_hash: bytes, is_cached: bool) -> None:
-        if self.journal is not None:
-            self.journal.append((block_hash, is_cached))
+        if self.changes is not None:
+            self.changes.append((block_hash, is_cached))
 
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
+    def assert_invariants(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert every invariant, given all live block tables. For tests: it walks everything."""
         held = [0] * self.num_blocks
         for table in tables:
@@ -198,4 +198,4 @@ class BlockPool:
             assert self._hashes[block] == block_hash, "hash map and block disagree"
         named = sum(block_hash is not None for block_hash in self._hashes)
         assert named == len(self._cached), "a block has a name the map does not know"
-        self.host.check()
+        self.host.assert_invariants()

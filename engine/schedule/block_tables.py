@@ -208,10 +208,10 @@ class BlockTables:
     def take_copies(self) -> list[BlockCopy]:
         return self.pools[0].take_copies()
 
-    def check(self, sequences: Listed[Sequence]) -> None:
+    def assert_invariants(self, sequences: Listed[Sequence]) -> None:
         """Assert every invariant, given all live sequences. For tests: it walks everything."""
         for i, pool in enumerate(self.pools):
-            pool.check(self._held(sequences, i))
+            pool.assert_invariants(self._held(sequences, i))
 
     def _held(self, sequences: Listed[Sequence], group: int) -> Iterator[list[int]]:
         for sequence in sequences:

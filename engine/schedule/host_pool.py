@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredBlock:
     """Where an evicted block goes, and whose content that overwrites."""
 
     slot: int
@@ -33,7 +33,7 @@ class HostPool:
     def __contains__(self, block_hash: bytes) -> bool:
         return block_hash in self._slots
 
-    def store(self, block_hash: bytes) -> Stored | None:
+    def store(self, block_hash: bytes) -> StoredBlock | None:
         """A slot for a block; None when it is here already, or when no slot can be spared."""
         if block_hash in self._slots:
             self._slots.move_to_end(block_hash)
@@ -45,7 +45,7 @@ class HostPool:
                 return None
             self._free.append(self._slots.pop(replaced))
         slot = self._slots[block_hash] = self._free.pop()
-        return Stored(slot, replaced)
+        return StoredBlock(slot, replaced)
 
     def lookup(self, hashes: Iterable[bytes]) -> list[bytes]:
         """The longest prefix of a chain of hashes that is here."""
@@ -65,7 +65,7 @@ class HostPool:
         yield [self._slots[block_hash] for block_hash in hashes]
         self._pinned = frozenset()
 
-    def check(self) -> None:
+    def assert_invariants(self) -> None:
         """Assert that every slot is free or of one block. For tests."""
         taken = list(self._slots.values())
         assert sorted(taken + self._free) == list(range(self.num_slots)), "a slot is lost or shared"

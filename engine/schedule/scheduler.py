@@ -95,14 +95,14 @@ class Scheduler:
         max_len = self._max_len
         if request.params.max_tokens is not None:
             max_len = min(max_len, len(request.prompt_token_ids) + request.params.max_tokens)
-        sequence = Sequence(request, max_len, self._order(request), held)
+        sequence = Sequence(request, max_len, self._rank(request), held)
         if len(sequence.token_ids) >= max_len:
             raise ValueError(f"request {request.id!r} has all its {max_len} tokens already")
         self.sequences[request.id] = sequence
         insort(self.waiting, sequence, key=_order)
         return sequence
 
-    def _order(self, request: Request) -> tuple[int, int]:
+    def _rank(self, request: Request) -> tuple[int, int]:
         """The policy: what is least goes first, and it never changes."""
         self._num_arrivals += 1
         if self._policy == "priority":
@@ -300,9 +300,9 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         sequence.row = -1
 
-    def check(self) -> None:
+    def assert_invariants(self) -> None:
         """Assert every invariant of the blocks. For tests."""
-        self.blocks.check(list(self.sequences.values()))
+        self.blocks.assert_invariants(list(self.sequences.values()))
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -38,7 +38,7 @@ def test_watching_shows_a_running_request_and_leaves_no_trace(demo: LocalServer)
             assert row["cells"] and 0 < row["num_computed"] <= row["num_tokens"]
         assert {c[0] for s in view["steps"] for c in s["chunks"]} <= {r["id"] for r in view["rows"]}
         assert load.result().status_code == 200
-    wait_until(lambda: demo.engine.journal is None, 10, "the engine stops drawing")
+    wait_until(lambda: demo.engine.step_log is None, 10, "the engine stops drawing")
     wait_until(demo.is_idle)
 
 

@@ -17,12 +17,12 @@ from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from deployments.api.routes.responses import FunctionTool, ResponseRequest, TextOptions
-from deployments.api.schema.answer_parser import Message, RefusalPart, TextPart, ToolCall
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from deployments.api.schema.response_items import InputItem, InputPart
 from deployments.api.schema.structured import NamedSchema
 from deployments.api.schema.tools import Function, NamedTool, Tool
 from engine.strict import explain
+from engine.text.messages import Message, RefusalPart, TextPart, ToolCall
 from tests.deployments.local_server import LocalServer
 
 TEXT_PART = {"type": "text", "text": "hi"}

@@ -95,7 +95,7 @@ def hits(isolate: bool) -> list[int]:
     pools = {name: BlockPool(400) for name in "abc"}
     journals: dict[str, list[tuple[bytes, bool]]] = {name: [] for name in pools}
     for name, pool in pools.items():
-        pool.journal = journals[name]
+        pool.changes = journals[name]
     for sequence in range(60):
         tenant = draw.randrange(6)
         tokens = [tenant] * 96 + [draw.randrange(1000) for _ in range(64)]

@@ -66,7 +66,7 @@ def run(engine: Engine, requests: Iterable[Request]) -> list[Output]:
             output.num_cached_tokens = delta.num_cached_tokens
     assert all(output.finish_reason for output in outputs.values())
     pool = engine.scheduler.pool
-    engine.scheduler.check()
+    engine.scheduler.assert_invariants()
     assert pool.num_free == pool.num_blocks
     return list(outputs.values())
 

@@ -140,20 +140,20 @@ def test_every_block_is_free_at_first_and_handed_out_once() -> None:
     assert len(set(blocks)) == 3 and set(blocks) <= set(range(4))
     assert pool.num_free == 1
     assert [pool.is_free(block) for block in blocks] == [False] * 3
-    pool.check([blocks])
+    pool.assert_invariants([blocks])
 
 
 def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
     pool = BlockPool(2)
     (block,) = pool.allocate(1)
     pool.hold([block])
-    pool.check([[block], [block]])
+    pool.assert_invariants([[block], [block]])
     pool.free([block])
     assert not pool.is_free(block)
-    pool.check([[block]])
+    pool.assert_invariants([[block]])
     pool.free([block])
     assert pool.is_free(block)
-    pool.check([])
+    pool.assert_invariants([])
 
 
 def test_running_out_is_an_error_and_not_a_block_handed_out_twice() -> None:
@@ -193,7 +193,7 @@ def test_lookup_holds_nothing() -> None:
     block = cached(pool, b"a")
     assert pool.lookup([b"a"]) == [block]
     assert pool.is_free(block)
-    pool.check([])
+    pool.assert_invariants([])
 
 
 def test_a_freed_block_keeps_its_content_until_its_space_is_needed() -> None:
@@ -204,7 +204,7 @@ def test_a_freed_block_keeps_its_content_until_its_space_is_needed() -> None:
     pool.free([block])
     pool.allocate(2)
     assert pool.lookup([b"a"]) == []
-    pool.check([[0], [1]])
+    pool.assert_invariants([[0], [1]])
 
 
 def test_the_first_of_equal_blocks_stays_the_cached_one() -> None:
@@ -222,7 +222,7 @@ def test_with_prefix_caching_off_nothing_is_found() -> None:
     pool = BlockPool(2, enable_prefix_caching=False)
     cached(pool, b"a")
     assert pool.lookup([b"a"]) == []
-    pool.check([])
+    pool.assert_invariants([])
 
 
 # --- Eviction order ---------------------------------------------------------------------------
@@ -264,8 +264,8 @@ def test_check_notices_what_it_should() -> None:
     pool = BlockPool(3)
     table = pool.allocate(2)
     pool.publish(table[0], b"a")
-    pool.check([table])
+    pool.assert_invariants([table])
     with pytest.raises(AssertionError, match="reference count"):
-        pool.check([])
+        pool.assert_invariants([])
     with pytest.raises(AssertionError, match="reference count"):
-        pool.check([table, table[:1]])
+        pool.assert_invariants([table, table[:1]])

@@ -75,7 +75,7 @@ def test_blocks_out_of_the_window_are_given_back_and_never_read(
             for sequence in engine.scheduler.running:
                 held = [b for b in sequence.block_tables[-1] if b >= 0]
                 assert len(held) <= most
-        engine.scheduler.check()
+        engine.scheduler.assert_invariants()
     assert tokens_of(outputs) == text.outputs
 
 

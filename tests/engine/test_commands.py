@@ -24,14 +24,14 @@ class Sum:
     value: int
 
     def run(self, runner: ModelRunner) -> int:
-        own = torch.tensor(self.value + runner.parallel.rank)
-        return int(runner.parallel.all_reduce(own).item())
+        own = torch.tensor(self.value + runner.ranks.world.rank)
+        return int(runner.ranks.world.all_reduce(own).item())
 
 
 @dataclass(frozen=True)
 class Fail:
     def run(self, runner: ModelRunner) -> None:
-        if runner.parallel.rank == 0:
+        if runner.ranks.world.rank == 0:
             raise RuntimeError("this command fails on the leader")
 
 

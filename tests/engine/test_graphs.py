@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from engine.config import EngineConfig
-from engine.device.recorded_steps import DecodeGraphs, default_sizes
+from engine.device.recorded_steps import RecordedSteps, default_sizes
 from engine.runner import model_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import warm_up_plans
@@ -63,7 +63,7 @@ def test_a_batch_is_padded_to_the_next_size_and_nothing_of_the_last_one_remains(
         return torch.stack((rows, starts), 1).double()
 
     recorder = FakeRecorder()
-    graphs = DecodeGraphs(recorder, [2, 8, 4], step, torch.device("cpu"))
+    graphs = RecordedSteps(recorder, [2, 8, 4], step, torch.device("cpu"))
     assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 3
     assert all(rows == [-1] * len(rows) for rows, _ in seen), "recorded over rows of requests"
     hidden = {}
@@ -307,7 +307,7 @@ def test_rehearsal_leaves_no_trace(checkpoints: CheckpointFactory, recorder: Fak
         assert recorder.num_recorded == 2 * len(default_sizes(4)), "once to measure, once to keep"
         sampler, everywhere = engine.runner.sampler, [range(4)] * 2
         assert not sampler._num_logprobs
-        assert not any(processor.concerned(*everywhere) for processor in sampler.processors)
+        assert not any(processor.applies_to(*everywhere) for processor in sampler.processors)
         assert engine.runner.memory.activations is not None
 
 

@@ -9,7 +9,7 @@ from threading import Thread
 import torch
 
 from engine.ranks.group import GroupAddress, Leader
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import Ranks
 
 _FOLLOW = """
 import pickle, sys, torch
@@ -35,7 +35,7 @@ def strangers(address: GroupAddress) -> list[socket.socket]:
 def test_strangers_neither_block_nor_fail_a_start() -> None:
     leader = Leader(2)
     calls = strangers(leader.address)
-    groups: list[TensorParallel] = []
+    groups: list[Ranks] = []
     gather = Thread(target=lambda: groups.append(leader.gather(torch.device("cpu"))), daemon=True)
     gather.start()
     argument = pickle.dumps(leader.address).hex()
@@ -44,7 +44,7 @@ def test_strangers_neither_block_nor_fail_a_start() -> None:
     )
     try:
         gather.join(60)
-        assert [group.size for group in groups] == [2]
+        assert [ranks.world.size for ranks in groups] == [2]
         leader.send("a plan")
         assert follower.communicate(timeout=60) == ("a plan\n", None)
     finally:

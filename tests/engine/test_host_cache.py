@@ -63,7 +63,7 @@ def test_slots_are_handed_on_least_recently_used_first(
             names[name] = stored.slot
         assert {one for one in map(bytes, zip(range(8))) if one in pool} == set(names)
         assert len(pool) == len(names)
-        pool.check()
+        pool.assert_invariants()
 
 
 def test_what_is_restored_makes_room_in_the_right_order() -> None:
@@ -80,7 +80,7 @@ def test_what_is_restored_makes_room_in_the_right_order() -> None:
     assert pool.restore([b"a"]) == [1]  # where b was, the least recently used
     assert pool.take_copies() == [BlockCopy(True, 1, 1), BlockCopy(False, 1, 0)]
     assert pool.lookup([b"a"]) == [1] and b"b" in pool.host
-    pool.check([[1]])
+    pool.assert_invariants([[1]])
 
 
 # --- The copies -------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from engine.models import loader
 from engine.config import EngineConfig
 from engine.models.registry import read_config
 from engine.device.memory import MemoryMeter
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup
 from kernels import select_ops
 
 directory, quantization = Path(sys.argv[1]), sys.argv[2] or None
@@ -43,7 +43,7 @@ watcher.start()
 config = EngineConfig(model=str(directory), quantization=quantization)
 shape = read_config(directory)
 model = loader.load_model(
-    config, shape, directory, 64, torch.float32, device, ops, TensorParallel()
+    config, shape, directory, 64, torch.float32, device, ops, RankGroup()
 )
 done.set()
 watcher.join()

@@ -19,7 +19,7 @@ from engine.models.decoder import CausalLM
 from engine.models.loader import load_dummy_weights, load_weights
 from engine.models.registry import read_config
 from engine.models.weights.plain import PlainWeights
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup, Ranks
 from engine.runner.model_runner import ModelRunner
 from kernels import select_ops
 from tests.checkpoints import load_oracle
@@ -31,7 +31,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 def load(directory: Path, rank: int = 0, size: int = 1) -> CausalLM:
     config = read_config(directory)
-    ops, parallel = select_ops(torch.device("cpu")), TensorParallel(rank, size)
+    ops, parallel = select_ops(torch.device("cpu")), RankGroup(rank, size)
     context = BuildContext(config.hidden_size, config.rms_eps, ops, parallel, PlainWeights())
     model = CausalLM(config, 64, context)
     load_weights(model, directory, show_progress=False)
@@ -370,11 +370,11 @@ def test_a_model_that_cannot_be_split_is_refused(checkpoints: CheckpointFactory)
             config,
             read_config(directory),
             directory,
-            parallel=TensorParallel(0, 3),
+            ranks=Ranks(tensor=RankGroup(0, 3)),
         )
 
 
-class ThreadedParallel(TensorParallel):
+class ThreadedParallel(RankGroup):
     """Ranks as threads of one process, exchanging through a list."""
 
     def exchange(self, x: Tensor) -> list[Tensor]:
@@ -407,12 +407,12 @@ def test_ranks_together_compute_the_same_logits(
     logits: dict[int, Tensor] = {}
 
     @torch.inference_mode()
-    def run_rank(key: int, parallel: TensorParallel) -> None:
+    def run_rank(key: int, parallel: RankGroup) -> None:
         model_config = read_config(directory)
-        runner = ModelRunner(config, model_config, directory, parallel=parallel)
+        runner = ModelRunner(config, model_config, directory, ranks=Ranks(parallel, parallel))
         logits[key] = prompt_logits(runner, tokens, [2, 0])
 
-    run_rank(-1, TensorParallel())
+    run_rank(-1, RankGroup())
     group: Any = (Barrier(size, timeout=60), [None] * size)
     # Reading files is not at issue here, and torch's default dtype is the process's.
     threads = [

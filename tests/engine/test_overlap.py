@@ -131,11 +131,11 @@ def history(engine: Engine, arrivals: list[Arrival]) -> list[list[int]]:
             if len(received[i]) >= arrival.abort_after:
                 engine.abort(str(i))
                 ended[i] = True
-        engine.scheduler.check()
+        engine.scheduler.assert_invariants()
         if step > 12 and not engine.has_work:
             break
     assert all(ended)
-    pool.check([])
+    pool.assert_invariants([])
     assert pool.num_free == pool.num_blocks
     return received
 

@@ -61,7 +61,7 @@ def retire(scheduler: Scheduler, step: Step | None, *tokens: int) -> list[TokenD
     assert step is not None
     sampled = [list(tokens or (7,)) for _ in step.sampling]
     deltas = scheduler.update(step, StepResult(sampled))
-    scheduler.check()
+    scheduler.assert_invariants()
     return deltas
 
 

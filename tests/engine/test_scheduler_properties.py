@@ -107,7 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_host_blocks if len(windows) == 1 else 0,
         )
         self.pool = self.blocks.pools[0]
-        self.pool.journal = []
+        self.pool.changes = []
         self.cached: dict[bytes, bool] = {}  # as the journal has it
         most_blocks = self.blocks.most_blocks(MAX_MODEL_LEN)
         self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, most_blocks, block_size)
@@ -227,7 +227,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def blocks_and_rows_are_accounted_for(self) -> None:
         scheduler = self.scheduler
-        scheduler.check()
+        scheduler.assert_invariants()
         self._follow_journal()
         running, waiting = scheduler.running, scheduler.waiting
         for requests in (running, waiting):
@@ -246,11 +246,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _follow_journal(self) -> None:
         """It tells of every change of what can be found, once."""
-        assert self.pool.journal is not None
-        for block_hash, is_cached in self.pool.journal:
+        assert self.pool.changes is not None
+        for block_hash, is_cached in self.pool.changes:
             assert self.cached.get(block_hash, False) != is_cached
             self.cached[block_hash] = is_cached
-        self.pool.journal.clear()
+        self.pool.changes.clear()
         for block_hash, is_cached in self.cached.items():
             found = bool(self.pool.lookup([block_hash])) or block_hash in self.pool.host
             assert is_cached == found

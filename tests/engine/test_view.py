@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.view import MAX_CELLS, Recorder, Watch
+from engine.view import MAX_CELLS, Observer, Watch
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import BLOCK_SIZE, new_engine, new_requests
 
@@ -13,7 +13,7 @@ PREFIX = list(range(1, 2 * BLOCK_SIZE + 1))
 
 def test_a_picture_shows_rows_queue_blocks_and_steps(checkpoints: CheckpointFactory) -> None:
     with new_engine(checkpoints("qwen3"), num_blocks=64, max_num_seqs=2) as engine:
-        recorder = Recorder(engine)
+        recorder = Observer(engine)
         for request in new_requests([[*PREFIX, 5], [*PREFIX, 6], [7] * 20], max_tokens=8):
             engine.add(request)
         engine.step()
@@ -39,7 +39,7 @@ def test_a_picture_shows_rows_queue_blocks_and_steps(checkpoints: CheckpointFact
 
 def test_a_preempted_request_waits_as_such(checkpoints: CheckpointFactory) -> None:
     with new_engine(checkpoints("qwen3"), num_blocks=5) as engine:
-        recorder = Recorder(engine)
+        recorder = Observer(engine)
         for request in new_requests([[1] * 30, [2] * 20], max_tokens=40, ignore_eos=True):
             engine.add(request)
         while not engine.scheduler.stats.preemptions:
@@ -53,7 +53,7 @@ def test_a_large_pool_is_drawn_with_several_blocks_to_a_cell(
     with new_engine(checkpoints("qwen3"), num_blocks=3 * MAX_CELLS - 1, block_size=1) as engine:
         engine.add(new_requests([[1, 2, 3, 4]])[0])
         engine.step()
-        picture = Recorder(engine).draw()
+        picture = Observer(engine).draw()
         assert picture["blocks_per_cell"] == 3 and len(picture["pool"]) == MAX_CELLS
         assert picture["pool"].startswith("oo..")
         assert picture["rows"][0]["cells"] == [0, 1]
@@ -66,11 +66,11 @@ def test_nothing_is_recorded_unless_somebody_watches(
     monkeypatch.setattr("engine.view.time.monotonic", lambda: now[0])
     with new_engine(checkpoints("qwen3")) as engine:
         watch = Watch(engine)
-        assert watch.picture() is None and engine.journal is None
+        assert watch.picture() is None and engine.step_log is None
         watch.renew(2.0)
         assert watch.picture() is not None
         assert watch.picture() is None  # too soon
         now[0] = 0.11
         assert watch.picture() is not None
         now[0] = 2.1  # the watch was not renewed
-        assert watch.picture() is None and engine.journal is None
+        assert watch.picture() is None and engine.step_log is None

@@ -17,7 +17,7 @@ from engine.models.decoder import CausalLM
 from engine.models.loader import load_weights
 from engine.models.registry import read_config
 from engine.models.weights.format import StoredTensor
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup
 from kernels import Ops, select_ops
 from kernels.types import Linear
 from tests.conftest import CheckpointFactory
@@ -93,7 +93,7 @@ def test_each_rank_holds_its_part(both: tuple[Path, Path], size: int) -> None:
         models = []
         for directory, kind in zip(both, (ScaledBytes(), weights.PlainWeights()), strict=True):
             config, ops = read_config(directory), select_ops(torch.device("cpu"))
-            parallel = TensorParallel(rank, size)
+            parallel = RankGroup(rank, size)
             context = BuildContext(config.hidden_size, config.rms_eps, ops, parallel, kind)
             model = CausalLM(config, 64, context)
             load_weights(model, directory, show_progress=False, filled=lambda m, o=ops: m.pack(o))

@@ -79,9 +79,9 @@ def test_a_row_and_its_blocks_light_each_other_up(open_page: OpenPage) -> None:
 def test_engines_draw_only_for_who_can_see_them(open_page: OpenPage, server: LocalServer) -> None:
     page = open_page("engine")
     expect(page.locator("#engine-body")).to_be_visible()
-    assert server.engine.journal is not None
+    assert server.engine.step_log is not None
     page.locator('[data-show="chat"]').click()
-    wait_until(lambda: server.engine.journal is None, 10, "the engine stops drawing")
+    wait_until(lambda: server.engine.step_log is None, 10, "the engine stops drawing")
 
 
 @pytest.mark.parametrize("count", [2, 1])

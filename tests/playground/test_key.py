@@ -31,7 +31,7 @@ def test_the_engine_is_shown_to_nobody_without_a_key(locked: LocalServer) -> Non
         refused = httpx.get(f"{locked.url}/engine/events", headers=headers)
         assert refused.status_code == 401
         assert refused.json()["error"]["code"] == "invalid_api_key"
-    assert locked.engine.journal is None
+    assert locked.engine.step_log is None
 
 
 def test_the_page_asks_for_the_key_and_then_shows_everything(

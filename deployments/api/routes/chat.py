@@ -29,7 +29,7 @@ from deployments.api.schema.tools import ForcedCall, find_format, forced_call
 from deployments.api.streaming import (
     Chunks,
     Output,
-    begun,
+    await_first,
     collect_all,
     event,
     event_stream,
@@ -56,7 +56,7 @@ def routes(front: Front) -> APIRouter:
         if not request.stream:
             return JSONResponse(await complete_chat(front, request))
         chat = await Chat.start(front, request)
-        return event_stream(await begun(_events(chat)) if chat.has_form else _events(chat))
+        return event_stream(await await_first(_events(chat)) if chat.has_grammar else _events(chat))
 
     return router
 
@@ -134,13 +134,13 @@ class Chat:
         return cls(front, request, prompt, params, head, tools, forced, options)
 
     @property
-    def has_form(self) -> bool:
+    def has_grammar(self) -> bool:
         """Whether a grammar, which the engine may yet refuse, shapes all of the answer."""
         return self.params.structured_outputs is not None
 
     @property
     def may_think(self) -> bool:
-        return self.front.has_reasoning and not self.has_form
+        return self.front.has_reasoning and not self.has_grammar
 
     def streams(self) -> list[TextStream]:
         """The text to come for each choice, with the marks that its parser looks for."""

@@ -27,7 +27,7 @@ from deployments.api.schema.protocol import CompletionRequest
 from deployments.api.streaming import (
     Chunks,
     Output,
-    begun,
+    await_first,
     collect_all,
     event,
     event_stream,
@@ -76,7 +76,7 @@ def routes(front: Front) -> APIRouter:
         if not request.stream:
             return JSONResponse(await complete_text(front, request))
         events = _events(await _start(front, request))
-        return event_stream(await begun(events) if request.has_form else events)
+        return event_stream(await await_first(events) if request.has_grammar else events)
 
     return router
 

@@ -26,7 +26,7 @@ from deployments.api.schema.response_output import ResponseOutput
 from deployments.api.schema.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.schema.tools import NamedTool
 from deployments.api.scope import scope
-from deployments.api.streaming import begun, event_stream, named_event
+from deployments.api.streaming import await_first, event_stream, named_event
 from deployments.front.front import Front, TextDelta
 from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import SamplingParams
@@ -187,8 +187,8 @@ def routes(front: Front) -> APIRouter:
         output = ResponseOutput(request.head(front, chat.params))
         events = _events(chat, output)
         if request.stream:
-            if chat.has_form:
-                events = await begun(events)
+            if chat.has_grammar:
+                events = await await_first(events)
             return event_stream(events, lambda error: _failed(output, error))
         async with aclosing(events):
             async for _ in events:

@@ -126,7 +126,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
-    def has_form(self) -> bool:
+    def has_grammar(self) -> bool:
         """Whether a grammar, which the engine may yet refuse, shapes all of the text."""
         return self.structured_outputs is not None or self.form() is not None
 

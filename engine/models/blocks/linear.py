@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.weights.format import StoredTensor, WeightFormat
-from engine.ranks.parallel import TensorParallel
+from engine.ranks.rank_group import RankGroup
 from kernels import Ops
 from kernels.types import Linear
 
@@ -19,7 +19,7 @@ class BuildContext:
     hidden_size: int
     rms_eps: float
     ops: Ops
-    parallel: TensorParallel
+    parallel: RankGroup
     weights: WeightFormat
 
 

@@ -187,7 +187,7 @@ class GrammarMask:
     def enter(self, new: NewRow) -> None:
         self._matchers.enter(new)
 
-    def concerned(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
+    def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         return self._matchers.constrained(rows)
 
     def prepare(self, at: LogitsRows) -> None:

@@ -1,4 +1,7 @@
-"""One rank's place in a tensor-parallel group (Shoeybi et al., "Megatron-LM", 2019)."""
+"""One rank's place among others: which share of things is its own, and how they talk.
+
+Tensor parallelism is after Shoeybi et al., "Megatron-LM", 2019.
+"""
 
 from dataclasses import dataclass
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TensorParallel:
+class RankGroup:
     """Rank `rank` of `size`; `group` is None only where there is nobody to talk to."""
 
     rank: int = 0
@@ -53,3 +56,11 @@ class TensorParallel:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's place in each of the groups that it is in."""
+
+    world: RankGroup = RankGroup()  # all ranks of an engine; rank 0 leads
+    tensor: RankGroup = RankGroup()  # those that share every layer
