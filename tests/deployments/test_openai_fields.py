@@ -20,9 +20,9 @@ from deployments.api.routes.responses import FunctionTool, ResponseRequest, Text
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from deployments.api.schema.response_items import InputItem, InputPart
 from deployments.api.schema.structured import NamedSchema
-from deployments.api.schema.tools import Function, NamedTool, Tool
+from deployments.api.schema.tools import NamedTool
 from engine.strict import explain
-from engine.text.messages import Message, RefusalPart, TextPart, ToolCall
+from engine.text.messages import Function, Message, RefusalPart, TextPart, Tool, ToolCall
 from tests.deployments.local_server import LocalServer
 
 TEXT_PART = {"type": "text", "text": "hi"}
