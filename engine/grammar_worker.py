@@ -19,7 +19,8 @@ from typing import Any
 
 import xgrammar
 
-from engine.structured_outputs import CHARACTER, StructuredOutputs
+from engine.json_schema import CHARACTER
+from engine.structured_outputs import StructuredOutputs
 from engine.tokenizer import Tokenizer
 
 _NICENESS = 10
