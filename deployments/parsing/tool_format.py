@@ -92,17 +92,16 @@ class ToolFormat:
         Args:
             tools: functions as in the OpenAI API: {name, description, parameters}.
         """
-        definitions: dict[str, Any] = {}
         calls = []
-        for number, tool in enumerate(tools):
+        for tool in tools:
             parameters = tool.get("parameters") or {"type": "object", "properties": {}}
-            parameters = _hoist(parameters, f"{number}.", definitions)
             calls.append(
                 {
                     "type": "object",
                     "properties": {
                         "name": {"const": tool["name"]},
-                        self.arguments_key: parameters,
+                        # The $id keeps references within the parameters.
+                        self.arguments_key: parameters | {"$id": tool["name"]},
                     },
                     "required": ["name", self.arguments_key],
                     "additionalProperties": False,
@@ -111,22 +110,4 @@ class ToolFormat:
         call: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
         if self.is_array:
             call = {"type": "array", "items": call, "minItems": 1, "maxItems": 1}
-        return call | ({"$defs": definitions} if definitions else {})
-
-
-def _hoist(schema: Any, prefix: str, definitions: dict[str, Any]) -> Any:
-    """A copy for use inside another schema: definitions go to its top, references follow them."""
-    if isinstance(schema, list):
-        return [_hoist(item, prefix, definitions) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {}
-    for key, value in schema.items():
-        if key in ("$defs", "definitions") and isinstance(value, dict):
-            for name, definition in value.items():
-                definitions[prefix + name] = _hoist(definition, prefix, definitions)
-        elif key == "$ref" and isinstance(value, str) and value.startswith("#/"):
-            copy[key] = f"#/$defs/{prefix}{value.rpartition('/')[2]}"
-        else:
-            copy[key] = _hoist(value, prefix, definitions)
-    return copy
+        return call

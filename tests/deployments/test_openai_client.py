@@ -194,7 +194,7 @@ def test_responses_are_what_openai_documents(server: str) -> None:
         ({"messages": []}, 400, "messages", "at least 1"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "messages.0.role", "'user'"),
         ({"messages": None}, 400, "messages", "required"),
-        ({"stream_options": {"include_usage": True}}, 400, None, "stream"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
         ({"model": "gpt-9"}, 404, "model", "'gpt-9' does not exist"),
         (
             {"messages": [{"role": "user", "content": "word " * 3000}]},

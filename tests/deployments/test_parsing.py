@@ -481,8 +481,10 @@ def test_formats_are_told_from_the_chat_template() -> None:
     assert tool_format("none", demo) is None and not reasoning_format("none", demo)
 
 
-def test_a_forced_call_has_a_schema_and_definitions_find_their_way() -> None:
-    point = {"type": "object", "properties": {"at": {"$ref": "#/$defs/Point"}}}
+def test_a_forced_call_has_a_schema_and_references_find_their_way() -> None:
+    """Into the parameters, wherever those stand, and not into the other function's."""
+    properties = {"at": {"$ref": "#/$defs/Point"}, "again": {"$ref": "#"}}
+    point = {"type": "object", "properties": properties, "additionalProperties": False}
     tool = {"name": "f", "parameters": point | {"$defs": {"Point": {"type": "integer"}}}}
     hermes, mistral = tool_format("hermes", None), tool_format("mistral", None)
     assert hermes is not None and mistral is not None
@@ -491,6 +493,8 @@ def test_a_forced_call_has_a_schema_and_definitions_find_their_way() -> None:
     schema = hermes.forced_schema([tool, {"name": "g"}])
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid({"name": "f", "arguments": {"at": 3}})
+    assert validator.is_valid({"name": "f", "arguments": {"again": {"at": 3}}})
+    assert not validator.is_valid({"name": "f", "arguments": {"again": {"name": "f"}}})
     assert validator.is_valid({"name": "g", "arguments": {}})
     assert not validator.is_valid({"name": "f", "arguments": {"at": "x"}})
     assert not validator.is_valid({"name": "h", "arguments": {}})

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from tests.deployments.in_process import InProcessApi, serve_in_process
+from tests.engine.mcp_tools import MCP_TOOLS
 from tests.engine.random_schemas import random_schema
 
 PROMPT = "the cat sat"
@@ -363,6 +364,26 @@ def test_a_template_that_does_not_tell_of_tools_refuses_them(model: Path, tmp_pa
     with serve_in_process(str(directory), tool_parser="hermes", **SERVER) as api:
         answer = api.post("/v1/chat/completions", messages=MESSAGES, tools=TOOLS)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
+@pytest.mark.parametrize("choice", ["required", *range(len(MCP_TOOLS))])
+def test_tools_as_they_are_out_there_can_be_forced(api: InProcessApi, choice: str | int) -> None:
+    """All of a server's at once, and each."""
+    names = [f"tool_{i}" for i in range(len(MCP_TOOLS))]
+    tools: Any = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name, parameters in zip(names, MCP_TOOLS.values(), strict=True)
+    ]
+    wanted: Any = choice
+    if isinstance(choice, int):
+        wanted = {"type": "function", "function": {"name": names[choice]}}
+    options: Any = {"tools": tools, "tool_choice": wanted, "messages": MESSAGES, "seed": 1}
+    answer = api.run(
+        api.openai.chat.completions.create(model=api.front.model_name, max_tokens=40, **options)
+    )
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name in (names if choice == "required" else [names[int(choice)]])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,11 @@ _PATTERNS = [
     r"^[é日]\.?$",
 ]
 _FORMATS = ["date", "date-time", "ipv4", "uuid"]
+# Of no meaning to JSON Schema: what tools of other languages note beside a type.
+_NOTES = ["int32", "int64", "uint", "uint8", "float", "double", "password", "binary", "date"]
 _VALUES: list[Any] = ["red", 'a "quoted" word', "日本", 7, -2.5, True, None, [1, "x"], {"k": 0}]
+_VALUES += [2**63 - 1, -(2**63), 1.0, 1e22, 0.1]
+_KINDS = ["string", "integer", "number", "boolean", "null", "array", "object"]
 
 
 def random_schema(seed: int) -> dict[str, Any]:
@@ -36,7 +40,10 @@ class _Generator:
         leaves = [self._string, self._integer, self._number, self._enum, self._const, self._plain]
         if depth > 0 and self._choose.random() < 0.5:
             return self._choose.choice(
-                [self._object, self._array, self._tuple, self._any_of, self._reference]
+                [
+                    *(self._object, self._array, self._tuple, self._any_of, self._reference),
+                    self._typed_any_of,
+                ]
             )(depth - 1)
         return self._choose.choice(leaves)()
 
@@ -62,11 +69,19 @@ class _Generator:
     def _any_of(self, depth: int) -> dict[str, Any]:
         return {"anyOf": [self._any(depth), self._any(0)]}
 
+    def _typed_any_of(self, depth: int) -> dict[str, Any]:
+        """What contradicts the type is no way to go."""
+        way = {"anyOf": [self._enum(), self._integer(), self._number(), self._array(0)]}
+        return way | {"type": self._choose.choice(["number", "integer", ["array", "integer"]])}
+
     def _reference(self, depth: int) -> dict[str, Any]:
-        name = f"d{len(self._definitions)}"
+        name = self._choose.choice(["d", "a/b", "List<int>", "~", "50%"]) + str(
+            len(self._definitions)
+        )
         self._definitions[name] = {}  # it has its name before those within it
         self._definitions[name] = self._any(depth)
-        return {"$ref": f"#/$defs/{name}", "description": "said elsewhere"}
+        pointer = name.replace("~", "~0").replace("/", "~1").replace("%", "%25")
+        return {"$ref": f"#/$defs/{pointer}", "description": "said elsewhere"}
 
     def _string(self) -> dict[str, Any]:
         kind = self._choose.randint(0, 2)
@@ -83,11 +98,11 @@ class _Generator:
 
     def _integer(self) -> dict[str, Any]:
         least = self._choose.randint(-1000, 1000)
-        return {
-            "type": "integer",
-            "minimum": least,
-            "maximum": least + self._choose.randint(1, 500),
-        }
+        name = self._choose.choice(["minimum", "exclusiveMinimum"])
+        most = self._choose.choice([least + self._choose.randint(2, 500), 2**64 - 1])
+        fraction = self._choose.choice([0, 0, 0.5])
+        schema = {"type": "integer", name: least + fraction, "maximum": most - fraction}
+        return schema | self._note()
 
     def _number(self) -> dict[str, Any]:
         least = self._choose.randint(-50, 50)
@@ -95,10 +110,18 @@ class _Generator:
             "type": "number",
             "exclusiveMinimum": least,
             "maximum": least + self._choose.randint(1, 9) + 0.5,
-        }
+        } | self._note()
+
+    def _note(self) -> dict[str, Any]:
+        return {"format": self._choose.choice(_NOTES)} if self._choose.random() < 0.3 else {}
 
     def _enum(self) -> dict[str, Any]:
-        return {"enum": self._choose.sample(_VALUES, k=self._choose.randint(1, 4))}
+        values = self._choose.sample(_VALUES, k=self._choose.randint(1, 4))
+        if self._choose.random() < 0.5:
+            return {"enum": values}
+        kind = self._choose.choice(_KINDS)
+        fitting = {"string": "red", "boolean": True, "null": None, "array": [], "object": {}}
+        return {"type": kind, "enum": [*values, fitting.get(kind, 7)]}
 
     def _const(self) -> dict[str, Any]:
         return {"const": self._choose.choice(_VALUES)}
