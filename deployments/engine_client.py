@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.metrics import Metrics
+from deployments.places import Places
 from deployments.request_record import RequestOptions, RequestRecord
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
 from engine.request import Request, RequestLimits
@@ -54,8 +55,8 @@ class EngineClient:
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
         self.metrics = Metrics(model_name, lambda: self.stats)
-        self.num_queued = 0  # requests without a token yet
-        self.queued_tokens = 0  # of their prompts
+        self.queue = Places()  # of requests without a token yet
+        self.queue_tokens = Places()  # of their prompts
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
         self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
         self._live: dict[str, _Live] = {}
@@ -116,10 +117,11 @@ class EngineClient:
             seed,
             options.cache_salt,
             priority=options.priority,
+            flow=options.flow,
         )
         live = self._live[request.id] = _Live(request, options.stream, record)
-        self.num_queued += 1
-        self.queued_tokens += len(prompt_token_ids)
+        self.queue.take(request.flow, 1)
+        self.queue_tokens.take(request.flow, len(prompt_token_ids))
         self._send("add", encode_request(request))
         deadline = self._set_deadline(live, options.timeout_s)
         try:
@@ -148,8 +150,8 @@ class EngineClient:
     def _leave_queue(self, live: _Live) -> None:
         if live.is_queued:
             live.is_queued = False
-            self.num_queued -= 1
-            self.queued_tokens -= len(live.request.prompt_token_ids)
+            self.queue.give_back(live.request.flow, 1)
+            self.queue_tokens.give_back(live.request.flow, len(live.request.prompt_token_ids))
 
     def watch(self) -> dict[str, Any]:
         """The engine as it is now: {"connected", "live", "view"}.

@@ -34,5 +34,6 @@ class RequestOptions:
     stream: bool = True
     cache_salt: str = ""
     priority: int = 0
+    flow: str = ""
     timeout_s: float | None = None
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

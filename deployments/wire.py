@@ -95,12 +95,13 @@ def encode_request(request: Request) -> list[Any]:
         request.cache_salt,
         request.output_token_ids,
         request.priority,
+        request.flow,
     ]
 
 
 def decode_request(fields: list[Any]) -> Request:
-    request_id, prompt, params, seed, salt, output, priority = fields
-    return Request(request_id, prompt, SamplingParams(**params), seed, salt, output, priority)
+    request_id, prompt, params, *others = fields
+    return Request(request_id, prompt, SamplingParams(**params), *others)
 
 
 def encode_delta(delta: TokenDelta) -> list[Any]:

@@ -25,9 +25,11 @@ class Request:
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
+    flow: str = ""  # requests of one flow take turns with those of others
 
     # What the scheduler keeps.
-    order: tuple[int, int] = field(init=False, default=(0, 0))  # its place in queue and batch
+    turn: int = field(init=False, default=0)  # in which it is served, fairly among the flows
+    order: tuple[int, int, int] = field(init=False, default=(0, 0, 0))  # in queue and batch
     arrived_at: float = field(init=False, default_factory=time.monotonic)
     token_ids: list[int] = field(init=False)  # prompt and output so far
     max_len: int = field(init=False, default=0)  # prompt + output tokens at which it must end

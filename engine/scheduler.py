@@ -21,9 +21,10 @@ from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.request import Request
 from engine.step import NewRow, ScheduledRow, StepPlan, StepResult, TokenDelta, TokenLogprobs
+from engine.turns import Turns
 
-# What a later arrival counts for, with the policy "shortest": a prompt that is longer by n tokens
-# is overtaken by n / 32 requests at most.
+# What a later turn counts for, with the policy "shortest": a prompt that is longer by n tokens is
+# overtaken by n / 32 requests of its flow at most.
 _AGEING_TOKENS = 32
 
 
@@ -58,6 +59,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._policy = config.scheduling_policy
         self._num_arrivals = 0
+        self._turns = Turns()
         self._block_size = config.block_size
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
@@ -77,19 +79,24 @@ class Scheduler:
             )
         if len(request.token_ids) >= request.max_len:
             raise ValueError(f"request {request.id!r} has all its {request.max_len} tokens already")
+        request.turn = self._turns.take(request.flow)
         request.order = self._order(request)
         self.requests[request.id] = request
-        insort(self.waiting, request, key=_order)
+        self._wait(request)
 
-    def _order(self, request: Request) -> tuple[int, int]:
+    def _order(self, request: Request) -> tuple[int, int, int]:
         """The policy: what is least goes first, and it never changes."""
         self._num_arrivals += 1
         if self._policy == "priority":
-            return request.priority, self._num_arrivals
+            return request.priority, request.turn, self._num_arrivals
         if self._policy == "shortest":
-            aged = len(request.token_ids) + self._num_arrivals * _AGEING_TOKENS
-            return aged, self._num_arrivals
-        return 0, self._num_arrivals
+            aged = len(request.token_ids) + request.turn * _AGEING_TOKENS
+            return aged, request.turn, self._num_arrivals
+        return 0, request.turn, self._num_arrivals
+
+    def _wait(self, request: Request) -> None:
+        insort(self.waiting, request, key=_order)
+        self._turns.wait(request.flow)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, for it may just have finished."""
@@ -149,7 +156,7 @@ class Scheduler:
         """Back to its place in the queue; what is not evicted by then is found in the cache."""
         self._release(request)
         request.num_computed = request.num_published = 0
-        insort(self.waiting, request, key=_order)
+        self._wait(request)
         self.stats.preemptions += 1
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
@@ -161,6 +168,7 @@ class Scheduler:
             if not self._can_admit(request, cached):
                 break
             self.waiting.pop(0)
+            self._turns.leave(request.flow, request.turn)
             self._admit(plan, request, cached)
             num_tokens = min(request.num_uncomputed, budget)
             self._plan_row(plan, request, num_tokens)
@@ -303,6 +311,7 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+            self._turns.leave(request.flow)
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)
@@ -321,5 +330,5 @@ class Scheduler:
         return (request.block_table for request in self.requests.values())
 
 
-def _order(request: Request) -> tuple[int, int]:
+def _order(request: Request) -> tuple[int, int, int]:
     return request.order

@@ -19,6 +19,7 @@ from deployments.api import (
 from deployments.api.errors import error_response
 from deployments.api.gate import OPEN_PATHS, Gate
 from deployments.api.keys import KeyRing
+from deployments.api.origins import allow_origins
 from deployments.args import ServiceArgs
 from deployments.front import Front
 from deployments.version import VERSION
@@ -31,6 +32,7 @@ def build_api(front: Front, service: ServiceArgs | None = None) -> FastAPI:
     api = _Api(bool(keys))
     _add_error_handlers(api)
     api.add_middleware(Gate, front=front, service=service, keys=keys)
+    allow_origins(api, service.allowed_origins)
     for part in (chat, completions, responses, tokens, server, engine_events):
         api.include_router(part.routes(front))
     api.include_router(playground.routes())

@@ -25,6 +25,7 @@ from deployments.api.errors import ApiError
 from deployments.api.logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.messages import AnswerParser
 from deployments.api.protocol import ChatCompletionRequest
+from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
     Output,
@@ -110,6 +111,7 @@ class Chat:
         prompt = front.truncate(prompt, params)
         check_prompt(front, prompt, params, "messages")
         check_queue(front, params.n, len(prompt) * params.n)
+        scope().end_reading()
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),

@@ -60,6 +60,10 @@ class KeyRing:
     def __bool__(self) -> bool:
         return bool(self._names)
 
+    @property
+    def has_several_names(self) -> bool:
+        return len({name for _, name in self._names}) > 1
+
     def find(self, authorization: str | None) -> str | None:
         """The name of the key in an Authorization header; None when it is none of ours.
 
