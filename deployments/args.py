@@ -1,9 +1,9 @@
 """What users tell a deployment: `serve run deployments:app key=value …`, or `args:` in YAML."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import click
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from deployments.parsing.formats import ReasoningParserName, ToolParserName
 from engine.config import EngineConfig
@@ -11,6 +11,7 @@ from engine.strict import StrictModel, explain
 
 # What Serve calls it where nobody says otherwise.
 APPLICATION = "manta"
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
 
 
 class DeploymentArgs(EngineConfig):
@@ -72,6 +73,12 @@ class ServiceArgs(StrictModel):
         16 * 2**20, ge=1024, description="Largest request body; more is refused with 413."
     )
     max_messages: int = Field(4096, ge=1, description="Longest conversation, in messages.")
+    allowed_origins: list[Origin] = Field(
+        default_factory=list,
+        description="Web pages that may use the server from a browser, as https://example.com; * "
+        "allows all. The server's own page needs no mention but where there are no keys and the "
+        "server has a public name.",
+    )
     api_keys_file: str | None = Field(
         None,
         description="A file on the replicas' nodes with an API key on each line, as KEY or "
@@ -89,6 +96,11 @@ class ServiceArgs(StrictModel):
     request_log: Literal["off", "on", "body"] = Field(
         "on", description="A JSON line per request: ids, counts, times; body adds what was sent."
     )
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @classmethod
     def unlimited(cls) -> "ServiceArgs":

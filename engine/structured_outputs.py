@@ -47,8 +47,10 @@ class StructuredOutputs:
             )
         if self.choice is not None and "" in self.choice:
             raise ValueError("choice: a choice must not be empty")
+        value = getattr(self, kinds[0])
+        length = len(value) if isinstance(value, str) else 0
         try:
-            length = len(self.key)
+            length = length if length > _MAX_CHARACTERS else len(self.key)
         except RecursionError as error:
             raise ValueError(f"{kinds[0]}: nested too deeply") from error
         if length > _MAX_CHARACTERS:

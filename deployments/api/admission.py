@@ -55,24 +55,24 @@ def check_queue(front: Front, num_requests: int, num_tokens: int = 0) -> None:
 
     An empty queue takes what could be served at all: a limit on tokens never bars a long prompt.
     """
-    limits, client = scope().service, front.client
+    limits, flow, client = scope().service, scope().flow, front.client
     if limits.max_queued_requests is not None and num_requests > limits.max_queued_requests:
         raise ApiError(
             400,
             f"{num_requests} prompts or choices in one request are more than the queue holds "
             f"({limits.max_queued_requests}); send fewer",
         )
-    if client.num_queued == 0:
+    if client.queue.taken == 0:
         return
-    for name, queued, more, limit in (
-        ("requests", client.num_queued, num_requests, limits.max_queued_requests),
-        ("prompt tokens", client.queued_tokens, num_tokens, limits.max_queued_tokens),
+    for name, queue, more, limit in (
+        ("requests", client.queue, num_requests, limits.max_queued_requests),
+        ("prompt tokens", client.queue_tokens, num_tokens, limits.max_queued_tokens),
     ):
-        if limit is not None and queued + more > limit:
+        if limit is not None and not queue.has_room(flow, more, limit):
             raise ApiError(
                 429,
-                f"{queued} {name} are waiting and {more} more would exceed the limit of {limit}; "
-                "try again later",
+                f"{queue.taken} {name} are waiting, of at most {limit}, and there is no room for "
+                f"{more} more; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(_queue_time_s(client.stats))},
             )
@@ -103,6 +103,7 @@ def request_options(front: Front, request: ServedRequest) -> RequestOptions:
         cache_salt=request.cache_salt,
         cache_owner=current.cache_owner,
         priority=request.priority,
+        flow=current.flow,
         timeout_s=min(timeouts, default=None),
         records=current.records,
     )

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from deployments.api.errors import error_response
 from deployments.api.gate import OPEN_PATHS, Gate
 from deployments.api.keys import KeyRing
+from deployments.api.origins import allow_origins
 from deployments.api.routes import (
     chat,
     completions,
@@ -37,6 +38,7 @@ def build_api(
     api = _Api(bool(keys))
     _add_error_handlers(api)
     api.add_middleware(Gate, front=front, service=service, keys=keys, tells_ids=tells_request_ids)
+    allow_origins(api, service.allowed_origins)
     for part in (chat, completions, responses, tokens, server_info, engine_events):
         api.include_router(part.routes(front))
     api.include_router(playground.routes())

@@ -22,12 +22,12 @@ M = TypeVar("M", bound=BaseModel)
 
 # Smaller ones cost so little that a thread would cost more.
 _SMALL_BYTES = 32 * 1024
-# For every so many bytes of the largest body there may be a number. What else there is costs as
-# much as so many numbers: a text, a list, an object; or a part of one: an escape in a text.
+# So many numbers may be there, or one for every so many bytes of the largest body. What else there
+# is costs as much as so many numbers: a text, a list, an object; or a part of one: an escape.
 _BYTES_PER_NUMBER = 32
 _NUMBERS_PER_VALUE = 8
 _ESCAPES_PER_NUMBER = 4
-_LEAST_NUMBERS = 2**16
+_LEAST_NUMBERS = 2**19
 # Python and Rust read numbers in a time that is quadratic in their digits.
 _TOO_MANY_DIGITS = b"0" * 100
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
@@ -66,10 +66,9 @@ def _check_cost(body: bytes, limit: int) -> None:
                 return
     raise ApiError(
         400,
-        f"the body has too many values: {limit} numbers are read (max_request_bytes / "
-        f"{_BYTES_PER_NUMBER}), each of less than {len(_TOO_MANY_DIGITS)} digits, or "
-        f"{limit // _NUMBERS_PER_VALUE} texts, lists and objects, or {limit * _ESCAPES_PER_NUMBER} "
-        "escapes in texts",
+        f"the body has too many values: {limit} numbers are read, each of less than "
+        f"{len(_TOO_MANY_DIGITS)} digits, or {limit // _NUMBERS_PER_VALUE} texts, lists and "
+        f"objects, or {limit * _ESCAPES_PER_NUMBER} escapes in texts",
     )
 
 
@@ -92,11 +91,15 @@ class BodyRoute(APIRoute):
         assert isinstance(model, type) and issubclass(model, BaseModel)
 
         async def read_and_answer(http: Request) -> Response:
-            body, limit = await http.body(), scope().service.max_request_bytes
-            if len(body) <= _SMALL_BYTES:
-                request = read(model, body, limit)
-            else:
-                request = await off_loop(len(body), read, model, body, limit)
-            return await self.endpoint(request)
+            return await self.endpoint(await _read_body(model, http))
 
         return read_and_answer
+
+
+async def _read_body(model: type[M], http: Request) -> M:
+    """Keeps nothing of the body, as `http.body()` would."""
+    body = b"".join([chunk async for chunk in http.stream() if chunk])
+    limit = scope().service.max_request_bytes
+    if len(body) <= _SMALL_BYTES:
+        return read(model, body, limit)
+    return await off_loop(len(body), read, model, body, limit)

@@ -30,6 +30,7 @@ _MAX_PARAM = 200
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     429: "rate_limit_error",

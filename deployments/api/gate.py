@@ -1,7 +1,8 @@
-"""The gate before the API: request ids, keys, body sizes; and it tells afterwards what happened."""
+"""The gate before the API: request ids, keys, sizes; and it tells afterwards what happened."""
 
+import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -10,16 +11,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
 from deployments.api.keys import KeyRing
-from deployments.api.request_log import RequestLog
+from deployments.api.origins import check_page
+from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs
 from deployments.front.front import Front
+from deployments.front.places import Places
+from engine.strict import shown
 
 REQUEST_ID_HEADER = "x-request-id"
 _MAX_ID_LENGTH = 128
 # Of a body that is too large so much is read and dropped, so that clients get to read the answer.
 _MAX_DRAINED_BYTES = 64 * 2**20
+# So many of the largest bodies are in memory at once, waiting to become tokens.
+_MAX_BODIES = 16
+# How long a body may take to come: so many seconds, and one for every so many bytes.
+_BODY_S = 30.0
+_BODY_BYTES_PER_S = 16 * 1024
+_MAX_HEAD_BYTES = 64 * 1024
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/openapi.json"})
@@ -39,6 +49,7 @@ class Gate:
         self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._tells_ids = tells_ids
         self._front = front
+        self._bodies = Places()  # of bytes
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -67,6 +78,7 @@ class Gate:
             await self._pass(http, receive, send_with_id, current)
         finally:
             self._front.num_open -= 1
+            current.end_reading()
             current.handler = str(getattr(http.get("route"), "path", "none"))
             self._metrics.http[current.method, current.handler, current.status_class] += 1
             if current.error:
@@ -79,9 +91,8 @@ class Gate:
         try:
             self._admit(http, current)
             if http["method"] in ("POST", "PUT", "PATCH"):
-                current.body = await self._read_body(current.headers, receive)
+                receive = _replay(await self._read_body(current, receive), receive)
                 _check_media_type(current.headers)
-                receive = _replay(current.body, receive)
             await self._app(http, receive, send)
         except Exception as error:
             answer = error_response(error)
@@ -90,6 +101,9 @@ class Gate:
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
         """Raises ApiError unless the path is open or the key is ours, and whenever draining."""
+        _check_head(http)
+        if not self._keys:
+            check_page(current.headers, self._service.allowed_origins)
         path = _route_path(http)
         if path in OPEN_PATHS or path.startswith(_OPEN_FILES):
             return
@@ -103,40 +117,93 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         current.tenant = name
+        current.flow = name if self._keys.has_several_names else current.request_id
         if self._isolates_cache:
             current.cache_owner = name
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> bytes:
-        """Raises ApiError for one that is too large; it is never all in memory."""
-        limit = self._service.max_request_bytes
-        announced = headers.get("content-length", "")
-        is_too_large = announced.isdigit() and int(announced) > limit
+    async def _read_body(self, current: RequestScope, receive: Receive) -> bytes:
+        """Raises ApiError for one that is too large, too slow or one too many.
+
+        It is never all in memory then.
+        """
+        announced = current.headers.get("content-length", "")
+        size = int(announced) if announced.isdigit() else 0
+        fault = self._body_fault(current, size, size)
         chunks: list[bytes] = []
-        size, more = 0, True
-        while more and size <= _MAX_DRAINED_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
+        size = held = 0
+
+        def end_reading() -> None:
+            nonlocal held
+            self._bodies.give_back(current.flow, held)
+            held = 0
+
+        current.end_reading = end_reading
+        async for chunk in _chunks(receive):
+            size += len(chunk)
+            fault = fault or self._body_fault(current, size, len(chunk))
+            if fault is None:
+                self._bodies.take(current.flow, len(chunk))
+                held += len(chunk)
+                chunks.append(chunk)
+            elif size > _MAX_DRAINED_BYTES:
                 break
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            is_too_large = is_too_large or size > limit
-            if is_too_large:
-                chunks.clear()
             else:
-                chunks.append(message.get("body", b""))
-        if is_too_large:
-            raise ApiError(
-                413,
-                f"the body is larger than {limit} bytes (max_request_bytes)",
-                code="request_too_large",
+                chunks.clear()
+                end_reading()
+        if fault is not None:
+            raise fault
+        body = b"".join(chunks)
+        current.body = body[:MAX_BODY_BYTES]
+        return body
+
+    def _body_fault(self, current: RequestScope, size: int, more: int) -> ApiError | None:
+        """Why a body of at least `size` bytes is refused at its next `more` bytes."""
+        limit = self._service.max_request_bytes
+        if size > limit:
+            message = f"the body is larger than {limit} bytes (max_request_bytes)"
+            return ApiError(413, message, code="request_too_large")
+        if not self._bodies.has_room(current.flow, more, limit * _MAX_BODIES):
+            message = (
+                f"{self._bodies.taken} bytes of requests are being read, and there is no room for "
+                "more; try again later"
             )
-        return b"".join(chunks)
+            return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+        return None
+
+
+async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
+    """Of a body, up to its end or the client's; raises ApiError for one that hardly comes."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _BODY_S
+    try:
+        more = True
+        while more:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+            chunk = message.get("body", b"")
+            deadline += len(chunk) / _BODY_BYTES_PER_S
+            more = message.get("more_body", False)
+            yield chunk
+    except TimeoutError:
+        error = "the rest of the body has not come; send it whole, and faster"
+        raise ApiError(408, error, code="request_timeout") from None
+
+
+def _check_head(http: Scope) -> None:
+    size = len(http["path"]) + len(http["query_string"])
+    size += sum(len(name) + len(value) for name, value in http["headers"])
+    if size > _MAX_HEAD_BYTES:
+        message = f"the headers are {size} bytes; at most {_MAX_HEAD_BYTES} are taken"
+        raise ApiError(431, message, code="request_too_large")
 
 
 def _check_media_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/json", ""):
-        message = f"the body must be JSON, sent with content-type: application/json (got {kind!r})"
+    if kind != "application/json":
+        message = (
+            "the body must be JSON, sent with content-type: application/json "
+            f"(got {shown(kind) if kind else 'none'})"
+        )
         raise ApiError(415, message, code="unsupported_media_type")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from deployments.api.scope import RequestScope
 
 LOGGER = "manta.requests"
-_MAX_BODY_CHARACTERS = 10_000
+MAX_BODY_BYTES = 10_000
 # Asked for all the time, and of no interest.
 _SILENT = frozenset({"/health", "/metrics"})
 
@@ -31,7 +31,7 @@ class RequestLog:
             return
         line = summary(scope) | {"model": self._model_name}
         if self._mode == "body":
-            line["body"] = scope.body.decode("utf-8", "replace")[:_MAX_BODY_CHARACTERS]
+            line["body"] = scope.body.decode("utf-8", "replace")
         self._logger.info(json.dumps(line, ensure_ascii=True))
 
 

@@ -1,6 +1,7 @@
 """What belongs to one HTTP request, wherever it is handled."""
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -19,7 +20,9 @@ class RequestScope:
     method: str = ""
     path: str = ""
     headers: Headers = field(default_factory=Headers)
-    body: bytes = b""
+    body: bytes = b""  # its beginning
+    flow: str = ""  # requests of one take turns with those of others
+    end_reading: Callable[[], None] = lambda: None  # called when the body is of no more use
     tenant: str = ""  # the name of its API key
     cache_owner: str = ""  # the tenant, if its cached prefixes are its own
     # What the client calls parameters that have other names here, one after another: for errors.

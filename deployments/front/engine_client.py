@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.front.places import Places
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
 from deployments.front.request_record import RequestOptions, RequestRecord
 from deployments.observe.metrics import Metrics
@@ -58,8 +59,8 @@ class EngineClient:
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
         self.metrics = Metrics(model_name, lambda: self.stats)
-        self.num_queued = 0  # requests without a token yet
-        self.queued_tokens = 0  # of their prompts
+        self.queue = Places()  # of requests without a token yet
+        self.queue_tokens = Places()  # of their prompts
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
         self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
         self.num_blamed = 0  # deaths of engines that are laid to a request
@@ -140,12 +141,13 @@ class EngineClient:
             options.cache_salt,
             priority=options.priority,
             cache_owner=options.cache_owner,
+            flow=options.flow,
         )
         # Packed here, where it fails nobody else if it cannot be.
         live = _Live(request, encode_request(request), options.stream, record)
         self._live[request.id] = live
-        self.num_queued += 1
-        self.queued_tokens += len(prompt_token_ids)
+        self.queue.take(request.flow, 1)
+        self.queue_tokens.take(request.flow, len(prompt_token_ids))
         self._quarantine.add(request.id)
         self._flush_soon()
         deadline = self._set_deadline(live, options.timeout_s)
@@ -177,8 +179,8 @@ class EngineClient:
     def _leave_queue(self, live: _Live) -> None:
         if live.is_queued:
             live.is_queued = False
-            self.num_queued -= 1
-            self.queued_tokens -= len(live.request.prompt_token_ids)
+            self.queue.give_back(live.request.flow, 1)
+            self.queue_tokens.give_back(live.request.flow, len(live.request.prompt_token_ids))
 
     def watch(self) -> dict[str, Any]:
         """The engine as it is now: {"connected", "live", "view"}.

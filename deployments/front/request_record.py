@@ -35,6 +35,7 @@ class RequestOptions:
     cache_salt: str = ""
     cache_owner: str = ""
     priority: int = 0
+    flow: str = ""
     timeout_s: float | None = None
     shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

@@ -24,6 +24,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
     cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
+    flow: str = ""  # requests of one flow take turns with those of others
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from engine.schedule.step import (
     TokenDelta,
     TokenLogprobs,
 )
+from engine.schedule.turns import Turns
 
-# What a later arrival counts for, with the policy "shortest": a prompt that is longer by n tokens
-# is overtaken by n / 32 requests at most.
+# What a later turn counts for, with the policy "shortest": a prompt that is longer by n tokens is
+# overtaken by n / 32 requests of its flow at most.
 _AGEING_TOKENS = 32
 
 
@@ -73,6 +74,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._policy = config.scheduling_policy
         self._num_arrivals = 0
+        self._turns = Turns()
         self._block_size = config.block_size
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
@@ -95,22 +97,28 @@ class Scheduler:
         max_len = self._max_len
         if request.params.max_tokens is not None:
             max_len = min(max_len, len(request.prompt_token_ids) + request.params.max_tokens)
-        sequence = Sequence(request, max_len, self._rank(request), held)
-        if len(sequence.token_ids) >= max_len:
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if num_tokens >= max_len:
             raise ValueError(f"request {request.id!r} has all its {max_len} tokens already")
+        turn = self._turns.take(request.flow)
+        sequence = Sequence(request, max_len, turn, self._rank(request, turn), held)
         self.sequences[request.id] = sequence
-        insort(self.waiting, sequence, key=_order)
+        self._wait(sequence)
         return sequence
 
-    def _rank(self, request: Request) -> tuple[int, int]:
+    def _rank(self, request: Request, turn: int) -> tuple[int, int, int]:
         """The policy: what is least goes first, and it never changes."""
         self._num_arrivals += 1
         if self._policy == "priority":
-            return request.priority, self._num_arrivals
+            return request.priority, turn, self._num_arrivals
         if self._policy == "shortest":
             num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-            return num_tokens + self._num_arrivals * _AGEING_TOKENS, self._num_arrivals
-        return 0, self._num_arrivals
+            return num_tokens + turn * _AGEING_TOKENS, turn, self._num_arrivals
+        return 0, turn, self._num_arrivals
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_order)
+        self._turns.wait(sequence.request.flow)
 
     def abort(self, request_id: str) -> None:
         """End a request now; unknown ids are ignored, for it may just have finished."""
@@ -169,7 +177,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its place in the queue; what is not evicted by then is found in the cache."""
         self._release(sequence)
-        insort(self.waiting, sequence, key=_order)
+        self._wait(sequence)
         self.stats.preemptions += 1
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
@@ -181,6 +189,7 @@ class Scheduler:
             if not self.blocks.can_admit(sequence, cached, self.running):
                 break
             self.waiting.pop(0)
+            self._turns.leave(sequence.request.flow, sequence.turn)
             self._admit(plan, sequence, cached)
             num_tokens = min(sequence.num_uncomputed, budget)
             self._plan_row(plan, sequence, num_tokens)
@@ -293,6 +302,7 @@ class Scheduler:
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
+            self._turns.leave(sequence.request.flow)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -305,5 +315,5 @@ class Scheduler:
         self.blocks.assert_invariants(list(self.sequences.values()))
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
+def _order(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.order

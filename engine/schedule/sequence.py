@@ -12,7 +12,8 @@ class Sequence:
 
     request: Request
     max_len: int  # prompt + output tokens at which it must end
-    order: tuple[int, int]  # its place in queue and batch
+    turn: int  # in which it is served, fairly among the flows
+    order: tuple[int, int, int]  # its place in queue and batch
     held: tuple[object, ...] = ()  # what it must keep alive
     token_ids: list[int] = field(init=False)  # prompt and output so far
     arrived_at: float = field(init=False, default_factory=time.monotonic)

@@ -1,8 +1,10 @@
-"""Who is let in: keys, sizes, a full queue, priorities, and how long a request may take."""
+"""Who is let in: keys, sizes, a full queue and who gets how much of it, priorities, and how long a
+request may take."""
 
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -53,6 +55,21 @@ def narrow() -> Iterator[LocalServer]:
         max_queued_requests=2,
         max_queued_tokens=100,
         scheduling_policy="priority",
+        num_blocks=128,
+        max_model_len=1024,
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """One request at a time, eight in the queue, two names."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text("acme:sk-acme\nglobex:sk-globex\n")
+    with serve_locally(
+        api_keys_file=str(keys),
+        max_num_seqs=1,
+        max_queued_requests=8,
         num_blocks=128,
         max_model_len=1024,
     ) as server:
@@ -228,6 +245,69 @@ def test_a_body_that_does_not_say_how_large_it_is(guarded: LocalServer) -> None:
     assert "10000 bytes" in answer.json()["error"]["message"]
 
 
+def test_headers_that_are_too_large(guarded: LocalServer) -> None:
+    """Whoever sends them: they are looked at before the key."""
+    answer = httpx.get(f"{guarded.url}/health", headers={"x-filler": "x" * 65_000})
+    assert answer.status_code == 200
+    answer = httpx.get(f"{guarded.url}/health", headers={"x-filler": "x" * 70_000})
+    assert answer.status_code == 431
+    assert "at most 65536" in answer.json()["error"]["message"]
+
+
+async def _begin(server: LocalServer, key: str, length: int) -> asyncio.StreamWriter:
+    """A request whose body lacks its last byte."""
+    host, port = server.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    writer.write(head.encode() + b"x" * (length - 1))
+    await writer.drain()
+    return writer
+
+
+def test_a_body_that_does_not_come_to_its_end(
+    guarded: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.api.gate._BODY_S", 0.2)
+
+    def half() -> Iterator[bytes]:
+        yield b"{"
+        time.sleep(5)
+        yield b"}"
+
+    answer = httpx.post(
+        f"{guarded.url}/v1/completions",
+        content=half(),
+        headers={"Authorization": "Bearer sk-acme", "content-type": "application/json"},
+    )
+    assert answer.status_code == 408
+    assert answer.json()["error"]["code"] == "request_timeout"
+
+
+def test_bodies_in_memory_are_limited_and_no_key_gets_all_of_it(guarded: LocalServer) -> None:
+    """Room for 16 of the largest; one key may have half of it while others have none."""
+
+    async def run() -> None:
+        async with httpx.AsyncClient(base_url=guarded.url) as http:
+
+            async def ask(key: str) -> httpx.Response:
+                headers = {"Authorization": f"Bearer {key}", "content-type": "application/json"}
+                return await http.post("/v1/completions", content=b"x" * 10_000, headers=headers)
+
+            bodies = [await _begin(guarded, "sk-acme", 10_000) for _ in range(8)]
+            while (answer := await ask("sk-acme")).status_code != 429:
+                assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "queue_full"
+            assert answer.headers["retry-after"] == "1"
+            assert (await ask("sk-globex")).status_code == 400
+            for writer in bodies:
+                writer.close()
+            while (await ask("sk-acme")).status_code == 429:
+                await asyncio.sleep(0.01)
+
+    _run(run())
+
+
 def test_too_many_messages(guarded: LocalServer) -> None:
     with guarded.client(api_key="sk-acme") as client, pytest.raises(openai.BadRequestError) as e:
         client.chat.completions.create(model="manta-demo", messages=ASK * 4)
@@ -241,9 +321,9 @@ Ask = Callable[..., "asyncio.Task[Any]"]
 
 
 @asynccontextmanager
-async def _busy(server: LocalServer) -> AsyncIterator[Ask]:
+async def _busy(server: LocalServer, api_key: str = "none") -> AsyncIterator[Ask]:
     """The server's only row is taken while this lasts; then all that was asked is served."""
-    async with server.async_client() as client, asyncio.TaskGroup() as asked:
+    async with server.async_client(api_key=api_key) as client, asyncio.TaskGroup() as asked:
 
         def ask(prompt: str = "a", **options: Any) -> "asyncio.Task[Any]":
             answer = client.completions.create(
@@ -261,7 +341,7 @@ async def _busy(server: LocalServer) -> AsyncIterator[Ask]:
 
 
 async def _until_queued(server: LocalServer, number: int) -> None:
-    while server.front.client.num_queued != number:
+    while server.front.client.queue.taken != number:
         await asyncio.sleep(0.005)
 
 
@@ -287,7 +367,7 @@ def test_a_full_queue_is_429_and_the_queued_are_served(narrow: LocalServer) -> N
 
     _run(run())
     wait_until(narrow.is_idle)
-    assert narrow.front.client.num_queued == 0 and narrow.front.client.queued_tokens == 0
+    assert narrow.front.client.queue.taken == 0 and narrow.front.client.queue_tokens.taken == 0
 
 
 def test_a_client_that_goes_leaves_the_queue(narrow: LocalServer) -> None:
@@ -299,7 +379,7 @@ def test_a_client_that_goes_leaves_the_queue(narrow: LocalServer) -> None:
             await _until_queued(narrow, 0)
 
     _run(run())
-    assert narrow.front.client.queued_tokens == 0
+    assert narrow.front.client.queue_tokens.taken == 0
 
 
 def test_queued_tokens_are_limited_too_but_bar_no_single_prompt(narrow: LocalServer) -> None:
@@ -320,6 +400,56 @@ def test_queued_tokens_are_limited_too_but_bar_no_single_prompt(narrow: LocalSer
 def test_more_choices_than_the_queue_ever_holds_are_no_reason_to_retry(narrow: LocalServer) -> None:
     with narrow.client() as client, pytest.raises(openai.BadRequestError, match="send fewer"):
         client.completions.create(model="manta-demo", prompt=["a"] * 3)
+
+
+def test_a_key_leaves_as_much_of_the_queue_as_it_takes(shared: LocalServer) -> None:
+    async def run() -> None:
+        async with (
+            shared.async_client(api_key="sk-acme") as acme,
+            shared.async_client(api_key="sk-globex") as globex,
+        ):
+            async with _busy(shared, "sk-acme") as ask:
+                ask(["a"] * 5)
+                await _until_queued(shared, 5)
+                with pytest.raises(openai.RateLimitError, match="5 requests are waiting, of at mo"):
+                    await acme.completions.create(model="manta-demo", prompt="a")
+                other = asyncio.create_task(
+                    globex.completions.create(model="manta-demo", prompt=["b"] * 3, max_tokens=1)
+                )
+                await _until_queued(shared, 8)
+            assert len((await other).choices) == 3
+
+    _run(run())
+
+
+def test_a_key_with_much_to_do_is_no_reason_for_another_to_wait(shared: LocalServer) -> None:
+    """One row, eight long requests of one key, and one of another: it takes its turn."""
+
+    async def run() -> None:
+        async with (
+            shared.async_client(api_key="sk-acme") as acme,
+            shared.async_client(api_key="sk-globex") as globex,
+        ):
+            stream = await acme.completions.create(
+                model="manta-demo", prompt=["a"] * 8, max_tokens=50, stream=True, extra_body=LONG
+            )
+            ended = 0
+
+            async def follow() -> None:
+                nonlocal ended
+                async for chunk in stream:
+                    ended += sum(choice.finish_reason is not None for choice in chunk.choices)
+
+            following = asyncio.create_task(follow())
+            await _until_queued(shared, 7)
+            await globex.completions.create(model="manta-demo", prompt="b", max_tokens=1)
+            assert ended <= 3
+            await following
+            assert ended == 8
+
+    _run(run())
+    wait_until(shared.is_idle)
+    assert shared.front.client.queue.taken == 0 and shared.front.client.queue_tokens.taken == 0
 
 
 def test_the_more_urgent_goes_first(narrow: LocalServer) -> None:

@@ -37,13 +37,16 @@ def add(
     output: tuple[int, ...] = (),
     priority: int = 0,
     owner: str = "",
+    flow: str = "",
     **params: Any,
 ) -> Sequence:
     """Queue a request; a prompt given as a length is of tokens that no other prompt has."""
     if isinstance(prompt, int):
         prompt = [1000 * ord(request_id) + i for i in range(prompt)]
     sampling = SamplingParams(**{"max_tokens": None} | params)
-    request = Request(request_id, prompt, sampling, 0, salt, list(output), priority, owner)
+    request = Request(
+        request_id, prompt, sampling, 0, salt, list(output), priority, owner, flow=flow
+    )
     return scheduler.add(request)
 
 
@@ -556,6 +559,73 @@ def test_fcfs_takes_no_notice_of_priorities() -> None:
     add(scheduler, "a", 3, max_tokens=1)
     add(scheduler, "b", 3, priority=-9, max_tokens=1)
     assert list(step(scheduler)) == ["a"]
+
+
+# --- Turns -----------------------------------------------------------------------------------
+
+
+def served(scheduler: Scheduler) -> list[str]:
+    """Who is served, in order, up to the last; all have one token to come."""
+    order = []
+    while scheduler.requests:
+        order += list(step(scheduler))
+    return order
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "shortest"])
+def test_flows_take_turns(policy: str) -> None:
+    scheduler = new_scheduler(scheduling_policy=policy, max_num_seqs=1)
+    for request_id in "abcdef":
+        add(scheduler, request_id, 3, flow="many", max_tokens=1)
+    for request_id in "xy":
+        add(scheduler, request_id, 3, flow="few", max_tokens=1)
+    assert served(scheduler) == ["a", "b", "x", "c", "y", "d", "e", "f"]
+
+
+def test_a_newcomer_waits_for_one_request_of_every_flow() -> None:
+    scheduler = new_scheduler(max_num_seqs=1)
+    for request_id in "abcdef":
+        add(scheduler, request_id, 3, flow="many", max_tokens=1)
+    first = list(step(scheduler)) + list(step(scheduler)) + list(step(scheduler))
+    add(scheduler, "x", 3, flow="new", max_tokens=1)
+    assert first + served(scheduler) == ["a", "b", "c", "d", "x", "e", "f"]
+
+
+def test_newcomers_without_end_starve_nobody() -> None:
+    """A flow of two, and as many flows of one as are served: its second is not put off for ever."""
+    scheduler = new_scheduler(max_num_seqs=1)
+    add(scheduler, "a", 3, flow="two", max_tokens=1)
+    add(scheduler, "b", 3, flow="two", max_tokens=1)
+    order: list[str] = []
+    for request_id in "klmnopqrst":
+        add(scheduler, request_id, 3, flow=request_id, max_tokens=1)
+        order += list(step(scheduler))
+    assert order[:4] == ["a", "b", "k", "l"]
+
+
+@pytest.mark.parametrize("flows", ["aaaaaaaa", "abcdefgh"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_flow_or_one_each_is_first_come_first_served(flows: str, rows: int) -> None:
+    scheduler = new_scheduler(max_num_seqs=rows)
+    order: list[str] = []
+    for request_id, flow in zip("ijklmnop", flows, strict=True):
+        add(scheduler, request_id, 3, flow=flow, max_tokens=2)
+        order += [name for name in step(scheduler) if name not in order]
+    while scheduler.requests:
+        order += [name for name in step(scheduler) if name not in order]
+    assert order == list("ijklmnop")
+
+
+def test_of_flows_that_do_not_wait_nothing_is_kept() -> None:
+    scheduler = new_scheduler(num_blocks=5)
+    for request_id in "ab":
+        add(scheduler, request_id, 7, flow=request_id)
+    add(scheduler, "c", 7, flow="c")
+    while not scheduler.stats.preemptions:
+        step(scheduler)
+    for request_id in "abc":
+        scheduler.abort(request_id)
+    assert vars(scheduler._turns) == {"_now": 3, "_last": {}, "_num_waiting": {}}
 
 
 # --- At the door ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from deployments.api.schema.answers import documented
 from deployments.api.schema.openai_logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.schema.tools import ForcedCall, find_format, forced_call
+from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
     Output,
@@ -126,6 +127,7 @@ class Chat:
         prompt = front.truncate(prompt, params)
         check_prompt(front, prompt, params, "messages")
         check_queue(front, params.n, len(prompt) * params.n)
+        scope().end_reading()
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),

@@ -24,6 +24,7 @@ from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
 from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.schema.protocol import CompletionRequest
+from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
     Output,
@@ -114,6 +115,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         texts.append(prompt)
     num_choices = request.num_choices
     check_queue(front, len(prompts) * num_choices, sum(map(len, prompts)) * num_choices)
+    scope().end_reading()
     head = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",

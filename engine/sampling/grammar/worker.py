@@ -20,7 +20,7 @@ from typing import Any
 import xgrammar
 
 from engine.json_schema import CHARACTER
-from engine.structured_outputs import CHARACTER, StructuredOutputs
+from engine.structured_outputs import StructuredOutputs
 from engine.text.tokenizer import Tokenizer
 
 _NICENESS = 10
