@@ -4,7 +4,11 @@ Clients stream completions without pause while shards get SIGKILL, SIGSTOP or an
 random moments. Every stream must end with the text of an undisturbed run; afterwards every block
 must be free, and no process, shared memory or socket directory may be left.
 
+With --hostile nothing is broken; other clients send what may cost others something, from a process
+of their own, in the second half of the run. The pauses of the streams are told for both halves.
+
     python -m benchmarks.chaos --seconds 180 --clients 64
+    python -m benchmarks.chaos --seconds 120 --clients 64 --hostile
 """
 
 import argparse
@@ -14,6 +18,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +42,8 @@ from engine import LLM, SamplingParams
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "error": signal.SIGUSR1}
 # Pauses longer than this are taken for recoveries.
 _PAUSE_S = 0.5
+# What other clients' requests may cost a stream.
+_NOTICED_S = 0.1
 
 
 @dataclass
@@ -48,6 +55,8 @@ class Report:
     errors: list[str] = field(default_factory=list)
     faults: list[tuple[float, str]] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
+    attacked_at: float = 0.0
+    gaps: list[tuple[float, float]] = field(default_factory=list)  # (when, how long), of all events
 
 
 def request(i: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -95,6 +104,7 @@ async def client(
                             break
                         text += event["choices"][0]["text"]
                         now = time.monotonic()
+                        report.gaps.append((now, now - last))
                         if now - last > _PAUSE_S:
                             report.pauses.append(now - last)
                         last = now
@@ -131,8 +141,34 @@ async def run(arguments: argparse.Namespace, url: str, wanted: list[str]) -> Rep
     async with asyncio.TaskGroup() as group:
         for i in range(arguments.clients):
             group.create_task(client(url, i, wanted, arguments, until, report))
-        group.create_task(breaker(arguments.faults, arguments.interval, until, report))
+        if arguments.hostile:
+            report.attacked_at = until - arguments.seconds / 2
+            group.create_task(hostile_clients(url, report.attacked_at, until))
+        else:
+            group.create_task(breaker(arguments.faults, arguments.interval, until, report))
     return report
+
+
+async def hostile_clients(url: str, start: float, until: float) -> None:
+    """In a process of their own: what they need to make their requests holds up no honest one."""
+    await asyncio.sleep(start - time.monotonic())
+    command = [sys.executable, "-m", "benchmarks.hostile", url, str(until - time.monotonic())]
+    process = await asyncio.create_subprocess_exec(*command)
+    await process.wait()
+
+
+def print_gaps(report: Report) -> None:
+    for name, gaps in (
+        ("alone", [gap for at, gap in report.gaps if at < report.attacked_at]),
+        ("beside hostile clients", [gap for at, gap in report.gaps if at >= report.attacked_at]),
+    ):
+        cuts = statistics.quantiles(gaps, n=1000)
+        noticed = sum(gap > _NOTICED_S for gap in gaps)
+        print(
+            f"between events, {name}: p50 {cuts[499] * 1e3:.0f} ms, p99 {cuts[989] * 1e3:.0f} ms, "
+            f"p99.9 {cuts[998] * 1e3:.0f} ms, most {max(gaps) * 1e3:.0f} ms; "
+            f"{noticed} of {len(gaps)} over {_NOTICED_S * 1e3:.0f} ms"
+        )
 
 
 @contextmanager
@@ -178,6 +214,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--interval", type=float, default=15, help="seconds between faults")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
+    parser.add_argument("--hostile", action="store_true", help="break nothing, but bother")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--heartbeat-timeout", type=float, default=5)
     parser.add_argument("--port", type=int, default=18234)
@@ -191,13 +228,16 @@ def main() -> None:
     counts = {kind: sum(k == kind for _, k in report.faults) for kind in arguments.faults}
     print(f"{report.streams} streams ended, {len(report.faults)} faults: {counts}")
     print(f"streams with another text: {len(report.wrong)}, errors: {len(report.errors)}")
+    if arguments.hostile:
+        print_gaps(report)
     if len(report.pauses) > 1:
         cuts = statistics.quantiles(report.pauses, n=100)
         print(f"pauses of streams: p50 {cuts[49]:.1f} s, p99 {cuts[98]:.1f} s")
     held, left = stats["num_blocks"] - stats["free_blocks"], sorted(leftovers() - before)
     print(f"blocks held at the end: {held}")
     print(f"left behind: {left or 'nothing'}")
-    if report.wrong or report.errors or held or left or not report.faults:
+    is_idle = not (report.faults or arguments.hostile)
+    if report.wrong or report.errors or held or left or is_idle:
         raise SystemExit(f"failed: {report.errors[:3]}")
 
 
