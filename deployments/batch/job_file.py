@@ -31,6 +31,8 @@ _FREE = {
     "num_cpus_per_shard",
     "heartbeat_timeout_s",
     "max_restarts",
+    "startup_timeout_s",
+    "scheduling_policy",
 }
 
 

@@ -13,7 +13,8 @@ import pytest
 from pyarrow import parquet
 
 from benchmarks.job_cluster import JobCluster, kill_driver
-from deployments.batch.job_args import parse_args
+from deployments.batch import job_file
+from deployments.batch.job_args import BatchArgs, parse_args
 from deployments.batch.job_file import claim_output
 from deployments.batch.jsonl import JsonlFormat
 from deployments.batch.parquet import ParquetFormat
@@ -270,6 +271,15 @@ def test_parts_cover_each_row_once(tmp_path: Path) -> None:
         )
     ]
     assert lines == [b"{0}"] * 4 + [b"{%d}" % i for i in range(25)]
+
+
+def test_every_argument_is_known_to_change_answers_or_not() -> None:
+    """One that is new has to be put on a side; these must be the same whenever a job goes on."""
+    assert BatchArgs.model_fields.keys() - job_file._FREE == {
+        *("input", "rows_per_part", "sampling", "model", "revision", "served_model_name"),
+        *("dtype", "quantization", "kv_cache_dtype", "attention_backend", "load_format"),
+        *("max_model_len", "seed", "tool_parser", "reasoning_parser"),
+    }
 
 
 def test_inputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
