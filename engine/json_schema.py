@@ -71,7 +71,7 @@ _OF_PATH = r"([A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-F]{2})"
 CHARACTER = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
 _LOOKAROUND = re.compile(r"(?<!\\)(\\\\)*\(\?<?[=!]")
 
-Types = list[str] | None  # None is any
+_Types = list[str] | None  # None is any
 
 
 def close(schema: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class _Closer:
         self._num_parts = 0
         # Of what is referred to: its name, by base, reference, and the types that are allowed.
         self._names: dict[tuple[int, str, str], str] = {}
-        self._unread: list[tuple[str, Any, _Place, Types]] = []
+        self._unread: list[tuple[str, Any, _Place, _Types]] = []
 
     def close(self, schema: dict[str, Any]) -> dict[str, Any]:
         closed = self._close(schema, _Place("json", 0, schema, "json"))
@@ -125,7 +125,7 @@ class _Closer:
             definitions[name] = self._close(target, place, types)
         return closed | ({"$defs": definitions} if definitions else {})
 
-    def _close(self, schema: Any, place: _Place, allowed: Types = None) -> Any:
+    def _close(self, schema: Any, place: _Place, allowed: _Types = None) -> Any:
         """
         Args:
             allowed: types that the schema around this one leaves.
@@ -146,7 +146,7 @@ class _Closer:
         _check_keywords(schema, types, path)
         for name in ("anyOf", "oneOf", "allOf"):
             if name in schema:
-                return {name: self._branches(schema[name], place.at(name), types)}
+                return {name: self._branches(name, schema[name], place, types)}
         if "$ref" in schema:
             return self._refer(schema["$ref"], place, types)
         if "enum" in schema:
@@ -177,26 +177,26 @@ class _Closer:
                 part = schema[name] if schema[name] != {"not": {}} else False
                 schema[name] = self._close(part, place.at(name))
 
-    def _branches(self, schemas: list[Any], place: _Place, allowed: Types) -> list[Any]:
+    def _branches(self, name: str, schemas: list[Any], place: _Place, allowed: _Types) -> list[Any]:
         """Those that can have an instance."""
         closed: list[Any] = []
         failure: _NoInstanceError | None = None
         for i, schema in enumerate(schemas):
             try:
-                closed.append(self._close(schema, place.at(str(i)), allowed))
+                closed.append(self._close(schema, place.at(f"{name}.{i}"), allowed))
             except _NoInstanceError as error:
                 failure = error
         if failure is not None and not closed:
             raise failure
         return closed
 
-    def _refer(self, ref: str, place: _Place, allowed: Types) -> dict[str, Any]:
+    def _refer(self, ref: str, place: _Place, allowed: _Types) -> dict[str, Any]:
         """A reference to a definition of our own, which is closed later."""
         key = id(place.base), ref, repr(allowed)
         if key not in self._names:
             target, found = _resolve(ref, place)
             if isinstance(target, dict):
-                _meet(_types(target.get("type"), found.path), allowed, found.path)
+                _meet(_types(_constraints(target).get("type"), found.path), allowed, found.path)
             self._names[key] = str(len(self._names))
             self._unread.append((self._names[key], target, found, allowed))
         return {"$ref": f"#/$defs/{self._names[key]}"}
@@ -247,7 +247,7 @@ def _constraints(schema: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _types(given: Any, path: str) -> Types:
+def _types(given: Any, path: str) -> _Types:
     if given is None:
         return None
     names = given if isinstance(given, list) else [given]
@@ -256,7 +256,7 @@ def _types(given: Any, path: str) -> Types:
     return [name for name in names if name != "integer" or "number" not in names]
 
 
-def _meet(own: Types, allowed: Types, path: str) -> Types:
+def _meet(own: _Types, allowed: _Types, path: str) -> _Types:
     """The types that both have."""
     if own is None or allowed is None:
         return allowed if own is None else own
@@ -270,7 +270,7 @@ def _meet(own: Types, allowed: Types, path: str) -> Types:
     return both
 
 
-def _values(values: list[Any], types: Types, path: str) -> list[Any]:
+def _values(values: list[Any], types: _Types, path: str) -> list[Any]:
     """Those of them that have one of the types."""
     fitting = [value for value in values if types is None or _has_type(value, types)]
     if not fitting:
@@ -297,7 +297,7 @@ def _check_numbers(value: Any, path: str) -> None:
         raise ValueError(f"{path}: integers of more than 64 bits are not supported (got {value})")
 
 
-def _respell_format(schema: dict[str, Any], types: Types) -> None:
+def _respell_format(schema: dict[str, Any], types: _Types) -> None:
     """Leaves a string's format that constrains, without a minLength that it has anyway."""
     name = schema.get("format")
     is_string = types is None or "string" in types
@@ -312,7 +312,7 @@ def _respell_format(schema: dict[str, Any], types: Types) -> None:
         schema["pattern"] = f"^{_ORIGIN}(/{_OF_PATH}{{0,{(most - _LONGEST_ORIGIN) // 3}}})?$"
 
 
-def _respell_bounds(schema: dict[str, Any], types: Types, path: str) -> None:
+def _respell_bounds(schema: dict[str, Any], types: _Types, path: str) -> None:
     """Whole numbers for integers, and of no more bits than there are."""
     for name in _OF_NUMBERS & schema.keys():
         if type(schema[name]) not in (int, float) or not math.isfinite(schema[name]):
@@ -357,7 +357,7 @@ def _code_point(match: re.Match[str]) -> str:
     return f"\\u{{{ord(match[0]):x}}}"
 
 
-def _check_keywords(schema: dict[str, Any], types: Types, path: str) -> None:
+def _check_keywords(schema: dict[str, Any], types: _Types, path: str) -> None:
     """Raises ValueError for keywords that the compiler would ignore, alone or together."""
     for name, kind in _KINDS_OF_VALUES.items():
         if not isinstance(schema.get(name, kind()), kind):

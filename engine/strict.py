@@ -95,10 +95,10 @@ def explain(errors: Sequence[Any], data: Any = None) -> list[tuple[str, str]]:
         elif detail["type"] != "missing" and not _says_all(detail):
             message += f" (got {shown(detail['input'])})"
         faults.append(([cut(part, _MAX_NAME) for part in path], message))
-    passed = {tuple(path[:i]) for path, _ in faults for i in range(len(path))}
-    if data is None:
-        passed = set()
-    return [(".".join(path), fault) for path, fault in faults if tuple(path) not in passed]
+    if data is not None:
+        passed = {tuple(path[:i]) for path, _ in faults for i in range(len(path))}
+        faults = [fault for fault in faults if tuple(fault[0]) not in passed]
+    return list(dict.fromkeys((".".join(path), message) for path, message in faults))
 
 
 def _path_in(data: Any, loc: Sequence[Any], is_missing: bool) -> list[str]:

@@ -201,6 +201,10 @@ def test_defaults_are_taken(model: Any, fields: dict[str, Any]) -> None:
     assert not faults(model, minimal | fields)
 
 
+def test_false_is_no_number_of_logprobs() -> None:
+    assert CompletionRequest.model_validate({"prompt": "a", "logprobs": False}).logprobs is None
+
+
 @pytest.mark.parametrize("model, fields", [(model, fields) for _, model, fields in ENDPOINTS])
 def test_what_openai_does_not_document_is_refused_though_it_is_null(
     model: Any, fields: dict[str, Any]
@@ -304,6 +308,34 @@ def test_a_streams_deltas_go_back_as_they_came(demo: LocalServer) -> None:
             model="manta-demo", messages=messages, tools=tools, max_tokens=2
         )
     assert told.choices[0].message.content
+
+
+def test_what_an_agent_sends_with_every_request(demo: LocalServer) -> None:
+    """All fields that it knows, most of which ask for nothing."""
+    body = {
+        "model": "manta-demo",
+        "instructions": "You are an agent.",
+        "input": [
+            {
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": QUESTION["content"]}],
+            }
+        ],
+        "tools": [WEATHER | {"type": "function", "strict": False}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": None,
+        "store": False,
+        "stream": False,
+        "include": [],
+        "service_tier": None,
+        "prompt_cache_key": "0198-4f",
+        "previous_response_id": None,
+        "text": None,
+    }
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body | {"temperature": 0})
+    assert answer.status_code == 200, answer.text
 
 
 def test_refusals_thoughts_and_lists_of_parts_are_text_of_the_conversation(

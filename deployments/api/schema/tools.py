@@ -45,8 +45,9 @@ class ForcedCall:
             )
         scope().names["structured_outputs"] = "tools"
         form = {"json": self.schema, "disable_any_whitespace": True}
+        given = params.model_dump(exclude_unset=True)
         try:
-            return SamplingParams(**params.model_dump(exclude_unset=True), structured_outputs=form)
+            return SamplingParams(**given | {"structured_outputs": form})
         except ValidationError as error:
             raise validation_error(explain(error.errors())) from error
 
