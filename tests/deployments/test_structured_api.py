@@ -193,7 +193,8 @@ def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_pa
             )
         )
     assert not answer.choices[0].message.tool_calls
-    prompt = api.front.tokenizer.encode(PROMPT + "<think>\n</think>\n\n")
+    said = " ".join([*PARAMETERS, PROMPT])
+    prompt = api.front.tokenizer.encode(said + "<think>\n</think>\n\n")
     assert answer.usage is not None and answer.usage.prompt_tokens == len(prompt)
 
 
