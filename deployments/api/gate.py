@@ -40,7 +40,12 @@ class Gate:
     """ASGI middleware around everything; adds nothing per streamed token but a call."""
 
     def __init__(
-        self, app: ASGIApp, front: Front, service: ServiceArgs, keys: KeyRing, tells_ids: bool
+        self,
+        app: ASGIApp,
+        front: Front,
+        service: ServiceArgs,
+        keys: KeyRing,
+        tells_ids: bool = True,
     ) -> None:
         self._app = app
         self._service = service

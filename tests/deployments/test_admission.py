@@ -190,7 +190,8 @@ def test_keys_of_several_names_have_prefixes_of_their_own_by_default(
     async def app(*asgi: Any) -> None:
         await PlainTextResponse(scope().cache_owner)(*asgi)
 
-    front: Any = SimpleNamespace(model_name="m", client=SimpleNamespace(metrics=Metrics("m", dict)))
+    client = SimpleNamespace(metrics=Metrics("m", dict))
+    front: Any = SimpleNamespace(model_name="m", client=client, num_open=0, check_open=lambda: None)
     args = ServiceArgs(isolate_cache_by_key=isolate, request_log="off")
     gate = Gate(app, front, args, KeyRing(keys))
     http = httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://test")

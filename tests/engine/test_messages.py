@@ -72,7 +72,7 @@ def test_tools_say_what_was_said_of_them(llm: LLM) -> None:
     "messages, options, says",
     [
         ([{"role": "robot", "content": "x"}], {}, r"messages\.0\.role: .* \(got 'robot'\)"),
-        ([{"role": "user"}], {}, r"messages\.0: content: Field required"),
+        ([{"role": "user"}], {}, r"messages\.0\.content: Field required"),
         ([USER | {"mood": "good"}], {}, r"messages\.0\.mood: unknown field"),
         ([USER | {"content": [{"type": "image_url"}]}], {}, r"messages\.0\.content"),
         ([USER], {"tools": [{"name": "f"}]}, r"tools\.0\.name: unknown field"),

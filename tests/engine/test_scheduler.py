@@ -567,7 +567,7 @@ def test_fcfs_takes_no_notice_of_priorities() -> None:
 def served(scheduler: Scheduler) -> list[str]:
     """Who is served, in order, up to the last; all have one token to come."""
     order = []
-    while scheduler.requests:
+    while scheduler.sequences:
         order += list(step(scheduler))
     return order
 
@@ -611,7 +611,7 @@ def test_one_flow_or_one_each_is_first_come_first_served(flows: str, rows: int) 
     for request_id, flow in zip("ijklmnop", flows, strict=True):
         add(scheduler, request_id, 3, flow=flow, max_tokens=2)
         order += [name for name in step(scheduler) if name not in order]
-    while scheduler.requests:
+    while scheduler.sequences:
         order += [name for name in step(scheduler) if name not in order]
     assert order == list("ijklmnop")
 
