@@ -63,3 +63,10 @@ async def choose_endpoint(handle: Any, *arguments: Any) -> tuple[str, int, str]:
             raise RuntimeError(f"replica {selection.replica_id} has no HTTP endpoint")
         host, port = replica.backend_http_endpoint
         return host, port, replica.replica_id.to_full_id_str()
+
+
+def dead_processes() -> list[str]:
+    """Those of Ray's own that this process has started, and that a node does not live without."""
+    node = ray._private.worker._global_node
+    vital = {"raylet", "gcs_server"}
+    return [kind for kind, _ in node.dead_processes() if kind in vital] if node else []

@@ -58,7 +58,7 @@ def serve(
 ) -> None:
     """Serve a model, with the playground at `/` and an OpenAI-compatible API under `/v1`.
 
-    Wraps `serve run deployments:app`. Examples:
+    Ctrl-C or SIGTERM stops it when what it is answering has ended; a second one, at once. Examples:
 
     * `manta serve` — the bundled demo model
 

@@ -6,11 +6,15 @@ imported when the environment is complete, for Ray reads it at import.
 
 import signal
 import sys
+import time
 from contextlib import suppress
 
 import ray
 from ray import serve
+from ray.exceptions import AuthenticationError, RayError
+from ray.serve.exceptions import RayServeException
 
+from deployments import ray_private
 from deployments.args import APPLICATION, AppArgs
 from deployments.builder import app
 from deployments.cli.announce import announce_when_ready
@@ -24,15 +28,13 @@ def run_server(args: AppArgs, host: str, port: int, address: str) -> None:
     """
     try:
         ray.init(address=address)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+    except (ConnectionError, AuthenticationError) as error:
         sys.exit(f"error: {error}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own exits at once
     try:
         with suppress(KeyboardInterrupt):
-            _start(args, host, port)
-            with suppress(KeyboardInterrupt):
-                while True:
-                    signal.pause()
+            _serve(args, host, port)
+        with suppress(KeyboardInterrupt):
             _drain(args.graceful_shutdown_timeout_s)
     except RuntimeError as error:
         sys.exit(f"error: {error}")
@@ -43,15 +45,18 @@ def run_server(args: AppArgs, host: str, port: int, address: str) -> None:
             serve.delete(APPLICATION)
 
 
-def _start(args: AppArgs, host: str, port: int) -> None:
-    """Raises RuntimeError when the application fails."""
+def _serve(args: AppArgs, host: str, port: int) -> None:
+    """Until a signal comes. Raises RuntimeError when the application fails or Ray has died."""
     serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
     serve.run(app(args), name=APPLICATION, route_prefix="/")
     announce_when_ready(host, port)
+    while not (dead := ray_private.dead_processes()):
+        time.sleep(1)
+    raise RuntimeError(f"Ray's {dead[0]} has died")
 
 
 def _drain(timeout_s: float) -> None:
     print("Stopping once the last answer has ended; Ctrl-C again cuts it.", flush=True)
-    with suppress(TimeoutError):
+    with suppress(TimeoutError, RayServeException, RayError):  # the latter two: nothing runs
         replicas = serve.get_app_handle(APPLICATION)
         replicas.broadcast("drain").results(timeout_s=timeout_s, return_exceptions=True)

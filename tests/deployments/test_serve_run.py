@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import ray
 import yaml
 
+from deployments import ray_private
 from tests.deployments.conftest import free_port, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,6 +90,24 @@ def open_to_others(processes: list[psutil.Process]) -> set[str]:
     }
 
 
+@dataclass
+class MantaServe:
+    process: subprocess.Popen[bytes]
+    command: list[str]
+    url: str
+    log: Path
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        """Of what it has started."""
+        (raylet,) = [process for process in family(self.process) if process.name() == "raylet"]
+        return raylet.environ()
+
+    @cached_property
+    def private_directory(self) -> Path:
+        return Path(self.environment["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+
+
 def is_up(url: str) -> bool:
     try:
         return httpx.get(f"{url}/health").status_code == 200
@@ -145,90 +168,32 @@ def test_a_bad_argument_prints_one_readable_line(tmp_path: Path, argument: str, 
     assert "Traceback" not in output
 
 
-def test_in_the_background_of_a_script_it_finishes_its_answers_on_sigterm(tmp_path: Path) -> None:
-    port = free_port()
-    url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
-    command = [*MANTA_SERVE, *SMALL, "--port", str(port)]
-    body: dict[str, Any] = {
-        "prompt": "a",
-        "max_tokens": 900,
-        "n": 4,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    body["stream_options"] = {"include_usage": True}
-    with running(command, log, in_background=True) as server:
-        wait_until(lambda: is_up(url), 120, "the server answers")
-        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 1 and "choose another by --port" in second.stderr
-        # Serve's port between replicas, which asks for Ray's token.
-        assert open_to_others(family(server)) == {"ray::ServeReplica:manta:Replica"}
-        children = family(server)
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            server.send_signal(signal.SIGINT)  # is for whatever runs in the foreground
-            server.send_signal(signal.SIGTERM)
-            wait_until(lambda: _status(url) == 503, 30, "nobody is let in any more")
-            events = [line.removeprefix("data: ") for line in lines if line]
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["usage"]["completion_tokens"] == 4 * 900
-        assert server.wait(60) == 0, log.read_text()
-        wait_gone(children)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[MantaServe]]:
+    """Both with HAProxy, and in the background of a script."""
+    directory = tmp_path_factory.mktemp("manta-serve")
+    with ExitStack() as stack:
+        servers = []
+        for port in (free_port(), free_port()):
+            command = [*MANTA_SERVE, *SMALL, "--haproxy", "--port", str(port)]
+            log = directory / f"{port}.log"
+            process = stack.enter_context(running(command, log, in_background=True))
+            servers.append(MantaServe(process, command, f"http://127.0.0.1:{port}", log))
+        wait_until(lambda: all(is_up(server.url) for server in servers), 240, "both answer")
+        yield servers
 
 
-def _status(url: str) -> int:
-    try:
-        return httpx.post(f"{url}/v1/completions", json={"prompt": "b"}).status_code
-    except httpx.TransportError:
-        return 0
-
-
-def test_two_with_haproxy_fit_a_machine_and_each_takes_all_that_it_started_with_it(
-    tmp_path: Path,
-) -> None:
-    ports = [free_port(), free_port()]
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
-    commands = [[*MANTA_SERVE, *SMALL, "--haproxy", "--port", str(port)] for port in ports]
-    with (
-        running(commands[0], tmp_path / "0") as stopped,
-        running(commands[1], tmp_path / "1") as killed,
-    ):
-        wait_until(lambda: all(map(is_up, urls)), 240, "both answer")
-        given = _environment_of_ray(stopped)
-        directory = Path(given["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
-        assert directory.stat().st_mode & 0o077 == 0  # Ray opens the socket itself to everybody
-        for name in ("STATS", "METRICS"):
-            port = int(given[f"RAY_SERVE_HAPROXY_{name}_PORT"])
-            assert _addresses(port) == {"127.0.0.1"}, name
+def test_two_with_haproxy_fit_a_machine_and_are_closed_to_others(two: list[MantaServe]) -> None:
+    for server in two:
+        # Serve's own ports between replicas; they ask for Ray's token.
         replicas = {f"ray::ServeReplica:manta:{name}" for name in ("Replica", "IngressRouter")}
-        assert open_to_others(family(stopped)) == replicas
-
-        assert given["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "1"
-        for process in family(stopped):
-            if process.name() == "haproxy":
-                process.kill()
-        wait_until(lambda: is_up(urls[0]), 60, "a killed proxy is replaced")
-
-        # Two of Ray's that look after the others look for a minute before they go.
-        left = [p for p in family(killed) if not p.cmdline()[0].endswith("Agent")]
-        agents = set(family(killed)) - set(left)
-        killed.kill()
-        wait_gone(left)
-        for agent in agents:
-            agent.kill()
-        assert is_up(urls[0])
-
-        left = family(stopped)
-        stopped.send_signal(signal.SIGINT)
-        assert stopped.wait(25) == 0, (tmp_path / "0").read_text()
-        wait_gone(left)
-        assert not directory.exists()
-
-
-def _environment_of_ray(server: subprocess.Popen[bytes]) -> dict[str, str]:
-    (raylet,) = [process for process in family(server) if process.name() == "raylet"]
-    return raylet.environ()
+        assert open_to_others(family(server.process)) == replicas
+        for name in ("STATS", "METRICS"):
+            port = int(server.environment[f"RAY_SERVE_HAPROXY_{name}_PORT"])
+            assert _addresses(port) == {"127.0.0.1"}, name
+        # Ray opens the socket itself to everybody.
+        assert server.private_directory.stat().st_mode & 0o077 == 0
+        assert any(path.is_socket() for path in server.private_directory.glob("*/admin.sock"))
 
 
 def _addresses(port: int) -> set[str]:
@@ -238,3 +203,69 @@ def _addresses(port: int) -> set[str]:
         for connection in psutil.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
     }
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(two: list[MantaServe]) -> None:
+    """Ray would have both servers listen, and give each some of the clients."""
+    command = two[0].command
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "choose another by --port" in done.stderr
+
+
+def test_a_killed_proxy_is_replaced(two: list[MantaServe]) -> None:
+    server, _ = two
+    assert server.environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "1"
+    for process in family(server.process):
+        if process.name() == "haproxy":
+            process.kill()
+    wait_until(lambda: is_up(server.url), 60, "its port is back")
+
+
+def test_kill_9_takes_all_that_it_started_with_it(two: list[MantaServe]) -> None:
+    other, server = two
+    started = family(server.process)
+    # Two of Ray's processes look for the others for a minute before they go too.
+    agents = [process for process in started if process.cmdline()[0].endswith("Agent")]
+    server.process.kill()
+    wait_gone([process for process in started if process not in agents])
+    for agent in agents:
+        agent.kill()
+    assert is_up(other.url)
+
+
+def test_on_sigterm_it_lets_nobody_in_and_finishes_its_answers(two: list[MantaServe]) -> None:
+    server, _ = two
+    started = family(server.process)
+    body: dict[str, Any] = {"prompt": "a", "max_tokens": 900, "n": 4, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)  # is for what runs in the foreground
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: _status(server.url) == 503, 30, "nobody is let in any more")
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["usage"]["completion_tokens"] == 4 * 900
+    assert server.process.wait(25) == 0, server.log.read_text()  # with HAProxy, too
+    wait_gone(started)
+    assert not server.private_directory.exists()
+
+
+def _status(url: str) -> int:
+    try:
+        return httpx.post(f"{url}/v1/completions", json={"prompt": "b"}).status_code
+    except httpx.TransportError:
+        return 0
+
+
+def test_a_dead_ray_is_noticed(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its raylet or GCS nothing serves for long, and nobody starts them anew."""
+    node = ray._private.worker._global_node
+    assert node.all_processes.keys() >= {"raylet", "gcs_server"}
+    assert ray_private.dead_processes() == []
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+        for kind in ("raylet", "dashboard"):
+            monkeypatch.setitem(node.all_processes, kind, [SimpleNamespace(process=dead)])
+        assert ray_private.dead_processes() == ["raylet"]

@@ -49,7 +49,7 @@ def environment(path: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def port(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """`manta serve`, as the quickstart has it, until it says that it serves; then Ctrl-C."""
+    """`manta serve`, as the quickstart has it, until it says that it serves; SIGINT ends it."""
     port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     with log.open("wb") as output:
@@ -72,7 +72,7 @@ def port(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
             assert expected in said
         started = psutil.Process(process.pid).children(recursive=True)
         yield port
-        os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0, log.read_text()
         gone, alive = psutil.wait_procs(started, 10)
         assert not alive and gone
