@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from engine.request_model import NotServed, RequestModel, Unserved
 from engine.strict import StrictModel, explain
+from engine.text.request_model import NotServed, RequestModel, Unserved
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 # Of a prompt's part: where a cached prefix should end. Every block of a prompt may be such an end.

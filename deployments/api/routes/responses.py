@@ -28,10 +28,10 @@ from deployments.api.schema.tools import NamedTool
 from deployments.api.scope import scope
 from deployments.api.streaming import await_first, event_stream, named_event
 from deployments.front.front import Front, TextDelta
-from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.text.messages import Function, FunctionName, Message, Tool
+from engine.text.request_model import NotServed, RequestModel, Unserved
 
 # Of a chat, for errors.
 _OTHER_NAMES = {

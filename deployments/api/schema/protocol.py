@@ -17,10 +17,10 @@ from pydantic import (
 from deployments.api.schema.structured import FormFields
 from deployments.api.schema.tools import NamedTool, ToolChoice
 from deployments.api.scope import scope
-from engine.request_model import NotServed, RequestModel, Unserved
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
+from engine.text.request_model import NotServed, RequestModel, Unserved
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 

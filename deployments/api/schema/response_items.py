@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from engine.request_model import NotServed, RequestModel, Unserved
 from engine.text.messages import (
     CacheBreakpoint,
     CalledFunction,
@@ -14,6 +13,7 @@ from engine.text.messages import (
     TextPart,
     ToolCall,
 )
+from engine.text.request_model import NotServed, RequestModel, Unserved
 
 
 class _Item(RequestModel):

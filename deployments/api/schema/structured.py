@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from engine.request_model import RequestModel
 from engine.strict import StrictModel, explain
 from engine.structured_outputs import StructuredOutputs
+from engine.text.request_model import RequestModel
 
 
 class TextFormat(RequestModel):

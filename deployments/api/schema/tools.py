@@ -9,11 +9,11 @@ from deployments.api.errors import ApiError, validation_error
 from deployments.api.scope import scope
 from deployments.front.front import Front
 from deployments.parsing import FORMATS, ToolFormat
-from engine.request_model import RequestModel
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.structured_outputs import StructuredOutputs
 from engine.text.messages import FunctionName, Tool
+from engine.text.request_model import RequestModel
 
 
 class FunctionReference(RequestModel):
