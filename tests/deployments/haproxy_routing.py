@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # read when Serve is imported
+os.environ["RAY_SERVE_SESSION_ID_HEADER_KEY"] = "authorization"
 os.environ["RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY"] = "1"
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"  # no load balancer to inform
 
