@@ -12,6 +12,11 @@ from pathlib import Path
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+    # Routers see the client's key, and no body that they would not read.
+    "RAY_SERVE_SESSION_ID_HEADER_KEY": "authorization",
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(2**20),
+    # Half a request is given up.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -41,6 +41,16 @@ def can_route_by_body() -> bool:
     return False
 
 
+def routers_see_keys() -> bool:
+    """Whether HAProxy hands ingress routers the clients' Authorization header.
+
+    It hands them one header, which RAY_SERVE_SESSION_ID_HEADER_KEY names.
+    """
+    from ray.serve._private.constants import SERVE_SESSION_ID
+
+    return bool(SERVE_SESSION_ID.lower() == "authorization")
+
+
 def with_ingress_router(application: Application, router: Application) -> Application:
     """HAProxy asks `router` where each POST to `application` goes."""
     return application._with_ingress_request_router(router)

@@ -1,6 +1,6 @@
 """What an engine looks like from outside: a picture of its pool, its batch and its queue.
 
-Nothing is recorded and nothing is built unless a `Observer` is attached, that is, while somebody
+Nothing is recorded and nothing is built unless an `Observer` is attached, that is, while somebody
 watches. A picture is plain data (numbers, strings, lists, dicts), bounded in size: a pool of more
 than `MAX_CELLS` blocks is drawn with several blocks to a cell.
 """
@@ -101,8 +101,8 @@ class Observer:
             "num_blocks": pool.num_blocks,
             "blocks_per_cell": per_cell,
             "pool": occupancy,
-            "rows": [_row(request, per_cell) for request in scheduler.running[:MAX_ROWS]],
-            "waiting": [_waiting(request) for request in islice(scheduler.waiting, MAX_ROWS)],
+            "rows": [_row(sequence, per_cell) for sequence in scheduler.running[:MAX_ROWS]],
+            "waiting": [_waiting(sequence) for sequence in islice(scheduler.waiting, MAX_ROWS)],
             "steps": steps,
         }
 

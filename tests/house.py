@@ -33,7 +33,7 @@ class Module:
 
     @property
     def is_triton(self) -> bool:
-        return "triton" in str(self.path)
+        return self.room == "kernels.cuda"
 
 
 def read_house() -> dict[str, Module]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.checkpoint import CheckpointError
 from engine.models.blocks.attention import AttentionConfig
-from engine.models.blocks.layer import LayerConfig
+from engine.models.blocks.layer import LayerConfig, MlpConfig
 from engine.models.blocks.mlp import GatedMlpConfig
 from engine.models.blocks.rotary import RopeConfig
 
@@ -38,6 +38,7 @@ class ModelConfig:
 def dense_config(
     hf: dict[str, Any],
     *,
+    mlp: MlpConfig | None = None,
     windows: Sequence[int | None] = (),
     qk_norm: bool = False,
     qkv_bias: bool = False,
@@ -47,15 +48,18 @@ def dense_config(
 
     Args:
         hf: config.json.
+        mlp: of every layer, where it is not the gated MLP with SiLU.
         windows: sliding window of each layer; none slides by default.
     Raises:
         CheckpointError: config.json asks for what these blocks do not compute.
         KeyError: config.json lacks a field.
     """
-    refuse_unsupported(hf)
+    refuse_unsupported(hf, _ONLY)
+    if mlp is None:
+        refuse_unsupported(hf, _ONLY_OF_GATED_MLP)
+        mlp = GatedMlpConfig(hf["intermediate_size"])
     num_layers, num_heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     rope = rope_config(hf)
-    mlp = GatedMlpConfig(hf["intermediate_size"])
     attention = [
         AttentionConfig(
             num_heads=num_heads,
@@ -81,15 +85,15 @@ def dense_config(
 
 
 # Values of config.json under which these blocks compute what transformers does.
-_ONLY = {
+_ONLY: dict[str, tuple[Any, ...]] = {"partial_rotary_factor": (1, 1.0, None)}
+_ONLY_OF_GATED_MLP: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, 1.0, None),
 }
 
 
-def refuse_unsupported(hf: dict[str, Any]) -> None:
-    for name, supported in _ONLY.items():
+def refuse_unsupported(hf: dict[str, Any], only: dict[str, tuple[Any, ...]]) -> None:
+    for name, supported in only.items():
         if hf.get(name, supported[0]) not in supported:
             raise CheckpointError(
                 f"config.json: {name}={hf[name]!r} is not supported, only {supported[0]!r}"

@@ -223,6 +223,8 @@ def load_dummy_weights(
             parameter = module.get_parameter(name)
             if parameter.dim() == 1 and name == "weight":
                 parameter.fill_(1.0)
+            elif not parameter.is_floating_point():
+                parameter.random_(generator=generator)
             else:
                 parameter.normal_(0.0, 0.02, generator=generator)
         filled(module)

@@ -48,16 +48,16 @@ class ForwardPass:
             )
         # Where each request of a batch begins, when all of them have one token.
         self._unit_starts = torch.arange(max(self._sizes) + 1, dtype=torch.int32, device=device)
-        self._graphs: RecordedSteps | None = None
+        self._recorded: RecordedSteps | None = None
 
     @property
     def num_replays(self) -> int:
         """Of recorded steps."""
-        return self._graphs.num_replays if self._graphs is not None else 0
+        return self._recorded.num_replays if self._recorded is not None else 0
 
     def close(self) -> None:
         """Let go of the KV cache and of what was recorded over it."""
-        self._graphs = None
+        self._recorded = None
         self.kv_caches = []
 
     @torch.inference_mode()
@@ -70,7 +70,7 @@ class ForwardPass:
     def record(self) -> None:
         """Record decoding over this cache, where the device has a use for it."""
         if self._new_recorder is not None:
-            self._graphs = RecordedSteps(
+            self._recorded = RecordedSteps(
                 self._new_recorder(), self._sizes, self._decode, self._device
             )
 
@@ -79,8 +79,8 @@ class ForwardPass:
         rows = [row.row for row in scheduled]
         starts = [row.start for row in scheduled]
         lengths = [row.num_tokens for row in scheduled]
-        if max(lengths) == 1 and self._graphs is not None and self._graphs.fits(len(rows)):
-            return self._graphs.run(rows, starts)
+        if max(lengths) == 1 and self._recorded is not None and self._recorded.fits(len(rows)):
+            return self._recorded.run(rows, starts)
         packed = to_device([*rows, *starts, 0, *accumulate(lengths)], torch.int32, self._device)
         num_rows = len(rows)
         return self._run(

@@ -1,6 +1,6 @@
 """A family is a small file and a line in the registry; here one whose blocks are not all known."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,7 @@ class SquaredRelu(nn.Module):
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
-    dense = dense_config(hf | {"hidden_act": "silu"})
-    mlp = SquaredReluConfig(hf["intermediate_size"])
-    return replace(dense, layers=tuple(replace(layer, mlp=mlp) for layer in dense.layers))
+    return dense_config(hf, mlp=SquaredReluConfig(hf["intermediate_size"]))
 
 
 # --- What it takes to have it -----------------------------------------------------------------

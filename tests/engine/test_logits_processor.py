@@ -91,15 +91,19 @@ def plain_requests() -> list[Request]:
 
 def ruled_requests(plain: Sequence[Sequence[int]]) -> list[Request]:
     """A rule for each prompt; then bad words and stop tokens taken from the plain text."""
+    at = len(RULES)
     rules = [
         *RULES,
         *(
             dict(bad_words_token_ids=[list(text[3 : 3 + n])])
-            for n, text in enumerate(plain[12:16], 1)
+            for n, text in enumerate(plain[at : at + 4], 1)
         ),
-        dict(bad_words_token_ids=[[t] for t in plain[16][:3]] + [list(plain[16][4:6]), [8, 9, 8]]),
-        dict(stop_token_ids=list(plain[17][:3]), min_tokens=9),
-        dict(stop_token_ids=[plain[18][0]], min_tokens=NUM_OUTPUT, frequency_penalty=1.0),
+        dict(
+            bad_words_token_ids=[[t] for t in plain[at + 4][:3]]
+            + [list(plain[at + 4][4:6]), [8, 9, 8]]
+        ),
+        dict(stop_token_ids=list(plain[at + 5][:3]), min_tokens=9),
+        dict(stop_token_ids=[plain[at + 6][0]], min_tokens=NUM_OUTPUT, frequency_penalty=1.0),
     ]
     return [
         Request(

@@ -37,9 +37,11 @@ class ScaledBytes:
             StoredTensor("scales", scales, torch.float32, 1, 0, ins_per_entry=GROUP),
         ]
 
-    def pack(self, ops: Ops, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Linear:
+    def pack(
+        self, ops: Ops, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> Linear:
         scales = tensors["scales"].repeat_interleave(GROUP, 0)
-        weight = (tensors["qweight"] * scales).to(torch.get_default_dtype()).T.contiguous()
+        weight = (tensors["qweight"] * scales).to(dtype).T.contiguous()
         return ops.pack_linear(weight, bias, None)
 
 
@@ -77,13 +79,19 @@ def both(
     return made[0], made[1]
 
 
-def test_the_text_is_that_of_the_values_it_stands_for(both: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_text_is_that_of_the_values_it_stands_for(both: tuple[Path, Path], dtype: str) -> None:
     texts = []
     for directory in both:
-        with new_engine(directory) as engine:
+        with new_engine(directory, dtype=dtype) as engine:
             outputs = run(engine, new_requests(random_prompts(16, 60), ignore_eos=True))
             texts.append(tokens_of(outputs))
     assert texts[0] == texts[1]
+
+
+def test_dummy_weights_are_of_its_types(both: tuple[Path, Path]) -> None:
+    with new_engine(both[0], load_format="dummy") as engine:
+        assert len(run(engine, new_requests([[5, 6, 7]]))) == 1
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -84,6 +84,7 @@ class ShardedLinear(ShardedModule):
     def __init__(self, weights: WeightFormat) -> None:
         super().__init__()
         self._weights = weights
+        self._dtype = torch.get_default_dtype()  # the model's
         self._tensors: list[str] = []
         self.bias: nn.Parameter | None = None
 
@@ -101,7 +102,7 @@ class ShardedLinear(ShardedModule):
 
     def pack(self, ops: Ops) -> None:
         tensors = {name: self.get_parameter(name).data for name in self._tensors}
-        self._linear: Linear = self._weights.pack(ops, tensors, self._packed_bias())
+        self._linear: Linear = self._weights.pack(ops, tensors, self._packed_bias(), self._dtype)
         for name in self._tensors:
             delattr(self, name)
 

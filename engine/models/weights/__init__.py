@@ -24,7 +24,8 @@ def weight_format(hf: dict[str, Any], quantization: Quantization | None) -> Weig
     method = stored.get("quant_method")
     if method not in FORMATS:
         raise CheckpointError(
-            f"config.json: quantization_config={stored!r} is not supported, only None"
+            f"config.json: quantization_config={stored!r} is not supported; supported: "
+            f"{', '.join(['none', *FORMATS])}"
         )
     if quantization is not None:
         raise CheckpointError(

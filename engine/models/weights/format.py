@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from kernels.types import Linear
 from torch import Tensor
 
 from kernels import Ops
+from kernels.types import Linear
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class WeightFormat(Protocol):
     def tensors(self, out_features: int, in_features: int) -> Sequence[StoredTensor]:
         """What the checkpoint has of one linear map; a bias is not among them."""
 
-    def pack(self, ops: Ops, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Linear:
+    def pack(
+        self, ops: Ops, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> Linear:
         """The map that these tensors, by name, stand for: in the layout of the device's kernels.
 
         They may be of several maps with the same inputs, one below the other along out_dim, and
-        are not needed any more.
+        are not needed any more. Inputs and outputs are of this dtype.
         """

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kernels.types import Linear
+import torch
 from torch import Tensor
 
 from engine.models.weights.format import StoredTensor
 from kernels import Ops
 from kernels.quantization import Quantization
+from kernels.types import Linear
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,7 @@ class PlainWeights:
     def tensors(self, out_features: int, in_features: int) -> Sequence[StoredTensor]:
         return [StoredTensor("weight", (out_features, in_features), None, out_dim=0, in_dim=1)]
 
-    def pack(self, ops: Ops, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Linear:
+    def pack(
+        self, ops: Ops, tensors: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> Linear:
         return ops.pack_linear(tensors["weight"], bias, self.quantization)
