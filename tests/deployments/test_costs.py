@@ -23,6 +23,7 @@ from deployments.api.schema import answers
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, ModelRequest
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
+from engine.text.chat_template import ChatTemplates
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
@@ -217,23 +218,24 @@ def test_tokenizing_lets_others_run(demo: LocalServer) -> None:
 def test_no_text_is_worked_on_in_the_event_loop(
     demo: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[str]] = {"encode": set(), "decode": set(), "render_chat": set()}
+    seen: dict[str, set[str]] = {"encode": set(), "decode": set(), "render": set()}
     for name, threads in seen.items():
-        method = getattr(Tokenizer, name)
+        owner: Any = ChatTemplates if name == "render" else Tokenizer
+        method = getattr(owner, name)
 
         def watched(
-            self: Tokenizer,
+            self: Any,
             first: Any,
             *rest: Any,
             _method: Any = method,
             _threads: set[str] = threads,
             **options: Any,
         ) -> Any:
-            if len(first) > 20 or _method.__name__ == "render_chat":  # not the end of a prompt
+            if len(first) > 20 or _method.__name__ == "render":  # not the end of a prompt
                 _threads.add(threading.current_thread().name)
             return _method(self, first, *rest, **options)
 
-        monkeypatch.setattr(Tokenizer, name, watched)
+        monkeypatch.setattr(owner, name, watched)
     text = "these are more words than a few, and so worth a thread of their own"
     tokens = demo.front.tokenizer.fast.encode(text).ids
     messages = [{"role": "user", "content": text}]

@@ -59,7 +59,7 @@ class FakeEngine:
         """A token for everybody."""
         deltas = []
         for request in list(self.requests.values()):
-            request.append(len(request.output_token_ids))
+            request.output_token_ids.append(len(request.output_token_ids))
             is_over = len(request.output_token_ids) == request.params.max_tokens
             deltas.append(
                 (request.id, request.output_token_ids[-1:], "length" if is_over else None, None, 0)
@@ -192,7 +192,7 @@ def test_a_request_that_kills_engines_ends_alone(dies_at: int, num_engines: int)
         assert await asyncio.gather(*tasks, late) == [list(range(30))] * 21
         assert ward.num_engines == num_engines
         assert client.num_blamed == MAX_DEATHS - 1
-        assert client.num_live == client.num_queued == 0
+        assert client.num_live == client.queue.taken == 0
         supervisor.cancel()
 
     run(test)

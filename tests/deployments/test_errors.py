@@ -62,7 +62,7 @@ def refused(server: LocalServer, path: str, body: str | dict[str, Any]) -> answe
         (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         ("/tokenize", {}, "prompt", "either prompt or messages"),
         # A path in the body, without the names of what it could have been.
-        (TEXT, {"prompt": {"a": 1}}, "prompt", "a valid string"),
+        (TEXT, {"prompt": {"a": 1}}, "prompt", "a text, a list of token ids"),
         (TEXT, {"prompt": [1, "a"]}, "prompt.1", "a valid integer"),
         (TEXT, {"logit_bias": {"x": 1}}, "logit_bias.x", "a valid integer"),
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "a valid str"),
@@ -77,7 +77,7 @@ def refused(server: LocalServer, path: str, body: str | dict[str, Any]) -> answe
         (RESPONSES, {"input": []}, "input", "at least 1"),
         (RESPONSES, {"input": [{"role": "king", "content": "a"}]}, "input.0.role", "'king'"),
         (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}, "input.0", "type must be"),
-        (TEXT, "{", None, "JSON decode error: Expecting property name"),
+        (TEXT, "{", None, "the body is not valid JSON"),
         (TEXT, "[1]", None, "a valid dictionary"),
         # What else it is called here is nobody's business.
         (CHAT, {"response_format": named(BAD_SCHEMA)}, "response_format", "properties.a: the"),

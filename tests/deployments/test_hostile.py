@@ -172,19 +172,23 @@ def test_bad_words_that_no_engine_takes(
 @pytest.mark.parametrize(
     ("path", "fields", "field"),
     [
-        (TEXT, '"guided_json": SCHEMA', "guided_json: json.minimum"),
-        (TEXT, '"structured_outputs": {"json": SCHEMA}', "structured_outputs: json.minimum"),
+        (TEXT, '"guided_json": SCHEMA', "guided_json: there is no integer"),
+        (
+            TEXT,
+            '"structured_outputs": {"json": SCHEMA}',
+            "structured_outputs.json: there is no integer",
+        ),
         (
             CHAT,
             '"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": '
             '{"type": "object", "properties": {"b": SCHEMA}}}}',
-            "response_format: json.properties.b.minimum",
+            "response_format: properties.b: there is no integer",
         ),
         (
             CHAT,
             '"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", '
             '"parameters": {"type": "object", "properties": {"b": SCHEMA}}}}]',
-            "properties.b.minimum",
+            "parameters.properties.b: there is no integer",
         ),
     ],
 )
