@@ -61,7 +61,11 @@ class ScriptedApi:
                 self.num_made += step
                 if self.num_made == len(tokens):
                     record.finish_reason = "stop" if tokens[-1] == EOS else "length"
-                yield TokenDelta("0", tokens[start : start + step], record.finish_reason)
+                yield TokenDelta(
+                    request_id="0",
+                    token_ids=tokens[start : start + step],
+                    finish_reason=record.finish_reason,
+                )
         finally:
             self.finish_reason = record.finish_reason
 
