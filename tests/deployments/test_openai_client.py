@@ -220,7 +220,8 @@ def test_malformed_requests_get_openai_shaped_errors(server: str) -> None:
     for response, status in (
         (httpx.post(f"{server}/v1/completions", content=b'{"prompt": "x', headers=headers), 400),
         (httpx.post(f"{server}/v1/completions", content=b"[1]", headers=headers), 400),
-        (httpx.post(f"{server}/v1/completions", content=b""), 400),
+        (httpx.post(f"{server}/v1/completions", content=b"", headers=headers), 400),
+        (httpx.post(f"{server}/v1/completions", content=b"{}"), 415),
         (httpx.get(f"{server}/v1/nothing"), 404),
         (httpx.get(f"{server}/v1/completions"), 405),
         (
