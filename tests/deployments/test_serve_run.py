@@ -259,6 +259,18 @@ def _status(url: str) -> int:
         return 0
 
 
+def test_from_a_cluster_that_it_joined_it_takes_only_its_own(
+    cluster: str, server: str, tmp_path: Path
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    where = ["--address", address, "--port", cluster.rpartition(":")[2]]
+    with running([*MANTA_SERVE, *SMALL, *where], log := tmp_path / "log") as joined:
+        wait_until(lambda: is_up(cluster), 120, "its application answers")
+        joined.send_signal(signal.SIGTERM)
+        assert joined.wait(60) == 0, log.read_text()
+    assert not is_up(cluster) and is_up(server)
+
+
 def test_a_dead_ray_is_noticed(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its raylet or GCS nothing serves for long, and nobody starts them anew."""
     node = ray._private.worker._global_node
