@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,12 +64,17 @@ def _ignore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+def family(process: subprocess.Popen[bytes]) -> dict[psutil.Process, str]:
+    """All that it has started, and their titles."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found[child] = " ".join(child.cmdline()).strip()
+    return found
 
 
-def wait_gone(processes: list[psutil.Process], timeout_s: float = 30) -> None:
-    wait_until(lambda: not any(map(is_alive, processes)), timeout_s, f"none is left of {processes}")
+def wait_gone(processes: Collection[psutil.Process]) -> None:
+    wait_until(lambda: not any(map(is_alive, processes)), 30, f"none is left of {processes}")
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -79,14 +84,21 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def open_to_others(processes: list[psutil.Process]) -> set[str]:
+def open_to_others(processes: dict[psutil.Process, str]) -> set[str]:
     """Who of them listens elsewhere than on the loopback."""
+    found = set()
+    for process, title in processes.items():
+        with suppress(psutil.Error):  # HAProxy hides its own, another may have ended
+            found |= {title for ip, _ in _listening(process) if not ip.startswith("127.")}
+    return found
+
+
+def _listening(process: Any = psutil) -> set[tuple[str, int]]:
+    """Addresses and ports, of a process or the whole machine."""
     return {
-        " ".join(process.cmdline()).strip()
-        for process in processes
+        (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
-        and not connection.laddr.ip.removeprefix("::ffff:").startswith("127.")
     }
 
 
@@ -100,7 +112,7 @@ class MantaServe:
     @cached_property
     def environment(self) -> dict[str, str]:
         """Of what it has started."""
-        (raylet,) = [process for process in family(self.process) if process.name() == "raylet"]
+        (raylet,) = [p for p, title in family(self.process).items() if "/raylet/raylet" in title]
         return raylet.environ()
 
     @cached_property
@@ -145,7 +157,7 @@ def test_a_serve_config_file_starts_it_and_ctrl_c_leaves_no_process(tmp_path: Pa
         assert answer["choices"][0]["message"]["content"] == "apple river"
 
         children = family(process)
-        assert any("EngineShard" in " ".join(child.cmdline()) for child in children)
+        assert any("EngineShard" in title for title in children.values())
         os.killpg(process.pid, signal.SIGINT)
         process.wait(timeout=60)
         wait_gone(children)
@@ -190,19 +202,10 @@ def test_two_with_haproxy_fit_a_machine_and_are_closed_to_others(two: list[Manta
         assert open_to_others(family(server.process)) == replicas
         for name in ("STATS", "METRICS"):
             port = int(server.environment[f"RAY_SERVE_HAPROXY_{name}_PORT"])
-            assert _addresses(port) == {"127.0.0.1"}, name
+            assert {ip for ip, listening in _listening() if listening == port} == {"127.0.0.1"}
         # Ray opens the socket itself to everybody.
         assert server.private_directory.stat().st_mode & 0o077 == 0
         assert any(path.is_socket() for path in server.private_directory.glob("*/admin.sock"))
-
-
-def _addresses(port: int) -> set[str]:
-    """Where the port is listened on."""
-    return {
-        connection.laddr.ip
-        for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-    }
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(two: list[MantaServe]) -> None:
@@ -215,8 +218,8 @@ def test_a_port_in_use_is_refused_before_anything_starts(two: list[MantaServe]) 
 def test_a_killed_proxy_is_replaced(two: list[MantaServe]) -> None:
     server, _ = two
     assert server.environment["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "1"
-    for process in family(server.process):
-        if process.name() == "haproxy":
+    for process, title in family(server.process).items():
+        if "/haproxy -db" in title:
             process.kill()
     wait_until(lambda: is_up(server.url), 60, "its port is back")
 
@@ -225,9 +228,9 @@ def test_kill_9_takes_all_that_it_started_with_it(two: list[MantaServe]) -> None
     other, server = two
     started = family(server.process)
     # Two of Ray's processes look for the others for a minute before they go too.
-    agents = [process for process in started if process.cmdline()[0].endswith("Agent")]
+    agents = [process for process, title in started.items() if title.endswith("Agent")]
     server.process.kill()
-    wait_gone([process for process in started if process not in agents])
+    wait_gone(started.keys() - agents)
     for agent in agents:
         agent.kill()
     assert is_up(other.url)
@@ -257,6 +260,18 @@ def _status(url: str) -> int:
         return httpx.post(f"{url}/v1/completions", json={"prompt": "b"}).status_code
     except httpx.TransportError:
         return 0
+
+
+def test_from_a_cluster_that_it_joined_it_takes_only_its_own(
+    cluster: str, server: str, tmp_path: Path
+) -> None:
+    address = ray.get_runtime_context().gcs_address
+    where = ["--address", address, "--port", cluster.rpartition(":")[2]]
+    with running([*MANTA_SERVE, *SMALL, *where], log := tmp_path / "log") as joined:
+        wait_until(lambda: is_up(cluster), 120, "its application answers")
+        joined.send_signal(signal.SIGTERM)
+        assert joined.wait(60) == 0, log.read_text()
+    assert not is_up(cluster) and is_up(server)
 
 
 def test_a_dead_ray_is_noticed(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
