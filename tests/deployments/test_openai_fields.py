@@ -336,6 +336,8 @@ def test_what_an_agent_sends_with_every_request(demo: LocalServer) -> None:
     }
     answer = httpx.post(f"{demo.url}/v1/responses", json=body | {"temperature": 0})
     assert answer.status_code == 200, answer.text
+    (tool,) = answer.json()["tools"]
+    assert tool == WEATHER | {"type": "function", "strict": False, "description": None}
 
 
 def test_refusals_thoughts_and_lists_of_parts_are_text_of_the_conversation(

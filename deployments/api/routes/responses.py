@@ -158,7 +158,7 @@ class ResponseRequest(AgentRequest):
             "temperature": params.temperature,
             "text": self.text.model_dump(by_alias=True),
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-            "tools": [tool.model_dump() for tool in self.tools],
+            "tools": [{"type": "function", **_plain(tool).model_dump()} for tool in self.tools],
             "top_p": params.top_p,
             "truncation": "disabled",
             "user": self.user,
