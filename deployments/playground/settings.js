@@ -53,11 +53,14 @@ export async function learn() {
   }
 }
 
-/** A field that the server refused after all: off, with its reason. True when there is such a control. */
+/**
+ * A field that the server refused after all: off, with its reason. True when there is such a control.
+ * A text that the user wrote stays, for the fault may be in it.
+ */
 export function refuse(param, message) {
   const name = { top_logprobs: "logprobs" }[param] ?? param;
   const node = form.querySelector(`[data-needs="${CSS.escape(name ?? "")}"]`);
-  if (!node || node.classList.contains("missing")) return false;
+  if (!node || node.querySelector("textarea") || node.classList.contains("missing")) return false;
   fields?.delete(name);
   disable(node, message);
   return true;

@@ -196,7 +196,7 @@ def test_a_benchmark_ends_when_the_command_is_told_to(demo: LocalServer) -> None
     arguments = ["bench", "serving", "--url", demo.url, "--requests", "100000"]
     bench = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT)
     try:
-        wait_until(lambda: psutil.Process(bench.pid).cmdline()[2] == "benchmarks.serving")
+        wait_until(lambda: "benchmarks.serving" in psutil.Process(bench.pid).cmdline())
         bench.terminate()
         assert bench.wait(30) == -signal.SIGTERM
     finally:

@@ -177,30 +177,27 @@ def percent(logprob: float) -> str:
     return "100 %" if share >= 99.95 else f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"
 
 
-@pytest.mark.parametrize("field", ["logprobs", "response_format"])
-def test_what_the_server_refuses_is_switched_off_and_the_answer_comes(
-    open_page: OpenPage, field: str
-) -> None:
+def test_what_the_server_refuses_is_switched_off_and_the_answer_comes(open_page: OpenPage) -> None:
     page = open_page()
-    pretend_fields(page, "logprobs", "top_logprobs", "response_format")
+    pretend_fields(page, "logprobs", "top_logprobs")
     page.reload()
-    error = {"error": {"message": f"{field}: not here", "param": field, "code": None}}
+    error = {"error": {"message": "logprobs: not here", "param": "logprobs", "code": None}}
     sent: list[dict[str, Any]] = []
 
     def reply(route: Route) -> None:
         sent.append(route.request.post_data_json)
-        if field in sent[-1]:
+        if "logprobs" in sent[-1]:
             route.fulfill(status=400, json=error)
         else:
             route.fulfill(content_type="text/event-stream", body=chunks({"content": "fine"}))
 
     page.route(CHAT, reply)
-    settings(page, **({"logprobs": True} if field == "logprobs" else {"schema": "{}"}))
+    settings(page, logprobs=True)
     say(page, "Hello")
     expect(last_answer(page).locator(".text")).to_have_text("fine")
-    assert len(sent) == 2 and field not in sent[1]
+    assert len(sent) == 2 and "logprobs" not in sent[1]
     page.click("#toggle-settings")
-    expect(page.locator(f'[data-needs="{field}"] .why')).to_contain_text("not here")
+    expect(page.locator('[data-needs="logprobs"] .why')).to_contain_text("not here")
 
 
 def test_an_answer_is_held_to_a_pasted_schema(open_page: OpenPage, screenshot: Screenshot) -> None:
