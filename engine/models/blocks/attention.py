@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from kernels.types import AttentionInputs, KVCache
 from torch import Tensor, nn
 
 from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
 from engine.models.blocks.norm import Norm
 from engine.models.blocks.rotary import RopeConfig
+from kernels.types import AttentionInputs, KVCache
 
 
 @dataclass(frozen=True)

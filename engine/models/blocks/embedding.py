@@ -1,11 +1,11 @@
 """Token embedding and language-model head over a vocabulary spread over the ranks."""
 
-from kernels.types import Linear
 from torch import Tensor
 
 from engine.models.blocks.linear import BuildContext, ShardedModule, Source
 from kernels import Ops
 from kernels.quantization import Quantization
+from kernels.types import Linear
 
 
 class VocabEmbedding(ShardedModule):

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from kernels.types import AttentionInputs, KVCache
 from torch import Tensor, nn
 
 from engine.models.blocks.attention import AttentionConfig
 from engine.models.blocks.linear import BuildContext
 from engine.models.blocks.norm import Norm
+from kernels.types import AttentionInputs, KVCache
 
 
 class MlpConfig(Protocol):
