@@ -24,6 +24,9 @@ from deployments.args import ServiceArgs
 from deployments.front.front import Front
 from deployments.version import VERSION
 
+# Each has `routes(front)`: an endpoint is a file, and its name here.
+ROUTES = (chat, completions, responses, tokens, server_info, engine_events)
+
 
 def build_api(
     front: Front, service: ServiceArgs | None = None, tells_request_ids: bool = True
@@ -39,7 +42,7 @@ def build_api(
     _add_error_handlers(api)
     api.add_middleware(Gate, front=front, service=service, keys=keys, tells_ids=tells_request_ids)
     allow_origins(api, service.allowed_origins)
-    for part in (chat, completions, responses, tokens, server_info, engine_events):
+    for part in ROUTES:
         api.include_router(part.routes(front))
     api.include_router(playground.routes())
     return api

@@ -18,8 +18,8 @@ def beginning_of(mark: str) -> str:
 class ToolFormat:
     """One way to write tool calls: JSON objects behind a mark.
 
-    A format is a subclass in a file of its own, and an entry in `formats.py`. One that is not JSON
-    overrides `read_call` and `forced_schema`.
+    A format is a subclass in a file of its own, named in `formats/__init__.py`. One that is not
+    JSON overrides `read_call` and `forced_form`.
     """
 
     name: ClassVar[str]
@@ -86,12 +86,15 @@ class ToolFormat:
             is_open = True
         return is_open
 
-    def forced_schema(self, tools: list[dict[str, Any]]) -> dict[str, Any]:
-        """JSON schema of what must follow `prefix`: one call of one of these tools.
+    def forced_form(self, tools: list[dict[str, Any]]) -> dict[str, Any]:
+        """What must follow `prefix`, as `StructuredOutputs` takes it: one call of these tools.
 
         Args:
             tools: functions as in the OpenAI API: {name, description, parameters}.
         """
+        return {"json": self._forced_schema(tools), "disable_any_whitespace": True}
+
+    def _forced_schema(self, tools: list[dict[str, Any]]) -> dict[str, Any]:
         calls = []
         for tool in tools:
             parameters = tool.get("parameters") or {"type": "object", "properties": {}}

@@ -24,6 +24,7 @@ from deployments.parsing import (
 from deployments.parsing.formats import ToolParserName
 from engine.demo import DEMO_MODEL
 from engine.text.tokenizer import Tokenizer
+from tests.deployments.written_calls import write_call
 
 PARIS = '{"name": "weather", "arguments": {"city": "Paris"}}'
 OSLO = '{"name": "weather", "arguments": {"city": "Oslo", "days": [1, {"a": "}\\""}]}}'
@@ -66,7 +67,7 @@ def parse(
     return put_together(pieces + parser.push("", last=True))
 
 
-def call(text: str) -> list[str]:
+def call(text: str) -> list[Any]:
     parsed = json.loads(text)
     return [parsed["name"], parsed.get("arguments", parsed.get("parameters"))]
 
@@ -75,6 +76,14 @@ def loaded(found: Found) -> list[list[Any]]:
     return [[name, json.loads(arguments)] for name, arguments in found.calls]
 
 
+TRICKY = st.sampled_from(['"', "\\", "\n", "<", "</", "}", "'", "é漢👋", "<|", "[", ": ", "null"])
+STRINGS = st.lists(TRICKY | st.text(max_size=4), max_size=4).map("".join)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | STRINGS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(STRINGS, inner, max_size=2),
+    max_leaves=4,
+)
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "days", "a-b"]), VALUES, max_size=3)
 STOP = '{"name": "stop", "arguments": {}}'
 UNKNOWN_KEY = '<tool_call>{"name": "w", "args": {}}</tool_call>'
 XML_CALL = """<tool_call>
@@ -213,6 +222,18 @@ def test_calls_and_content_come_apart_however_the_text_is_cut(
         assert len(set(found.ids)) == len(calls)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(arguments=ARGUMENTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_model_writes_is_read_however_it_is_cut(
+    name: ToolParserName, arguments: dict[str, Any]
+) -> None:
+    text = f"Hm.\n{write_call(name, 'weather', arguments)}"
+    for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(1, len(text), 7))):
+        found = parse(texts, name)
+        assert (found.content, loaded(found)) == ("Hm.", [["weather", arguments]])
+
+
 def test_arguments_are_passed_on_as_they_come() -> None:
     chosen = tool_format("hermes", None)
     assert chosen is not None
@@ -320,7 +341,7 @@ TEXTS = st.lists(FRAGMENTS | st.text(max_size=3), max_size=12).map("".join)
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["none", "hermes", "llama3_json", "mistral"]),
+    name=st.sampled_from(["none", *FORMATS]),
     think=st.sampled_from([None, False, True]),
     single=st.booleans(),
     text=TEXTS,
@@ -457,9 +478,10 @@ def test_calls_in_a_think_block_are_meant_if_the_output_ends_with_them(text: str
 @pytest.mark.parametrize("name", FORMATS)
 def test_behind_a_single_call_nothing_is_read(name: ToolParserName) -> None:
     parser = OutputParser(None, tool_format(name, None), single_call=True)
-    text = f"Hm.{tool_format(name, None).opener}{PARIS}"  # type: ignore[union-attr]
+    text = f"Hm.{write_call(name, *call(PARIS))}"
     assert not parser.is_over
-    found = put_together(parser.push(text + f" {OSLO} and so on", last=False))
+    more = f"{write_call(name, *call(OSLO))} and so on"
+    found = put_together(parser.push(text + more, last=False))
     assert parser.is_over and parser.num_calls == 1
     assert (found.content, loaded(found)) == ("Hm.", [call(PARIS)])
     assert parser.push("more", last=True) == []
@@ -490,7 +512,7 @@ def test_a_forced_call_has_a_schema_and_references_find_their_way() -> None:
     assert hermes is not None and mistral is not None
     import jsonschema
 
-    schema = hermes.forced_schema([tool, {"name": "g"}])
+    schema = hermes.forced_form([tool, {"name": "g"}])["json"]
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid({"name": "f", "arguments": {"at": 3}})
     assert validator.is_valid({"name": "f", "arguments": {"again": {"at": 3}}})
@@ -498,5 +520,5 @@ def test_a_forced_call_has_a_schema_and_references_find_their_way() -> None:
     assert validator.is_valid({"name": "g", "arguments": {}})
     assert not validator.is_valid({"name": "f", "arguments": {"at": "x"}})
     assert not validator.is_valid({"name": "h", "arguments": {}})
-    array = mistral.forced_schema([tool])
+    array = mistral.forced_form([tool])["json"]
     assert jsonschema.Draft202012Validator(array).is_valid([{"name": "f", "arguments": {"at": 3}}])

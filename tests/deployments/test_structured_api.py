@@ -15,6 +15,7 @@ import jsonschema
 import openai
 import pytest
 
+from deployments.parsing import FORMATS
 from tests.deployments.in_process import InProcessApi, serve_in_process
 from tests.engine.mcp_tools import MCP_TOOLS
 from tests.engine.random_schemas import random_schema
@@ -291,6 +292,9 @@ PARAMETERS = {
 }
 
 
+NUM_FORCED = 24  # in each format
+
+
 async def call(api: InProcessApi, seed: int, choice: Any) -> tuple[str, str]:
     """(name, arguments) of the one call that an answer must be; streamed if the seed is odd."""
     options: dict[str, Any] = dict(
@@ -315,10 +319,8 @@ async def call(api: InProcessApi, seed: int, choice: Any) -> tuple[str, str]:
     return made.function.name, made.function.arguments
 
 
-@pytest.mark.parametrize(
-    ("parser", "count"), [("hermes", 40), ("llama3_json", 30), ("mistral", 30)]
-)
-def test_100_of_100_forced_calls_parse(model: Path, parser: str, count: int) -> None:
+@pytest.mark.parametrize("parser", FORMATS)
+def test_all_forced_calls_parse(model: Path, parser: str) -> None:
     choices = [
         *("required", "required"),
         {"type": "function", "function": {"name": "set_timer"}},
@@ -327,11 +329,13 @@ def test_100_of_100_forced_calls_parse(model: Path, parser: str, count: int) -> 
     with serve_in_process(str(model), tool_parser=parser, **SERVER) as api:
 
         async def ask() -> list[tuple[str, str]]:
-            return await asyncio.gather(*[call(api, i, choices[i // 2 % 4]) for i in range(count)])
+            return await asyncio.gather(
+                *[call(api, i, choices[i // 2 % 4]) for i in range(NUM_FORCED)]
+            )
 
         calls = api.run(ask())
         api.assert_idle()
-    assert len(calls) == count
+    assert len(calls) == NUM_FORCED
     for i, (name, arguments) in enumerate(calls):
         choice = choices[i // 2 % 4]
         if not isinstance(choice, str):

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
 from deployments.api.bodies import BodyRoute
+from deployments.api.chat import Chat, read
 from deployments.api.errors import report, validation_error
-from deployments.api.routes.chat import Chat, read
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
 from deployments.api.schema.protocol import (

@@ -33,7 +33,7 @@ class ForcedCall:
     """A call that the model cannot but make: the prompt begins it, a grammar shapes the rest."""
 
     prefix: str
-    schema: dict[str, Any]  # of what follows the prefix
+    form: dict[str, Any]  # of what follows the prefix
 
     def constrain(self, params: SamplingParams) -> SamplingParams:
         """The sampling parameters with the grammar; raises ApiError for what contradicts it."""
@@ -44,10 +44,9 @@ class ForcedCall:
                 "tool_choice",
             )
         scope().names["structured_outputs"] = "tools"
-        form = {"json": self.schema, "disable_any_whitespace": True}
         given = params.model_dump(exclude_unset=True)
         try:
-            return SamplingParams(**given | {"structured_outputs": form})
+            return SamplingParams(**given | {"structured_outputs": self.form})
         except ValidationError as error:
             raise validation_error(explain(error.errors())) from error
 
@@ -76,8 +75,8 @@ def forced_call(
         if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name:
             _check_parameters(tool, f"tools.{i}.function.parameters")
             wanted.append(tool)
-    schema = tool_format.forced_schema([tool.function.model_dump() for tool in wanted])
-    return ForcedCall(tool_format.prefix, schema)
+    form = tool_format.forced_form([tool.function.model_dump() for tool in wanted])
+    return ForcedCall(tool_format.prefix, form)
 
 
 def _check_parameters(tool: Tool, path: str) -> None:

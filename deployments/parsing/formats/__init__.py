@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from deployments.parsing.hermes import Hermes
-from deployments.parsing.llama3 import Llama3
-from deployments.parsing.mistral import Mistral
+from deployments.parsing.formats.hermes import Hermes
+from deployments.parsing.formats.llama3 import Llama3
+from deployments.parsing.formats.mistral import Mistral
 from deployments.parsing.tool_format import ToolFormat
 
 ToolParserName = Literal["auto", "none", "hermes", "llama3_json", "mistral"]
