@@ -15,6 +15,7 @@ from deployments.api.routes import (
     chat,
     completions,
     engine_events,
+    messages,
     playground,
     responses,
     server_info,
@@ -25,7 +26,7 @@ from deployments.front.front import Front
 from deployments.version import VERSION
 
 # Each has `routes(front)`: an endpoint is a file, and its name here.
-ROUTES = (chat, completions, responses, tokens, server_info, engine_events)
+ROUTES = (chat, completions, responses, messages, tokens, server_info, engine_events)
 
 
 def build_api(

@@ -2,10 +2,12 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
+
+from pydantic import ValidationError
 
 from deployments.api.admission import (
     check_model,
@@ -15,6 +17,7 @@ from deployments.api.admission import (
     request_options,
     sampling_params,
 )
+from deployments.api.errors import ApiError, validation_error
 from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.schema.tools import ForcedCall, find_format, forced_call
@@ -23,6 +26,7 @@ from deployments.front.front import Front, TextDelta, TextStream
 from deployments.front.request_record import RequestOptions
 from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
 from engine.sampling_params import SamplingParams
+from engine.strict import explain
 
 # Tokens at a prompt's end that show whether it opens a think block.
 _END_TOKENS = 8
@@ -94,6 +98,10 @@ class Chat:
         )
         return self.front.generate_choices(self.prompt, self.params, options)
 
+    async def count_tokens(self, text: str) -> int:
+        """Of a part of an answer."""
+        return len(await self.front.encode(text, add_special_tokens=False)) if text else 0
+
     def new_parser(self) -> AnswerParser:
         """For one choice."""
         if self.tools is None and not self.may_think:
@@ -106,6 +114,25 @@ class Chat:
                 forced_prefix=self.forced.prefix if self.forced is not None else None,
             )
         )
+
+
+class _AsChat(Protocol):
+    def to_chat(self) -> ChatCompletionRequest: ...
+
+
+def as_chat(request: _AsChat, other_names: Mapping[str, str]) -> ChatCompletionRequest:
+    """Another API's request as a chat; raises ApiError for what can be none.
+
+    Args:
+        other_names: what that API calls a chat's fields, for errors.
+    """
+    scope().names = dict(other_names)
+    try:
+        return request.to_chat()
+    except ValidationError as error:
+        raise validation_error(explain(error.errors())) from error
+    except ValueError as error:
+        raise ApiError(400, str(error), str(error).partition(":")[0]) from error
 
 
 async def _encode(

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -148,7 +148,9 @@ def end_of_chunks(error: Exception | None) -> str:
 
 
 def event_stream(
-    events: AsyncGenerator[str], end: Callable[[Exception | None], str] = end_of_chunks
+    events: AsyncGenerator[str],
+    end: Callable[[Exception | None], str] = end_of_chunks,
+    headers: Mapping[str, str] | None = None,
 ) -> StreamingResponse:
     """The response.
 
@@ -168,5 +170,7 @@ def event_stream(
             yield last
 
     return StreamingResponse(
-        guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        guarded(),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", **(headers or {})},
     )

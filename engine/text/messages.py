@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from engine.strict import StrictModel, explain
 from engine.text.request_model import NotServed, RequestModel, Unserved
@@ -31,8 +31,13 @@ class RefusalPart(RequestModel):
 
 class CalledFunction(RequestModel):
     name: FunctionName
-    arguments: str = Field(description="JSON, as the model wrote it.")
+    arguments: str = Field(description="JSON, as the model wrote it; or the object that it says.")
     parsed_arguments: Any = Field(None, description="Of OpenAI's clients; not looked at.")
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _written(cls, value: Any) -> Any:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 class ToolCall(RequestModel):

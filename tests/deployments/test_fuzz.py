@@ -52,7 +52,8 @@ def check(case: Case, server: LocalServer, session: requests.Session) -> int:
     response = case.call(base_url=server.url, session=session, timeout=NO_HANG_S)
     case.validate_response(response, checks=CHECKS)
     if response.status_code >= 400:
-        answers.Error.model_validate_json(response.content)
+        shape = answers.AnthropicError if "/messages" in case.path else answers.Error
+        shape.model_validate_json(response.content)
     return response.status_code
 
 

@@ -8,28 +8,27 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from deployments.api.bodies import BodyRoute
-from deployments.api.chat import Chat, read
-from deployments.api.errors import report, validation_error
+from deployments.api.chat import Chat, as_chat, read
+from deployments.api.errors import report
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
 from deployments.api.schema.protocol import (
     AgentRequest,
     ChatCompletionRequest,
     NotTooMany,
+    SamplingFields,
     TemplateVariables,
 )
 from deployments.api.schema.response_items import InputItem, to_messages
 from deployments.api.schema.response_output import ResponseOutput
 from deployments.api.schema.structured import JsonObjectFormat, NamedSchema, TextFormat
-from deployments.api.schema.tools import NamedTool
-from deployments.api.scope import scope
+from deployments.api.schema.tools import named_tool
 from deployments.api.streaming import await_first, event_stream, named_event
 from deployments.front.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
-from engine.strict import explain
 from engine.text.messages import Function, FunctionName, Message, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
 
@@ -78,25 +77,12 @@ class TextOptions(RequestModel):
         return {"type": kind, kind: format}
 
 
-def _sampling(name: str) -> Any:
-    """The sampling parameter of that name, as everywhere."""
-    return SamplingParams.model_fields[name]
-
-
-class ResponseRequest(AgentRequest):
+class ResponseRequest(SamplingFields, AgentRequest):
     input: Annotated[str | Annotated[list[InputItem], Field(min_length=1)], NotTooMany]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(
         None, ge=1, lt=2**31, description="Default: to the window's end."
     )
-    temperature: float = _sampling("temperature")
-    top_p: float = _sampling("top_p")
-    top_k: int = _sampling("top_k")
-    min_p: float = _sampling("min_p")
-    presence_penalty: float = _sampling("presence_penalty")
-    frequency_penalty: float = _sampling("frequency_penalty")
-    repetition_penalty: float = _sampling("repetition_penalty")
-    seed: int | None = _sampling("seed")
     tools: list[FunctionTool] = Field(default_factory=list, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice = "auto"
     parallel_tool_calls: bool = True
@@ -129,7 +115,7 @@ class ResponseRequest(AgentRequest):
         )
         choice: Any = self.tool_choice
         if isinstance(choice, FunctionChoice):
-            choice = NamedTool.model_validate({"function": {"name": choice.name}})
+            choice = named_tool(choice.name)
         return ChatCompletionRequest(
             messages=system + messages,
             tools=[Tool(function=_plain(tool)) for tool in self.tools],
@@ -178,12 +164,7 @@ def routes(front: Front) -> APIRouter:
         responses=documented(answers.Response, streams=True),
     )
     async def create_response(request: ResponseRequest) -> Response:
-        scope().names = dict(_OTHER_NAMES)
-        try:
-            as_chat = request.to_chat()
-        except ValidationError as error:
-            raise validation_error(explain(error.errors())) from error
-        chat = await Chat.start(front, as_chat)
+        chat = await Chat.start(front, as_chat(request, _OTHER_NAMES))
         output = ResponseOutput(request.head(front, chat.params))
         events = _events(chat, output)
         if request.stream:
@@ -219,13 +200,12 @@ def _failed(output: ResponseOutput, error: Exception | None) -> str:
 
 
 async def _usage(chat: Chat, output: ResponseOutput, last: TextDelta) -> dict[str, Any]:
-    thoughts = await chat.front.encode(output.reasoning, add_special_tokens=False)
     cached = last.num_cached_tokens
     details = {"cached_tokens": cached, "cache_write_tokens": len(chat.prompt) - cached}
     return {
         "input_tokens": len(chat.prompt),
         "input_tokens_details": details,
         "output_tokens": last.num_tokens,
-        "output_tokens_details": {"reasoning_tokens": len(thoughts)},
+        "output_tokens_details": {"reasoning_tokens": await chat.count_tokens(output.reasoning)},
         "total_tokens": len(chat.prompt) + last.num_tokens,
     }

@@ -23,7 +23,9 @@ class Error(Answer):
     error: ErrorDetail
 
 
-def documented(answer: type[Answer], streams: bool = False) -> dict[int | str, dict[str, Any]]:
+def documented(
+    answer: type[Answer], streams: bool = False, error: type[Answer] = Error
+) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: its answer, and errors, which all have one shape."""
     success: dict[str, Any] = {"model": answer}
     if streams:
@@ -31,9 +33,20 @@ def documented(answer: type[Answer], streams: bool = False) -> dict[int | str, d
         success["description"] = "The answer; server-sent events where the request has stream."
     return {
         200: success,
-        "4XX": {"model": Error, "description": "The request cannot be served as it is."},
-        "5XX": {"model": Error, "description": "The server cannot serve it now."},
+        "4XX": {"model": error, "description": "The request cannot be served as it is."},
+        "5XX": {"model": error, "description": "The server cannot serve it now."},
     }
+
+
+class AnthropicErrorDetail(Answer):
+    type: str
+    message: str
+
+
+class AnthropicError(Answer):
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+    request_id: str
 
 
 class Health(Answer):
@@ -163,6 +176,53 @@ class Tokens(Answer):
 
 class Text(Answer):
     prompt: str
+
+
+class TextBlock(Answer):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Answer):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(Answer):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ThinkingTokens(Answer):
+    thinking_tokens: int
+
+
+class MessageUsage(Answer):
+    input_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+    output_tokens: int
+    output_tokens_details: ThinkingTokens
+
+
+class Message(Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Discriminator("type")]]
+    stop_reason: Literal[
+        "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
+    ]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokensOfMessages(Answer):
+    input_tokens: int
 
 
 class OutputText(Answer):

@@ -104,6 +104,24 @@ class StreamOptions(RequestModel):
     include_obfuscation: Unserved = None
 
 
+def _sampling(name: str) -> Any:
+    """The sampling parameter of that name, as everywhere."""
+    return SamplingParams.model_fields[name]
+
+
+class SamplingFields(RequestModel):
+    """The sampling parameters of APIs that have their own names for the others."""
+
+    temperature: float = _sampling("temperature")
+    top_p: float = _sampling("top_p")
+    top_k: int = _sampling("top_k")
+    min_p: float = _sampling("min_p")
+    presence_penalty: float = _sampling("presence_penalty")
+    frequency_penalty: float = _sampling("frequency_penalty")
+    repetition_penalty: float = _sampling("repetition_penalty")
+    seed: int | None = _sampling("seed")
+
+
 class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 

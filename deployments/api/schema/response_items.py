@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from deployments.api.schema.turns import Turns
 from engine.text.messages import (
     CacheBreakpoint,
     CalledFunction,
@@ -114,35 +115,19 @@ InputItem = Annotated[
 
 
 def to_messages(items: list[InputItem]) -> list[Message]:
-    """Thoughts, words and calls of the assistant in a row are one message."""
-    messages: list[Message] = []
-    turn: dict[str, Any] = {}  # of the assistant, so far
-
-    def end_turn() -> None:
-        if turn:
-            messages.append(Message(role="assistant", **turn))
-            turn.clear()
-
+    turns = Turns()
     for item in items:
         match item:
             case Reasoning():
-                end_turn()
-                turn["reasoning_content"] = item.text
+                turns.think(item.text)
             case InputMessage(role="assistant"):
-                if "content" in turn or "tool_calls" in turn:
-                    end_turn()
-                turn["content"] = _text(item.content)
+                turns.say(_text(item.content))
             case FunctionCall():
                 function = CalledFunction(name=item.name, arguments=item.arguments)
-                turn.setdefault("tool_calls", []).append(
-                    ToolCall(id=item.call_id, function=function)
-                )
+                turns.call(ToolCall(id=item.call_id, function=function))
             case FunctionCallOutput():
-                end_turn()
                 answer = {"tool_call_id": item.call_id, "name": item.name}
-                messages.append(Message(role="tool", content=_text(item.output), **answer))
+                turns.add("tool", _text(item.output), **answer)
             case InputMessage():
-                end_turn()
-                messages.append(Message(role=item.role, content=_text(item.content)))
-    end_turn()
-    return messages
+                turns.add(item.role, _text(item.content))
+    return turns.messages

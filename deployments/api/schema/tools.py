@@ -1,5 +1,6 @@
 """Tools in the chat API: what may be declared, and what a request's choice asks of the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,10 @@ class NamedTool(RequestModel):
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
+def named_tool(name: str) -> NamedTool:
+    return NamedTool.model_validate({"function": {"name": name}})
+
+
 @dataclass(frozen=True)
 class ForcedCall:
     """A call that the model cannot but make: the prompt begins it, a grammar shapes the rest."""
@@ -49,6 +54,11 @@ class ForcedCall:
             return SamplingParams(**given | {"structured_outputs": self.form})
         except ValidationError as error:
             raise validation_error(explain(error.errors())) from error
+
+
+def left_out_header(kinds: Sequence[str]) -> dict[str, str]:
+    """What an answer says of tools that a provider runs, and this server does not: their types."""
+    return {"x-tools-left-out": ", ".join(dict.fromkeys(kinds))} if kinds else {}
 
 
 def find_format(front: Front) -> ToolFormat:
