@@ -2,10 +2,10 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -72,6 +72,7 @@ class Chat:
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": front.model_name,
+            "system_fingerprint": front.fingerprint,
         }
         return cls(front, request, prompt, params, head, tools, forced, options)
 
@@ -116,11 +117,9 @@ class Chat:
         )
 
 
-class _AsChat(Protocol):
-    def to_chat(self) -> ChatCompletionRequest: ...
-
-
-def as_chat(request: _AsChat, other_names: Mapping[str, str]) -> ChatCompletionRequest:
+def as_chat(
+    to_chat: Callable[[], ChatCompletionRequest], other_names: Mapping[str, str]
+) -> ChatCompletionRequest:
     """Another API's request as a chat; raises ApiError for what can be none.
 
     Args:
@@ -128,7 +127,7 @@ def as_chat(request: _AsChat, other_names: Mapping[str, str]) -> ChatCompletionR
     """
     scope().names = dict(other_names)
     try:
-        return request.to_chat()
+        return to_chat()
     except ValidationError as error:
         raise validation_error(explain(error.errors())) from error
     except ValueError as error:

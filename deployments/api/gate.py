@@ -32,7 +32,9 @@ _BODY_BYTES_PER_S = 16 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json"}
+)
 _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
 _ANTHROPIC = "/v1/messages/"
 

@@ -1,8 +1,9 @@
 """The front: text in, text out. Owns the tokenizer and the connection to the engine."""
 
 import asyncio
+import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from deployments.front.engine_client import EngineClient, EngineUnavailableError
 from deployments.front.request_record import RequestOptions, RequestRecord
 from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
+from deployments.version import VERSION
 from engine import checkpoint
 from engine.generation_config import sampling_defaults
 from engine.sampling_params import SamplingParams
@@ -35,6 +37,7 @@ class TextDelta:
     # If asked for: of the tokens whose text has come, and of the prompt, once.
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    token_ids: Sequence[int] = ()  # that the step brought, also where their text is held back
 
 
 # Sending it True ends the request: its text is complete.
@@ -46,7 +49,11 @@ class Front:
 
     def __init__(self, args: DeploymentArgs) -> None:
         directory = checkpoint.resolve(args.model, args.revision)
+        self.model = args.model
         self.model_name = args.model_name
+        config = args.engine_config.model_dump_json()
+        # Of what decides about an answer beside its request.
+        self.fingerprint = f"fp_{hashlib.sha256(f'{VERSION} {config}'.encode()).hexdigest()[:12]}"
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
@@ -166,6 +173,7 @@ class Front:
                     stop_reason,
                     logprobs,
                     delta.prompt_logprobs,
+                    delta.token_ids,
                 )
                 if is_complete:
                     record.finish_reason = "stop"

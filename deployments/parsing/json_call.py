@@ -8,7 +8,7 @@ from typing import Any
 from deployments.parsing.pieces import Arguments, CallStart, Piece
 from deployments.parsing.source import BLANKS, SPACE, Reading, Source
 
-MAX_NAME = 64
+MAX_NAME = 128
 WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _NO_BLANK = re.compile(f"[^{BLANKS}]")
 _LITERAL = re.compile(r"[\w.+-]+")

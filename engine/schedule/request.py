@@ -58,7 +58,8 @@ class RequestLimits:
                 f"{self.block_size}); raise num_blocks"
             )
             raise PromptTooLongError(
-                f"the prompt has {length} tokens, and with one token of output must fit: {limit}"
+                self.max_len,
+                f"the prompt has {length} tokens, and with one token of output must fit: {limit}",
             )
         for name, tokens in (
             ("prompt", prompt_token_ids),

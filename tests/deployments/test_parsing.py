@@ -96,8 +96,8 @@ Paris
 QUOTED_MARK = (
     '{"name": "write", "arguments": {"text": "</tool_call> \\"[TOOL_CALLS]\\" <tool_call>{"}}'
 )
-LONGEST_NAME = json.dumps({"name": "n" * 64, "arguments": {}})
-TOO_LONG = "<tool_call>" + json.dumps({"name": "n" * 65, "arguments": {}}) + "</tool_call>"
+LONGEST_NAME = json.dumps({"name": "n" * 128, "arguments": {}})
+TOO_LONG = "<tool_call>" + json.dumps({"name": "n" * 129, "arguments": {}}) + "</tool_call>"
 # What a text says -> its content, its calls.
 HERMES = {
     f"<tool_call>\n{PARIS}\n</tool_call>": ("", [PARIS]),

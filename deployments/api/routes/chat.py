@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ from deployments.api.streaming import (
     merge,
 )
 from deployments.front.front import Front, TextDelta
-from deployments.parsing import Piece
+from deployments.parsing import Piece, Reasoning
 
 
 def routes(front: Front) -> APIRouter:
@@ -62,27 +62,42 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[st
             {
                 "index": index,
                 "message": AnswerParser.message(pieces),
-                "logprobs": _logprobs(front, output),
+                "logprobs": _logprobs(chat, output),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
+                **({"token_ids": output.token_ids} if request.return_token_ids else {}),
             }
             for index, (pieces, output) in enumerate(zip(said, outputs, strict=True))
         ],
-        "usage": _usage(len(chat.prompt), outputs),
+        "usage": await _whole_usage(chat, outputs, [piece for own in said for piece in own]),
     }
+    if request.return_token_ids:
+        answer["prompt_token_ids"] = chat.prompt
     if request.prompt_logprobs is None:
         return answer
     taken = outputs[0].prompt_logprobs or []
     return answer | {"prompt_logprobs": prompt_logprobs(front.tokenizer, taken)}
 
 
-def _logprobs(front: Front, output: Output | TextDelta) -> dict[str, Any] | None:
-    return None if output.logprobs is None else chat_logprobs(front.tokenizer, output.logprobs)
+def _logprobs(chat: Chat, output: Output | TextDelta) -> dict[str, Any] | None:
+    if output.logprobs is None:
+        return None
+    as_ids = chat.request.return_tokens_as_token_ids
+    return chat_logprobs(chat.front.tokenizer, output.logprobs, as_ids)
 
 
 def _usage(num_prompt: int, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
     num_output = sum(output.num_tokens for output in outputs)
     return usage(num_prompt, num_output, outputs[0].num_cached_tokens if outputs else 0)
+
+
+async def _whole_usage(
+    chat: Chat, outputs: Sequence[Output | TextDelta], said: Iterable[Piece]
+) -> dict[str, Any]:
+    """With how much of it was thought."""
+    thoughts = "".join(piece.text for piece in said if isinstance(piece, Reasoning))
+    details = {"reasoning_tokens": await chat.count_tokens(thoughts)}
+    return _usage(len(chat.prompt), outputs) | {"completion_tokens_details": details}
 
 
 async def _heard(
@@ -105,8 +120,9 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
         content: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
+        token_ids: Sequence[int] | None = None,
     ) -> str:
-        choice = {
+        choice: dict[str, Any] = {
             "index": index,
             "delta": content,
             "logprobs": logprobs,
@@ -114,6 +130,8 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
         }
         if finish_reason is not None:
             choice["stop_reason"] = last[index].stop_reason
+        if token_ids is not None:
+            choice["token_ids"] = token_ids
         counts = None
         if chat.request.continuous_usage:
             so_far = last.get(index)
@@ -123,19 +141,27 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
     streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
     opening: dict[str, Any] = {"role": "assistant", "content": ""}
     last: dict[int, TextDelta] = {}
+    thoughts: list[Piece] = []
     async with aclosing(merge(streams)) as steps:
         async for news in steps:
             events = [] if last else [chunk(i, opening) for i in range(len(streams))]
+            if not last and chat.request.return_token_ids:
+                events.insert(0, event(head | {"choices": [], "prompt_token_ids": chat.prompt}))
             for index, step in news:
                 last[index] = step.delta
-                logprobs = _logprobs(chat.front, step.delta)
+                logprobs = _logprobs(chat, step.delta)
+                token_ids = list(step.delta.token_ids) if chat.request.return_token_ids else None
                 for piece in step.pieces:
-                    events.append(chunk(index, AnswerParser.delta(piece), logprobs))
-                    logprobs = None
-                if logprobs is not None or step.finish_reason is not None:
-                    events.append(chunk(index, {}, logprobs, step.finish_reason))
+                    content = AnswerParser.delta(piece)
+                    events.append(chunk(index, content, logprobs, token_ids=token_ids))
+                    logprobs = token_ids = None
+                    if isinstance(piece, Reasoning):
+                        thoughts.append(piece)
+                if logprobs is not None or token_ids is not None or step.finish_reason is not None:
+                    events.append(chunk(index, {}, logprobs, step.finish_reason, token_ids))
             if events:
                 yield "".join(events)
     if chat.request.include_usage:
-        counts = _usage(len(chat.prompt), [last[index] for index in range(len(streams))])
+        outputs = [last[index] for index in range(len(streams))]
+        counts = await _whole_usage(chat, outputs, thoughts)
         yield event(head | {"choices": [], "usage": counts})

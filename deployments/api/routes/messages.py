@@ -34,7 +34,7 @@ def routes(front: Front) -> APIRouter:
         responses=documented(answers.Message, streams=True, error=answers.AnthropicError),
     )
     async def create_message(request: MessagesRequest) -> Response:
-        chat = await Chat.start(front, as_chat(request, OTHER_NAMES))
+        chat = await Chat.start(front, as_chat(request.to_chat, OTHER_NAMES))
         is_omitted = request.thinking is not None and request.thinking.display == "omitted"
         output = MessageOutput(front.model_name, shows_thinking=not is_omitted)
         events = _events(chat, output)
@@ -56,7 +56,7 @@ def routes(front: Front) -> APIRouter:
     async def count_tokens(request: CountTokensRequest) -> Response:
         """The tokens of the prompt that the same request has."""
         check_model(front, request)
-        chat = as_chat(request, OTHER_NAMES)
+        chat = as_chat(request.to_chat, OTHER_NAMES)
         try:
             prompt = await front.encode_chat(
                 [message.for_template() for message in chat.messages],

@@ -53,6 +53,10 @@ class Health(Answer):
     status: Literal["ok"]
 
 
+class Load(Answer):
+    server_load: int
+
+
 class Version(Answer):
     version: str
 
@@ -62,6 +66,8 @@ class Model(Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int | None
 
 
@@ -74,11 +80,19 @@ class CachedTokens(Answer):
     cached_tokens: int
 
 
+class ReasoningTokens(Answer):
+    reasoning_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+
+
+class ChatUsage(Usage):
+    completion_tokens_details: ReasoningTokens
 
 
 class PromptLogprob(Answer):
@@ -121,6 +135,7 @@ class AssistantMessage(Answer):
     content: str | None
     refusal: None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
 
 
@@ -130,6 +145,7 @@ class ChatChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Answer):
@@ -137,8 +153,10 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: ChatUsage
+    prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 
@@ -155,6 +173,8 @@ class TextChoice(Answer):
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 
@@ -163,6 +183,7 @@ class TextCompletion(Answer):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -253,6 +274,7 @@ class ReasoningItem(Answer):
     status: ItemStatus
     summary: list[Any]
     content: list[ReasoningText]
+    encrypted_content: str | None = None
 
 
 class FunctionCallItem(Answer):
@@ -262,14 +284,27 @@ class FunctionCallItem(Answer):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
+
+
+class CustomToolCallItem(Answer):
+    id: str
+    type: Literal["custom_tool_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    input: str
+    namespace: str | None = None
+
+
+class Deleted(Answer):
+    id: str
+    object: str
+    deleted: bool
 
 
 class InputTokens(CachedTokens):
     cache_write_tokens: int
-
-
-class ReasoningTokens(Answer):
-    reasoning_tokens: int
 
 
 class ResponseUsage(Answer):
@@ -300,15 +335,24 @@ class Response(Answer):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[Annotated[MessageItem | ReasoningItem | FunctionCallItem, Discriminator("type")]]
+    output: list[
+        Annotated[
+            MessageItem | ReasoningItem | FunctionCallItem | CustomToolCallItem,
+            Discriminator("type"),
+        ]
+    ]
     parallel_tool_calls: bool
-    previous_response_id: None
-    store: Literal[False]
+    previous_response_id: str | None
+    prompt_cache_key: str | None
+    reasoning: dict[str, Any]
+    safety_identifier: str | None
+    service_tier: Literal["default"]
+    store: bool
     temperature: float
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     user: str | None

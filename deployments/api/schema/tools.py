@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from deployments.api.errors import ApiError, validation_error
 from deployments.api.scope import scope
@@ -26,11 +26,35 @@ class NamedTool(RequestModel):
     function: FunctionReference
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class _Allowed(RequestModel):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(RequestModel):
+    type: Literal["allowed_tools"]
+    allowed_tools: _Allowed
+
+    @classmethod
+    def of(cls, mode: Literal["auto", "required"], names: Sequence[str]) -> "AllowedTools":
+        allowed = _Allowed(mode=mode, tools=[named_tool(name) for name in names])
+        return cls(type="allowed_tools", allowed_tools=allowed)
+
+
+ToolChoice = Literal["none", "auto", "required"] | AllowedTools | NamedTool
 
 
 def named_tool(name: str) -> NamedTool:
     return NamedTool.model_validate({"function": {"name": name}})
+
+
+def names_of(choice: ToolChoice | None) -> list[str]:
+    """The tools that a choice names."""
+    if isinstance(choice, NamedTool):
+        return [choice.function.name]
+    if isinstance(choice, AllowedTools):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return []
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,8 @@ def forced_call(
     tools: list[Tool], choice: ToolChoice | None, tool_format: ToolFormat
 ) -> ForcedCall | None:
     """What the choice leaves no way around; None when the model may answer without a call."""
+    if isinstance(choice, AllowedTools):
+        choice = choice.allowed_tools.mode
     if choice in (None, "auto", "none"):
         return None
     wanted = []
