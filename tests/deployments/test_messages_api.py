@@ -35,6 +35,7 @@ TIMER: Any = {
         "required": ["minutes"],
     },
 }
+GREEDY = {"temperature": 0}  # which newer versions of the client do not know
 QUESTION: Any = {"role": "user", "content": "What is the weather in Paris?"}
 SUM: Any = {"role": "user", "content": "What is 12 + 30?"}
 
@@ -47,7 +48,8 @@ def client(demo: LocalServer) -> Iterator[anthropic.Anthropic]:
 
 def ask(client: anthropic.Anthropic, *messages: Any, **options: Any) -> Message:
     """Greedily; whatever comes is what the document says."""
-    options = {"model": "manta-demo", "max_tokens": 100, "temperature": 0} | options
+    options = {"model": "manta-demo", "max_tokens": 100} | options
+    options["extra_body"] = GREEDY | options.get("extra_body", {})
     raw = client.messages.with_raw_response.create(messages=list(messages), **options)
     answers.Message.model_validate_json(raw.http_response.content, strict=True)
     return raw.parse()
@@ -112,7 +114,7 @@ def test_a_streams_events_in_their_order(demo: LocalServer, client: anthropic.An
     first, last = events[0]["message"]["usage"], events[-2]["usage"]
     assert last["output_tokens"] == whole.usage.output_tokens > first["output_tokens"]
     with client.messages.stream(
-        model="manta-demo", max_tokens=100, messages=[USER], temperature=0
+        model="manta-demo", max_tokens=100, messages=[USER], extra_body=GREEDY
     ) as stream:
         assert "".join(stream.text_stream) == whole.content[0].text  # type: ignore[union-attr]
         assert stream.get_final_message().usage.output_tokens == whole.usage.output_tokens
@@ -124,7 +126,7 @@ def test_a_tool_is_used_and_its_result_answered_from(
 ) -> None:
     options: Any = {"tools": [WEATHER, TIMER], "model": "manta-demo", "max_tokens": 100}
     if stream:
-        with client.messages.stream(messages=[QUESTION], temperature=0, **options) as events:
+        with client.messages.stream(messages=[QUESTION], extra_body=GREEDY, **options) as events:
             asked = events.get_final_message()
     else:
         asked = ask(client, QUESTION, **options)
@@ -177,9 +179,10 @@ def test_thinking_is_a_block_before_the_text(client: anthropic.Anthropic) -> Non
     assert message.usage.output_tokens_details is not None
     assert message.usage.output_tokens_details.thinking_tokens > 3
     with client.messages.stream(
-        model="manta-demo", max_tokens=100, messages=[SUM], temperature=0, thinking=thinking
+        model="manta-demo", max_tokens=100, messages=[SUM], thinking=thinking, extra_body=GREEDY
     ) as stream:
-        assert stream.get_final_message().content == message.content
+        blocks = stream.get_final_message().content
+        assert [block.to_dict() for block in blocks] == [b.to_dict() for b in message.content]
     off = ask(client, SUM, thinking={"type": "disabled"})
     assert [block.type for block in off.content] == ["text"]
     hidden = ask(client, SUM, thinking=thinking | {"display": "omitted"})
@@ -332,7 +335,7 @@ def test_tools_that_a_provider_runs_are_left_out_and_named(client: anthropic.Ant
     ("options", "says"),
     [
         ({"max_tokens": 0}, "max_tokens"),
-        ({"temperature": -1}, "temperature"),
+        ({"extra_body": {"temperature": -1}}, "temperature"),
         ({"extra_body": {"max_token": 3}}, "max_token: unknown field, did you mean 'max_tokens'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
         ({"tools": [{"name": "f", "type": "thing"}]}, "type must be custom"),

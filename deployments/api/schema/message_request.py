@@ -280,7 +280,7 @@ class CountTokensRequest(ModelRequest):
         return ChatCompletionRequest(
             messages=turns.messages,
             tools=self._tools(),
-            tool_choice=self.tool_choice.as_chat() if self.tools else None,
+            tool_choice=self.tool_choice.as_chat(),
             parallel_tool_calls=not self.tool_choice.disable_parallel_tool_use,
             response_format={"type": "json_schema", "json_schema": schema} if schema else None,
             chat_template_kwargs=self._variables() | self.chat_template_kwargs,

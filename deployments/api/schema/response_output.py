@@ -70,9 +70,8 @@ class ResponseOutput:
                 yield from self.end_item()
                 self._arguments = ""
                 call = self._toolbox.call(name)
-                text = {"input": ""} if call.is_custom else {"arguments": ""}
-                prefix = "ctc" if call.is_custom else "fc"
-                yield self._open_item(prefix, {"call_id": call_id, **call.item(), **text})
+                prefix, field = ("ctc", "input") if call.is_custom else ("fc", "arguments")
+                yield self._open_item(prefix, {"call_id": call_id, **call.item(), field: ""})
             case Arguments(_, text):
                 self._arguments += text
                 if self._items[-1]["type"] == "function_call":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from deployments.api.schema.protocol import (
     AgentRequest,
@@ -130,13 +130,6 @@ class ResponseRequest(SamplingFields, AgentRequest):
     stream_options: Annotated[None, NotServed({}, {"include_obfuscation": False})] = None
     top_logprobs: Unserved = None
 
-    @model_validator(mode="after")
-    def _choice_among_tools(self) -> "ResponseRequest":
-        """Before what a provider runs is left out."""
-        if not self.tools and self.tool_choice not in ("auto", "none"):
-            raise ValueError("tool_choice: there are no tools to choose from")
-        return self
-
     @cached_property
     def toolbox(self) -> Toolbox:
         return Toolbox(self.tools)
@@ -162,7 +155,7 @@ class ResponseRequest(SamplingFields, AgentRequest):
         return ChatCompletionRequest(
             messages=[*system, *history, *self.messages],
             tools=self.toolbox.functions,
-            tool_choice=self._choice() if self.toolbox.functions else None,
+            tool_choice=self._choice(),
             parallel_tool_calls=self.parallel_tool_calls,
             max_completion_tokens=self.max_output_tokens,
             chat_template_kwargs=self.chat_template_kwargs,

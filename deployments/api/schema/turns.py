@@ -33,7 +33,7 @@ class Turns:
     def add(self, role: str, content: str | list[TextPart], **fields: Any) -> None:
         """A message of somebody else."""
         self._end_turn()
-        self._messages.append(Message(role=role, content=content, **fields))  # type: ignore[arg-type]
+        self._messages.append(Message(role=role, content=content, **fields))
 
     def _end_turn(self) -> None:
         if self._turn:
