@@ -20,12 +20,12 @@ from deployments.api.admission import (
 from deployments.api.errors import ApiError, validation_error
 from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.protocol import ChatCompletionRequest
-from deployments.api.schema.tools import ForcedCall, find_format, forced_call
+from deployments.api.schema.tools import call_grammar, constrain, find_format, forced_tools
 from deployments.api.scope import scope
 from deployments.front.front import Front, TextDelta, TextStream
 from deployments.front.request_record import RequestOptions
-from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
-from engine.sampling_params import SamplingParams
+from deployments.parsing import THINK, Functions, OutputParser, Piece, ToolFormat
+from engine.sampling_params import SamplingParams, ThinkingLimit
 from engine.strict import explain
 
 # Tokens at a prompt's end that show whether it opens a think block.
@@ -42,7 +42,8 @@ class Chat:
     params: SamplingParams
     head: dict[str, Any]  # what all answers begin with
     tools: ToolFormat | None  # how it may call them; None if it may not
-    forced: ForcedCall | None
+    forced_prefix: str | None  # what the prompt ends with, if that begins a call
+    is_shaped: bool  # whether a grammar shapes all of the answer
     options: RequestOptions
 
     @classmethod
@@ -52,19 +53,20 @@ class Chat:
         check_queue(front, 1)
         options = request_options(front, request)
         params = await sampling_params(front, request)
-        tools: ToolFormat | None = None
-        forced = None
-        if request.offered_tools:
-            tools = find_format(front)
-            forced = forced_call(request.offered_tools, request.tool_choice, tools)
-            if forced is not None:
-                params = forced.constrain(params)
-            elif params.structured_outputs is not None:
-                tools = None
+        tools = find_format(front) if request.offered_tools else None
+        has_form = params.structured_outputs is not None
+        forced_prefix: str | None = None
+        if tools is not None:
+            if forced_tools(request.offered_tools, request.tool_choice):
+                forced_prefix = tools.prefix
+            params = _with_calls(front, request, params, tools)
         prompt = await _encode(front, request, params)
-        if params.structured_outputs is not None:
-            prompt += _beginning(front, prompt, forced)
+        is_shaped = has_form or forced_prefix is not None
+        if is_shaped:
+            prompt += _beginning(front, prompt, forced_prefix)
         prompt = front.truncate(prompt, params)
+        if not is_shaped:
+            params = _with_limit(front, prompt, params, request.thinking_budget)
         check_prompt(front, prompt, params, "messages")
         check_queue(front, params.n, len(prompt) * params.n)
         scope().end_reading()
@@ -74,20 +76,21 @@ class Chat:
             "model": front.model_name,
             "system_fingerprint": front.fingerprint,
         }
-        return cls(front, request, prompt, params, head, tools, forced, options)
+        return cls(front, request, prompt, params, head, tools, forced_prefix, is_shaped, options)
 
     @property
     def has_grammar(self) -> bool:
-        """Whether a grammar, which the engine may yet refuse, shapes all of the answer."""
+        """Whether there is a grammar, which the engine may yet refuse."""
         return self.params.structured_outputs is not None
 
     @property
     def may_think(self) -> bool:
-        return self.front.has_reasoning and not self.has_grammar
+        return self.front.reasoning is not None and not self.is_shaped
 
     def streams(self) -> list[TextStream]:
         """The text to come for each choice, with the marks that its parser looks for."""
-        marks: tuple[str, ...] = (OPEN, CLOSE) if self.may_think else ()
+        reasoning = self.front.reasoning
+        marks = reasoning.marks if reasoning is not None and self.may_think else ()
         ends_early = False
         if self.tools is not None:
             marks += self.tools.marks
@@ -107,12 +110,17 @@ class Chat:
         """For one choice."""
         if self.tools is None and not self.may_think:
             return AnswerParser()
+        reasoning = self.front.reasoning or THINK
         return AnswerParser(
             OutputParser(
-                _opens_reasoning(self.front, self.prompt) if self.may_think else None,
+                reasoning.is_open(_end_of(self.front, self.prompt)) if self.may_think else None,
                 self.tools,
                 single_call=not self.request.parallel_tool_calls,
-                forced_prefix=self.forced.prefix if self.forced is not None else None,
+                forced_prefix=self.forced_prefix,
+                functions=Functions(
+                    tool.function.model_dump() for tool in self.request.offered_tools
+                ),
+                reasoning=reasoning,
             )
         )
 
@@ -134,6 +142,24 @@ def as_chat(
         raise ApiError(400, str(error), str(error).partition(":")[0]) from error
 
 
+def _with_calls(
+    front: Front, request: ChatCompletionRequest, params: SamplingParams, tools: ToolFormat
+) -> SamplingParams:
+    """With a grammar, where a call is forced or strict, or the answer has a form."""
+    is_single, form = not request.parallel_tool_calls, params.structured_outputs
+    offered = request.offered_tools
+    if forced := forced_tools(offered, request.tool_choice):
+        return constrain(params, call_grammar(front, tools, forced, is_forced=True).forced())
+    if form is not None:
+        return constrain(params, call_grammar(front, tools, offered).or_form(form, is_single))
+    if any(tool.function.strict for tool in offered):
+        marks = front.reasoning.marks if front.reasoning is not None else ()
+        thoughts = list(front.special_tokens(marks).values())
+        grammar = call_grammar(front, tools, offered).among_text(is_single, thoughts)
+        return constrain(params, grammar)
+    return params
+
+
 async def _encode(
     front: Front, request: ChatCompletionRequest, params: SamplingParams
 ) -> list[int]:
@@ -147,17 +173,30 @@ async def _encode(
         raise prompt_error(error, "messages") from error
 
 
-def _beginning(front: Front, prompt: list[int], forced: ForcedCall | None) -> list[int]:
+def _with_limit(
+    front: Front, prompt: list[int], params: SamplingParams, budget: int | None
+) -> SamplingParams:
+    """With an end to thoughts; the request's own, if it has one."""
+    reasoning = front.reasoning
+    if budget is None or reasoning is None or params.thinking_limit is not None:
+        return params
+    start = "" if reasoning.is_open(_end_of(front, prompt)) else reasoning.open
+    marks = [front.tokenizer.encode(m, add_special_tokens=False) for m in (start, reasoning.close)]
+    limit = ThinkingLimit(budget=budget, start=marks[0], end=marks[1])
+    return params.model_copy(update={"thinking_limit": limit})
+
+
+def _beginning(front: Front, prompt: list[int], forced_prefix: str | None) -> list[int]:
     """What an answer of a given form begins with: no thoughts, and the mark of a forced call."""
-    close = f"\n{CLOSE}\n\n" if _opens_reasoning(front, prompt) else ""
-    prefix = forced.prefix if forced is not None else ""
-    return front.tokenizer.encode(close + prefix, add_special_tokens=False)
+    skip = front.reasoning.skip(_end_of(front, prompt)) if front.reasoning is not None else ""
+    if forced_prefix and front.reasoning is not None and front.reasoning.has_channels:
+        skip = ""  # a call has a channel of its own
+    return front.tokenizer.encode(skip + (forced_prefix or ""), add_special_tokens=False)
 
 
-def _opens_reasoning(front: Front, prompt: list[int]) -> bool:
-    """Whether the template has begun a think block for the model."""
-    end = front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
-    return front.has_reasoning and end.rstrip().endswith(OPEN)
+def _end_of(front: Front, prompt: list[int]) -> str:
+    """The prompt's end, which shows whether it has begun a block of thoughts."""
+    return front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
 
 
 @dataclass(frozen=True, slots=True)

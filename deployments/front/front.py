@@ -58,7 +58,7 @@ class Front:
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
-        self.has_reasoning = reasoning_format(args.reasoning_parser, templates.source())
+        self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)
         # What is to be seen of every replica of this model; a replica among several asks them all.
@@ -71,6 +71,11 @@ class Front:
         """Those of the marks that are tokens."""
         ids = map(self.tokenizer.fast.token_to_id, marks)
         return frozenset(token for token in ids if token is not None)
+
+    def special_tokens(self, marks: Iterable[str]) -> dict[str, int]:
+        """Those of the marks that are special tokens, which have no text of their own."""
+        ids = {mark: self.tokenizer.fast.token_to_id(mark) for mark in marks}
+        return {m: i for m, i in ids.items() if i is not None and self.tokenizer.is_special(i)}
 
     async def encode(
         self, text: str, add_special_tokens: bool = True, max_len: int | None = None

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from deployments.api.bodies import read
 from deployments.api.errors import ApiError
-from deployments.api.routes.responses import ResponseRequest
 from deployments.api.schema import answers
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, ModelRequest
+from deployments.api.schema.response_request import ResponseRequest
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.text.chat_template import ChatTemplates

@@ -61,6 +61,21 @@ def test_version_and_unknown_paths(demo: LocalServer) -> None:
     answers.Error.model_validate(wrong_way.json())
 
 
+def test_whether_it_is_ready_and_how_much_it_has_to_do(demo: LocalServer) -> None:
+    for path in ("/ready", "/ping", "/health"):
+        assert httpx.get(f"{demo.url}{path}").json() == {"status": "ok"}
+    wait_until(demo.is_idle)
+    assert httpx.get(f"{demo.url}/load").json() == {"server_load": 0}
+    (model,) = httpx.get(f"{demo.url}/v1/models").json()["data"]
+    assert (model["root"], model["parent"]) == ("manta-demo", None)
+
+
+def test_a_long_response_keeps_its_end(demo: LocalServer) -> None:
+    body = {"input": "word " * 3000, "truncation": "auto", "max_output_tokens": 1}
+    said = post(demo, "/v1/responses", **body)
+    assert said["usage"]["input_tokens"] == 1023
+
+
 # Token counts in every chunk
 
 
@@ -241,11 +256,10 @@ def test_instructions_are_a_system_message(demo: LocalServer) -> None:
     ("body", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"store": True}, "store"),
         ({"background": True}, "background"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"reasoning": {"effort": "low"}}, "reasoning"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"truncation": "all"}, "truncation"),
+        ({"reasoning": {"effort": "some"}}, "reasoning"),
+        ({"tools": [{"type": "telepathy"}]}, "tools"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input"),
         ({"input": []}, "input"),
@@ -263,9 +277,10 @@ def test_what_responses_do_not_have_is_refused_by_name(
 
 def test_thoughts_are_items_of_their_own() -> None:
     from deployments.api.schema.response_output import ResponseOutput
+    from deployments.api.schema.response_tools import Toolbox
     from deployments.parsing import Content, Reasoning
 
-    output = ResponseOutput({})
+    output = ResponseOutput({}, Toolbox([]))
     pieces = [Reasoning("so "), Reasoning("far"), Content("done")]
     kinds = [event["type"] for piece in pieces for event in output.add(piece)]
     assert kinds.count("response.reasoning_text.delta") == 2

@@ -190,6 +190,18 @@ def test_thinking_is_a_block_before_the_text(client: anthropic.Anthropic) -> Non
     assert hidden.content[1] == text
 
 
+def test_thinking_ends_when_its_budget_is_spent(client: anthropic.Anthropic) -> None:
+    thinking: Any = {"type": "enabled", "budget_tokens": 5}
+    message = ask(client, SUM, thinking=thinking)
+    thought, text = message.content
+    assert message.usage.output_tokens_details is not None
+    assert message.usage.output_tokens_details.thinking_tokens <= 5
+    assert thought.type == "thinking" and text.type == "text" and text.text
+    free = ask(client, SUM, thinking=thinking | {"budget_tokens": 500})
+    assert free.content[0].thinking.startswith(thought.thinking)  # type: ignore[union-attr]
+    assert free.content[0] != thought
+
+
 def test_thoughts_words_and_calls_come_back_as_one_turn() -> None:
     assistant = [
         {"type": "redacted_thinking", "data": "x"},

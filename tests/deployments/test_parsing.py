@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.parsing import (
+    ANY,
     FORMATS,
     Arguments,
     CallStart,
     Content,
+    Functions,
     OutputParser,
     Piece,
     Reasoning,
@@ -24,7 +26,7 @@ from deployments.parsing import (
 from deployments.parsing.formats import ToolParserName
 from engine.demo import DEMO_MODEL
 from engine.text.tokenizer import Tokenizer
-from tests.deployments.written_calls import write_call
+from tests.deployments.written_calls import functions_of, write_call
 
 PARIS = '{"name": "weather", "arguments": {"city": "Paris"}}'
 OSLO = '{"name": "weather", "arguments": {"city": "Oslo", "days": [1, {"a": "}\\""}]}}'
@@ -61,8 +63,9 @@ def parse(
     tools: ToolParserName = "none",
     think: bool | None = None,
     single: bool = False,
+    functions: Functions = ANY,
 ) -> Found:
-    parser = OutputParser(think, tool_format(tools, None), single_call=single)
+    parser = OutputParser(think, tool_format(tools, None), single_call=single, functions=functions)
     pieces = [piece for text in texts for piece in parser.push(text, last=False)]
     return put_together(pieces + parser.push("", last=True))
 
@@ -83,7 +86,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(STRINGS, inner, max_size=2),
     max_leaves=4,
 )
-ARGUMENTS = st.dictionaries(st.sampled_from(["city", "days", "a-b"]), VALUES, max_size=3)
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "days", "a_b"]), VALUES, max_size=3)
 STOP = '{"name": "stop", "arguments": {}}'
 UNKNOWN_KEY = '<tool_call>{"name": "w", "args": {}}</tool_call>'
 XML_CALL = """<tool_call>
@@ -229,8 +232,9 @@ def test_what_a_model_writes_is_read_however_it_is_cut(
     name: ToolParserName, arguments: dict[str, Any]
 ) -> None:
     text = f"Hm.\n{write_call(name, 'weather', arguments)}"
+    functions = functions_of(**arguments)
     for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(1, len(text), 7))):
-        found = parse(texts, name)
+        found = parse(texts, name, functions=functions)
         assert (found.content, loaded(found)) == ("Hm.", [["weather", arguments]])
 
 
@@ -278,6 +282,16 @@ def test_of_a_forced_call_nothing_is_content(cut: int) -> None:
     assert not any(isinstance(piece, Content) for piece in pieces)
     arguments = PARIS[:-1][PARIS.index('{"city') : cut]
     assert put_together(pieces).calls == ([["weather", arguments]] if arguments else [])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_calls_a_function_that_is_not_there_is_text(name: ToolParserName) -> None:
+    """An agent that is told to call it has nothing to call."""
+    known = functions_of(city="Oslo")
+    right, wrong = (write_call(name, f, {"city": "Oslo"}) for f in ("weather", "weather_in"))
+    found = parse([f"{wrong}\n{right}"], name, functions=known)
+    assert loaded(found) == [["weather", {"city": "Oslo"}]] and "Oslo" in found.content
+    assert not parse([wrong], name, functions=known).calls
 
 
 def test_mistral_call_ids_are_what_its_templates_demand() -> None:
@@ -501,24 +515,3 @@ def test_formats_are_told_from_the_chat_template() -> None:
     assert tool_format("auto", "{{ messages }}") is None
     assert not reasoning_format("auto", "{{ messages }}")
     assert tool_format("none", demo) is None and not reasoning_format("none", demo)
-
-
-def test_a_forced_call_has_a_schema_and_references_find_their_way() -> None:
-    """Into the parameters, wherever those stand, and not into the other function's."""
-    properties = {"at": {"$ref": "#/$defs/Point"}, "again": {"$ref": "#"}}
-    point = {"type": "object", "properties": properties, "additionalProperties": False}
-    tool = {"name": "f", "parameters": point | {"$defs": {"Point": {"type": "integer"}}}}
-    hermes, mistral = tool_format("hermes", None), tool_format("mistral", None)
-    assert hermes is not None and mistral is not None
-    import jsonschema
-
-    schema = hermes.forced_form([tool, {"name": "g"}])["json"]
-    validator = jsonschema.Draft202012Validator(schema)
-    assert validator.is_valid({"name": "f", "arguments": {"at": 3}})
-    assert validator.is_valid({"name": "f", "arguments": {"again": {"at": 3}}})
-    assert not validator.is_valid({"name": "f", "arguments": {"again": {"name": "f"}}})
-    assert validator.is_valid({"name": "g", "arguments": {}})
-    assert not validator.is_valid({"name": "f", "arguments": {"at": "x"}})
-    assert not validator.is_valid({"name": "h", "arguments": {}})
-    array = mistral.forced_form([tool])["json"]
-    assert jsonschema.Draft202012Validator(array).is_valid([{"name": "f", "arguments": {"at": 3}}])

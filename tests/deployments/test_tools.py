@@ -185,7 +185,7 @@ def test_an_answer_without_a_thought_has_no_reasoning(demo: LocalServer) -> None
             "tool_call_id: messages of a tool need it",
         ),
         (
-            {"messages": [{"role": "assistant", "content": None}]},
+            {"messages": [{"role": "user", "content": None}]},
             "messages.0.content",
             "required",
         ),

@@ -284,6 +284,8 @@ class CountTokensRequest(ModelRequest):
             parallel_tool_calls=not self.tool_choice.disable_parallel_tool_use,
             response_format={"type": "json_schema", "json_schema": schema} if schema else None,
             chat_template_kwargs=self._variables() | self.chat_template_kwargs,
+            thinking_token_budget=self.thinking.budget_tokens if self.thinking else None,
+            reasoning_effort=self.output_config.effort,
             add_generation_prompt=not continues,
             continue_final_message=continues,
             **self._generation(),
@@ -317,7 +319,8 @@ class CountTokensRequest(ModelRequest):
     def _variables(self) -> dict[str, Any]:
         if self.thinking is None or self.thinking.type == "adaptive":
             return {}
-        return {"enable_thinking": self.thinking.type == "enabled"}
+        thinks = self.thinking.type == "enabled"
+        return {"enable_thinking": thinks, "thinking": thinks}
 
     def _generation(self) -> dict[str, Any]:
         """What the chat has beside its prompt."""

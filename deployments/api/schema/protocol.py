@@ -107,7 +107,9 @@ Verbosity = Annotated[
     Literal["low", "medium", "high"] | None,
     Field(description="Given to the template, which may know it."),
 ]
-# What templates know of reasoning_effort; others know only whether to think.
+# Tokens of thoughts, where the template knows only whether to think.
+_BUDGETS = {"minimal": 512, "low": 2048, "medium": 8192}
+# What templates know of reasoning_effort.
 _TEMPLATE_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
 
 
@@ -231,6 +233,9 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     functions: Unserved = None
     modalities: Annotated[None, NotServed(["text"])] = None
     prediction: Unserved = None
+    thinking_token_budget: int | None = Field(
+        None, ge=0, lt=2**31, description="Tokens after which thoughts are made to end."
+    )
     reasoning_effort: Effort = Field(
         None, description="none: no thoughts. Templates that know of more are told which."
     )
@@ -254,6 +259,13 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             if wanted not in names:
                 raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
         return self
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Its own, or that of its effort."""
+        if self.thinking_token_budget is not None:
+            return self.thinking_token_budget
+        return _BUDGETS.get(self.reasoning_effort or "")
 
     @property
     def offered_tools(self) -> list[Tool]:
