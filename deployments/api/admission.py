@@ -10,7 +10,7 @@ from deployments.api.schema.protocol import GenerationRequest, ModelRequest, Ser
 from deployments.api.scope import scope
 from deployments.front.front import Front
 from deployments.front.places import Places
-from deployments.front.request_record import RequestOptions
+from deployments.front.request_options import RequestOptions
 from engine.errors import PromptTooLongError
 from engine.sampling_params import SamplingParams
 from engine.strict import explain

@@ -37,7 +37,7 @@ from deployments.api.streaming import (
 )
 from deployments.api.whole import Output, Whole, collect_all
 from deployments.front.front import Front, TextDelta, TextStream
-from deployments.front.request_record import RequestOptions
+from deployments.front.request_options import RequestOptions
 from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
 from engine.sampling_params import SamplingParams
 
