@@ -23,7 +23,7 @@ from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.schema.tools import call_grammar, constrain, find_format, forced_tools
 from deployments.api.scope import scope
 from deployments.front.front import Front, TextDelta, TextStream
-from deployments.front.request_record import RequestOptions
+from deployments.front.request_options import RequestOptions
 from deployments.parsing import THINK, Functions, OutputParser, Piece, ToolFormat
 from engine.sampling_params import SamplingParams, ThinkingLimit
 from engine.strict import explain

@@ -3,10 +3,11 @@
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deployments.api.admission import usage
 from deployments.api.bodies import BodyRoute
@@ -18,13 +19,12 @@ from deployments.api.schema.openai_logprobs import chat_logprobs, prompt_logprob
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.streaming import (
     Chunks,
-    Output,
     await_first,
-    collect_all,
     event,
     event_stream,
     merge,
 )
+from deployments.api.whole import Output, Whole, collect_all
 from deployments.front.front import Front, TextDelta
 from deployments.parsing import Piece, Reasoning
 
@@ -39,15 +39,15 @@ def routes(front: Front) -> APIRouter:
     )
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
-            return JSONResponse(await complete_chat(front, request))
+            return await (await complete_chat(front, request)).response()
         chat = await Chat.start(front, request)
         return event_stream(await await_first(_events(chat)) if chat.has_grammar else _events(chat))
 
     return router
 
 
-async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[str, Any]:
-    """The whole answer. Raises ApiError for a request that cannot be served."""
+async def complete_chat(front: Front, request: ChatCompletionRequest) -> Whole:
+    """Raises ApiError for a request that cannot be served."""
     chat = await Chat.start(front, request)
     said: list[list[Piece]] = [[] for _ in range(chat.params.n)]
     outputs = await collect_all(
@@ -56,6 +56,13 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[st
             for stream, pieces in zip(chat.streams(), said, strict=True)
         ]
     )
+    num_thinking = await _count_thoughts(chat, [piece for own in said for piece in own])
+    return await Whole.of(outputs, partial(_answer, chat, said, num_thinking))
+
+
+def _answer(
+    chat: Chat, said: list[list[Piece]], num_thinking: int, outputs: list[Output]
+) -> dict[str, Any]:
     answer = chat.head | {
         "object": "chat.completion",
         "choices": [
@@ -65,18 +72,18 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[st
                 "logprobs": _logprobs(chat, output),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
-                **({"token_ids": output.token_ids} if request.return_token_ids else {}),
+                **({"token_ids": output.token_ids} if chat.request.return_token_ids else {}),
             }
             for index, (pieces, output) in enumerate(zip(said, outputs, strict=True))
         ],
-        "usage": await _whole_usage(chat, outputs, [piece for own in said for piece in own]),
+        "usage": _whole_usage(chat, outputs, num_thinking),
     }
-    if request.return_token_ids:
+    if chat.request.return_token_ids:
         answer["prompt_token_ids"] = chat.prompt
-    if request.prompt_logprobs is None:
+    if chat.request.prompt_logprobs is None:
         return answer
     taken = outputs[0].prompt_logprobs or []
-    return answer | {"prompt_logprobs": prompt_logprobs(front.tokenizer, taken)}
+    return answer | {"prompt_logprobs": prompt_logprobs(chat.front.tokenizer, taken)}
 
 
 def _logprobs(chat: Chat, output: Output | TextDelta) -> dict[str, Any] | None:
@@ -91,13 +98,18 @@ def _usage(num_prompt: int, outputs: Sequence[Output | TextDelta]) -> dict[str, 
     return usage(num_prompt, num_output, outputs[0].num_cached_tokens if outputs else 0)
 
 
-async def _whole_usage(
-    chat: Chat, outputs: Sequence[Output | TextDelta], said: Iterable[Piece]
+def _whole_usage(
+    chat: Chat, outputs: Sequence[Output | TextDelta], num_thinking: int
 ) -> dict[str, Any]:
     """With how much of it was thought."""
-    thoughts = "".join(piece.text for piece in said if isinstance(piece, Reasoning))
-    details = {"reasoning_tokens": await chat.count_tokens(thoughts)}
+    details = {"reasoning_tokens": num_thinking}
     return _usage(len(chat.prompt), outputs) | {"completion_tokens_details": details}
+
+
+async def _count_thoughts(chat: Chat, said: Iterable[Piece]) -> int:
+    return await chat.count_tokens(
+        "".join(piece.text for piece in said if isinstance(piece, Reasoning))
+    )
 
 
 async def _heard(
@@ -163,5 +175,5 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
                 yield "".join(events)
     if chat.request.include_usage:
         outputs = [last[index] for index in range(len(streams))]
-        counts = await _whole_usage(chat, outputs, thoughts)
+        counts = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
         yield event(head | {"choices": [], "usage": counts})
