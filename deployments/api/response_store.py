@@ -28,7 +28,7 @@ class ResponseStore:
         self._size = 0
 
     def put(self, tenant: str, body: dict[str, Any], messages: list[Message]) -> None:
-        size = sum(len(message.model_dump_json(exclude_none=True)) for message in messages)
+        size = sum(len(message.model_dump_json(exclude_unset=True)) for message in messages)
         if size > self._max_characters:
             return
         self._responses[tenant, body["id"]] = StoredResponse(body, messages, size)

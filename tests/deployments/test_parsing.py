@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deployments.parsing import (
     ANY,
     FORMATS,
+    REASONING_FORMATS,
     Arguments,
     CallStart,
     Content,
@@ -24,6 +25,7 @@ from deployments.parsing import (
     tool_format,
 )
 from deployments.parsing.formats import ToolParserName
+from deployments.parsing.reasoning import ReasoningParserName
 from engine.demo import DEMO_MODEL
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.written_calls import functions_of, write_call
@@ -424,9 +426,9 @@ def test_the_work_grows_with_the_text_alone(
             sys.setprofile(None)
         return seen, calls
 
-    (seen, calls), (twice_seen, twice_calls) = work(200), work(400)
+    (seen, calls), (twice_seen, twice_calls) = work(400), work(800)
     assert twice_seen <= 2.2 * seen and twice_calls <= 2.2 * calls
-    assert seen <= 12 * (len(head) + 200 * len(more))
+    assert seen <= 12 * (len(head) + 400 * len(more))
 
 
 THINK = {
@@ -502,7 +504,9 @@ def test_behind_a_single_call_nothing_is_read(name: ToolParserName) -> None:
 
 
 def test_formats_are_told_from_the_chat_template() -> None:
-    assert {"auto", "none", *FORMATS} == set(get_args(ToolParserName))
+    named = {name for some in get_args(ToolParserName) for name in get_args(some)}
+    assert {"auto", "none", *FORMATS} == named
+    assert {"auto", "none", *REASONING_FORMATS} == set(get_args(ReasoningParserName))
     demo = Tokenizer(DEMO_MODEL).chat_template
     chosen = tool_format("auto", demo)
     assert chosen is not None and chosen.name == "hermes"

@@ -17,7 +17,6 @@ from deployments.version import VERSION
 
 def routes(front: Front) -> APIRouter:
     router = APIRouter()
-    created = int(time.time())
 
     @router.get("/health", responses=documented(answers.Health))
     async def health() -> dict[str, str]:
@@ -53,6 +52,13 @@ def routes(front: Front) -> APIRouter:
     async def get_version() -> dict[str, str]:
         return {"version": VERSION}
 
+    _add_models(router, front)
+    return router
+
+
+def _add_models(router: APIRouter, front: Front) -> None:
+    created = int(time.time())
+
     def model() -> dict[str, Any]:
         limits = front.client.limits
         return {
@@ -74,5 +80,3 @@ def routes(front: Front) -> APIRouter:
         if model_id != front.model_name:
             raise ApiError.no_such_model(model_id, front.model_name)
         return model()
-
-    return router
