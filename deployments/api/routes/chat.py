@@ -72,7 +72,7 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> Whole:
             for stream, pieces in zip(chat.streams(), said, strict=True)
         ]
     )
-    return await Whole.of(outputs, partial(_answer, chat, said))
+    return Whole(outputs, partial(_answer, chat, said))
 
 
 def _answer(chat: "Chat", said: list[list[Piece]], outputs: list[Output]) -> dict[str, Any]:
