@@ -152,6 +152,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
+    pooling: Unserved = Field(None, description="See /v1/embeddings.")
     return_token_ids: bool = Field(
         False, description="Choices have token_ids, and their prompt prompt_token_ids; as in vLLM."
     )
@@ -327,6 +328,12 @@ Prompt = Annotated[
 ]
 
 
+def listed(prompt: Any) -> list[Any]:
+    """One or many texts or lists of token ids as a list of them."""
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if is_one else list(prompt)
+
+
 class CompletionRequest(GenerationRequest):
     prompt: Prompt
     max_tokens: int | None = Field(
@@ -375,9 +382,4 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or many prompts as a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return listed(self.prompt)
