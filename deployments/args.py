@@ -83,6 +83,15 @@ class ServiceArgs(StrictModel):
     max_request_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body; more is refused with 413."
     )
+    files_directory: str | None = Field(
+        None,
+        min_length=1,
+        description="Where files and batches are kept: a directory, or a URI such as s3://… that "
+        "all replicas share. Without it there are none.",
+    )
+    max_file_bytes: int = Field(
+        200 * 2**20, ge=1024, description="Largest file; more is refused with 413."
+    )
     max_messages: int = Field(4096, ge=1, description="Longest conversation, in messages.")
     allowed_origins: list[Origin] = Field(
         default_factory=list,

@@ -78,13 +78,19 @@ class ServedRequest(ModelRequest):
     )
 
 
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ],
+    Field(max_length=16),
+]
+
+
 class AgentRequest(ServedRequest):
     """What chats and responses have in common."""
 
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)],
-        Annotated[str, StringConstraints(max_length=512)],
-    ] = Field(default_factory=dict, max_length=16, description="More tags of the caller's own.")
+    metadata: Metadata = Field(default_factory=dict, description="More tags of the caller's own.")
     safety_identifier: str | None = Field(None, description="Another tag, which changes nothing.")
     prompt_cache_key: str | None = Field(
         None, description="The same: prefixes are found without it. To divide them: cache_salt."
