@@ -1,4 +1,4 @@
-"""A token has the same bits however it is computed: alone, in a batch, or in any piece of a prompt."""
+"""A token has the same bits however it is computed: alone, in a batch, in a piece of a prompt."""
 
 import random
 
