@@ -52,7 +52,7 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
         **options,
-    ).bind(args)
+    ).bind(args, IngressRouter.name if by_body else None)  # type: ignore[attr-defined]
     if not by_body:
         return replicas
     router = IngressRouter.options(  # type: ignore[attr-defined]

@@ -51,6 +51,13 @@ def routers_see_keys() -> bool:
     return bool(SERVE_SESSION_ID.lower() == "authorization")
 
 
+def haproxy_room() -> int:
+    """Bytes of a request, head and body, to which HAProxy can add headers without doubt."""
+    from ray.serve._private.constants import RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE
+
+    return RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE // 2
+
+
 def with_ingress_router(application: Application, router: Application) -> Application:
     """HAProxy asks `router` where each POST to `application` goes."""
     return application._with_ingress_request_router(router)

@@ -8,8 +8,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api import scope
+from deployments.api import handed_tokens, scope
 from deployments.api.errors import ApiError, error_response
+from deployments.api.handed_tokens import TokenSeal
 from deployments.api.keys import KeyRing
 from deployments.api.origins import check_page
 from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
@@ -30,6 +31,7 @@ _MAX_BODIES = 16
 _BODY_S = 30.0
 _BODY_BYTES_PER_S = 16 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
+_FROM_ROUTERS = handed_tokens.HEADER.encode()
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
 OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/openapi.json"})
@@ -55,6 +57,7 @@ class Gate:
         self._tells_ids = tells_ids
         self._front = front
         self._bodies = Places()  # of bytes
+        self._seal = TokenSeal(front.block_key)
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -159,6 +162,8 @@ class Gate:
             raise fault
         body = b"".join(chunks)
         current.body = body[:MAX_BODY_BYTES]
+        if handed_tokens.HEADER in current.headers:
+            current.handed = self._seal.open(body, current.headers[handed_tokens.HEADER])
         return body
 
     def _body_fault(self, current: RequestScope, size: int, more: int) -> ApiError | None:
@@ -196,7 +201,8 @@ async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
 
 def _check_head(http: Scope) -> None:
     size = len(http["path"]) + len(http["query_string"])
-    size += sum(len(name) + len(value) for name, value in http["headers"])
+    own = ((name, value) for name, value in http["headers"] if name != _FROM_ROUTERS)
+    size += sum(len(name) + len(value) for name, value in own)
     if size > _MAX_HEAD_BYTES:
         message = f"the headers are {size} bytes; at most {_MAX_HEAD_BYTES} are taken"
         raise ApiError(431, message, code="request_too_large")

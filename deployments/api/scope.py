@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
 
+from deployments.api.handed_tokens import HandedTokens
 from deployments.args import ServiceArgs
 from deployments.observe.request_record import RequestRecord
 
@@ -21,6 +22,7 @@ class RequestScope:
     path: str = ""
     headers: Headers = field(default_factory=Headers)
     body: bytes = b""  # its beginning
+    handed: HandedTokens | None = None  # of its prompt, if a router has made them
     flow: str = ""  # requests of one take turns with those of others
     end_reading: Callable[[], None] = lambda: None  # called when the body is of no more use
     tenant: str = ""  # the name of its API key

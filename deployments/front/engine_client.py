@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.cached_blocks import CachedBlocks
 from deployments.front.places import Places
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
 from deployments.front.request_options import RequestOptions
@@ -63,7 +64,7 @@ class EngineClient:
         self.queue = Places()  # of requests without a token yet
         self.queue_tokens = Places()  # of their prompts
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
-        self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
+        self.cached_blocks = CachedBlocks()  # a new one for every engine
         self.num_blamed = 0  # deaths of engines that are laid to a request
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
@@ -277,7 +278,7 @@ class EngineClient:
         self._stop_listening()
         self._writer = writer
         self._aborted = []
-        self.cached_blocks.clear()
+        self.cached_blocks = CachedBlocks()
         self._last_beat = time.monotonic()
         self.metrics.engine_starts += 1
         self._connected.set()
@@ -290,11 +291,8 @@ class EngineClient:
         self._last_beat = time.monotonic()
         self.stats = message["stats"]
         self.view = message.get("view", self.view)
-        for block_hash, cached in message["cache"]:
-            if cached:
-                self.cached_blocks.add(block_hash)
-            else:
-                self.cached_blocks.discard(block_hash)
+        for block_hash, is_cached in message["cache"]:
+            self.cached_blocks.note(block_hash, is_cached)
         for fields in message["deltas"]:
             delta = decode_delta(fields)
             live = self._live.get(delta.request_id)

@@ -48,6 +48,7 @@ class Front:
     def __init__(self, args: DeploymentArgs) -> None:
         directory = checkpoint.resolve(args.model, args.revision)
         self.model_name = args.model_name
+        self.block_key = args.block_key
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates

@@ -38,6 +38,7 @@ from deployments.api.streaming import (
 from deployments.api.whole import Output, Whole, collect_all
 from deployments.front.front import Front, TextDelta, TextStream
 from deployments.front.request_options import RequestOptions
+from deployments.off_loop import off_loop
 from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
 from engine.sampling_params import SamplingParams
 
@@ -179,11 +180,11 @@ class Chat:
 async def _encode(
     front: Front, request: ChatCompletionRequest, params: SamplingParams
 ) -> list[int]:
+    if (handed := scope().handed) is not None:
+        return handed.tokens
     try:
-        return await front.encode_chat(
-            [message.for_template() for message in request.messages],
-            max_len=front.max_prompt_len(params),
-            **request.template_options(),
+        return await off_loop(
+            request.prompt_size, request.encode, front.tokenizer, front.max_prompt_len(params)
         )
     except ValueError as error:
         raise prompt_error(error, "messages") from error

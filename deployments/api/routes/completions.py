@@ -107,9 +107,10 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     check_queue(front, len(request.prompts))
     options = request_options(front, request)
     params = await sampling_params(front, request)
+    handed = scope().handed if len(request.prompts) == 1 else None
     prompts, texts = [], []
     for prompt in request.prompts:
-        tokens = await _encode(front, prompt, params) if isinstance(prompt, str) else prompt
+        tokens = handed.tokens if handed else await _encode(front, prompt, params)
         kept = front.truncate(tokens, params)
         check_prompt(front, kept, params, "prompt")
         prompts.append(kept)
@@ -139,7 +140,9 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     return _Started(front, request, head, prompts, streams)
 
 
-async def _encode(front: Front, prompt: str, params: SamplingParams) -> list[int]:
+async def _encode(front: Front, prompt: str | list[int], params: SamplingParams) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
     try:
         return await front.encode(prompt, max_len=front.max_prompt_len(params))
     except ValueError as error:

@@ -32,6 +32,7 @@ from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.text.messages import Function, FunctionName, Message, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 # Of a chat, for errors.
 _OTHER_NAMES = {
@@ -140,6 +141,9 @@ class ResponseRequest(AgentRequest):
             response_format=self.text.response_format(),
             **{name: getattr(self, name) for name in same},
         )
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        return self.to_chat().encode(tokenizer, max_len)
 
     def head(self, front: Front, params: SamplingParams) -> dict[str, Any]:
         """What the response says of the request."""

@@ -21,6 +21,7 @@ from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
@@ -78,7 +79,18 @@ class ServedRequest(ModelRequest):
     )
 
 
-class AgentRequest(ServedRequest):
+class PromptRequest(ServedRequest):
+    """What is served has a prompt."""
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        """The prompt's tokens, the first one's of several.
+
+        Raises ValueError for what the chat template refuses, or is longer than `max_len`.
+        """
+        raise NotImplementedError
+
+
+class AgentRequest(PromptRequest):
     """What chats and responses have in common."""
 
     metadata: dict[
@@ -104,7 +116,7 @@ class StreamOptions(RequestModel):
     include_obfuscation: Unserved = None
 
 
-class GenerationRequest(SamplingParams, FormFields, ServedRequest):
+class GenerationRequest(SamplingParams, FormFields, PromptRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
@@ -219,6 +231,15 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             **self.chat_template_kwargs,
         }
 
+    @property
+    def prompt_size(self) -> int:
+        """In characters."""
+        return sum(message.size for message in self.messages)
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        messages = [message.for_template() for message in self.messages]
+        return tokenizer.encode_chat(messages, max_len=max_len, **self.template_options())
+
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         return super().sampling_params({"max_tokens": None} | defaults)
 
@@ -305,6 +326,10 @@ class CompletionRequest(GenerationRequest):
         if self.echo and self.logprobs is not None:
             values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return values
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        first = self.prompts[0]
+        return tokenizer.encode(first, max_len=max_len) if isinstance(first, str) else first
 
     @property
     def prompts(self) -> list[str | list[int]]:

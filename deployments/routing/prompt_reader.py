@@ -1,0 +1,93 @@
+"""Reads what is worth it of the bodies that a router sees, off the event loop."""
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from deployments.api.handed_tokens import HEADER, HandedTokens, TokenSeal
+from deployments.api.keys import KeyRing
+from deployments.api.prompts import prompt_of
+from deployments.args import AppArgs
+from deployments.cached_blocks import short
+from deployments.routing.balancer import RoutedPrompt
+from engine.schedule.block_pool import BlockHasher
+from engine.text.tokenizer import Tokenizer
+
+# HAProxy sends as much of a body as its buffer holds; this says how much, and of how much.
+_TRUNCATED = "x-body-truncated"
+# A prefix that is longer than some hundred thousand tokens is not looked for.
+_MAX_BYTES = 2**20
+# As many threads tokenize; more would keep each other, and the event loop, waiting.
+_MAX_READERS = 2
+
+
+@dataclass(frozen=True)
+class ReadBody:
+    prompt: RoutedPrompt
+    headers: dict[str, str]  # for the replica
+
+
+class PromptReader:
+    """
+    Args:
+        keys: those of the API; None where HAProxy does not show the client's.
+        room: bytes that fit HAProxy's buffer: of a body, and the headers that are added to it.
+    """
+
+    def __init__(
+        self, args: AppArgs, tokenizer: Tokenizer, keys: KeyRing | None, room: int
+    ) -> None:
+        self._hasher = BlockHasher(args.block_size, args.block_key)
+        self._seal = TokenSeal(args.block_key)
+        self._tokenizer = tokenizer
+        self._keys = keys
+        self._room = room
+        self._free = threading.Semaphore(_MAX_READERS)
+
+    async def read(self, request: Request) -> ReadBody | None:
+        """None, at once, for what is not worth it; and for what has no prompt."""
+        body = bytearray()
+        size = 0
+        async for chunk in request.stream():  # to its end: HAProxy listens only then
+            body += chunk[: _MAX_BYTES - len(body)]
+            size += len(chunk)
+        _, _, announced = request.headers.get(_TRUNCATED, "").partition("/")
+        size = max(size, int(announced) if announced.isdigit() else 0)
+        if not self._has_key(request) or not self._free.acquire(False):
+            return None
+        return await asyncio.to_thread(self._read_and_leave, bytes(body), size)
+
+    def _has_key(self, request: Request) -> bool:
+        authorization = request.headers.get("authorization")
+        return self._keys is None or self._keys.find(authorization) is not None
+
+    def _read_and_leave(self, body: bytes, size: int) -> ReadBody | None:
+        try:
+            return self._read(body, size)
+        finally:
+            self._free.release()
+
+    def _read(self, body: bytes, size: int) -> ReadBody | None:
+        """
+        Args:
+            size: of the whole body, of which there may be less.
+        """
+        prompt = prompt_of(body, self._tokenizer, _MAX_BYTES)
+        if prompt is None:
+            return None
+        hashes: list[bytes] = []
+        sealed: str | None = None
+        try:
+            self._hasher.extend(hashes, prompt.tokens, prompt.cache_salt)
+            if size == len(body):
+                handed = HandedTokens(prompt.request_type, prompt.tokens)
+                sealed = self._seal.seal(body, handed)
+        except OverflowError:  # numbers that are no tokens
+            return None
+        has_room = sealed is not None and size + len(sealed) <= self._room
+        headers = {HEADER: sealed} if sealed is not None and has_room else {}
+        num_tokens = len(prompt.tokens) * size // max(len(body), 1)
+        names = [short(block_hash) for block_hash in hashes]
+        return ReadBody(RoutedPrompt(names, num_tokens, self._hasher.block_size), headers)
