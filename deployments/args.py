@@ -128,6 +128,10 @@ class AppArgs(DeploymentArgs, ServiceArgs):
         4096, ge=1, description="Requests a replica takes on at once, running and waiting."
     )
 
+    @property
+    def may_have_several_replicas(self) -> bool:
+        return self.num_replicas > 1 or self.max_replicas is not None
+
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "AppArgs":
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:

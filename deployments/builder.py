@@ -36,7 +36,7 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
     args = with_device(args)
     if os.environ.get(KEYS_VARIABLE):  # replicas that cannot see them must not serve everyone
         args = args.model_copy(update={"require_api_key": True})
-    by_body = ray_private.can_route_by_body()
+    by_body = args.may_have_several_replicas and ray_private.can_route_by_body()
     options: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
         options = {"autoscaling_config": autoscaling_config(args)}

@@ -39,7 +39,7 @@ class Replica:
         self._front = await asyncio.to_thread(Front, args)
         self._shards = ShardGroup(args, self._front.client, bundles)
         self._reports = ReplicaReports(self._front.client)
-        if args.num_replicas > 1 or args.max_replicas is not None:
+        if args.may_have_several_replicas:
             self._front.watch = ReplicaWatch().pictures
         await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.warm_up))
         metrics = RayMetrics(self._front.client.metrics)

@@ -8,11 +8,12 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.api import handed_tokens, scope
+from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
-from deployments.api.handed_tokens import TokenSeal
 from deployments.api.keys import KeyRing
 from deployments.api.origins import check_page
+from deployments.api.prompts import handed_tokens
+from deployments.api.prompts.handed_tokens import TokenSeal
 from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
 
-from deployments.api.handed_tokens import HandedTokens
+from deployments.api.prompts.handed_tokens import HandedTokens
 from deployments.args import ServiceArgs
 from deployments.observe.request_record import RequestRecord
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from deployments.api.handed_tokens import HEADER, HandedTokens, TokenSeal
 from deployments.api.keys import KeyRing
-from deployments.api.prompts import prompt_of
+from deployments.api.prompts.handed_tokens import HEADER, HandedTokens, TokenSeal
+from deployments.api.prompts.protocols import prompt_of
 from deployments.args import AppArgs
 from deployments.cached_blocks import short
 from deployments.routing.balancer import RoutedPrompt
