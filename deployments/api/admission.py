@@ -104,6 +104,7 @@ def request_options(front: Front, request: ServedRequest) -> RequestOptions:
         cache_owner=current.cache_owner,
         priority=request.priority,
         flow=current.flow,
+        weight=current.quota.weight,
         timeout_s=min(timeouts, default=None),
         records=current.records,
     )

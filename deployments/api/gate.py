@@ -20,6 +20,7 @@ from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs
 from deployments.front.front import Front
 from deployments.front.places import Places
+from deployments.front.quotas import Quotas
 from engine.strict import shown
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -58,6 +59,7 @@ class Gate:
         self._tells_ids = tells_ids
         self._front = front
         self._bodies = Places()  # of bytes
+        self._quotas = Quotas()
         self._seal = TokenSeal(front.block_key)
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
@@ -89,6 +91,7 @@ class Gate:
             self._front.num_open -= 1
             current.end_reading()
             current.handler = str(getattr(http.get("route"), "path", "none"))
+            self._count_tokens(current)
             self._metrics.http[current.method, current.handler, current.status_class] += 1
             if current.error:
                 self._metrics.errors[current.error] += 1
@@ -99,14 +102,26 @@ class Gate:
         """Whatever goes wrong before an answer has begun becomes one in OpenAI's shape."""
         try:
             self._admit(http, current)
-            if http["method"] in ("POST", "PUT", "PATCH"):
+            if http["method"] not in ("POST", "PUT", "PATCH"):
+                await self._app(http, receive, send)
+                return
+            with self._quotas.request(current.tenant, current.quota):
                 receive = _replay(await self._read_body(current, receive), receive)
                 _check_media_type(current.headers)
-            await self._app(http, receive, send)
+                await self._app(http, receive, send)
         except Exception as error:
             answer = error_response(error)
             if current.status == 0:
                 await answer(http, receive, send)
+
+    def _count_tokens(self, current: RequestScope) -> None:
+        tokens = self._metrics.key_tokens
+        for record in current.records:
+            self._quotas.take(current.tenant, current.quota, record.num_prompt + record.num_output)
+            if current.tenant:
+                tokens[current.tenant, "prompt"] += record.num_prompt
+                tokens[current.tenant, "cached"] += record.num_cached
+                tokens[current.tenant, "output"] += record.num_output
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
         """Raises ApiError unless the path is open or the key is ours, and whenever draining."""
@@ -126,6 +141,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         current.tenant = name
+        current.quota = self._keys.quota(name)
         current.flow = name if self._keys.has_several_names else current.request_id
         if self._isolates_cache:
             current.cache_owner = name

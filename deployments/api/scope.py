@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 
 from deployments.api.prompts.handed_tokens import HandedTokens
 from deployments.args import ServiceArgs
+from deployments.front.quotas import Quota
 from deployments.observe.request_record import RequestRecord
 
 
@@ -26,6 +27,7 @@ class RequestScope:
     flow: str = ""  # requests of one take turns with those of others
     end_reading: Callable[[], None] = lambda: None  # called when the body is of no more use
     tenant: str = ""  # the name of its API key
+    quota: Quota = field(default_factory=Quota)
     cache_owner: str = ""  # the tenant, if its cached prefixes are its own
     # What the client calls parameters that have other names here, one after another: for errors.
     names: dict[str, str] = field(default_factory=dict)

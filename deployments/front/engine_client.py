@@ -144,6 +144,7 @@ class EngineClient:
             priority=options.priority,
             cache_owner=options.cache_owner,
             flow=options.flow,
+            weight=options.weight,
         )
         # Packed here, where it fails nobody else if it cannot be.
         live = _Live(request, encode_request(request), options.stream, record)

@@ -14,6 +14,7 @@ class RequestOptions:
     cache_owner: str = ""
     priority: int = 0
     flow: str = ""
+    weight: float = 1.0
     timeout_s: float | None = None
     shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

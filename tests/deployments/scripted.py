@@ -44,7 +44,7 @@ class ScriptedApi:
         self.front.client.limits = RequestLimits(1000, 2000, 1000, 16)
         self.front.client.generate = self._generate  # type: ignore[method-assign]
         self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(build_api(self.front)), base_url="http://test"
+            transport=httpx.ASGITransport(build_api(self.front, self.args)), base_url="http://test"
         )
 
     async def _generate(
