@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -88,18 +89,20 @@ class KeyRing:
         """What the client of that name may have."""
         return self._quotas.get(name, Quota())
 
-    def find(self, authorization: str | None) -> str | None:
-        """The name of the key in an Authorization header; None when it is none of ours.
+    def find(self, headers: Mapping[str, str]) -> str | None:
+        """The name of the key in a request's headers; None when it is none of ours.
 
-        Takes the same time whichever key it is or is not.
+        It is a bearer's, or in x-api-key, as Anthropic's clients send it. Takes the same time
+        whichever key it is or is not.
         """
         if not self._names:
             return ""
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        other = _digest(headers.get("x-api-key", "").strip())
         found = None
         for digest, name in self._names:
-            if hmac.compare_digest(digest, given):
+            if hmac.compare_digest(digest, given) | hmac.compare_digest(digest, other):
                 found = name
         return found
 

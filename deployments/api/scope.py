@@ -21,6 +21,7 @@ class RequestScope:
     request_id: str = ""
     method: str = ""
     path: str = ""
+    is_anthropic: bool = False  # it has come to an endpoint of their API
     headers: Headers = field(default_factory=Headers)
     body: bytes = b""  # its beginning
     handed: HandedTokens | None = None  # of its prompt, if a router has made them

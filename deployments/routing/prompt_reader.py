@@ -19,8 +19,10 @@ from engine.text.tokenizer import Tokenizer
 _TRUNCATED = "x-body-truncated"
 # A prefix that is longer than some hundred thousand tokens is not looked for.
 _MAX_BYTES = 2**20
-# As many threads tokenize; more would keep each other, and the event loop, waiting.
+# As many threads tokenize; more would keep each other, and the event loop, waiting. Who shows no
+# key may have one in a header that HAProxy does not show: they have one thread for them all.
 _MAX_READERS = 2
+_MAX_KEYLESS_READERS = 1
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class PromptReader:
         self._keys = keys
         self._room = room
         self._free = threading.Semaphore(_MAX_READERS)
+        self._free_keyless = threading.Semaphore(_MAX_KEYLESS_READERS)
 
     async def read(self, request: Request) -> ReadBody | None:
         """None, at once, for what is not worth it; and for what has no prompt."""
@@ -55,19 +58,17 @@ class PromptReader:
             size += len(chunk)
         _, _, announced = request.headers.get(_TRUNCATED, "").partition("/")
         size = max(size, int(announced) if announced.isdigit() else 0)
-        if not self._has_key(request) or not self._free.acquire(False):
+        free = self._free
+        if self._keys and self._keys.find(request.headers) is None:
+            if "authorization" in request.headers:
+                return None
+            free = self._free_keyless
+        if not free.acquire(False):
             return None
-        return await asyncio.to_thread(self._read_and_leave, bytes(body), size)
-
-    def _has_key(self, request: Request) -> bool:
-        authorization = request.headers.get("authorization")
-        return self._keys is None or self._keys.find(authorization) is not None
-
-    def _read_and_leave(self, body: bytes, size: int) -> ReadBody | None:
         try:
-            return self._read(body, size)
+            return await asyncio.to_thread(self._read, bytes(body), size)
         finally:
-            self._free.release()
+            free.release()
 
     def _read(self, body: bytes, size: int) -> ReadBody | None:
         """

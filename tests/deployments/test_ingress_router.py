@@ -27,7 +27,15 @@ TOKENIZER = Tokenizer(checkpoint.resolve(ARGS.model))
 LONG = "Repeat these words: apple river stone. " * 24
 CHAT = {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": LONG}]}
 RESPONSE = {"instructions": LONG, "input": LONG}
+MESSAGES = {"max_tokens": 1, "system": LONG, "messages": CHAT["messages"][1:]}
 PATHS = {"messages": "/v1/chat/completions", "input": "/v1/responses", "prompt": "/v1/completions"}
+
+
+def path_of(body: dict[str, Any]) -> str:
+    if "system" in body:
+        return "/v1/messages"
+    (path,) = (path for field, path in PATHS.items() if field in body)
+    return path
 
 
 def reader(keys: KeyRing | None = None, room: int = 2**19) -> PromptReader:
@@ -60,13 +68,14 @@ def read(body: dict[str, Any], size: int | None = None, **options: Any) -> ReadB
     [
         (KEYS, {"authorization": "Bearer sk-acme"}, True),
         (KEYS, {"authorization": "Bearer sk-other"}, False),
-        (KEYS, {}, False),
+        (KEYS, {"x_api_key": "sk-acme"}, True),
+        (KEYS, {}, True),  # its key may be in a header that HAProxy does not show
         (KeyRing([]), {}, True),
         (None, {}, True),
     ],
-    ids=["ours", "not-ours", "none", "no-keys", "keys-not-shown"],
+    ids=["ours", "not-ours", "anthropic", "none", "no-keys", "keys-not-shown"],
 )
-def test_without_a_key_nothing_is_read(
+def test_with_a_wrong_key_nothing_is_read(
     keys: KeyRing | None, headers: dict[str, str], is_read: bool
 ) -> None:
     content = json.dumps(CHAT).encode()
@@ -76,15 +85,23 @@ def test_without_a_key_nothing_is_read(
 
 @pytest.mark.parametrize(
     "body",
-    [CHAT, RESPONSE, {"input": CHAT["messages"]}, {"prompt": LONG}, {"prompt": [5, 6, 7] * 50}],
-    ids=["chat", "response", "response-items", "text", "tokens"],
+    [
+        CHAT,
+        MESSAGES,
+        RESPONSE,
+        {"input": CHAT["messages"]},
+        {"prompt": LONG},
+        {"prompt": [5, 6, 7] * 50},
+    ],
+    ids=["chat", "messages", "response", "response-items", "text", "tokens"],
 )
 def test_prompts_are_those_that_the_api_serves(body: dict[str, Any], demo: LocalServer) -> None:
     found = read(body)
-    (path,) = (path for field, path in PATHS.items() if field in body)
+    path = path_of(body)
     limit = "max_output_tokens" if "input" in body else "max_tokens"
     usage = httpx.post(f"{demo.url}{path}", json=body | {limit: 1}).json()["usage"]
     num_tokens = usage.get("prompt_tokens") or usage["input_tokens"]
+    num_tokens += usage.get("cache_read_input_tokens", 0)  # which Anthropic counts apart
     assert found is not None and found.prompt.num_tokens == num_tokens
     assert len(found.prompt.hashes) == num_tokens // ARGS.block_size > 3
 
@@ -94,13 +111,14 @@ def test_prompts_are_those_that_the_api_serves(body: dict[str, Any], demo: Local
     [
         CHAT,
         {"model": "manta-demo", **CHAT},
+        MESSAGES,
         {"messages": CHAT["messages"] * 4},
         RESPONSE,
         {"input": CHAT["messages"]},
         {"prompt": LONG * 3},
         {"prompt": "ä🦈" * 1000},
     ],
-    ids=["chat", "model-first", "messages", "response", "items", "text", "characters"],
+    ids=["chat", "model-first", "anthropic", "messages", "response", "items", "text", "characters"],
 )
 def test_what_is_cut_is_routed_by_its_beginning(body: dict[str, Any]) -> None:
     whole = read(body)
@@ -119,7 +137,16 @@ def test_what_is_cut_is_routed_by_its_beginning(body: dict[str, Any]) -> None:
         assert not found.headers
 
 
-@pytest.mark.parametrize("body", [{"tempo": 1}, {"prompt": [10**30]}, {"messages": []}, {}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tempo": 1},
+        {"prompt": [10**30]},
+        {"messages": []},
+        {"input": "on", "previous_response_id": "resp_1"},
+        {},
+    ],
+)
 def test_what_has_no_prompt_is_routed_by_load(body: dict[str, Any]) -> None:
     assert read(body) is None
 
@@ -170,7 +197,9 @@ def test_headers_are_added_only_where_haproxy_has_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [CHAT, RESPONSE, {"prompt": LONG}], ids=["chat", "response", "text"]
+    "body",
+    [CHAT, MESSAGES, RESPONSE, {"prompt": LONG}],
+    ids=["chat", "messages", "response", "text"],
 )
 def test_a_prompt_is_tokenized_once(
     body: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,7 +220,7 @@ def test_a_prompt_is_tokenized_once(
         return really(text, *args, **options)
 
     monkeypatch.setattr(tokenizer, "encode", encode)
-    (path,) = (path for field, path in PATHS.items() if field in body)
+    path = path_of(body)
 
     def num_times(sent: bytes) -> int:
         """How often the long text, or a part of it, is tokenized."""

@@ -22,7 +22,8 @@ def test_a_line_has_a_key_and_its_limits() -> None:
             "plain:sk-4",
         ]
     )
-    names = [ring.find(f"Bearer {key}") for key in ("sk-1", "sk-2", "sk-3==", "sk-4", "sk-5")]
+    keys = ("sk-1", "sk-2", "sk-3==", "sk-4", "sk-5")
+    names = [ring.find({"authorization": f"Bearer {key}"}) for key in keys]
     assert names == ["acme corp", "acme corp", "key-3", "plain", None]
     assert ring.quota("acme corp") == Quota(weight=2.5, tokens_per_minute=6000)
     assert ring.quota("key-3") == Quota(max_concurrent=8)

@@ -9,18 +9,20 @@ from pydantic import ValidationError
 
 from deployments.api.bodies import parse
 from deployments.api.errors import ApiError
-from deployments.api.routes.responses import ResponseRequest
+from deployments.api.schema.message_request import MessagesRequest
 from deployments.api.schema.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     PromptRequest,
 )
+from deployments.api.schema.response_request import ResponseRequest
 from engine.text.tokenizer import Tokenizer
 
 # By the field that holds the prompt. Where several protocols have one field, the first that takes
 # the body has it: what they have in common they mean alike.
 PROTOCOLS: list[tuple[str, type[PromptRequest]]] = [
     ("messages", ChatCompletionRequest),
+    ("messages", MessagesRequest),
     ("input", ResponseRequest),
     ("prompt", CompletionRequest),
 ]
