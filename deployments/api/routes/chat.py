@@ -57,7 +57,7 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> Whole:
         ]
     )
     num_thinking = await _count_thoughts(chat, [piece for own in said for piece in own])
-    return await Whole.of(outputs, partial(_answer, chat, said, num_thinking))
+    return Whole(outputs, partial(_answer, chat, said, num_thinking))
 
 
 def _answer(

@@ -95,7 +95,7 @@ def routes(front: Front) -> APIRouter:
 async def complete_text(front: Front, request: CompletionRequest) -> Whole:
     """Raises ApiError for a request that cannot be served."""
     started = await _start(front, request)
-    return await Whole.of(await collect_all(started.streams), partial(_answer, started))
+    return Whole(await collect_all(started.streams), partial(_answer, started))
 
 
 def _answer(started: _Started, outputs: list[Output]) -> dict[str, Any]:
