@@ -18,6 +18,7 @@ from deployments.api.admission import (
     sampling_params,
 )
 from deployments.api.errors import ApiError, validation_error
+from deployments.api.requests.resume import Resume, go_on
 from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.schema.tools import call_grammar, constrain, find_format, forced_tools
@@ -48,12 +49,15 @@ class Chat:
     options: RequestOptions
 
     @classmethod
-    async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
+    async def start(
+        cls, front: Front, request: ChatCompletionRequest, resume: Resume | None = None
+    ) -> "Chat":
         """Raises ApiError for a request that cannot be served."""
         check_model(front, request)
         check_queue(front, 1)
         options = request_options(front, request)
         params = await sampling_params(front, request)
+        params, options = await go_on(resume, front, params, options)
         tools = find_format(front) if request.offered_tools else None
         has_form = params.structured_outputs is not None
         forced_prefix: str | None = None
@@ -68,7 +72,7 @@ class Chat:
         prompt = front.truncate(prompt, params)
         if not is_shaped:
             params = _with_limit(front, prompt, params, request.thinking_budget)
-        check_prompt(front, prompt, params, "messages")
+        check_prompt(front, prompt, params, "messages", options.known_tokens)
         check_queue(front, params.n, len(prompt) * params.n)
         scope().end_reading()
         head = {
@@ -167,9 +171,8 @@ async def _encode(
     if (handed := scope().handed) is not None:
         return handed.tokens
     try:
-        return await off_loop(
-            request.prompt_size, request.encode, front.tokenizer, front.max_prompt_len(params)
-        )
+        size, max_len = sum(m.size for m in request.messages), front.max_prompt_len(params)
+        return await off_loop(size, request.encode, front.tokenizer, max_len)
     except ValueError as error:
         raise prompt_error(error, "messages") from error
 

@@ -12,9 +12,9 @@ from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
 from deployments.api.keys import KeyRing
 from deployments.api.origins import check_page
-from deployments.api.prompts import handed_tokens
-from deployments.api.prompts.handed_tokens import TokenSeal
 from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
+from deployments.api.requests import handed_tokens
+from deployments.api.requests.handed_tokens import TokenSeal
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
 
-from deployments.api.prompts.handed_tokens import HandedTokens
+from deployments.api.requests.handed_tokens import HandedTokens
 from deployments.args import ServiceArgs
 from deployments.front.quotas import Quota
 from deployments.observe.request_record import RequestRecord

@@ -145,6 +145,7 @@ class EngineClient:
             cache_owner=options.cache_owner,
             flow=options.flow,
             weight=options.weight,
+            output_token_ids=list(options.known_tokens),
         )
         # Packed here, where it fails nobody else if it cannot be.
         live = _Live(request, encode_request(request), options.stream, record)

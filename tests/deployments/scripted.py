@@ -82,9 +82,9 @@ class ScriptedApi:
             (choice,) = answer.json()["choices"]
             return dict(choice)
         message: dict[str, Any] = {"content": ""}
-        for line in filter(None, answer.text.splitlines()):
-            if line == "data: [DONE]":
-                break
+        lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert lines.pop() == "data: [DONE]"
+        for line in lines:
             (choice,) = json.loads(line.removeprefix("data: "))["choices"]
             delta = choice["delta"]
             for name in delta.keys() & {"content", "reasoning_content"}:

@@ -13,7 +13,7 @@ from fastapi import Request
 
 from deployments import ray_private
 from deployments.api.keys import KeyRing
-from deployments.api.prompts.handed_tokens import HEADER, MAX_HEADER_BYTES, HandedTokens, TokenSeal
+from deployments.api.requests.handed_tokens import HEADER, MAX_HEADER_BYTES, HandedTokens, TokenSeal
 from deployments.args import AppArgs
 from deployments.routing.prompt_reader import PromptReader, ReadBody
 from engine import checkpoint

@@ -9,9 +9,7 @@ from deployments.api.schema.protocol import (
     ChatCompletionRequest,
     ModelRequest,
     NotTooMany,
-    PromptRequest,
     SamplingFields,
-    ServedRequest,
     TemplateVariables,
 )
 from deployments.api.schema.tools import ToolChoice, named_tool
@@ -329,7 +327,7 @@ class CountTokensRequest(ModelRequest):
         return {}
 
 
-class MessagesRequest(SamplingFields, PromptRequest, CountTokensRequest):
+class MessagesRequest(SamplingFields, ServedRequest, CountTokensRequest):
     max_tokens: int = Field(ge=1, lt=2**31)
     stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list, max_length=64

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.api.requests.resume import WhereToGoOn
 from deployments.api.schema.structured import FormFields
 from deployments.api.schema.tools import AllowedTools, ToolChoice, names_of
 from deployments.api.scope import scope
@@ -78,19 +79,12 @@ class ServedRequest(ModelRequest):
         "limit still holds.",
     )
 
-
-class PromptRequest(ServedRequest):
-    """What is served has a prompt."""
-
     def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
-        """The prompt's tokens, the first one's of several.
-
-        Raises ValueError for what the chat template refuses, or is longer than `max_len`.
-        """
+        """The (first) prompt's tokens; raises ValueError where there are none, or too many."""
         raise NotImplementedError
 
 
-class AgentRequest(PromptRequest):
+class AgentRequest(ServedRequest):
     """What chats and responses have in common."""
 
     metadata: dict[
@@ -160,7 +154,7 @@ class SamplingFields(RequestModel):
     seed: int | None = _sampling("seed")
 
 
-class GenerationRequest(SamplingParams, FormFields, PromptRequest):
+class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
@@ -170,6 +164,8 @@ class GenerationRequest(SamplingParams, FormFields, PromptRequest):
     return_tokens_as_token_ids: bool = Field(
         False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
     )
+
+    resume: WhereToGoOn = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
@@ -297,11 +293,6 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             **effort_variables(self.reasoning_effort),
             **self.chat_template_kwargs,
         }
-
-    @property
-    def prompt_size(self) -> int:
-        """In characters."""
-        return sum(message.size for message in self.messages)
 
     def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
         messages = [message.for_template() for message in self.messages]

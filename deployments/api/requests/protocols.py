@@ -13,14 +13,14 @@ from deployments.api.schema.message_request import MessagesRequest
 from deployments.api.schema.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    PromptRequest,
+    ServedRequest,
 )
 from deployments.api.schema.response_request import ResponseRequest
 from engine.text.tokenizer import Tokenizer
 
 # By the field that holds the prompt. Where several protocols have one field, the first that takes
 # the body has it: what they have in common they mean alike.
-PROTOCOLS: list[tuple[str, type[PromptRequest]]] = [
+PROTOCOLS: list[tuple[str, type[ServedRequest]]] = [
     ("messages", ChatCompletionRequest),
     ("messages", MessagesRequest),
     ("input", ResponseRequest),
