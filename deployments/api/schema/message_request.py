@@ -10,6 +10,7 @@ from deployments.api.schema.protocol import (
     ModelRequest,
     NotTooMany,
     SamplingFields,
+    ServedRequest,
     TemplateVariables,
 )
 from deployments.api.schema.tools import ToolChoice, named_tool
