@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from deployments.cli.client import Client, ServerError
+from tests.deployments.cutting_proxy import cut_after
 from tests.deployments.in_process import InProcessApi, serve_in_process
+from tests.deployments.local_server import LocalServer
 
 ASK = {
     "messages": [{"role": "user", "content": "Repeat these words: apple river stone cloud"}],
@@ -147,3 +150,30 @@ def test_what_cannot_be_gone_on_with_is_refused(
 def test_streams_of_several_choices_have_no_ids(api: InProcessApi) -> None:
     answer = api.post(TEXT, prompt="ab", n=2, max_tokens=4, stream=True)
     assert "id: " not in answer.text and answer.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("has_tokens", [False, True])
+def test_our_client_goes_on_by_itself(has_tokens: bool, demo: LocalServer) -> None:
+    body = ASK | {"seed": 5, "stream": True, "stream_options": {"include_usage": True}}
+    body |= {"return_token_ids": has_tokens}
+
+    def ask(url: str) -> tuple[str, int, str]:
+        text, ending, count = "", "", 0
+        for event in Client(url).stream(CHAT, body):
+            count = (event.get("usage") or {}).get("completion_tokens", count)
+            for choice in event["choices"]:
+                text += choice["delta"].get("content") or ""
+                ending = choice["finish_reason"] or ending
+        return text, count, ending
+
+    whole = ask(demo.url)
+    assert len(whole[0]) > 10
+    # Before the first id, in the midst, within an event, and before there is an answer again.
+    for sizes in ((450,), (700, 1300), (1000, 900, 0, 801)):
+        with cut_after(demo.url, *sizes) as url:
+            assert ask(url) == whole
+
+
+def test_our_client_gives_up_on_what_was_never_there(demo: LocalServer) -> None:
+    with cut_after(demo.url, 0) as url, pytest.raises(ServerError, match="no server of ours"):
+        list(Client(url).stream(CHAT, ASK | {"stream": True}))
