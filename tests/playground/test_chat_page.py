@@ -99,7 +99,9 @@ def test_an_answer_that_breaks_goes_on(open_page: OpenPage, server: LocalServer)
         if len(heads) > 1:
             route.continue_(post_data=json.dumps(body))
             return
-        whole = httpx.post(f"{server.url}/v1/chat/completions", json=body).text.split("\n\n")
+        whole = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text.split(
+            "\n\n"
+        )
         route.fulfill(
             status=200, content_type="text/event-stream", body="\n\n".join(whole[:4]) + "\n\n"
         )
