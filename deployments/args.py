@@ -33,10 +33,11 @@ class DeploymentArgs(EngineConfig):
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
     )
-    heartbeat_timeout_s: float = Field(
-        120,
+    heartbeat_timeout_s: float | None = Field(
+        None,
         gt=0,
-        description="An engine silent for so long is dead; must exceed the longest step.",
+        description="An engine silent for so long is dead; must exceed the longest step. Default: "
+        "20 times that of the steps so far, between 30 and 120 seconds.",
     )
     startup_timeout_s: float = Field(
         1800, gt=0, description="An engine that takes longer to load is started anew."

@@ -63,12 +63,11 @@ class Front:
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
-        self.client = EngineClient(self.model_name)
+        self.client = EngineClient(args)
         # What is to be seen of every replica of this model; a replica among several asks them all.
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self.num_open = 0  # requests being answered
         self.is_draining = False
-        self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
     def tokens_of(self, marks: Iterable[str]) -> frozenset[int]:
         """Those of the marks that are tokens."""
@@ -210,10 +209,9 @@ class Front:
         self.check_open()
         if not self.client.is_connected:
             raise EngineUnavailableError("the engine is being restarted")
-        if self.client.is_silent(self._heartbeat_timeout_s):
-            raise EngineUnavailableError(
-                f"the engine has been silent for more than {self._heartbeat_timeout_s:g} s"
-            )
+        if self.client.is_silent:
+            limit = self.client.heartbeat.timeout_s
+            raise EngineUnavailableError(f"the engine has been silent for more than {limit:.0f} s")
 
 
 async def _parted(
