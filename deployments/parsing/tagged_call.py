@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deployments.parsing.functions import Functions
 from deployments.parsing.json_call import CallReader
 from deployments.parsing.source import CHARACTER, SPACE, Reading, Source
+from deployments.parsing.tool_format import arguments_form
 
 _MAX_KEY = 128
 _KEY = re.compile(r'[^<>"\n]+')
@@ -26,6 +29,48 @@ class Tags:
     between: tuple[str, ...]  # one after another, with space where there may be some
     after: str
     has_lines: bool = False
+
+    def written(self, function: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The forms of a function's arguments, one after another, as its templates write them."""
+        schema = arguments_form(function)["json_schema"]
+        properties = schema.get("properties")
+        if properties is None:  # whatever they are
+            name = {"type": "regex", "pattern": "[A-Za-z_][A-Za-z0-9_]{0,63}"}
+            return [{"type": "star", "content": self._argument(name, self._any_text(), "\n")}]
+        functions, definitions = Functions([function]), schema.get("$defs", {})
+        arguments = []
+        for key, value in properties.items():
+            if functions.is_text(function["name"], key):
+                form = self._text(value)
+            else:
+                own = value | {"$defs": definitions}
+                form = {"type": "json_schema", "json_schema": own, "max_whitespace_cnt": 8}
+            argument = self._argument({"type": "const_string", "value": key}, form, "\n")
+            is_needed = key in schema.get("required", ())
+            arguments.append(argument if is_needed else {"type": "optional", "content": argument})
+        return arguments
+
+    def _text(self, schema: dict[str, Any]) -> dict[str, Any]:
+        if "enum" in schema:
+            choices = [{"type": "const_string", "value": choice} for choice in schema["enum"]]
+            return {"type": "or", "elements": choices}
+        if "pattern" in schema:
+            return {"type": "regex", "pattern": schema["pattern"]}
+        least = schema.get("minLength", 0)
+        text = self._any_text()
+        if "maxLength" in schema:
+            text["max_chars"] = max(schema["maxLength"] - least, 0)
+        begin = {"type": "regex", "pattern": f"[^{self.after[0]}]{{{least}}}"}
+        return {"type": "sequence", "elements": [begin, text]} if least else text
+
+    def _argument(self, key: dict[str, Any], value: dict[str, Any], end: str) -> dict[str, Any]:
+        line = "\n" if self.has_lines else ""
+        texts = self.before, "\n".join(self.between) + line, line + self.after + end
+        before, between, after = ({"type": "const_string", "value": text} for text in texts)
+        return {"type": "sequence", "elements": [before, key, between, value, after]}
+
+    def _any_text(self) -> dict[str, Any]:
+        return {"type": "any_text", "excludes": [self.after]}
 
 
 class TaggedArguments:

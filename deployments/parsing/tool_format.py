@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from deployments.parsing.functions import Functions
@@ -16,13 +17,12 @@ Parts = list[str | dict[str, Any]]
 _MAX_WHITESPACE = 8
 
 
-def arguments_form(function: dict[str, Any], style: str = "json") -> dict[str, Any]:
+def arguments_form(function: Mapping[str, Any]) -> dict[str, Any]:
     """The form of a function's arguments; raises ValueError for a schema that can be none."""
     schema = function.get("parameters") or {"type": "object", "properties": {}}
     return {
         "type": "json_schema",
         "json_schema": json_schema.close(schema),
-        "style": style,
         "max_whitespace_cnt": _MAX_WHITESPACE,
     }
 

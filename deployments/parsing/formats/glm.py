@@ -5,7 +5,7 @@ from typing import Any
 from deployments.parsing.json_call import MAX_NAME, WORD, CallReader
 from deployments.parsing.source import SPACE, Reading, Source
 from deployments.parsing.tagged_call import TaggedArguments, Tags
-from deployments.parsing.tool_format import Parts, ToolFormat, arguments_form
+from deployments.parsing.tool_format import Parts, ToolFormat
 
 _TAGS = Tags("<arg_key>", ("</arg_key>", "<arg_value>"), "</arg_value>")
 
@@ -25,5 +25,5 @@ class Glm(ToolFormat):
             yield from TaggedArguments(source, reader, name, _TAGS).read()
 
     def written(self, function: dict[str, Any]) -> Parts:
-        form = arguments_form(function, style="glm_xml")
-        return [f"<tool_call>{function['name']}\n", form, "\n</tool_call>"]
+        begin = f"{self.prefix}{function['name']}\n"
+        return [begin, *_TAGS.written(function), "</tool_call>"]

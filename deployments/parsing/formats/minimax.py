@@ -5,7 +5,7 @@ from typing import Any
 from deployments.parsing.json_call import MAX_NAME, WORD, CallReader
 from deployments.parsing.source import Reading, Source
 from deployments.parsing.tagged_call import TaggedArguments, Tags
-from deployments.parsing.tool_format import Parts, ToolFormat, arguments_form
+from deployments.parsing.tool_format import Parts, ToolFormat
 
 _TAGS = Tags('<parameter name="', ('">',), "</parameter>")
 
@@ -24,5 +24,5 @@ class MiniMax(ToolFormat):
                 yield from TaggedArguments(source, reader, name, _TAGS).read()
 
     def written(self, function: dict[str, Any]) -> Parts:
-        form = arguments_form(function, style="minimax_xml")
-        return [f'{self.prefix}{function["name"]}">\n', form, "</invoke>\n</minimax:tool_call>"]
+        begin = f'{self.prefix}{function["name"]}">\n'
+        return [begin, *_TAGS.written(function), "</invoke>\n</minimax:tool_call>"]
