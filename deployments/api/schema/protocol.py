@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.api.requests.resume import WhereToGoOn
 from deployments.api.schema.structured import FormFields
 from deployments.api.schema.tools import AllowedTools, ToolChoice, names_of
 from deployments.api.scope import scope
@@ -21,6 +22,7 @@ from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
@@ -76,6 +78,10 @@ class ServedRequest(ModelRequest):
         description="Seconds after which the request is ended with an error; the server's own "
         "limit still holds.",
     )
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        """The (first) prompt's tokens; raises ValueError where there are none, or too many."""
+        raise NotImplementedError
 
 
 Metadata = Annotated[
@@ -165,6 +171,8 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     return_tokens_as_token_ids: bool = Field(
         False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
     )
+
+    resume: WhereToGoOn = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
@@ -293,6 +301,10 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             **self.chat_template_kwargs,
         }
 
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        messages = [message.for_template() for message in self.messages]
+        return tokenizer.encode_chat(messages, max_len=max_len, **self.template_options())
+
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         return super().sampling_params({"max_tokens": None} | defaults)
 
@@ -385,6 +397,10 @@ class CompletionRequest(GenerationRequest):
         if self.echo and self.logprobs is not None:
             values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return values
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        first = self.prompts[0]
+        return tokenizer.encode(first, max_len=max_len) if isinstance(first, str) else first
 
     @property
     def prompts(self) -> list[str | list[int]]:
