@@ -26,7 +26,7 @@ from engine.text.tokenizer import Tokenizer
 _DRAIN_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would double what making one costs
 class TextDelta:
     """What one engine step brought a request, as text."""
 
