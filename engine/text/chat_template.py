@@ -109,9 +109,9 @@ class ChatTemplates:
     def _render(
         self, source: str, messages: Any, tools: Any, variables: dict[str, Any], **options: bool
     ) -> str:
-        """A template that takes a system message at the beginning only has later ones as the user's.
+        """Where a template takes no system message behind a user's, it is the user's.
 
-        At the beginning they would change the prefix of a prompt that is in the cache already.
+        At the beginning it would change the prefix of a prompt that is in the cache already.
         """
         try:
             return self._render_as_given(source, messages, tools, variables, **options)
