@@ -19,9 +19,7 @@ from deployments import ray_private
 from deployments.api.bodies import read
 from deployments.api.errors import ApiError
 from deployments.api.keys import KeyRing
-from deployments.api.schema.message_request import MessagesRequest
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest
-from deployments.api.schema.response_request import ResponseRequest
 from deployments.args import AppArgs
 from deployments.routing.balancer import RoutedPrompt, short
 from engine import checkpoint
@@ -73,29 +71,6 @@ class PromptReader:
             self._free.release()
 
 
-def prompt_of(body: bytes, tokenizer: Tokenizer) -> tuple[list[int], str]:
-    """(tokens, cache salt) of a request, whichever API it is of; raises ApiError, ValueError."""
-    if b'"messages"' not in body and b'"input"' not in body:
-        request = read(CompletionRequest, body, _MAX_BYTES)
-        first = request.prompts[0]
-        return tokenizer.encode(first) if isinstance(first, str) else first, request.cache_salt
-    chat = _read_chat(body)
-    tokens = tokenizer.encode_chat(
-        [message.for_template() for message in chat.messages], **chat.template_options()
-    )
-    return tokens, chat.cache_salt
-
-
-def _read_chat(body: bytes) -> ChatCompletionRequest:
-    """HAProxy does not say which path a body was sent to."""
-    if b'"messages"' not in body:
-        return read(ResponseRequest, body, _MAX_BYTES).to_chat()
-    try:
-        return read(ChatCompletionRequest, body, _MAX_BYTES)
-    except ApiError:
-        return read(MessagesRequest, body, _MAX_BYTES).to_chat()
-
-
 @serve.deployment
 @serve.ingress(_api)
 class IngressRouter:
@@ -127,9 +102,19 @@ class IngressRouter:
     def _read_prompt(self, body: bytes) -> RoutedPrompt | None:
         """The prompt's blocks, named as the replica will; None when the body is not valid."""
         try:
-            tokens, salt = prompt_of(body, self._tokenizer)
+            request: ChatCompletionRequest | CompletionRequest
+            if b'"messages"' in body:
+                request = read(ChatCompletionRequest, body, _MAX_BYTES)
+                tokens = self._tokenizer.encode_chat(
+                    [message.for_template() for message in request.messages],
+                    **request.template_options(),
+                )
+            else:
+                request = read(CompletionRequest, body, _MAX_BYTES)
+                first = request.prompts[0]
+                tokens = self._tokenizer.encode(first) if isinstance(first, str) else first
             hashes: list[bytes] = []
-            self._hasher.extend(hashes, tokens, salt)
+            self._hasher.extend(hashes, tokens, request.cache_salt)
         except (ApiError, ValueError, OverflowError):
             return None
         return RoutedPrompt([short(h) for h in hashes], len(tokens), self._block_size)

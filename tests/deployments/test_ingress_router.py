@@ -1,7 +1,6 @@
 """Which prompts an ingress router reads before it has chosen a replica."""
 
 import asyncio
-import json
 import threading
 
 import pytest
@@ -10,9 +9,7 @@ from fastapi import Request
 from deployments import ray_private
 from deployments.api.keys import KeyRing
 from deployments.routing.balancer import RoutedPrompt
-from deployments.routing.ingress_router import PromptReader, prompt_of
-from engine.demo import DEMO_MODEL
-from engine.text.tokenizer import Tokenizer
+from deployments.routing.ingress_router import PromptReader
 
 PROMPT = RoutedPrompt([b"hash"], 1, 1)
 KEYS = KeyRing(["acme:sk-acme"])
@@ -94,25 +91,3 @@ def test_routers_see_keys_where_haproxy_is_told_so(monkeypatch: pytest.MonkeyPat
     assert not ray_private.routers_see_keys()
     monkeypatch.setattr("ray.serve._private.constants.SERVE_SESSION_ID", "Authorization")
     assert ray_private.routers_see_keys()
-
-
-def test_agents_prompts_are_known_whichever_api_they_speak() -> None:
-    """So each of their turns goes to the replica that has the one before it."""
-    tokenizer = Tokenizer(DEMO_MODEL)
-    tool = {"name": "f", "description": "F.", "parameters": {"type": "object"}}
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    chat = {"messages": messages, "tools": [{"type": "function", "function": tool}]}
-    anthropic = {
-        "max_tokens": 5,
-        "system": [
-            {"type": "text", "text": "x-anthropic-billing-header: cch=1;"},
-            {"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}},
-        ],
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
-        "tools": [{"name": "f", "description": "F.", "input_schema": {"type": "object"}}],
-    }
-    response = {"instructions": "Be brief.", "input": "Hi", "tools": [tool | {"type": "function"}]}
-    bodies = [json.dumps(b | {"cache_salt": "s"}).encode() for b in (chat, anthropic, response)]
-    first, *others = [prompt_of(body, tokenizer) for body in bodies]
-    assert others == [first, first] and first[1] == "s" and len(first[0]) > 10
-    assert prompt_of(b'{"prompt": [5, 6]}', tokenizer) == ([5, 6], "")
