@@ -60,14 +60,14 @@ class Executor:
 def load_runner(config: EngineConfig, ranks: Ranks, show_progress: bool = False) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
     directory = checkpoint.resolve(config.model, config.revision)
-    model_config = read_config(directory)
-    if config.max_model_len and config.max_model_len > model_config.max_position:
+    shape = read_config(directory, config.max_model_len)
+    if config.max_model_len and config.max_model_len > shape.max_position:
         raise ValueError(
             f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "
-            f"be at most {model_config.max_position}"
+            f"be at most {shape.max_position}"
         )
     eos = eos_token_ids(directory)
-    return ModelRunner(config, model_config, directory, eos, ranks, show_progress)
+    return ModelRunner(config, shape, directory, eos, ranks, show_progress)
 
 
 def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:
