@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.demo import DEMO_MODEL
 from engine.progress import Progress
 
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-_CONVERTED = 1  # version of what is made of GGUF files
+_DERIVED = "1"  # version of what is made of files
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
@@ -70,29 +71,37 @@ def _directory_of_gguf(file: Path) -> Path:
         files = sorted(file.parent.glob(f"{part[1]}-*-of-{part[2]}.gguf"))
         if len(files) != int(part[2]):
             raise CheckpointError(f"{file}: {len(files)} of its {int(part[2])} parts are there")
-    state = file.stat()
-    identity = f"{_CONVERTED} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
-    cache = Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "gguf"
-    directory = cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    return derived(files, "engine.models.gguf.convert")
+
+
+def derived(files: list[Path], module: str) -> Path:
+    """What `python -m MODULE FILE… DIRECTORY` makes of files: a directory, made once and kept.
+
+    Raises CheckpointError with the last line that it says.
+    """
+    identity = [module, _DERIVED]
+    for file in files:
+        state = file.stat()
+        identity.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
+    cache = Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "models"
+    directory = cache / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
     if directory.exists():
         return directory
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as made:
-        command = [sys.executable, "-m", "engine.models.gguf.convert", *map(str, files), made]
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", module, *map(str, files), str(made)],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise CheckpointError(f"{file} cannot be read: {reason}")
-        try:
-            Path(made).rename(directory)
-        except OSError:  # another process was faster
-            return directory
-        Path(made).mkdir()  # for its end
+            raise CheckpointError(f"{files[0]} cannot be read: {reason}")
+        with suppress(OSError):  # another process was faster
+            made.rename(directory)
     return directory
 
 

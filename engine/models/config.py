@@ -77,6 +77,7 @@ def dense_config(
         for window in windows or [None] * hf.num_hidden_layers
     ]
     return ModelConfig(
+        description=f"{hf.model_type}, computed by our own blocks",
         vocab_size=hf.vocab_size,
         max_position=longest_text(hf),
         dtype=str(hf.dtype).removeprefix("torch."),

@@ -45,6 +45,8 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A decoder and its head. Parameters are uninitialized until loaded."""
 
+    is_recordable = True
+
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)

@@ -45,7 +45,7 @@ def parse_config(content: dict[str, Any], source: Path) -> PreTrainedConfig:
             f"{source}: model_type={kind!r} (architectures={content.get('architectures')!r}) is "
             "not among those that transformers knows"
         )
-    content = dict(content)
+    content = {k: v for k, v in content.items() if k != "quantization_config"}  # read elsewhere
     for name in ("dtype", "torch_dtype"):
         if isinstance(dtype := content.get(name), str):
             content[name] = dtype.removeprefix("torch.") if dtype != "auto" else None

@@ -1,6 +1,8 @@
 """Tensors of a checkpoint's safetensors files, by the names that the model has for them."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,8 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import CheckpointError, read_json
 from engine.models.blocks.linear import Source
+from engine.models.weights.dequantize import Parts, dequantizer
 
 _ROWS = 4096
 _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
@@ -17,6 +20,8 @@ _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
 
 class TensorReader(Protocol):
     """Tensors of a checkpoint by the names that our blocks have for them, until it is left."""
+
+    num_values: int  # of all tensors
 
     @property
     def names(self) -> set[str]: ...
@@ -26,6 +31,9 @@ class TensorReader(Protocol):
 
     def read(self, source: Source) -> Tensor:
         """The slice, from disk; raises CheckpointError when there is no such tensor."""
+
+    def values(self, name: str) -> Tensor:
+        """The whole tensor."""
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors are the same."""
@@ -40,7 +48,9 @@ def open_tensors(directory: Path) -> TensorReader:
         from engine.models.gguf.reader import GgufReader  # few checkpoints need its library
 
         return GgufReader(files)
-    return SafetensorsReader(directory)
+    tensors = SafetensorsReader(directory)
+    dequantize = dequantizer(read_json(directory, "config.json").get("quantization_config") or {})
+    return tensors if dequantize is None else DequantizedReader(tensors, dequantize)
 
 
 class SafetensorsReader:
@@ -66,6 +76,8 @@ class SafetensorsReader:
                     self._stored[name] = (file, name)
         if _EMBEDDING in self._stored:
             self._stored = {_PREFIX + name: stored for name, stored in self._stored.items()}
+        shapes = (self._slice(name).get_shape() for name in self._stored)
+        self.num_values = sum(math.prod(shape) for shape in shapes)
 
     @property
     def names(self) -> set[str]:
@@ -99,6 +111,10 @@ class SafetensorsReader:
             raise CheckpointError(f"the checkpoint's {source.name} has values that are no numbers")
         return values
 
+    def values(self, name: str) -> Tensor:
+        whole: Tensor = self._slice(name)[...]
+        return whole
+
     def equal(self, name: str, other: str) -> bool:
         """Compares a few rows at a time."""
         left, right = self._slice(name), self._slice(other)
@@ -114,6 +130,77 @@ class SafetensorsReader:
     def __exit__(self, *_: Any) -> None:
         for file in self._files:
             file.__exit__(None, None, None)
+
+
+# What formats of fewer bits call the tensors that make up a linear map's weight.
+_MAIN = ("qweight", "weight_packed", "weight")
+_BESIDE = frozenset(
+    (
+        *("qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "weight_zero_point"),
+        *("weight_shape", "weight_g_idx", "weight_global_scale"),
+    )
+)
+# Of activations, which are computed as they are.
+_OF_ACTIVATIONS = (
+    "input_scale",
+    "input_zero_point",
+    "input_global_scale",
+    "activation_scale",
+    ".k_scale",
+    ".v_scale",
+)
+
+
+class DequantizedReader:
+    """Implements `TensorReader` over files with weights of fewer bits, which it gives as floats."""
+
+    def __init__(self, stored: SafetensorsReader, dequantize: Callable[[Parts], Tensor]) -> None:
+        self._stored = stored
+        self._dequantize = dequantize
+        self._parts: dict[str, dict[str, str]] = {}  # names by what follows the map's, by map
+        for name in stored.names:
+            linear, _, what = name.rpartition(".")
+            if what in _BESIDE:
+                self._parts.setdefault(linear, {})[what] = name
+        for linear, parts in self._parts.items():
+            parts |= {w: f"{linear}.{w}" for w in _MAIN if f"{linear}.{w}" in stored.names}
+        self.num_values = stored.num_values
+
+    @property
+    def names(self) -> set[str]:
+        parts = {name for parts in self._parts.values() for name in parts.values()}
+        plain = {n for n in self._stored.names - parts if not n.endswith(_OF_ACTIVATIONS)}
+        return plain | {f"{linear}.weight" for linear in self._parts}
+
+    def check(self, source: Source) -> None:
+        if source.name.removesuffix(".weight") not in self._parts:
+            self._stored.check(source)
+
+    def read(self, source: Source) -> Tensor:
+        if source.name.removesuffix(".weight") not in self._parts:
+            return self._stored.read(source)
+        values = self.values(source.name)
+        if values.shape != source.shape:
+            raise CheckpointError(
+                f"the checkpoint's {source.name} has shape {tuple(values.shape)}, its config says "
+                f"{source.shape}"
+            )
+        return values.narrow(source.dim, source.start, source.end - source.start)
+
+    def values(self, name: str) -> Tensor:
+        parts = self._parts.get(name.removesuffix(".weight"))
+        if parts is None:
+            return self._stored.values(name)
+        return self._dequantize({what: self._stored.values(n) for what, n in parts.items()})
+
+    def equal(self, name: str, other: str) -> bool:
+        return torch.equal(self.values(name), self.values(other))
+
+    def __enter__(self) -> "DequantizedReader":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stored.__exit__()
 
 
 def _files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -21,6 +21,7 @@ class LayerCache:
 
 @dataclass(frozen=True)
 class ModelShape(ABC):
+    description: str  # who computes what, for people
     vocab_size: int
     max_position: int
     dtype: str
@@ -43,6 +44,8 @@ class ModelShape(ABC):
 
 class LanguageModel(Protocol):
     """A loaded model over a paged KV cache."""
+
+    is_recordable: bool  # whether its decoding may be recorded and replayed
 
     def __call__(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden] of a step; writes its keys and values."""

@@ -36,7 +36,8 @@ class ForwardPass:
         self._ops = ops
         self._device = device
         self.kv_caches: list[KVCache] = []
-        self._new_recorder = None if config.enforce_eager else ops.new_recorder
+        records = model.is_recordable and not config.enforce_eager
+        self._new_recorder = ops.new_recorder if records else None
         # Whether `record` takes time and memory.
         self.records_ahead = self._new_recorder is not None and self._new_recorder().ahead
         self._sizes: Sequence[int] = range(1, config.max_num_seqs + 1)

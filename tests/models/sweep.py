@@ -1,15 +1,16 @@
 """Every decoder that transformers knows, served or refused: `python -m tests.models.sweep`.
 
+With `--write` the table in docs/models.md is made of it.
+
 A tiny random checkpoint of each is made, and greedy text must be that of transformers: in chunks,
 in a pool that preempts, and again with cached prefixes.
 """
 
-import json
 import sys
 import tempfile
 import time
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from threading import Barrier, Lock, Thread
@@ -29,13 +30,15 @@ from engine.runner.model_runner import ModelRunner
 from tests.checkpoints import load_oracle
 from tests.engine.helpers import new_engine, new_requests, prompt_logits, run, tokens_of
 from tests.engine.oracle import GreedyText, greedy_text, random_prompts
-from tests.models.tiny import KINDS, make_tiny
+from tests.models.tiny import KINDS, save_random, tiny_config
 
 NUM_PROMPTS, MAX_PROMPT, NUM_OUTPUT = 8, 60, 10
 # Prompts of up to 60 tokens in steps of 24, beyond windows of 24, in a pool that some do not fit.
 ENGINE: dict[str, Any] = dict(
     block_size=4, num_blocks=40, max_num_seqs=8, max_num_batched_tokens=24
 )
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "models.md"
+MARK = "<!-- made by python -m tests.models.sweep --write -->\n"
 State = Literal["served", "refused", "refused after loading", "wrong", "not made"]
 
 
@@ -56,14 +59,18 @@ def oracle_text(directory: Path) -> GreedyText:
 
 def examine(kind: str, directory: Path) -> Outcome:
     try:
-        make_tiny(kind, directory)
-        text = oracle_text(directory)
+        config = tiny_config(kind)
+        config.save_pretrained(directory)
+        shape = read_config(directory)  # there are no weights that it could read
+    except CheckpointError as error:
+        return Outcome(kind, "refused", reason=str(error))
     except Exception as error:  # of transformers
         return Outcome(kind, "not made", reason=f"{type(error).__name__}: {error}")
     try:
-        shape = read_config(directory)
-    except CheckpointError as error:
-        return Outcome(kind, "refused", reason=str(error))
+        save_random(kind, config, directory)
+        text = oracle_text(directory)
+    except Exception as error:  # of transformers
+        return Outcome(kind, "not made", reason=f"{type(error).__name__}: {error}")
     path = "native" if isinstance(shape, ModelConfig) else "transformers"
     try:
         with new_engine(directory, **ENGINE) as engine:
@@ -142,25 +149,47 @@ def on_two_ranks(directory: Path) -> str:
     return "equal" if error < 1e-3 else f"wrong by {error:.2g}"
 
 
+def table(outcomes: list[Outcome]) -> str:
+    """For docs/models.md."""
+    served = [o for o in outcomes if o.state == "served"]
+    refused = [o for o in outcomes if o.state == "refused"]
+    lines = [
+        f"Of {len(served) + len(refused)} kinds of decoders, {len(served)} are served and "
+        f"{len(refused)} refused.",
+        "",
+        "| model_type | computed by | tensor parallelism |",
+        "|---|---|---|",
+    ]
+    whose = {"native": "own blocks", "transformers": "transformers' modules"}
+    for o in served:
+        lines.append(f"| {o.kind} | {whose[o.path]} | {'yes' if o.ranks == 'equal' else 'no'} |")
+    lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| {o.kind} | {o.reason[:160].replace('|', ' ')} |" for o in refused]
+    return "\n".join(lines) + "\n"
+
+
 def main(kinds: list[str]) -> int:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     outcomes = []
-    for kind in kinds or KINDS:
+    write = "--write" in kinds
+    for kind in [kind for kind in kinds if kind != "--write"] or KINDS:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory, redirect_stderr(StringIO()):
             outcome = examine(kind, Path(directory))
         outcomes.append(outcome)
         seconds = time.perf_counter() - start
         about = [outcome.path, outcome.ranks and f"2 ranks: {outcome.ranks}", outcome.reason]
-        text = "; ".join(part for part in about if part)
+        text = "; ".join(part for part in about if part).replace("\n", " ")
         print(f"{kind:<24} {outcome.state:<10} {seconds:4.1f} s  {text[:300]}", flush=True)
     counts: dict[str, int] = {}
     for outcome in outcomes:
         name = f"{outcome.state} ({outcome.path})" if outcome.path else outcome.state
         counts[name] = counts.get(name, 0) + 1
     print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
-    Path("/tmp/models_sweep.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
+    if write:
+        before, _ = DOCUMENT.read_text().split(MARK)
+        DOCUMENT.write_text(before + MARK + "\n" + table(outcomes))
     return any(outcome.state == "wrong" for outcome in outcomes)
 
 

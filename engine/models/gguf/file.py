@@ -37,7 +37,11 @@ class GgufFile:
     """Raises CheckpointError for a file that is none, or is cut off."""
 
     def __init__(self, path: Path) -> None:
-        self._bytes = np.memmap(path, mode="r", dtype=np.uint8)
+        try:
+            mapped = np.memmap(path, mode="r", dtype=np.uint8)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        self._bytes = memoryview(mapped)
         self._at = 0
         try:
             magic, version, num_tensors, num_fields = self._unpack("4sIQQ")
@@ -65,7 +69,7 @@ class GgufFile:
     def _string(self) -> str:
         (length,) = self._unpack("Q")
         self._at += length
-        return bytes(self._bytes[self._at - length : self._at]).decode("utf-8")
+        return str(self._bytes[self._at - length : self._at], "utf-8")
 
     def _value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
@@ -92,4 +96,5 @@ class GgufFile:
         end = start + int(np.prod(stored))
         if end > len(self._bytes):
             raise ValueError("it is cut off")
-        return StoredTensor(shape, kind, self._bytes[start:end].reshape(stored))
+        rows = np.frombuffer(self._bytes[start:end], dtype=np.uint8)
+        return StoredTensor(shape, kind, rows.reshape(stored))

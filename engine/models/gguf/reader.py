@@ -1,7 +1,7 @@
 """Tensors of GGUF files, dequantized as they are read, by the names that transformers has."""
 
+import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class GgufReader:
             for name, tensor in file.tensors.items()
             if name != ROPE_FACTORS  # they are in config.json
         }
+        self.num_values = sum(math.prod(tensor.shape) for tensor in self._tensors.values())
         # Its converter reorders the rows of these, for rotary pairs that lie side by side.
         self._heads: dict[str, int] = {}
         if architecture == "llama":
@@ -101,10 +102,6 @@ class GgufReader:
 
     def equal(self, name: str, other: str) -> bool:
         return torch.equal(self.values(name), self.values(other))
-
-    def all_values(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        for name in self._tensors:
-            yield name, self.values(name).to(dtype)
 
     def __enter__(self) -> "GgufReader":
         return self

@@ -19,7 +19,14 @@ class TransformersShape(ModelShape):
         """Raises CheckpointError with the reason when it cannot be served."""
         found = probe(hf)
         dtype = str(hf.dtype).removeprefix("torch.")
-        return cls(found.vocab_size, longest_text(hf), dtype, hf, {1: found})
+        return cls(
+            f"{hf.model_type}, computed by transformers' own modules",
+            found.vocab_size,
+            longest_text(hf),
+            dtype,
+            hf,
+            {1: found},
+        )
 
     def probed(self, num_ranks: int) -> Probed:
         if num_ranks not in self._probed:

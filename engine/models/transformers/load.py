@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.checkpoint import CheckpointError
 from engine.config import EngineConfig
+from engine.models.reader import SafetensorsReader, open_tensors
 from engine.models.shape import ModelShape
 from engine.models.transformers.check import expected_logits, refuse_if_wrong
 from engine.models.transformers.config import TransformersShape
@@ -15,6 +16,7 @@ from engine.models.transformers.interface import NAME
 from engine.models.transformers.model import TransformersModel
 from engine.models.transformers.pack import pack
 from engine.models.transformers.parallel import shard
+from engine.models.transformers.probe import model_class
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
 
@@ -45,20 +47,31 @@ def load_module(
     module.set_attn_implementation(NAME)
     groups = {i: g for g, layers in enumerate(shape.cache_groups(parallel.size)) for i in layers}
     windows = [cache.window for cache in probed.caches]
-    model = TransformersModel(module, windows, [groups[i] for i in range(len(groups))], ops, dtype)
+    # As CUDA graphs, that is, and where no step waits for what experts were chosen.
+    has_experts = any("experts" in path for path, _ in module.named_modules())
+    is_recordable = device.type == "cuda" and module._can_compile_fullgraph and not has_experts
+    model = TransformersModel(
+        module, windows, [groups[i] for i in range(len(groups))], ops, dtype, is_recordable
+    )
     refuse_if_wrong(model, expected, shape, parallel.size, ops, device, dtype, config.quantization)
     return model
 
 
 def _read_module(shape: TransformersShape, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    loader: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": directory, "use_safetensors": True}
+    with open_tensors(directory) as tensors:
+        if not isinstance(tensors, SafetensorsReader):  # values that transformers has not read
+            values = {name: tensors.values(name).to(dtype) for name in tensors.names}
+            source = {"pretrained_model_name_or_path": None, "state_dict": values}
+            loader = model_class(shape.hf)
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            directory,
+        module, info = loader.from_pretrained(
+            **source,
             config=shape.hf,
             dtype=dtype,
             attn_implementation="eager",
             local_files_only=True,
-            use_safetensors=True,
             output_loading_info=True,
         )
     except Exception as error:  # of whatever kind transformers' are

@@ -31,7 +31,9 @@ class TransformersModel:
         groups: Sequence[int],
         ops: Ops,
         dtype: torch.dtype,
+        is_recordable: bool,
     ) -> None:
+        self.is_recordable = is_recordable
         self._base: nn.Module = module.base_model
         self._head = module
         self._hidden = _Given()
@@ -67,6 +69,11 @@ class _Given(nn.Module):
 
     kind: Any
     state: Tensor
+
+    @property
+    def decoder(self) -> "_Given":
+        """Heads of encoders' kin ask for it."""
+        return self
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.kind(last_hidden_state=self.state)

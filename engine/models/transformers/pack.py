@@ -42,7 +42,7 @@ def pack(
     for path, module in list(model.named_modules()):
         is_mlp = _is_silu_mlp(module)
         for names in _SIBLINGS:
-            maps = [getattr(module, name, None) for name in names]
+            maps: list[Any] = [getattr(module, name, None) for name in names]
             if all(is_packable(m, f"{path}.{n}") for m, n in zip(maps, names, strict=True)):
                 sizes = [len(m.weight) for m in maps]
                 fused = _Fused(_packed(maps, ops, quantization, device), sizes)
@@ -51,8 +51,8 @@ def pack(
                 if is_mlp:
                     module.forward = _SiluMlp(fused.linear, ops, module.down_proj)
         if is_packable(module, path):
-            own = "w8a8" if module is head and quantization else quantization
-            module.forward = _packed([module], ops, own, device)
+            bits: Quantization | None = "w8a8" if module is head and quantization else quantization
+            module.forward = _packed([module], ops, bits, device)
         _take_norm(module, ops, device)
     model.to(device)
 

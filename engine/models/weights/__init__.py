@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import CheckpointError, read_json
+from engine.models.weights.dequantize import dequantizer
 from engine.models.weights.format import WeightFormat
 from engine.models.weights.plain import PlainWeights
 from kernels.quantization import Quantization
@@ -38,13 +39,14 @@ def weight_format(directory: Path, quantization: Quantization | None) -> WeightF
                 )
         return PlainWeights(quantization)
     method = stored.get("quant_method")
-    if method not in FORMATS:
+    is_dequantized = method not in FORMATS and dequantizer(stored) is not None
+    if method not in FORMATS and not is_dequantized:
         raise CheckpointError(
-            f"config.json: quantization_config={stored!r} is not supported; supported: "
-            f"{', '.join(['none', *FORMATS])}"
+            f"config.json: quantization_config={stored!r} is not supported; supported: none, "
+            f"compressed-tensors, fp8, gptq, awq with 4 bits{''.join(f', {m}' for m in FORMATS)}"
         )
     if quantization is not None:
         raise CheckpointError(
             f"quantization: {quantization!r} is for plain weights, this checkpoint is in {method}"
         )
-    return FORMATS[method](stored)
+    return PlainWeights() if is_dequantized else FORMATS[method](stored)
