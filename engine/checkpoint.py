@@ -74,6 +74,10 @@ def _directory_of_gguf(file: Path) -> Path:
     return derived(files, "engine.models.gguf.convert")
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "models"
+
+
 def derived(files: list[Path], module: str) -> Path:
     """What `python -m MODULE FILE… DIRECTORY` makes of files: a directory, made once and kept.
 
@@ -83,7 +87,7 @@ def derived(files: list[Path], module: str) -> Path:
     for file in files:
         state = file.stat()
         identity.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
-    cache = Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "models"
+    cache = _cache()
     directory = cache / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
     if directory.exists():
         return directory

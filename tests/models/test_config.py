@@ -180,7 +180,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dtype": ("qwen3", dict(dtype="float99"), "dtype='float99' is no type of torch"),
     "wrong type": ("qwen3", dict(hidden_size="many"), "hidden_size.*many"),
     "heads": ("qwen3", dict(num_key_value_heads=3), r"num_attention_heads \(4\) is no multiple"),
-    "gptq": ("qwen3", dict(quantization_config=dict(quant_method="gptq")), "gptq.*not supported"),
+    "bits": (
+        "qwen3",
+        dict(quantization_config=dict(quant_method="bitsandbytes")),
+        "bitsandbytes.*is not supported; supported: none, compressed-tensors",
+    ),
     "mlx": ("qwen3", dict(quantization=dict(bits=4)), "format of MLX, as quantization tells"),
 }
 

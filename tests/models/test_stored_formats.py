@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.checkpoint import CheckpointError
 from engine.models.config import ModelConfig
 from engine.models.registry import read_config
+from engine.models.weights.dequantize import scaled
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import random_prompts
@@ -169,6 +170,31 @@ def text_of(directory: Path) -> list[list[int]]:
 def test_the_text_is_that_of_the_values(store: Callable[..., list[Path]], name: str) -> None:
     stored, plain = store("llama3", name)
     assert text_of(stored) == text_of(plain)
+
+
+@pytest.mark.parametrize(
+    "format, group", [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)]
+)
+def test_four_bit_floats_are_those_of_the_library(format: str, group: int) -> None:
+    """Which gives them in bfloat16."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    generator = torch.Generator().manual_seed(0)
+    parts = {"weight_packed": torch.randint(256, (8, 32), generator=generator, dtype=torch.uint8)}
+    scales = torch.randint(110, 140, (8, 64 // group), generator=generator, dtype=torch.uint8)
+    if format.startswith("nv"):
+        parts["weight_scale"] = (scales.float() / 16).to(torch.float8_e4m3fn)
+        parts["weight_global_scale"] = torch.tensor([37.0])
+        strategy = "tensor_group"
+    else:
+        parts["weight_scale"] = scales
+        strategy = "group"
+    args = QuantizationArgs(num_bits=4, type="float", strategy=strategy, group_size=group)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = compressors.BaseCompressor.get_value_from_registry(format)
+    expected = compressor.decompress(dict(parts), scheme)["weight"].float()
+    torch.testing.assert_close(scaled(parts), expected, rtol=2**-7, atol=0)
 
 
 def test_so_it_is_where_transformers_module_computes(store: Callable[..., list[Path]]) -> None:

@@ -77,6 +77,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "dots1": dict(n_shared_experts=1),
     "gemma3n_text": dict(num_kv_shared_layers=0, layer_types=None),
     "dbrx": dict(
+        d_model=64,
+        n_heads=4,
+        n_layers=4,
         attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
         ffn_config=dict(hidden_size=64, ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
     ),

@@ -24,6 +24,7 @@ _MODEL_TYPES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
 }
+_ALSO = {"attention.key_length": "head_dim"}
 # Of these the file's frequencies are divided, in models that have them.
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -63,7 +64,7 @@ def config(files: list[GgufFile]) -> dict[str, Any]:
     kinds = {t.kind.name for file in files for t in file.tensors.values() if len(t.shape) > 1}
     found = {
         ours: metadata[f"{architecture}.{theirs}"]
-        for theirs, ours in GGUF_CONFIG_MAPPING[architecture].items()
+        for theirs, ours in (GGUF_CONFIG_MAPPING[architecture] | _ALSO).items()
         if ours is not None and f"{architecture}.{theirs}" in metadata
     }
     return {

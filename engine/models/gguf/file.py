@@ -1,5 +1,6 @@
 """A GGUF file, mapped: its metadata, and its tensors as they are stored."""
 
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            mapped = np.memmap(path, mode="r", dtype=np.uint8)
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         self._bytes = memoryview(mapped)
