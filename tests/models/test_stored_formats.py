@@ -100,7 +100,8 @@ def fp8_blocks(weight: Tensor) -> Stored:
 
 
 def compressed(format: str, **arguments: Any) -> tuple[dict[str, Any], Callable[[Tensor], Stored]]:
-    config = dict(quant_method="compressed-tensors", format=format)
+    groups = {"group_0": {"targets": ["Linear"], "weights": arguments}}
+    config = dict(quant_method="compressed-tensors", format=format, config_groups=groups)
     return config, lambda weight: by_compressed_tensors(weight, format, **arguments)
 
 

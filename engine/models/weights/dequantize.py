@@ -4,7 +4,7 @@ Formats of checkpoints, not of kernels: compressed-tensors, fp8 as DeepSeek and 
 and AWQ. What a function is given are a map's tensors by what follows the map's own name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,12 @@ _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def scaled(parts: Parts) -> Tensor:
-    """compressed-tensors and fp8: values times scales, of all, of rows, of groups or of blocks."""
+def scaled(parts: Parts, block: Sequence[int] | None = None) -> Tensor:
+    """compressed-tensors and fp8: values times scales, of all, of rows, of groups or of blocks.
+
+    Args:
+        block: (outputs, inputs) that share a scale, where it is so; the last may have fewer.
+    """
     scale = parts.get("weight_scale", parts.get("weight_scale_inv"))
     if scale is None:
         raise CheckpointError(f"there are no scales beside {sorted(parts)}")
@@ -41,6 +45,10 @@ def scaled(parts: Parts) -> Tensor:
     groups = parts.get("weight_g_idx")
     if zeros is not None:
         values = values - _spread(zeros.float(), values, groups)
+    if block is not None and scale.dim() == 2:
+        rows, columns = block
+        scale = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        scale = scale[: values.shape[0], : values.shape[1]]
     return values * _spread(scale, values, groups)
 
 
@@ -98,8 +106,15 @@ def _spread(scale: Tensor, values: Tensor, groups: Tensor | None = None) -> Tens
 def dequantizer(stored: Mapping[str, Any]) -> Callable[[Parts], Tensor] | None:
     """For a config.json's quantization_config; None when it is of no format above."""
     method = stored.get("quant_method")
-    if method in ("compressed-tensors", "fp8"):
-        return scaled
+    if method == "fp8":
+        block = stored.get("weight_block_size")
+        return lambda parts: scaled(parts, block)
+    if method == "compressed-tensors":
+        schemes = [group.get("weights") or {} for group in stored["config_groups"].values()]
+        blocks = [scheme.get("block_structure") for scheme in schemes]
+        if any(block != blocks[0] for block in blocks):
+            return None
+        return lambda parts: scaled(parts, blocks[0])
     if method == "gptq":
         bits, is_v2 = int(stored.get("bits", 4)), stored.get("checkpoint_format") == "gptq_v2"
         return lambda parts: gptq(parts, bits, not is_v2)
