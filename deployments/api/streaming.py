@@ -2,11 +2,11 @@
 
 import asyncio
 import itertools
-import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import pydantic_core
 from fastapi.responses import StreamingResponse
 
 from deployments.api.errors import report
@@ -78,7 +78,8 @@ async def merge(
         await cancel_all(tasks)
 
 
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+def to_json(value: Any) -> str:
+    return pydantic_core.to_json(value).decode()
 
 
 def event(content: dict[str, Any]) -> str:
@@ -120,7 +121,9 @@ def end_of_chunks(error: Exception | None) -> str:
 
 
 def event_stream(
-    events: AsyncGenerator[str], end: Callable[[Exception | None], str] = end_of_chunks
+    events: AsyncGenerator[str],
+    end: Callable[[Exception | None], str] = end_of_chunks,
+    headers: Mapping[str, str] | None = None,
 ) -> StreamingResponse:
     """The response.
 
@@ -140,5 +143,7 @@ def event_stream(
             yield last
 
     return StreamingResponse(
-        guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        guarded(),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", **(headers or {})},
     )

@@ -20,7 +20,7 @@ def run(
     options: list[str],
     host: str,
     port: int,
-    haproxy: bool,
+    haproxy: bool | None,
     address: str,
     dry_run: bool,
 ) -> None:
@@ -34,10 +34,7 @@ def run(
         _check_port(host, port)
         _check_cpus(AppArgs(**args))
         asked = _ask_engine(AppArgs(**args).engine_config)
-        try:
-            os.environ.update(local_ray.prepare(haproxy))
-        except (ImportError, FileNotFoundError) as error:
-            raise SystemExit(f"error: {error}") from None
+        os.environ.update(_environment(haproxy))
     elif haproxy:
         os.environ.update(local_ray.HAPROXY)
     from deployments.cli.lifecycle import run_server  # Ray reads the environment now
@@ -77,6 +74,19 @@ def _ask_engine(config: EngineConfig) -> "subprocess.Popen[bytes] | None":
     asked.stdin.write(config.model_dump_json().encode())
     asked.stdin.close()
     return asked
+
+
+def _environment(haproxy: bool | None) -> dict[str, str]:
+    """
+    Args:
+        haproxy: whether Ray is to have it; None: where there is one.
+    """
+    try:
+        return local_ray.prepare(haproxy is not False)
+    except (ImportError, FileNotFoundError) as error:
+        if haproxy:
+            raise SystemExit(f"error: {error}") from None
+        return local_ray.prepare()
 
 
 def _check_port(host: str, port: int) -> None:

@@ -21,10 +21,11 @@ from deployments.api.admission import (
     usage,
 )
 from deployments.api.bodies import BodyRoute
+from deployments.api.requests.resume import event_id, given_resume, go_on
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
+from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
-from deployments.api.schema.protocol import CompletionRequest
 from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
@@ -44,6 +45,7 @@ class _Started:
 
     front: Front
     request: CompletionRequest
+    params: SamplingParams
     head: dict[str, Any]  # what all answers begin with
     prompts: list[list[int]]
     streams: list[AsyncGenerator[TextDelta]]
@@ -53,7 +55,17 @@ class _Started:
         if self.request.logprobs is None:
             return None
         echoed = prompt if self.request.echo else None
-        return TextLogprobs(self.front.tokenizer, echoed, self.request.skip_special_tokens)
+        skips, as_ids = self.request.skip_special_tokens, self.request.return_tokens_as_token_ids
+        return TextLogprobs(self.front.tokenizer, echoed, skips, as_ids)
+
+    def token_ids(
+        self, prompt: list[int], output: Output | TextDelta, is_first: bool
+    ) -> dict[str, Any]:
+        """A choice's fields with token ids, if they are asked for."""
+        if not self.request.return_token_ids:
+            return {}
+        of_prompt = {"prompt_token_ids": prompt} if is_first else {}
+        return {**of_prompt, "token_ids": list(output.token_ids)}
 
     def usage(self, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
         """Token counts, given the outputs of all streams."""
@@ -107,11 +119,14 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     check_queue(front, len(request.prompts))
     options = request_options(front, request)
     params = await sampling_params(front, request)
+    resume, num_prompts = given_resume(request.resume), len(request.prompts)
+    params, options = await go_on(resume, front, params, options, num_prompts)
+    handed = scope().handed if num_prompts == 1 else None
     prompts, texts = [], []
     for prompt in request.prompts:
-        tokens = await _encode(front, prompt, params) if isinstance(prompt, str) else prompt
+        tokens = handed.tokens if handed else await _encode(front, prompt, params)
         kept = front.truncate(tokens, params)
-        check_prompt(front, kept, params, "prompt")
+        check_prompt(front, kept, params, "prompt", options.known_tokens)
         prompts.append(kept)
         is_whole = isinstance(prompt, str) and len(kept) == len(tokens)
         if request.echo and not is_whole:
@@ -125,6 +140,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         "object": "text_completion",
         "created": int(time.time()),
         "model": front.model_name,
+        "system_fingerprint": front.fingerprint,
     }
     streams: list[AsyncGenerator[TextDelta]] = []
     for tokens, text in zip(prompts, texts, strict=True):
@@ -136,10 +152,12 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         if request.echo:
             choices = [_echo(str(text), deltas) for deltas in choices]
         streams += choices
-    return _Started(front, request, head, prompts, streams)
+    return _Started(front, request, params, head, prompts, streams)
 
 
-async def _encode(front: Front, prompt: str, params: SamplingParams) -> list[int]:
+async def _encode(front: Front, prompt: str | list[int], params: SamplingParams) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
     try:
         return await front.encode(prompt, max_len=front.max_prompt_len(params))
     except ValueError as error:
@@ -162,6 +180,7 @@ async def _without_output(deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[T
                 delta,
                 text="",
                 num_tokens=0,
+                token_ids=(),
                 finish_reason="length",
                 stop_reason=None,
                 logprobs=None,
@@ -177,6 +196,7 @@ def _choice(started: _Started, index: int, prompt: list[int], output: Output) ->
         "logprobs": logprobs.take(output) if logprobs else None,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
+        **started.token_ids(prompt, output, is_first=True),
     }
     if started.request.prompt_logprobs is None:
         return choice
@@ -194,23 +214,29 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
         async for news in steps:
             events = []
             for index, delta in news:
+                prompt = started.prompts[index // num_choices]
+                token_ids = started.token_ids(prompt, delta, is_first=index not in last)
                 last[index] = delta
-                if delta.text or delta.finish_reason or delta.logprobs:
+                if delta.is_known and not delta.finish_reason:
+                    continue
+                if delta.text or delta.finish_reason or delta.logprobs or token_ids:
                     own = logprobs[index]
                     choice = {
                         "index": index,
-                        "text": delta.text,
+                        "text": "" if delta.is_known else delta.text,
                         "logprobs": own.take(delta) if own else None,
                         "finish_reason": delta.finish_reason,
+                        **token_ids,
                     }
                     if delta.finish_reason is not None:
                         choice["stop_reason"] = delta.stop_reason
                     counts = None
                     if started.request.continuous_usage:
-                        prompt = started.prompts[index // num_choices]
                         counts = usage(len(prompt), delta.num_tokens, delta.num_cached_tokens)
                     events.append(chunks.event(choice, counts))
             if events:
+                if len(started.streams) == 1:
+                    events[-1] = event_id(started.params, delta.num_tokens) + events[-1]
                 yield "".join(events)
     if started.request.include_usage:
         outputs = [last[index] for index in range(len(started.streams))]

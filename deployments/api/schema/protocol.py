@@ -1,26 +1,25 @@
 """Request bodies. What is not a field here is refused by name."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgpack
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     StringConstraints,
-    Tag,
-    field_validator,
     model_validator,
 )
 
+from deployments.api.requests.resume import WhereToGoOn
 from deployments.api.schema.structured import FormFields
-from deployments.api.schema.tools import NamedTool, ToolChoice
+from deployments.api.schema.tools import AllowedTools, ToolChoice, names_of
 from deployments.api.scope import scope
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
@@ -77,23 +76,59 @@ class ServedRequest(ModelRequest):
         "limit still holds.",
     )
 
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        """The (first) prompt's tokens; raises ValueError where there are none, or too many."""
+        raise NotImplementedError
+
+
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ],
+    Field(max_length=16),
+]
+
 
 class AgentRequest(ServedRequest):
     """What chats and responses have in common."""
 
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)],
-        Annotated[str, StringConstraints(max_length=512)],
-    ] = Field(default_factory=dict, max_length=16, description="More tags of the caller's own.")
+    metadata: Metadata = Field(default_factory=dict, description="More tags of the caller's own.")
     safety_identifier: str | None = Field(None, description="Another tag, which changes nothing.")
     prompt_cache_key: str | None = Field(
         None, description="The same: prefixes are found without it. To divide them: cache_salt."
     )
     prompt_cache_options: Annotated[None, NotServed({}, {"mode": "implicit"})] = None
-    prompt_cache_retention: Annotated[None, NotServed("in_memory")] = None
-    service_tier: Annotated[None, NotServed("auto", "default")] = None
-    store: Unserved = Field(None, description="Nothing is: send the conversation each time.")
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(
+        None, description="Taken, without effect: prefixes stay while there is room."
+    )
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = Field(
+        None, description="Taken, without effect: all are served alike. See priority."
+    )
+    store: bool | None = Field(
+        None, description="Of a response: whether others may go on from it. Chats are never kept."
+    )
     moderation: Unserved = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
+Verbosity = Annotated[
+    Literal["low", "medium", "high"] | None,
+    Field(description="Given to the template, which may know it."),
+]
+# Tokens of thoughts, where the template knows only whether to think.
+_BUDGETS = {"minimal": 512, "low": 2048, "medium": 8192}
+# What templates know of reasoning_effort.
+_TEMPLATE_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
+
+
+def effort_variables(effort: Effort) -> dict[str, Any]:
+    """The template's variables, which have several names."""
+    if effort is None:
+        return {}
+    thinks = effort != "none"
+    told = {"reasoning_effort": _TEMPLATE_EFFORTS.get(effort, effort)} if thinks else {}
+    return {"enable_thinking": thinks, "thinking": thinks, **told}
 
 
 class StreamOptions(RequestModel):
@@ -104,10 +139,37 @@ class StreamOptions(RequestModel):
     include_obfuscation: Unserved = None
 
 
+def _sampling(name: str) -> Any:
+    """The sampling parameter of that name, as everywhere."""
+    return SamplingParams.model_fields[name]
+
+
+class SamplingFields(RequestModel):
+    """The sampling parameters of APIs that have their own names for the others."""
+
+    temperature: float = _sampling("temperature")
+    top_p: float = _sampling("top_p")
+    top_k: int = _sampling("top_k")
+    min_p: float = _sampling("min_p")
+    presence_penalty: float = _sampling("presence_penalty")
+    frequency_penalty: float = _sampling("frequency_penalty")
+    repetition_penalty: float = _sampling("repetition_penalty")
+    seed: int | None = _sampling("seed")
+
+
 class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
+    pooling: Unserved = Field(None, description="See /v1/embeddings.")
+    return_token_ids: bool = Field(
+        False, description="Choices have token_ids, and their prompt prompt_token_ids; as in vLLM."
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
+    )
+
+    resume: WhereToGoOn = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
@@ -183,8 +245,13 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     functions: Unserved = None
     modalities: Annotated[None, NotServed(["text"])] = None
     prediction: Unserved = None
-    reasoning_effort: Unserved = None
-    verbosity: Annotated[None, NotServed("medium")] = None
+    thinking_token_budget: int | None = Field(
+        None, ge=0, lt=2**31, description="Tokens after which thoughts are made to end."
+    )
+    reasoning_effort: Effort = Field(
+        None, description="none: no thoughts. Templates that know of more are told which."
+    )
+    verbosity: Verbosity = None
     web_search_options: Unserved = None
 
     @model_validator(mode="after")
@@ -195,19 +262,29 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
 
     @model_validator(mode="after")
     def _choice_among_tools(self) -> "ChatCompletionRequest":
-        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
-            names = [tool.function.name for tool in self.tools]
-            if not names:
-                raise ValueError("tool_choice: there are no tools to choose from")
-            if isinstance(self.tool_choice, NamedTool):
-                wanted = self.tool_choice.function.name
-                if wanted not in names:
-                    raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        names = [tool.function.name for tool in self.tools]
+        if not names:
+            raise ValueError("tool_choice: there are no tools to choose from")
+        for wanted in names_of(self.tool_choice):
+            if wanted not in names:
+                raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
         return self
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Its own, or that of its effort."""
+        if self.thinking_token_budget is not None:
+            return self.thinking_token_budget
+        return _BUDGETS.get(self.reasoning_effort or "")
 
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the model is told of."""
+        if isinstance(self.tool_choice, AllowedTools):
+            allowed = names_of(self.tool_choice)
+            return [tool for tool in self.tools if tool.function.name in allowed]
         return [] if self.tool_choice == "none" else self.tools
 
     def template_options(self) -> dict[str, Any]:
@@ -216,8 +293,14 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             "tools": [tool.for_template() for tool in self.offered_tools],
             "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
+            **({"verbosity": self.verbosity} if self.verbosity else {}),
+            **effort_variables(self.reasoning_effort),
             **self.chat_template_kwargs,
         }
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        messages = [message.for_template() for message in self.messages]
+        return tokenizer.encode_chat(messages, max_len=max_len, **self.template_options())
 
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         return super().sampling_params({"max_tokens": None} | defaults)
@@ -231,86 +314,3 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     def other_names(self) -> dict[str, str]:
         names = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
         return super().other_names() | names
-
-
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-
-
-def _kind_of_prompt(value: Any) -> str | None:
-    """Told by the first item, so that a long list is looked at once, as the kind that it is."""
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list) or not value:
-        return None
-    if isinstance(value[0], str):
-        return "texts"
-    return "lists of token ids" if isinstance(value[0], list) else "token ids"
-
-
-Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[list[str], Tag("texts")]
-    | Annotated[TokenIds, Tag("token ids")]
-    | Annotated[list[TokenIds], Tag("lists of token ids")],
-    Discriminator(
-        _kind_of_prompt,
-        custom_error_type="prompt",
-        custom_error_message="Input should be a text, a list of token ids, or a list of either",
-    ),
-]
-
-
-class CompletionRequest(GenerationRequest):
-    prompt: Prompt
-    max_tokens: int | None = Field(
-        16, ge=0, lt=2**31, description="0, with echo, is for scoring a prompt."
-    )
-    echo: bool = Field(False, description="Begin the text, and logprobs, with the prompt.")
-    best_of: int | None = Field(
-        None,
-        ge=1,
-        le=128,
-        description="Make so many choices, return the n most probable per token.",
-    )
-    suffix: Unserved = None
-
-    @field_validator("logprobs", mode="before")
-    @classmethod
-    def _false_is_no_number(cls, value: Any) -> Any:
-        return None if value is False else value
-
-    @model_validator(mode="after")
-    def _echo_and_best_of(self) -> "CompletionRequest":
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 leaves nothing to answer; it needs echo")
-        if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of: {self.best_of}, but it must be at least n ({self.n})")
-        if self.best_of is not None and self.best_of > self.n and self.stream:
-            raise ValueError("best_of: a stream cannot wait for the best; leave stream out")
-        if self.echo and self.logprobs is not None and self.stream and self.n > 1:
-            raise ValueError("n: 1 where a stream echoes the prompt with logprobs")
-        return self
-
-    @property
-    def num_choices(self) -> int:
-        """Choices to make for each prompt, of which n are returned."""
-        return self.best_of or self.n
-
-    def translated(self) -> dict[str, Any]:
-        values: dict[str, Any] = {"n": self.num_choices}
-        if self.max_tokens == 0:
-            values["max_tokens"] = 1  # an engine always samples; the token is not shown
-        if self.num_choices > self.n and self.logprobs is None:
-            values["logprobs"] = 0
-        if self.echo and self.logprobs is not None:
-            values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return values
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """One or many prompts as a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf.quants import dequantize
 from torch import Tensor
@@ -38,6 +37,9 @@ _IN_GEMMA_LAYER = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+
+
+_VALUES = 1 << 21  # dequantized at once
 
 
 class GgufReader:
@@ -90,9 +92,7 @@ class GgufReader:
 
     def values(self, name: str) -> Tensor:
         """The whole tensor in float32."""
-        stored = self._tensors[name]
-        values = torch.from_numpy(np.array(dequantize(stored.rows, stored.kind)))
-        values = values.view(stored.shape)
+        values = _dequantized(self._tensors[name])
         if self._is_gemma and name.endswith("norm.weight"):
             return values - 1  # transformers adds it
         heads = self._heads.get(name.split(".")[-2])
@@ -108,3 +108,15 @@ class GgufReader:
 
     def __exit__(self, *_: Any) -> None:
         self._tensors.clear()
+
+
+def _dequantized(stored: StoredTensor) -> Tensor:
+    """Some rows at a time, as one row: the library itself takes sixteen in each turn of a loop."""
+    values = torch.empty(stored.shape, dtype=torch.float32)
+    rows = stored.rows.reshape(-1, stored.rows.shape[-1])
+    into = values.view(len(rows), -1)
+    step = max(_VALUES // into.shape[1], 1)
+    for start in range(0, len(rows), step):
+        part = dequantize(rows[start : start + step].reshape(1, -1), stored.kind)
+        into[start : start + step] = torch.from_numpy(part).view(-1, into.shape[1])
+    return values
