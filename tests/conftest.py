@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CheckpointFactory = Callable[..., Path]
+Edit = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +49,28 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def edited(checkpoints: CheckpointFactory, tmp_path: Path) -> Callable[..., Path]:
+    """edited(family, config=…, tensors=…): a copy of a checkpoint after functions changed it."""
+
+    def edit(family: str, config: Edit | None = None, tensors: Edit | None = None) -> Path:
+        directory = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(checkpoints(family), directory)
+        if config is not None:
+            content = json.loads((directory / "config.json").read_text())
+            config(content)
+            (directory / "config.json").write_text(json.dumps(content))
+        if tensors is not None:
+            from safetensors.torch import load_file, save_file
+
+            weights = load_file(directory / "model.safetensors")
+            tensors(weights)
+            save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        return directory
+
+    return edit
 
 
 @pytest.fixture(scope="session")
