@@ -16,7 +16,7 @@ from engine.schedule.block_pool import BlockHasher
 from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
-from engine.schedule.step import StepPlan, StepResult, TokenDelta
+from engine.schedule.step import StepResult, TokenDelta
 
 # How long an engine with nothing else to do waits for what requests need before it looks around.
 _ANTECHAMBER_WAIT_S = 0.005
@@ -69,8 +69,8 @@ class Engine:
         self._antechamber = Antechamber([grammars])
         self._in_flight: deque[_InFlight] = deque()
         self.num_steps = 0
-        # When set to a deque, collects (step number, plan) of every launch.
-        self.step_log: deque[tuple[int, StepPlan]] | None = None
+        # When set to a deque, collects (step number, step) of every launch.
+        self.step_log: deque[tuple[int, Step]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
@@ -132,7 +132,7 @@ class Engine:
             self._in_flight.append(_InFlight(step, now, self.executor.launch(step.plan)))
             self.num_steps += 1
             if self.step_log is not None:
-                self.step_log.append((self.num_steps, step.plan))
+                self.step_log.append((self.num_steps, step))
         if not self._in_flight:
             return refused
         oldest = self._in_flight.popleft()

@@ -3,7 +3,7 @@
 import torch
 
 from engine.device.transfer import to_device
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import NewBlock, NewRow
 
 
 class DeviceTables:
@@ -45,14 +45,8 @@ class DeviceTables:
         ints = [max(params.top_k, 0), new.seed]
         self.sampling_ints[:, row] = to_device(ints, torch.int64, self._device)
 
-    def append_blocks(self, scheduled: list[ScheduledRow]) -> None:
+    def append_blocks(self, new: list[NewBlock]) -> None:
         """The new blocks of all rows of a step, in one go."""
-        entries = [
-            (group, row.row, row.num_held_blocks + i, block)
-            for row in scheduled
-            for group, new_blocks in enumerate(row.new_blocks)
-            for i, block in enumerate(new_blocks)
-        ]
-        if entries:
-            *where, blocks = to_device([*zip(*entries, strict=True)], torch.int64, self._device)
+        if new:
+            *where, blocks = to_device([*zip(*new, strict=True)], torch.int64, self._device)
             self.block_tables[tuple(where)] = blocks.int()

@@ -162,6 +162,6 @@ class ModelRunner:
         for new in plan.new_rows:
             self.tables.enter(new)
             self.sampler.enter(new)
-        self.tables.append_blocks(plan.scheduled)
-        sampling = self.sampler.begin(plan.scheduled)
-        return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan.scheduled))
+        self.tables.append_blocks(plan.new_blocks)
+        sampling = self.sampler.begin(plan)
+        return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan))

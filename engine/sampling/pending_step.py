@@ -1,5 +1,7 @@
 """What a step brings, while the device is still at it."""
 
+from itertools import islice
+
 from engine.device.transfer import ToHost
 from engine.sampling.logprobs import PendingLogprobs
 from engine.schedule.step import StepResult, TokenLogprobs
@@ -43,5 +45,5 @@ class PendingStep:
             for i, parts in self._prompt_logprobs.items()
         }
         tokens = iter(self._tokens.wait().tolist())
-        token_ids = [[next(tokens) for _ in range(count)] for count in self._num_sampled]
+        token_ids = [list(islice(tokens, count)) for count in self._num_sampled]
         return StepResult(token_ids, logprobs, prompt_logprobs, self._errors)

@@ -9,9 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from engine.schedule.step import NewRow
+
+
+def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all ranges starts[i] .. ends[i] - 1, end to end: (i of each, each)."""
+    lengths = ends - starts
+    index = np.repeat(np.arange(len(lengths)), lengths)
+    return index, np.arange(len(index)) - (np.cumsum(lengths) - ends)[index]
+
 
 R = TypeVar("R")
 C = TypeVar("C")

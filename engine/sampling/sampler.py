@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from engine.sampling.grammar.matcher import GrammarMask, GrammarMatchers
 from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
 from engine.sampling.penalties import Penalties
 from engine.sampling.pending_step import PendingStep
-from engine.sampling.processor import LogitsProcessor, LogitsRows
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.sampling.processor import LogitsProcessor, LogitsRows, ranges
+from engine.schedule.step import NewRow, StepPlan
 from kernels import Ops
 
 
@@ -26,9 +27,8 @@ from kernels import Ops
 class SamplingStep:
     """What a step is going to sample: of N positions of the rows that sample."""
 
-    scheduled: Sequence[ScheduledRow]
-    sampling: list[ScheduledRow]
-    owners: list[int]  # index in `sampling` of each position's row
+    plan: StepPlan
+    owners: list[int]  # of each position, the index of its row among those that sample
     at: LogitsRows
     processed: list[int]  # positions whose logits are processed, by index
     processed_at: LogitsRows
@@ -77,16 +77,12 @@ class Sampler:
         if new.params.logprobs is not None:
             self._num_logprobs[new.row] = new.params.logprobs
 
-    def begin(self, scheduled: Sequence[ScheduledRow]) -> SamplingStep:
+    def begin(self, plan: StepPlan) -> SamplingStep:
         """The step is about to run, for rows that have entered."""
-        sampling = [row for row in scheduled if row.num_sampled]
-        owners = [i for i, row in enumerate(sampling) for _ in range(row.num_sampled)]
-        rows = [sampling[i].row for i in owners]
-        positions = [
-            position
-            for row in sampling
-            for position in range(row.end - row.num_sampled + 1, row.end + 1)
-        ]
+        num_sampled = np.asarray(plan.num_sampled)
+        ends = np.asarray(plan.starts) + np.asarray(plan.lengths)
+        entry, position = ranges(ends - num_sampled + 1, ends + 1)
+        rows, positions = np.asarray(plan.rows)[entry].tolist(), position.tolist()
         processed: set[int] = set()
         for processor in self.processors:
             processed.update(processor.applies_to(rows, positions))
@@ -99,40 +95,36 @@ class Sampler:
         if index:
             for processor in self.processors:
                 processor.prepare(processed_at)
-        return SamplingStep(scheduled, sampling, owners, at, index, processed_at)
+        owners = np.cumsum(num_sampled > 0)[entry] - 1
+        return SamplingStep(plan, owners.tolist(), at, index, processed_at)
 
     def finish(self, step: SamplingStep, hidden: Tensor) -> PendingStep:
         """Sample from the step's hidden states [T, hidden].
 
         The tokens also go into the device's table, where the next step finds them.
         """
-        self._prompt_logprobs.collect(step.scheduled, hidden)
-        if not step.sampling:
+        self._prompt_logprobs.collect(step.plan, hidden)
+        if not step.owners:
             return PendingStep()
-        logits = self.logits(step.scheduled, hidden)
+        logits = self.logits(step.plan, hidden)
         tokens = self._sample(logits, step)
         if self.matchers.constrained(step.at.rows):
             tokens = self._world.broadcast(tokens)  # only the leader follows the grammars
         self._tables.token_ids[step.at.row_index, step.at.position] = tokens
-        brought = ToHost(tokens)
+        brought, plan = ToHost(tokens), step.plan
         return PendingStep(
             brought,
-            [row.num_sampled for row in step.sampling],
+            [count for count in plan.num_sampled if count],
             self._take_logprobs(logits, step, tokens),
-            self._prompt_logprobs.take([row.row for row in step.sampling]),
+            self._prompt_logprobs.take(compress(plan.rows, plan.num_sampled)),
             {step.owners[i]: why for i, why in self.matchers.accept(step.at.rows, brought).items()},
         )
 
-    def logits(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> Tensor:
+    def logits(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         """[N, vocab] at the N positions that are sampled, of a step's hidden states [T, hidden]."""
-        ends = accumulate(row.num_tokens for row in scheduled)
-        last = [
-            index
-            for row, end in zip(scheduled, ends, strict=True)
-            for index in range(end - row.num_sampled, end)
-        ]
-        if len(last) < len(hidden):
-            hidden = hidden[self._tensor(last)]
+        if sum(plan.num_sampled) < len(hidden):
+            ends = np.cumsum(plan.lengths)
+            hidden = hidden[self._tensor(ranges(ends - np.asarray(plan.num_sampled), ends)[1])]
         return self._model.logits(hidden)
 
     def _sample(self, logits: Tensor, step: SamplingStep) -> Tensor:
@@ -173,9 +165,9 @@ class Sampler:
         return [step.owners[i] for i in wanted], take_logprobs(self._ops, logits, tokens, counts)
 
     def _logits_rows(self, rows: list[int], positions: list[int]) -> LogitsRows:
-        return LogitsRows(rows, positions, *self._tensor([rows, positions]))
+        return LogitsRows(rows, positions, *self._tensor(np.array([rows, positions])))
 
-    def _tensor(self, values: Sequence[object]) -> Tensor:
+    def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:
         return to_device(values, torch.int64, self._device)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.sequence import Sequence
-from engine.schedule.step import BlockCopy
+from engine.schedule.step import BlockCopy, NewBlock
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,17 @@ class BlockTables:
                 table[done:end] = [-1] * (end - done)
                 sequence.num_given_back[i] = end
 
-    def extend(self, sequence: Sequence, num_blocks: int) -> list[list[int]]:
-        """Append so many blocks to each table; returns them."""
-        new = [pool.allocate(num_blocks) for pool in self.pools]
-        for table, blocks in zip(sequence.block_tables, new, strict=True):
-            table += blocks
+    def extend(self, sequence: Sequence, num_tokens: int) -> list[NewBlock]:
+        """Append the blocks that its next tokens take to each table; returns them."""
+        num_blocks = self.num_new(sequence, num_tokens)
+        new: list[NewBlock] = []
+        if num_blocks > 0:
+            for group, (pool, table) in enumerate(
+                zip(self.pools, sequence.block_tables, strict=True)
+            ):
+                blocks = enumerate(pool.allocate(num_blocks), len(table))
+                new += [NewBlock(group, sequence.row, index, block) for index, block in blocks]
+                table += [entry.block for entry in new[-num_blocks:]]
         return new
 
     def publish(self, sequence: Sequence) -> None:

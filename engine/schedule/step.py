@@ -1,8 +1,10 @@
 """A step is data: what the scheduler tells the model runners, and what comes back.
 
-Small, picklable, without tensors, so that the leader can send it to its followers as it is.
+Small, picklable, without tensors, so that the leader can send it to its followers as it is. What
+there is of every row lies in columns, arrays that cost next to nothing to make and to send.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,22 +23,27 @@ class NewRow:
     seed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """One request's share of a step: compute tokens start .. start + num_tokens - 1 of its row."""
 
-    request_id: str
     row: int
     start: int
     num_tokens: int
-    num_held_blocks: int  # length of its block tables before this step
-    new_blocks: list[list[int]]  # by cache group: appended to the block table in this step
     num_sampled: int  # of its last tokens, whose logits each yield the token that follows
 
     @property
     def end(self) -> int:
         """The position of the token after its last."""
         return self.start + self.num_tokens
+
+
+class NewBlock(NamedTuple):
+    """A block that a row's table gets in this step."""
+
+    group: int  # of layers that cache alike
+    row: int
+    place: int  # in the table
+    block: int
 
 
 class BlockCopy(NamedTuple):
@@ -47,15 +54,42 @@ class BlockCopy(NamedTuple):
     slot: int
 
 
+def _column() -> "array[int]":
+    return array("i")
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    new_rows: list[NewRow]
-    scheduled: list[ScheduledRow]
+    """Entry i of each column is of the i-th row that computes something, as in `ScheduledRow`."""
+
+    new_rows: list[NewRow] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)  # in this order, before all else
+    new_blocks: list[NewBlock] = field(default_factory=list)
+    rows: "array[int]" = field(default_factory=_column)
+    starts: "array[int]" = field(default_factory=_column)
+    lengths: "array[int]" = field(default_factory=_column)  # num_tokens
+    num_sampled: "array[int]" = field(default_factory=_column)
+
+    def add(self, row: int, start: int, num_tokens: int, num_sampled: int) -> None:
+        self.rows.append(row)
+        self.starts.append(start)
+        self.lengths.append(num_tokens)
+        self.num_sampled.append(num_sampled)
+
+    def put_in_order(self, order: list[int]) -> None:
+        """Entry order[i] of each column becomes the i-th."""
+        for column in (self.rows, self.starts, self.lengths, self.num_sampled):
+            column[:] = array("i", [column[i] for i in order])
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.scheduled)
+        return sum(self.lengths)
+
+    @property
+    def scheduled(self) -> list[ScheduledRow]:
+        """The columns row by row, for who is in no hurry."""
+        columns = zip(self.rows, self.starts, self.lengths, self.num_sampled, strict=True)
+        return [ScheduledRow(*entry) for entry in columns]
 
 
 class TokenLogprobs(NamedTuple):
@@ -78,7 +112,7 @@ class StepResult:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen, which would make each take three times as long
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 

@@ -59,10 +59,11 @@ class FakeDevice:
             self._tokens[new.row] = dict(enumerate(new.token_ids))
             self._tables[new.row] = [list(table) for table in new.block_tables]
             self._computed[new.row] = len(new.block_tables[0]) * self._block_size
+        for new_block in plan.new_blocks:
+            table = self._tables[new_block.row][new_block.group]
+            assert new_block.place == len(table), "the device's table has another length"
+            table.append(new_block.block)
         for row in plan.scheduled:
-            for table, blocks in zip(self._tables[row.row], row.new_blocks, strict=True):
-                assert row.num_held_blocks == len(table), "the device's table has another length"
-                table += blocks
             assert row.start == self._computed[row.row], "tokens are computed twice or left out"
             self._computed[row.row] += row.num_tokens
             for group in range(len(self._windows)):

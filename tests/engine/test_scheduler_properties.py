@@ -24,7 +24,6 @@ from engine.schedule.block_pool import BlockHasher
 from engine.schedule.block_tables import BlockTables, CacheGroup
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
-from engine.schedule.step import StepPlan
 from tests.engine.fake_device import FakeDevice, continuation
 
 VOCAB_SIZE = 8
@@ -178,8 +177,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.in_flight or not scheduler.sequences, "stuck: nothing runs, nothing will"
             return
         plan = step.plan
-        self._check_plan(plan)
-        planned = {row.request_id for row in plan.scheduled}
+        self._check_plan(step)
+        planned = {request.id for request in step.sequences}
         for request in had_work:
             assert request.id in planned or request in scheduler.waiting, "a request was left out"
         if scheduler.stats.preemptions == preemptions:
@@ -197,14 +196,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             event("prefix found")
         self.in_flight.append((step, repr(plan)))
 
-    def _check_plan(self, plan: StepPlan) -> None:
+    def _check_plan(self, step: Step) -> None:
+        plan = step.plan
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
         assert all(row.num_tokens > 0 for row in plan.scheduled)
         for rows in ([row.row for row in plan.scheduled], [new.row for new in plan.new_rows]):
             assert len(set(rows)) == len(rows)
         assert {new.row for new in plan.new_rows} <= {row.row for row in plan.scheduled}
-        for row in plan.scheduled:
-            request = self.scheduler.sequences[row.request_id]
+        for request, row in zip(step.sequences, plan.scheduled, strict=True):
             assert request.row == row.row
             assert row.start + row.num_tokens < request.max_len, "nobody will see the token"
             known = len(request.token_ids) + request.num_pending - row.num_sampled
