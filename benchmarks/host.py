@@ -7,7 +7,8 @@ Steps are scheduled ahead and replayed as on a GPU. The other ranks only listen.
 
     python -m benchmarks.host --rows 1 64 256 --sampling frequency_penalty=0.5 --ranks 1 8
 
-Prints milliseconds per step, the median of many: all of it, and by its parts.
+Prints milliseconds per step of the processor's time, so that others on the machine count for
+little: the median of many, of all and by its parts.
 """
 
 import argparse
@@ -156,16 +157,16 @@ def _pack_only(model: CausalLM, _: int, pack: Callable[[ShardedModule], None]) -
 
 
 class Stopwatch:
-    """Seconds within some calls, by name."""
+    """Seconds that this thread has computed within some calls, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def watch(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = time.thread_time()
             result = call(*args)
-            self.seconds[name] = time.perf_counter() - start
+            self.seconds[name] = time.thread_time() - start
             return result
 
         return timed

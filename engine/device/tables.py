@@ -3,7 +3,7 @@
 import torch
 
 from engine.device.transfer import to_device
-from engine.schedule.step import NewBlock, NewRow
+from engine.schedule.step import Drafts, NewBlock, NewRow
 
 
 class DeviceTables:
@@ -44,6 +44,19 @@ class DeviceTables:
         self.sampling_floats[:, row] = to_device(floats, torch.float32, self._device)
         ints = [max(params.top_k, 0), new.seed]
         self.sampling_ints[:, row] = to_device(ints, torch.int64, self._device)
+
+    def write_drafts(self, drafts: list[Drafts]) -> None:
+        """Where the step reads its tokens, and writes those that it samples."""
+        entries = [
+            (row, first + i, token)
+            for row, first, tokens in drafts
+            for i, token in enumerate(tokens)
+        ]
+        if entries:
+            rows, positions, tokens = to_device(
+                [*zip(*entries, strict=True)], torch.int64, self._device
+            )
+            self.token_ids[rows, positions] = tokens
 
     def append_blocks(self, new: list[NewBlock]) -> None:
         """The new blocks of all rows of a step, in one go."""

@@ -16,6 +16,8 @@ def to_device(
     values: Sequence[object] | np.ndarray, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A tensor of these numbers, there for whatever the stream runs next."""
+    if isinstance(values, np.ndarray):
+        values = np.ascontiguousarray(values)  # torch would keep another order in memory
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 

@@ -45,6 +45,9 @@ class ModelRunner:
         config.check_device(self.device.type)
         self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        # Whether a token comes out of a step of many as it does of one of its own, but for rounding
+        # that hardly ever matters.
+        self.is_exact = self.dtype is self.cache_dtype is torch.float32 and not config.quantization
         needs = AttentionNeeds(
             config.attention_backend,
             self.dtype,
@@ -163,5 +166,6 @@ class ModelRunner:
             self.tables.enter(new)
             self.sampler.enter(new)
         self.tables.append_blocks(plan.new_blocks)
+        self.tables.write_drafts(plan.drafts)
         sampling = self.sampler.begin(plan)
         return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan))

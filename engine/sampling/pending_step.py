@@ -1,6 +1,6 @@
 """What a step brings, while the device is still at it."""
 
-from itertools import islice
+from itertools import accumulate, pairwise
 
 from engine.device.transfer import ToHost
 from engine.sampling.logprobs import PendingLogprobs
@@ -44,6 +44,7 @@ class PendingStep:
             i: [position for part in parts for position in part.wait()]
             for i, parts in self._prompt_logprobs.items()
         }
-        tokens = iter(self._tokens.wait().tolist())
-        token_ids = [list(islice(tokens, count)) for count in self._num_sampled]
+        tokens: list[int] = self._tokens.wait().tolist()
+        ends = pairwise(accumulate(self._num_sampled, initial=0))
+        token_ids = [tokens[start:end] for start, end in ends]
         return StepResult(token_ids, logprobs, prompt_logprobs, self._errors)

@@ -1,6 +1,6 @@
 """Hidden states to tokens: logits, what requests want done to them, a draw, log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -82,16 +82,15 @@ class Sampler:
         num_sampled = np.asarray(plan.num_sampled)
         ends = np.asarray(plan.starts) + np.asarray(plan.lengths)
         entry, position = ranges(ends - num_sampled + 1, ends + 1)
-        rows, positions = np.asarray(plan.rows)[entry].tolist(), position.tolist()
+        where = np.stack((np.asarray(plan.rows)[entry], position))
+        drafts = {draft.row: draft.token_ids for draft in plan.drafts}
+        at = processed_at = self._logits_rows(where, drafts)
         processed: set[int] = set()
         for processor in self.processors:
-            processed.update(processor.applies_to(rows, positions))
-        at = processed_at = self._logits_rows(rows, positions)
+            processed.update(processor.applies_to(at.rows, at.positions))
         index = sorted(processed)
-        if 0 < len(index) < len(rows):
-            processed_at = self._logits_rows(
-                [rows[i] for i in index], [positions[i] for i in index]
-            )
+        if 0 < len(index) < len(at.rows):
+            processed_at = self._logits_rows(where[:, index], drafts)
         if index:
             for processor in self.processors:
                 processor.prepare(processed_at)
@@ -117,7 +116,7 @@ class Sampler:
             [count for count in plan.num_sampled if count],
             self._take_logprobs(logits, step, tokens),
             self._prompt_logprobs.take(compress(plan.rows, plan.num_sampled)),
-            {step.owners[i]: why for i, why in self.matchers.accept(step.at.rows, brought).items()},
+            {step.owners[i]: why for i, why in self.matchers.accept(step.at, brought).items()},
         )
 
     def logits(self, plan: StepPlan, hidden: Tensor) -> Tensor:
@@ -164,8 +163,10 @@ class Sampler:
             logits, tokens = logits[index], tokens[index]
         return [step.owners[i] for i in wanted], take_logprobs(self._ops, logits, tokens, counts)
 
-    def _logits_rows(self, rows: list[int], positions: list[int]) -> LogitsRows:
-        return LogitsRows(rows, positions, *self._tensor(np.array([rows, positions])))
+    def _logits_rows(self, where: np.ndarray, drafts: Mapping[int, Sequence[int]]) -> LogitsRows:
+        """Of rows and positions, [2, N]."""
+        (rows, positions), (row_index, position) = where.tolist(), self._tensor(where)
+        return LogitsRows(rows, positions, row_index, position, drafts)
 
     def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:
         return to_device(values, torch.int64, self._device)

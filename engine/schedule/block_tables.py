@@ -191,6 +191,13 @@ class BlockTables:
                 table += [entry.block for entry in new[-num_blocks:]]
         return new
 
+    def cut(self, sequence: Sequence) -> None:
+        """Give back the blocks past its computed tokens, when fewer count than were planned."""
+        length = self.num_blocks(sequence.num_computed)
+        for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+            pool.free(table[length:])
+            del table[length:]
+
     def publish(self, sequence: Sequence) -> None:
         """Name the blocks that are full of known and computed tokens."""
         num_full = min(sequence.num_computed, len(sequence.token_ids)) // self._block_size

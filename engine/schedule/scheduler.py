@@ -14,15 +14,17 @@ full blocks published, at scheduling time: whoever gets them runs later.
 import time
 from array import array
 from bisect import insort
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from itertools import compress, pairwise
+from typing import Protocol
 
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
-from engine.schedule.step import NewRow, StepPlan, StepResult, TokenDelta
+from engine.schedule.step import NewRow, StepPlan, StepResult, TokenDelta, count_accepted
 from engine.schedule.turns import Turns
 
 # What a later turn counts for, with the policy "shortest": a prompt that is longer by n tokens is
@@ -56,6 +58,19 @@ class SchedulerStats:
     queue_time_s: float = 0.0  # of all admitted requests together
 
 
+class Speculation(Protocol):
+    """Guesses how texts go on, for the device to check several tokens in one step."""
+
+    def propose(self, sequences: list[Sequence], budget: int) -> dict[Sequence, list[int]]:
+        """Drafts for rows that would each compute one token, at most so many in all."""
+
+    def judge(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        """What became of drafts that the sequence was given."""
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+
+
 class Scheduler:
     """Owns every live sequence, the rows and the blocks."""
 
@@ -65,6 +80,7 @@ class Scheduler:
         blocks: BlockTables,
         max_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        speculation: Speculation | None = None,
     ) -> None:
         self.blocks = blocks
         self.stats = SchedulerStats()
@@ -80,6 +96,7 @@ class Scheduler:
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._max_len = max_len
         self._eos_token_ids = eos_token_ids
+        self.speculation = speculation
 
     @property
     def pool(self) -> BlockPool:
@@ -163,24 +180,40 @@ class Scheduler:
             num_computed, num_tokens = sequence.num_computed, sequence.num_tokens
             if num_tokens == num_computed or num_tokens >= sequence.max_len:
                 continue  # its last token is being sampled
+            if sequence.drafts:
+                continue  # how far it has come is known when they have been judged
             if num_tokens == num_computed + 1 and num_computed % block_size:
                 easy.append(sequence)
             else:
                 others.append(sequence)
         num_left = len(easy) + len(others)
+        drafts: dict[Sequence, list[int]] = {}
+        if self.speculation is not None:
+            ready = [*easy, *(sequence for sequence in others if sequence.num_uncomputed == 1)]
+            drafts = self.speculation.propose(ready, budget - num_left)
+        if drafts:
+            easy = [sequence for sequence in easy if sequence not in drafts]
+            others = sorted({*others, *drafts}, key=_order)
         preemptions = self.stats.preemptions
         for sequence in others:
             num_left -= 1
             if sequence.row < 0:
                 continue  # preempted for one before it
             num_tokens = min(sequence.num_uncomputed, budget - num_left)
+            drafted = drafts.get(sequence, [])[: budget - num_left - num_tokens]
+            if self.blocks.num_new(sequence, num_tokens + len(drafted)) > self._spare(num_left):
+                drafted = []
             if self._make_room(sequence, num_tokens):
-                self._plan_row(step, sequence, num_tokens)
-                budget -= num_tokens
+                self._plan_row(step, sequence, num_tokens, drafted)
+                budget -= num_tokens + len(drafted)
         if self.stats.preemptions != preemptions:
             easy = [sequence for sequence in easy if sequence.row >= 0]
         self._plan_easy(step, easy)
         return budget - len(easy)
+
+    def _spare(self, num_rows: int) -> int:
+        """Blocks for drafts, which preempt nobody: a block is left for every row yet to come."""
+        return min(pool.num_free for pool in self.blocks.pools) - num_rows
 
     def _plan_easy(self, step: Step, sequences: list[Sequence]) -> None:
         """As `_plan_row`, for rows that sample a token and need no block for it."""
@@ -252,13 +285,20 @@ class Scheduler:
             )
         )
 
-    def _plan_row(self, step: Step, sequence: Sequence, num_tokens: int) -> None:
-        """Add a row to the plan and advance the sequence as if the step had run."""
+    def _plan_row(
+        self, step: Step, sequence: Sequence, num_tokens: int, drafts: Listed[int] = ()
+    ) -> None:
+        """Add a row to the plan and advance the sequence as if the step had run.
+
+        Drafts are computed as if they were its next tokens, and after each of them one is sampled.
+        """
         plan, start = step.plan, sequence.num_computed
+        num_sampled = int(start + num_tokens == sequence.num_tokens) + len(drafts)
+        num_tokens += len(drafts)
         plan.new_blocks.extend(self.blocks.extend(sequence, num_tokens))
-        num_sampled = int(start + num_tokens == sequence.num_tokens)
         step.sequences.append(sequence)
-        plan.add(sequence.row, start, num_tokens, num_sampled)
+        plan.add(sequence.row, start, num_tokens, num_sampled, drafts)
+        sequence.drafts = drafts
         sequence.num_computed += num_tokens
         sequence.num_tokens += num_sampled
         self.blocks.publish(sequence)
@@ -277,45 +317,53 @@ class Scheduler:
                 deltas.append(TokenDelta.failed(sequence.id, result.errors[i]))
                 continue
             delta = self._take_in(sequence, tokens)
-            if i in result.logprobs:
+            if result.logprobs and i in result.logprobs:
                 delta.logprobs = result.logprobs[i][: len(delta.token_ids)]
-            if i in result.prompt_logprobs:
+            if result.prompt_logprobs and i in result.prompt_logprobs:
                 delta.prompt_logprobs = result.prompt_logprobs[i]
             deltas.append(delta)
-            self.stats.output_tokens += len(delta.token_ids)
+        self.stats.output_tokens += sum([len(delta.token_ids) for delta in deltas])
         return deltas
 
     def _take_in(self, sequence: Sequence, tokens: list[int]) -> TokenDelta:
         """Append a row's tokens, up to one that ends the request."""
-        token_ids, num_known = sequence.token_ids, len(sequence.token_ids)
-        reason: str | None = None
-        for token in tokens:
+        if sequence.drafts and len(tokens) > 1:  # the step before theirs brings one
+            tokens = self._judge(sequence, tokens)
+        token_ids, stops, max_len = sequence.token_ids, sequence.stop_tokens, sequence.max_len
+        delta = TokenDelta(sequence.id, tokens, sequence.num_cached or 0)
+        for i, token in enumerate(tokens):
             token_ids.append(token)
-            if token in sequence.stop_tokens:
-                reason = "stop"
-            elif len(token_ids) >= sequence.max_len:
-                reason = "length"
-            if reason is not None:
+            if token in stops or len(token_ids) >= max_len:
+                delta.token_ids = tokens[: i + 1]
+                delta.finish_reason = "stop" if token in stops else "length"
+                if token in sequence.request.params.stop_token_ids:
+                    delta.stop_token = token
                 break
-        num_taken = len(token_ids) - num_known
-        sequence.num_tokens += num_taken - 1  # one was expected
+        sequence.num_tokens += len(delta.token_ids) - 1  # one was expected
         if len(token_ids) // self._block_size > sequence.num_published:
             self.blocks.publish(sequence)
-        delta = TokenDelta(
-            request_id=sequence.id,
-            token_ids=tokens[:num_taken],
-            num_cached_tokens=sequence.num_cached or 0,
-        )
-        if reason is not None:
-            delta.finish_reason = reason
-            if token in sequence.request.params.stop_token_ids:
-                delta.stop_token = token
+        if delta.finish_reason is not None:
             self._remove(sequence)
         return delta
+
+    def _judge(self, sequence: Sequence, sampled: list[int]) -> list[int]:
+        """The tokens that hold of those sampled after its drafts; of the other drafts no trace."""
+        drafts, sequence.drafts = sequence.drafts, ()
+        num_accepted = count_accepted(drafts, sampled)
+        num_rejected = len(drafts) - num_accepted
+        sequence.num_tokens -= len(drafts)
+        if sequence.row >= 0 and num_rejected:
+            sequence.num_computed -= num_rejected
+            self.blocks.cut(sequence)
+        if self.speculation is not None:
+            self.speculation.judge(sequence, len(drafts), num_accepted)
+        return sampled[: num_accepted + 1]
 
     def _remove(self, sequence: Sequence) -> None:
         del self.sequences[sequence.id]
         sequence.is_live = False
+        if self.speculation is not None:
+            self.speculation.end(sequence)
         if sequence.row >= 0:
             self._release(sequence)
         else:

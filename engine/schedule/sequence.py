@@ -1,6 +1,7 @@
 """A request as the scheduler has it: how far it has come, and what it holds."""
 
 import time
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
 from engine.schedule.request import Request
@@ -28,6 +29,8 @@ class Sequence:
     num_published: int = field(init=False, default=0)  # leading blocks named in the pools
     num_tokens: int = field(init=False)  # with those that steps in flight are sampling
     num_computed: int = field(init=False, default=0)  # tokens whose KV is, or will be, in the cache
+    # In flight, not known to be its tokens; it is in no later step before they have been judged.
+    drafts: Listed[int] = field(init=False, default=())
     num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache
 
     def __post_init__(self) -> None:

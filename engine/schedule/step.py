@@ -5,6 +5,7 @@ there is of every row lies in columns, arrays that cost next to nothing to make 
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,6 +55,14 @@ class BlockCopy(NamedTuple):
     slot: int
 
 
+class Drafts(NamedTuple):
+    """Tokens that are not known to come, for a step to compute as if they were a row's last."""
+
+    row: int
+    position: int  # of the first
+    token_ids: Sequence[int]
+
+
 def _column() -> "array[int]":
     return array("i")
 
@@ -69,12 +78,27 @@ class StepPlan:
     starts: "array[int]" = field(default_factory=_column)
     lengths: "array[int]" = field(default_factory=_column)  # num_tokens
     num_sampled: "array[int]" = field(default_factory=_column)
+    drafts: list[Drafts] = field(default_factory=list)
 
-    def add(self, row: int, start: int, num_tokens: int, num_sampled: int) -> None:
+    def add(
+        self,
+        row: int,
+        start: int,
+        num_tokens: int,
+        num_sampled: int,
+        drafts: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:
+            drafts: the last of the tokens that it computes, which are not known to come; it samples
+                one more than these.
+        """
         self.rows.append(row)
         self.starts.append(start)
         self.lengths.append(num_tokens)
         self.num_sampled.append(num_sampled)
+        if drafts:
+            self.drafts.append(Drafts(row, start + num_tokens - len(drafts), drafts))
 
     def put_in_order(self, order: list[int]) -> None:
         """Entry order[i] of each column becomes the i-th."""
@@ -90,6 +114,12 @@ class StepPlan:
         """The columns row by row, for who is in no hurry."""
         columns = zip(self.rows, self.starts, self.lengths, self.num_sampled, strict=True)
         return [ScheduledRow(*entry) for entry in columns]
+
+
+def count_accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:
+    """How many drafts come true: the first ones that are what has been sampled in their places."""
+    pairs = enumerate(zip(drafts, sampled, strict=False))
+    return next((i for i, (draft, token) in pairs if draft != token), len(drafts))
 
 
 class TokenLogprobs(NamedTuple):
@@ -112,19 +142,19 @@ class StepResult:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True, kw_only=True)  # not frozen, which would make each take three times as long
+@dataclass(slots=True)  # not frozen, which would make each take three times as long
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 
     request_id: str
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int]
+    num_cached_tokens: int = 0
     finish_reason: str | None = None  # "stop", "length"; "error" with an error
     stop_token: int | None = None  # the token of stop_token_ids that ended it
-    num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
     error: str | None = None  # why the engine gives it up, and it alone
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":
-        return cls(request_id=request_id, finish_reason="error", error=error)
+        return cls(request_id, [], finish_reason="error", error=error)

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,10 +181,8 @@ def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
                 params=request.params,
                 seed=request.seed,
             )
-            # The last tokens stand in the row as drafts would: it has not been given them.
-            engine.runner.tables.enter(replace(new, token_ids=tokens))
-            engine.runner.sampler.enter(new)
-            plan.add(row, start=0, num_tokens=len(tokens) - 1, num_sampled=num_sampled)
+            plan.new_rows.append(new)
+            plan.add(row, 0, len(tokens) - 1, num_sampled, drafts=tokens[-num_sampled:-1])
         result = engine.runner.launch(plan).result()
     assert len(whole) > 10
     assert result.token_ids == [text[-num_sampled:] for _, text in whole]

@@ -5,6 +5,7 @@ Pools are tiny, so that requests are preempted all the time, and prompts are dra
 vocabulary that they share prefixes all the time.
 """
 
+import random
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ from engine.schedule.block_pool import BlockHasher
 from engine.schedule.block_tables import BlockTables, CacheGroup
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
+from engine.schedule.sequence import Sequence
 from tests.engine.fake_device import FakeDevice, continuation
 
 VOCAB_SIZE = 8
@@ -64,6 +66,35 @@ REQUEST = st.builds(
 )
 
 
+class Drafts:
+    """Speculation that is right as often as it is told to be."""
+
+    def __init__(self, honesty: float) -> None:
+        self._honesty = honesty
+        self._rng = random.Random(honesty)
+
+    def propose(self, sequences: list[Sequence], budget: int) -> dict[Sequence, list[int]]:
+        drafts = {}
+        for sequence in sequences:
+            room = sequence.max_len - sequence.num_tokens - 1
+            count = min(self._rng.randint(0, 6), room, budget)
+            if count > 0:
+                assert sequence.num_uncomputed == 1 and not sequence.drafts
+                budget -= count
+                text = continuation(sequence.token_ids, VOCAB_SIZE, sequence.num_pending + count)
+                drafts[sequence] = [
+                    token if self._rng.random() < self._honesty else self._rng.randrange(VOCAB_SIZE)
+                    for token in text[sequence.num_pending :]
+                ]
+        return drafts
+
+    def judge(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafts
+        event(f"drafts accepted: {'all' if num_accepted == num_drafts else 'some or none'}")
+
+    def end(self, sequence: Sequence) -> None: ...
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.integers(1, 4),
@@ -75,6 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows=st.sampled_from([[None], [None], [3], [None, 3], [None, 1, 5]]),
         max_in_flight=st.sampled_from([1, 2, 3, 3]),
         policy=st.sampled_from(["fcfs", "fcfs", "priority", "shortest"]),
+        honesty=st.sampled_from([None, None, 0.0, 0.7, 1.0]),
         specs=st.lists(REQUEST, min_size=2, max_size=8),
     )
     def start(
@@ -88,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows: list[int | None],
         max_in_flight: int,
         policy: Literal["fcfs", "priority", "shortest"],
+        honesty: float | None,
         specs: list[Spec],
     ) -> None:
         config = EngineConfig(
@@ -110,7 +143,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cached: dict[bytes, bool] = {}  # as the journal has it
         most_blocks = self.blocks.most_blocks(MAX_MODEL_LEN)
         self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, most_blocks, block_size)
-        self.scheduler = Scheduler(config, self.blocks, self.limits.max_len, frozenset([EOS]))
+        self.scheduler = Scheduler(
+            config,
+            self.blocks,
+            self.limits.max_len,
+            frozenset([EOS]),
+            None if honesty is None else Drafts(honesty),
+        )
         self.device = FakeDevice(block_size, VOCAB_SIZE, windows)
         self.max_in_flight = max_in_flight
         self.in_flight: deque[tuple[Step, str]] = deque()  # with what they said when made
@@ -168,7 +207,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         had_work = [
             request
             for request in scheduler.running
-            if request.num_uncomputed > 0 and request.num_tokens < request.max_len
+            if request.num_uncomputed > 0
+            and request.num_tokens < request.max_len
+            and not request.drafts
         ]
         queue = list(scheduler.waiting)
         preemptions = scheduler.stats.preemptions
@@ -206,8 +247,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request, row in zip(step.sequences, plan.scheduled, strict=True):
             assert request.row == row.row
             assert row.start + row.num_tokens < request.max_len, "nobody will see the token"
-            known = len(request.token_ids) + request.num_pending - row.num_sampled
-            assert row.num_sampled == (row.start + row.num_tokens == known)
+            known, num_drafts = request.num_tokens - row.num_sampled, len(request.drafts)
+            assert row.num_sampled == num_drafts + (row.end - num_drafts == known)
+            assert not num_drafts or row.num_tokens == 1 + num_drafts
 
     def retire(self) -> None:
         step, as_made = self.in_flight.popleft()
