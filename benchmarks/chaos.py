@@ -95,6 +95,9 @@ async def client(
             body = request(i, arguments) | {"stream": True}
             try:
                 async with http.stream("POST", f"{url}/v1/completions", json=body) as response:
+                    if response.status_code != 200:
+                        report.errors.append(f"{response.status_code} {await response.aread()!r}")
+                        continue
                     async for line in response.aiter_lines():
                         if not line.startswith("data: {"):
                             continue

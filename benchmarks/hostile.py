@@ -39,7 +39,17 @@ def attacks(prompt: str = "apple river stone ") -> Iterator[tuple[str, str, byte
     yield of("a long prompt", completions, short | {"prompt": prompt * 17_000})
     yield of("a long text to tokenize", "/tokenize", {"prompt": prompt * (4 * MB // len(prompt))})
     yield of("many tokens to write out", "/detokenize", {"tokens": [7] * 1_000_000})
-    yield of("many choices", completions, {"prompt": ["a"] * 16, "n": 128, "max_tokens": 2})
+    for prompts in (16, 8):
+        many = {"prompt": ["a"] * prompts, "n": 128, "max_tokens": 2}
+        yield of(f"{prompts * 128} choices", completions, many)
+    logprobs = {
+        "n": 32,
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    yield of("many log-probabilities", chat, {"messages": [message], **logprobs})
 
 
 async def attack(url: str, until: float, answers: Counter[str]) -> None:

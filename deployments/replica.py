@@ -1,6 +1,7 @@
 """A Serve replica: the HTTP ingress and the front of one engine."""
 
 import asyncio
+import gc
 from dataclasses import asdict
 from typing import Any
 
@@ -36,6 +37,7 @@ class Replica:
         self._metrics = asyncio.create_task(
             RayMetrics(self._front.client.metrics).publish_forever()
         )
+        gc.freeze()  # or each of its passes stops all streams to look through what has been loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._front, self._args, tells_request_ids=False)

@@ -10,6 +10,7 @@ from engine.structured_outputs import StructuredOutputs
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_STOP = 1024  # characters; the search for one costs its square
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 64
 
@@ -78,7 +79,7 @@ class SamplingParams(StrictModel):
         description="No stop token or string ends the output before this many tokens.",
     )
     ignore_eos: bool = Field(False, description="Go on after the end-of-sequence token.")
-    stop: list[NonEmpty] = Field(
+    stop: list[Annotated[NonEmpty, Field(max_length=MAX_STOP)]] = Field(
         default_factory=list, max_length=64, description="The text ends before any of these."
     )
     include_stop_str_in_output: bool = Field(

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "engine.sampling": {"schedule", "text", "models", "device", "ranks"},
     "engine.runner": {"schedule", "models", "device", "ranks", "sampling"},
     "deployments.parsing": set(),
-    "deployments.observe": {"front"},
+    "deployments.observe": set(),
     "deployments.front": {"observe", "parsing"},
     "deployments.shards": {"front"},
     "deployments.routing": {"api"},

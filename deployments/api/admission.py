@@ -9,7 +9,8 @@ from deployments.api.errors import RETRY_AFTER_S, ApiError, validation_error
 from deployments.api.schema.protocol import GenerationRequest, ModelRequest, ServedRequest
 from deployments.api.scope import scope
 from deployments.front.front import Front
-from deployments.front.request_record import RequestOptions
+from deployments.front.places import Places
+from deployments.front.request_options import RequestOptions
 from engine.errors import PromptTooLongError
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
@@ -56,19 +57,18 @@ def check_queue(front: Front, num_requests: int, num_tokens: int = 0) -> None:
     An empty queue takes what could be served at all: a limit on tokens never bars a long prompt.
     """
     limits, flow, client = scope().service, scope().flow, front.client
-    if limits.max_queued_requests is not None and num_requests > limits.max_queued_requests:
+    most = limits.max_queued_requests
+    if most is not None and not Places().has_room(flow, num_requests, most):
         raise ApiError(
             400,
-            f"{num_requests} prompts or choices in one request are more than the queue holds "
-            f"({limits.max_queued_requests}); send fewer",
+            f"{num_requests} prompts or choices in one request are more than it may have in the "
+            f"queue ({(most + 1) // 2}); send fewer",
         )
-    if client.queue.taken == 0:
-        return
     for name, queue, more, limit in (
-        ("requests", client.queue, num_requests, limits.max_queued_requests),
+        ("requests", client.queue, num_requests, most),
         ("prompt tokens", client.queue_tokens, num_tokens, limits.max_queued_tokens),
     ):
-        if limit is not None and not queue.has_room(flow, more, limit):
+        if limit is not None and queue.taken and not queue.has_room(flow, more, limit):
             raise ApiError(
                 429,
                 f"{queue.taken} {name} are waiting, of at most {limit}, and there is no room for "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 
 from deployments.args import ServiceArgs
-from deployments.front.request_record import RequestRecord
+from deployments.observe.request_record import RequestRecord
 
 
 @dataclass

@@ -1,69 +1,43 @@
-"""Server-sent events, and the outputs of several prompts as one stream."""
+"""Server-sent events, and several streams as one."""
 
 import asyncio
+import itertools
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
 
 from deployments.api.errors import report
-from deployments.front.front import TextDelta
-from engine.schedule.step import TokenLogprobs
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class Output:
-    """A whole output, for answers that are not streamed."""
-
-    text: str
-    num_tokens: int
-    num_cached_tokens: int
-    finish_reason: str | None
-    stop_reason: int | str | None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-
-    @property
-    def mean_logprob(self) -> float:
-        """Per token, if it has logprobs."""
-        if not self.logprobs:
-            return 0.0
-        return sum(position.logprobs[0] for position in self.logprobs) / len(self.logprobs)
+_STARTED_AT_ONCE = 16
 
 
-async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
-    """Raises what the stream raises."""
-    text = []
-    logprobs, prompt_logprobs = None, None
-    async for delta in deltas:
-        text.append(delta.text)
-        if delta.logprobs is not None:
-            logprobs = (logprobs or []) + delta.logprobs
-        prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
-    return Output(
-        "".join(text),
-        delta.num_tokens,
-        delta.num_cached_tokens,
-        delta.finish_reason,
-        delta.stop_reason,
-        logprobs,
-        prompt_logprobs,
-    )
+async def start_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list["asyncio.Task[T]"]:
+    """A few at a time: each has something to do before it first waits, and others want to run too.
 
-
-async def collect_all(streams: Sequence[AsyncGenerator[TextDelta]]) -> list[Output]:
-    """As `collect`, of several at once; if one fails the others are given up."""
+    When it is cancelled, so are those that it has started.
+    """
+    tasks: list[asyncio.Task[T]] = []
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(collect(stream)) for stream in streams]
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None  # one answer has one error
-    return [task.result() for task in tasks]
+        for number, coroutine in enumerate(coroutines, start=1):
+            tasks.append(asyncio.create_task(coroutine))
+            if number % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        await cancel_all(tasks)
+        raise
+    return tasks
+
+
+async def cancel_all(tasks: Sequence["asyncio.Task[Any]"]) -> None:
+    """Returns when they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def merge(
@@ -87,7 +61,7 @@ async def merge(
         except Exception as error:
             arrived.put_nowait(error)
 
-    tasks = [asyncio.create_task(forward(i, stream)) for i, stream in enumerate(streams)]
+    tasks = await start_all(itertools.starmap(forward, enumerate(streams)))
     try:
         open_streams = len(tasks)
         while open_streams:
@@ -101,16 +75,14 @@ async def merge(
             if items := [item for item in news if isinstance(item, tuple)]:
                 yield items
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(tasks)
 
 
-_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def event(content: dict[str, Any]) -> str:
-    return f"data: {_to_json(content)}\n\n"
+    return f"data: {to_json(content)}\n\n"
 
 
 async def await_first(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
@@ -130,11 +102,11 @@ class Chunks:
     """Events of one choice each that all begin alike, which is encoded once."""
 
     def __init__(self, head: dict[str, Any]) -> None:
-        self._head = _to_json(head)[:-1]
+        self._head = to_json(head)[:-1]
 
     def event(self, choice: dict[str, Any], usage: dict[str, Any] | None = None) -> str:
-        counts = f',"usage":{_to_json(usage)}' if usage is not None else ""
-        return f'data: {self._head},"choices":[{_to_json(choice)}]{counts}}}\n\n'
+        counts = f',"usage":{to_json(usage)}' if usage is not None else ""
+        return f'data: {self._head},"choices":[{to_json(choice)}]{counts}}}\n\n'
 
 
 def named_event(content: dict[str, Any]) -> str:

@@ -73,8 +73,10 @@ async def _complete(front: Front, url: str, body: dict[str, Any], seed: int) -> 
     if body.get("seed") is None:
         body = body | {"seed": seed}
     if url == CHAT:
-        return await complete_chat(front, ChatCompletionRequest.model_validate(body))
-    return await complete_text(front, CompletionRequest.model_validate(body))
+        whole = await complete_chat(front, ChatCompletionRequest.model_validate(body))
+    else:
+        whole = await complete_text(front, CompletionRequest.model_validate(body))
+    return await whole.content()
 
 
 def row_seed(seed: int, index: int) -> int:

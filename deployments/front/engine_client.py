@@ -15,8 +15,9 @@ from typing import Any
 
 from deployments.front.places import Places
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
-from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.front.request_options import RequestOptions
 from deployments.observe.metrics import Metrics
+from deployments.observe.request_record import RequestRecord
 from deployments.wire import Message, decode_delta, encode_request, pack, read_message
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request, RequestLimits

@@ -9,7 +9,8 @@ from typing import Any
 
 from deployments.args import DeploymentArgs
 from deployments.front.engine_client import EngineClient, EngineUnavailableError
-from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.front.request_options import RequestOptions
+from deployments.observe.request_record import RequestRecord
 from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from engine import checkpoint

@@ -6,8 +6,8 @@ from collections import Counter
 class Places:
     """Counts who has how many of a limited number of places.
 
-    Those that somebody has count twice against more for him: he can take no more than he leaves
-    free, and whoever comes next finds room. (After Choudhury and Hahne's dynamic thresholds, 1998.)
+    Nobody takes more than he leaves free (or the last one), so whoever comes next finds room.
+    (After Choudhury and Hahne's dynamic thresholds, 1998.)
     """
 
     def __init__(self) -> None:
@@ -16,7 +16,8 @@ class Places:
 
     def has_room(self, owner: str, number: int, limit: int) -> bool:
         """Whether so many more may be taken of `limit` places."""
-        return self.taken + self._by_owner[owner] + number <= limit
+        left = limit - self.taken - number
+        return left >= 0 and self._by_owner[owner] + number <= left + 1
 
     def take(self, owner: str, number: int) -> None:
         self.taken += number

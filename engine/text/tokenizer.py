@@ -165,7 +165,7 @@ class Tokenizer:
                 for prefix in ("", " ")
             )
             sequences.append(bare)
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
                 sequences.append(spaced)
         return [tokens for tokens in sequences if tokens]
 

@@ -10,7 +10,8 @@ import httpx
 from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.front.front import Front
-from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.front.request_options import RequestOptions
+from deployments.observe.request_record import RequestRecord
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import RequestLimits
 from engine.schedule.step import TokenDelta

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.responses import PlainTextResponse
 
 from deployments.api.gate import Gate
@@ -22,6 +24,7 @@ from deployments.api.request_log import LOGGER
 from deployments.api.routes import engine_events
 from deployments.api.scope import scope
 from deployments.args import ServiceArgs
+from deployments.front.places import Places
 from deployments.observe.metrics import Metrics
 from deployments.routing.balancer import pack_hashes, short
 from engine.schedule.block_pool import BlockHasher
@@ -398,9 +401,21 @@ def test_queued_tokens_are_limited_too_but_bar_no_single_prompt(narrow: LocalSer
     _run(run())
 
 
-def test_more_choices_than_the_queue_ever_holds_are_no_reason_to_retry(narrow: LocalServer) -> None:
+def test_more_choices_than_a_request_may_ever_have_are_no_reason_to_retry(
+    narrow: LocalServer,
+) -> None:
+    """Also when nobody else is there: whoever comes next must find room."""
     with narrow.client() as client, pytest.raises(openai.BadRequestError, match="send fewer"):
-        client.completions.create(model="manta-demo", prompt=["a"] * 3)
+        client.completions.create(model="manta-demo", prompt=["a"] * 2)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40)), max_size=30))
+def test_whoever_comes_next_finds_room(wishes: list[tuple[str, int]]) -> None:
+    places, limit = Places(), 64
+    for owner, number in wishes:
+        if places.has_room(owner, number, limit):
+            places.take(owner, number)
+        assert places.has_room("next", 1, limit) == (places.taken < limit)
 
 
 def test_a_key_leaves_as_much_of_the_queue_as_it_takes(shared: LocalServer) -> None:
@@ -410,21 +425,21 @@ def test_a_key_leaves_as_much_of_the_queue_as_it_takes(shared: LocalServer) -> N
             shared.async_client(api_key="sk-globex") as globex,
         ):
             async with _busy(shared, "sk-acme") as ask:
-                ask(["a"] * 5)
-                await _until_queued(shared, 5)
-                with pytest.raises(openai.RateLimitError, match="5 requests are waiting, of at mo"):
+                ask(["a"] * 4)
+                await _until_queued(shared, 4)
+                with pytest.raises(openai.RateLimitError, match="4 requests are waiting, of at mo"):
                     await acme.completions.create(model="manta-demo", prompt="a")
                 other = asyncio.create_task(
-                    globex.completions.create(model="manta-demo", prompt=["b"] * 3, max_tokens=1)
+                    globex.completions.create(model="manta-demo", prompt=["b"] * 2, max_tokens=1)
                 )
-                await _until_queued(shared, 8)
-            assert len((await other).choices) == 3
+                await _until_queued(shared, 6)
+            assert len((await other).choices) == 2
 
     _run(run())
 
 
 def test_a_key_with_much_to_do_is_no_reason_for_another_to_wait(shared: LocalServer) -> None:
-    """One row, eight long requests of one key, and one of another: it takes its turn."""
+    """One row, four long requests of one key, and one of another: it takes its turn."""
 
     async def run() -> None:
         async with (
@@ -432,7 +447,7 @@ def test_a_key_with_much_to_do_is_no_reason_for_another_to_wait(shared: LocalSer
             shared.async_client(api_key="sk-globex") as globex,
         ):
             stream = await acme.completions.create(
-                model="manta-demo", prompt=["a"] * 8, max_tokens=50, stream=True, extra_body=LONG
+                model="manta-demo", prompt=["a"] * 4, max_tokens=50, stream=True, extra_body=LONG
             )
             ended = 0
 
@@ -442,11 +457,11 @@ def test_a_key_with_much_to_do_is_no_reason_for_another_to_wait(shared: LocalSer
                     ended += sum(choice.finish_reason is not None for choice in chunk.choices)
 
             following = asyncio.create_task(follow())
-            await _until_queued(shared, 7)
+            await _until_queued(shared, 3)
             await globex.completions.create(model="manta-demo", prompt="b", max_tokens=1)
-            assert ended <= 3
+            assert ended <= 2
             await following
-            assert ended == 8
+            assert ended == 4
 
     _run(run())
     wait_until(shared.is_idle)

@@ -5,22 +5,28 @@ Bounds in seconds are far above what these take, and far below what they took wh
 what was wrong.
 """
 
+import asyncio
 import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deployments.api.bodies import read
 from deployments.api.errors import ApiError
 from deployments.api.routes.responses import ResponseRequest
 from deployments.api.schema import answers
+from deployments.api.schema.openai_logprobs import chat_logprobs
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, ModelRequest
+from deployments.api.streaming import start_all
+from deployments.api.whole import _pieces
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.text.chat_template import ChatTemplates
@@ -252,3 +258,66 @@ def test_no_text_is_worked_on_in_the_event_loop(
         assert answer.status_code == 200, answer.text
     assert all(seen.values())
     assert "front" not in set.union(*seen.values())
+
+
+# Answers
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda parts: st.lists(parts, max_size=4) | st.dictionaries(st.text(), parts, max_size=4),
+    max_leaves=40,
+)
+
+
+@given(JSON, st.integers(0, 5))
+def test_json_in_pieces_is_json(value: Any, depth: int) -> None:
+    assert json.loads("".join(_pieces(value, depth))) == value
+
+
+def test_a_large_answer_is_put_together_and_written_elsewhere_in_pieces(
+    demo: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, longest = set(), 0
+
+    def pieces(content: Any, depth: int) -> Iterator[str]:
+        nonlocal longest
+        threads.add(threading.current_thread().name)
+        for piece in _pieces(content, depth):
+            longest = max(longest, len(piece))
+            yield piece
+
+    def listed(*args: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return chat_logprobs(*args)
+
+    monkeypatch.setattr("deployments.api.whole._pieces", pieces)
+    monkeypatch.setattr("deployments.api.routes.chat.chat_logprobs", listed)
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100, "n": 4}
+    body |= {"ignore_eos": True, "logprobs": True, "top_logprobs": 20}
+    answer = send(demo, CHAT, json.dumps(body).encode()).json()
+    assert [len(choice["logprobs"]["content"]) for choice in answer["choices"]] == [100] * 4
+    assert threads and "front" not in threads
+    assert longest < 10_000
+
+
+def test_choices_are_begun_a_few_at_a_time() -> None:
+    """Beginning a thousand is a tenth of a second, in which others run too."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def choice() -> int:
+        return turns
+
+    async def run() -> list[int]:
+        other = asyncio.create_task(others())
+        begun = await asyncio.gather(*await start_all(choice() for _ in range(100)))
+        other.cancel()
+        return begun
+
+    assert len(set(asyncio.run(run()))) >= 100 // 16

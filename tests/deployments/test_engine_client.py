@@ -16,7 +16,8 @@ from deployments.args import AppArgs
 from deployments.front.engine_client import EngineClient, RequestFailedError
 from deployments.front.front import Front
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
-from deployments.front.request_record import RequestOptions, RequestRecord
+from deployments.front.request_options import RequestOptions
+from deployments.observe.request_record import RequestRecord
 from deployments.shards.engine_loop import EngineLoop
 from deployments.wire import decode_request, pack, read_message
 from engine.engine import Engine

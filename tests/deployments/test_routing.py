@@ -93,9 +93,9 @@ def hits(isolate: bool) -> list[int]:
     clock, draw, hasher = Clock(), random.Random(0), BlockHasher(BLOCK, b"key")
     balancer, found = PrefixBalancer(clock), []
     pools = {name: BlockPool(400) for name in "abc"}
-    journals: dict[str, list[tuple[bytes, bool]]] = {name: [] for name in pools}
+    changes: dict[str, list[tuple[bytes, bool]]] = {name: [] for name in pools}
     for name, pool in pools.items():
-        pool.changes = journals[name]
+        pool.changes = changes[name]
     for sequence in range(60):
         tenant = draw.randrange(6)
         tokens = [tenant] * 96 + [draw.randrange(1000) for _ in range(64)]
@@ -104,8 +104,8 @@ def hits(isolate: bool) -> list[int]:
         names: list[bytes] = []
         hasher.extend(names, tokens, owner=f"tenant {tenant}" if isolate else "")
         reports = {}
-        for name, journal in journals.items():
-            cached = [block for block, is_cached in dict(journal).items() if is_cached]
+        for name, changed in changes.items():
+            cached = [block for block, is_cached in dict(changed).items() if is_cached]
             # Less of a difference than the blocks to find make.
             reports[name] = report(sequence, cached, uncomputed=draw.randrange(96))
         balancer.update(reports)

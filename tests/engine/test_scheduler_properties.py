@@ -140,7 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.pool = self.blocks.pools[0]
         self.pool.changes = []
-        self.cached: dict[bytes, bool] = {}  # as the journal has it
+        self.cached: dict[bytes, bool] = {}  # as the changes have it
         most_blocks = self.blocks.most_blocks(MAX_MODEL_LEN)
         self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, most_blocks, block_size)
         self.scheduler = Scheduler(
@@ -269,7 +269,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def blocks_and_rows_are_accounted_for(self) -> None:
         scheduler = self.scheduler
         scheduler.assert_invariants()
-        self._follow_journal()
+        self._follow_changes()
         running, waiting = scheduler.running, scheduler.waiting
         for requests in (running, waiting):
             assert requests == sorted(requests, key=lambda request: request.order)
@@ -285,7 +285,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request in waiting:
             assert request.row == -1 and not request.block_tables
 
-    def _follow_journal(self) -> None:
+    def _follow_changes(self) -> None:
         """It tells of every change of what can be found, once."""
         assert self.pool.changes is not None
         for block_hash, is_cached in self.pool.changes:

@@ -5,10 +5,11 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deployments.api.admission import (
     check_model,
@@ -29,15 +30,14 @@ from deployments.api.schema.tools import ForcedCall, find_format, forced_call
 from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
-    Output,
     await_first,
-    collect_all,
     event,
     event_stream,
     merge,
 )
+from deployments.api.whole import Output, Whole, collect_all
 from deployments.front.front import Front, TextDelta, TextStream
-from deployments.front.request_record import RequestOptions
+from deployments.front.request_options import RequestOptions
 from deployments.parsing import CLOSE, OPEN, OutputParser, Piece, ToolFormat
 from engine.sampling_params import SamplingParams
 
@@ -55,15 +55,15 @@ def routes(front: Front) -> APIRouter:
     )
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
-            return JSONResponse(await complete_chat(front, request))
+            return await (await complete_chat(front, request)).response()
         chat = await Chat.start(front, request)
         return event_stream(await await_first(_events(chat)) if chat.has_grammar else _events(chat))
 
     return router
 
 
-async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[str, Any]:
-    """The whole answer. Raises ApiError for a request that cannot be served."""
+async def complete_chat(front: Front, request: ChatCompletionRequest) -> Whole:
+    """Raises ApiError for a request that cannot be served."""
     chat = await Chat.start(front, request)
     said: list[list[Piece]] = [[] for _ in range(chat.params.n)]
     outputs = await collect_all(
@@ -72,13 +72,17 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[st
             for stream, pieces in zip(chat.streams(), said, strict=True)
         ]
     )
+    return Whole(outputs, partial(_answer, chat, said))
+
+
+def _answer(chat: "Chat", said: list[list[Piece]], outputs: list[Output]) -> dict[str, Any]:
     answer = chat.head | {
         "object": "chat.completion",
         "choices": [
             {
                 "index": index,
                 "message": AnswerParser.message(pieces),
-                "logprobs": _logprobs(front, output),
+                "logprobs": _logprobs(chat.front, output),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
             }
@@ -86,10 +90,10 @@ async def complete_chat(front: Front, request: ChatCompletionRequest) -> dict[st
         ],
         "usage": _usage(len(chat.prompt), outputs),
     }
-    if request.prompt_logprobs is None:
+    if chat.request.prompt_logprobs is None:
         return answer
     taken = outputs[0].prompt_logprobs or []
-    return answer | {"prompt_logprobs": prompt_logprobs(front.tokenizer, taken)}
+    return answer | {"prompt_logprobs": prompt_logprobs(chat.front.tokenizer, taken)}
 
 
 @dataclass(frozen=True)

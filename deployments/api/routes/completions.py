@@ -5,10 +5,11 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from deployments.api.admission import (
     check_model,
@@ -27,13 +28,12 @@ from deployments.api.schema.protocol import CompletionRequest
 from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
-    Output,
     await_first,
-    collect_all,
     event,
     event_stream,
     merge,
 )
+from deployments.api.whole import Output, Whole, collect_all
 from deployments.front.front import Front, TextDelta
 from engine.sampling_params import SamplingParams
 
@@ -75,17 +75,21 @@ def routes(front: Front) -> APIRouter:
     )
     async def create_completion(request: CompletionRequest) -> Response:
         if not request.stream:
-            return JSONResponse(await complete_text(front, request))
+            return await (await complete_text(front, request)).response()
         events = _events(await _start(front, request))
         return event_stream(await await_first(events) if request.has_grammar else events)
 
     return router
 
 
-async def complete_text(front: Front, request: CompletionRequest) -> dict[str, Any]:
-    """The whole answer. Raises ApiError for a request that cannot be served."""
+async def complete_text(front: Front, request: CompletionRequest) -> Whole:
+    """Raises ApiError for a request that cannot be served."""
     started = await _start(front, request)
-    outputs = await collect_all(started.streams)
+    return Whole(await collect_all(started.streams), partial(_answer, started))
+
+
+def _answer(started: _Started, outputs: list[Output]) -> dict[str, Any]:
+    request = started.request
     choices: list[dict[str, Any]] = []
     for i, prompt in enumerate(started.prompts):
         own = outputs[i * request.num_choices : (i + 1) * request.num_choices]

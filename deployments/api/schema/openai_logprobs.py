@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from deployments.api.streaming import Output
+from deployments.api.whole import Output
 from deployments.front.front import TextDelta
 from engine.schedule.step import TokenLogprobs
 from engine.text.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""How a request is to be treated, and what became of it."""
+"""What became of a request."""
 
 import time
 from dataclasses import dataclass, field
@@ -25,17 +25,3 @@ class RequestRecord:
     def ttft_s(self) -> float | None:
         """Seconds from arrival to the first token."""
         return None if self.first_token_at is None else self.first_token_at - self.arrived_at
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOptions:
-    """What a request asks of the server, beside what it asks of the model."""
-
-    stream: bool = True
-    cache_salt: str = ""
-    cache_owner: str = ""
-    priority: int = 0
-    flow: str = ""
-    timeout_s: float | None = None
-    shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
-    records: list[RequestRecord] = field(default_factory=list)  # where its records are put

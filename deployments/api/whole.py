@@ -1,0 +1,113 @@
+"""Answers that are not streamed.
+
+With log-probabilities they are as large as anything here: tens of megabytes. Such an answer is put
+together and written in a thread, and in pieces, for the encoder in C lets nothing else run.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi.responses import Response
+
+from deployments.api.streaming import cancel_all, start_all, to_json
+from deployments.front.front import TextDelta
+from deployments.off_loop import off_loop
+from engine.schedule.step import TokenLogprobs
+
+T = TypeVar("T")
+
+_SHORT = 64 * 1024  # characters, written in about a millisecond
+_POSITION_CHARACTERS = 1000  # of a token with its log-probabilities
+_PIECE_DEPTH = 5  # lists of tokens are in: the answer, its choices, one of them, its logprobs
+
+
+@dataclass(frozen=True)
+class Output:
+    """A whole output, for answers that are not streamed."""
+
+    text: str
+    num_tokens: int
+    num_cached_tokens: int
+    finish_reason: str | None
+    stop_reason: int | str | None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Per token, if it has logprobs."""
+        if not self.logprobs:
+            return 0.0
+        return sum(position.logprobs[0] for position in self.logprobs) / len(self.logprobs)
+
+
+async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
+    """Raises what the stream raises."""
+    text = []
+    logprobs, prompt_logprobs = None, None
+    async for delta in deltas:
+        text.append(delta.text)
+        if delta.logprobs is not None:
+            logprobs = (logprobs or []) + delta.logprobs
+        prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
+    return Output(
+        "".join(text),
+        delta.num_tokens,
+        delta.num_cached_tokens,
+        delta.finish_reason,
+        delta.stop_reason,
+        logprobs,
+        prompt_logprobs,
+    )
+
+
+async def collect_all(streams: Sequence[AsyncGenerator[TextDelta]]) -> list[Output]:
+    """As `collect`, of several at once; if one fails the others are given up."""
+    tasks = await start_all(map(collect, streams))
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        await cancel_all(tasks)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An answer, once all of it is there."""
+
+    outputs: list[Output]
+    put_together: Callable[[list[Output]], dict[str, Any]]
+
+    async def content(self) -> dict[str, Any]:
+        return await self._work(lambda: self.put_together(self.outputs))
+
+    async def response(self) -> Response:
+        body = await self._work(
+            lambda: "".join(_pieces(self.put_together(self.outputs), _PIECE_DEPTH)).encode()
+        )
+        return Response(body, media_type="application/json")
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """At once where it is short, else in a thread; what it leaves behind is freed there too."""
+        size = sum(map(_size, self.outputs))
+        return work() if size < _SHORT else await off_loop(size, work)
+
+
+def _size(output: Output) -> int:
+    positions = len(output.logprobs or ()) + len(output.prompt_logprobs or ())
+    return len(output.text) + positions * _POSITION_CHARACTERS
+
+
+def _pieces(value: Any, depth: int) -> Iterator[str]:
+    """JSON, of which no piece is long."""
+    if not (depth and value and isinstance(value, dict | list)):
+        yield to_json(value)
+        return
+    is_dict = isinstance(value, dict)
+    separator = "{" if is_dict else "["
+    for item in value:
+        yield f"{separator}{to_json(item)}:" if is_dict else separator
+        yield from _pieces(value[item] if is_dict else item, depth - 1)
+        separator = ","
+    yield "}" if is_dict else "]"

@@ -1,0 +1,19 @@
+"""How a request is to be treated."""
+
+from dataclasses import dataclass, field
+
+from deployments.observe.request_record import RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What a request asks of the server, beside what it asks of the model."""
+
+    stream: bool = True
+    cache_salt: str = ""
+    cache_owner: str = ""
+    priority: int = 0
+    flow: str = ""
+    timeout_s: float | None = None
+    shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
+    records: list[RequestRecord] = field(default_factory=list)  # where its records are put
