@@ -71,7 +71,7 @@ class Engine:
             config,
             num_ahead=self.executor.max_in_flight - 1,
             is_exact=runner.is_exact,
-            forced=lambda row: runner.sampler.matchers.forced(row),
+            forced=lambda row, is_settled: runner.sampler.matchers.forced(row, is_settled),
             encode=self._encode,
         )
         self.scheduler = Scheduler(

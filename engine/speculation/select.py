@@ -15,7 +15,7 @@ def new_speculator(
     config: EngineConfig,
     num_ahead: int,
     is_exact: bool,
-    forced: Callable[[int], tuple[int, str]],
+    forced: Callable[[int, bool], tuple[int, str]],
     encode: Callable[[str], list[int]],
 ) -> Speculator | None:
     """As the configuration says; None where nothing is to be guessed.

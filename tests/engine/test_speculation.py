@@ -315,7 +315,7 @@ def test_a_prediction_is_followed_from_its_beginning_and_found_again() -> None:
 
 
 def test_what_a_grammar_demands_is_a_draft_until_the_text_differs() -> None:
-    drafter = GrammarDrafter(lambda row: (4, "abcd"), lambda text: list(text.encode()))
+    drafter = GrammarDrafter(lambda row, is_settled: (4, "abcd"), lambda text: list(text.encode()))
     for since, drafts in (([], b"ab"), ([97], b"bc"), ([97, 98, 99], b"d"), ([98], b"")):
         assert bytes(drafter.draft(sequence([1, 2, 3, 4, *since]), 2).token_ids) == drafts
 

@@ -7,7 +7,7 @@ for the tokens of step N, the device is busy with step N + 1 meanwhile.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -57,27 +57,34 @@ class _Row:
         """Allow what may come next in row `index` of bitmask; all, once there is nothing left.
 
         And in the rows after that what may follow the drafts, each of them.
+        """
+        self._follow(lambda: self._fill_all(bitmask, index, drafts))
+        if self.error is not None:
+            bitmask[index] = -1
+
+    def look(self) -> None:
+        """See what is forced now, while no step is about this row."""
+        self._follow(self._look)
+
+    def _follow(self, then: Callable[[], str | None]) -> None:
+        """Go on by the tokens that have come, and do something there.
 
         What goes wrong with a grammar is its request's error, and nobody else's.
         """
         if self._grammar is None or self.error is not None:
             return
         start = time.thread_time()
-        tokens = [
-            token
-            for part in self._unmatched
-            for token in ([part] if isinstance(part, int) else part.wait())
-        ]
-        self._unmatched.clear()
         try:
-            self.error = self._advance(tokens, start) or self._fill(bitmask, index)
-            if self.error is None:
-                self._look_ahead(bitmask, index, drafts)
+            self.error = self._advance(start) or then()
         except Exception as error:
             self.error = f"its grammar cannot be followed: {error}"
-        if self.error is not None:
-            bitmask[index] = -1
         self._seconds += time.thread_time() - start
+
+    def _fill_all(self, bitmask: Tensor, index: int, drafts: Sequence[int]) -> str | None:
+        error = self._fill(bitmask, index)
+        if error is None:
+            self._look_on(bitmask, index, drafts)
+        return error
 
     def _fill(self, bitmask: Tensor, index: int) -> str | None:
         if not self._matcher.is_terminated():
@@ -86,12 +93,17 @@ class _Row:
                 return "the model's vocabulary has no token that could come next"
         return None
 
-    def _look_ahead(self, bitmask: Tensor, index: int, drafts: Sequence[int]) -> None:
+    def _look(self) -> None:
+        num_tokens = self._num_prompt + self._num_tokens
+        if self.forced[0] != num_tokens:
+            is_over = self._matcher.is_terminated()
+            text = "" if is_over else self._matcher.find_jump_forward_string()
+            self.forced = num_tokens, text
+
+    def _look_on(self, bitmask: Tensor, index: int, drafts: Sequence[int]) -> None:
         """Go through the drafts and come back. After one that does not fit nothing matters."""
+        self._look()
         matcher = self._matcher
-        self.forced = self._num_prompt + self._num_tokens, ""
-        if not matcher.is_terminated():
-            self.forced = self.forced[0], matcher.find_jump_forward_string()
         num_fit = 0
         for i, token in enumerate(drafts, 1):
             if matcher.is_terminated() or not matcher.accept_token(token):
@@ -102,10 +114,16 @@ class _Row:
                 break
         matcher.rollback(num_fit)
 
-    def _advance(self, tokens: Sequence[int], start: float) -> str | None:
-        """Go on by these tokens; what is wrong, if that cannot be."""
+    def _advance(self, start: float) -> str | None:
+        """Go on by the tokens that have come; what is wrong, if that cannot be."""
         if self._matcher is None:
             self._matcher = _new_matcher(self._grammar)
+        tokens = [
+            token
+            for part in self._unmatched
+            for token in ([part] if isinstance(part, int) else part.wait())
+        ]
+        self._unmatched.clear()
         for token in tokens:
             self._num_tokens += 1
             if not self._matcher.is_terminated() and not self._matcher.accept_token(token):
@@ -194,9 +212,18 @@ class GrammarMatchers:
             row.fill(bitmask, i, drafts)
         return bitmask
 
-    def forced(self, row: int) -> tuple[int, str]:
-        """(number of tokens, what the text must go on with after so many); "" where it is free."""
-        return self._rows[row].forced if row in self._rows else (0, "")
+    def forced(self, row: int, is_settled: bool) -> tuple[int, str]:
+        """(number of tokens, what the text must go on with after so many); "" where it is free.
+
+        Args:
+            is_settled: no step in flight is about the row, so that it can be looked at now.
+        """
+        place = self._rows.get(row)
+        if place is None:
+            return 0, ""
+        if is_settled:
+            place.look()
+        return place.forced
 
     def accept(self, at: LogitsRows, tokens: ToHost) -> dict[int, str]:
         """A step brings these rows these tokens [N]; why some cannot go on, by their index.
