@@ -18,6 +18,18 @@ TokenId = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
+class ThinkingLimit(StrictModel):
+    """When thoughts are made to end. A server knows its model's marks: thinking_token_budget."""
+
+    budget: int = Field(ge=0, lt=2**31, description="Tokens of thoughts.")
+    start: list[TokenId] = Field(
+        default_factory=list,
+        max_length=64,
+        description="What thoughts begin with; [] if they have.",
+    )
+    end: list[TokenId] = Field(min_length=1, max_length=64, description="What they end with.")
+
+
 class SamplingParams(StrictModel):
     """Names and meanings as in the OpenAI API and vLLM; defaults as in vLLM."""
 
@@ -62,6 +74,9 @@ class SamplingParams(StrictModel):
     )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="The form of the text: a JSON schema, regex, choice or grammar."
+    )
+    thinking_limit: ThinkingLimit | None = Field(
+        None, description="Ends the model's thoughts after so many tokens."
     )
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="One seed, one text; None draws one."

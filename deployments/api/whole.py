@@ -34,6 +34,7 @@ class Output:
     stop_reason: int | str | None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    token_ids: Sequence[int] = ()
 
     @property
     def mean_logprob(self) -> float:
@@ -45,10 +46,12 @@ class Output:
 
 async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
     """Raises what the stream raises."""
-    text = []
+    text: list[str] = []
+    token_ids: list[int] = []
     logprobs, prompt_logprobs = None, None
     async for delta in deltas:
         text.append(delta.text)
+        token_ids += delta.token_ids
         if delta.logprobs is not None:
             logprobs = (logprobs or []) + delta.logprobs
         prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
@@ -60,6 +63,7 @@ async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
         delta.stop_reason,
         logprobs,
         prompt_logprobs,
+        token_ids,
     )
 
 
