@@ -15,5 +15,6 @@ class RequestOptions:
     priority: int = 0
     flow: str = ""
     timeout_s: float | None = None
+    prediction: list[int] = field(default_factory=list)  # tokens that the output may have
     shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

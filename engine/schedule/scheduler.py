@@ -331,6 +331,7 @@ class Scheduler:
             tokens = self._judge(sequence, tokens)
         token_ids, stops, max_len = sequence.token_ids, sequence.stop_tokens, sequence.max_len
         delta = TokenDelta(sequence.id, tokens, sequence.num_cached or 0)
+        delta.num_predicted = sequence.num_predicted
         for i, token in enumerate(tokens):
             token_ids.append(token)
             if token in stops or len(token_ids) >= max_len:

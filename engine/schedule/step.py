@@ -154,6 +154,10 @@ class TokenDelta:
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
     error: str | None = None  # why the engine gives it up, and it alone
+    num_predicted: tuple[int, int] = (
+        0,
+        0,
+    )  # tokens of its prediction so far: that came, or did not
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":

@@ -15,6 +15,7 @@ import numpy as np
 from engine.schedule.sequence import Sequence
 from engine.speculation.costs import StepCosts
 from engine.speculation.drafter import Draft, Drafter
+from engine.speculation.prediction import PredictionDrafter
 
 # What drafts must promise at least, against errors of measurement.
 _MIN_GAIN = 1.03
@@ -118,6 +119,10 @@ class Speculator:
         experience = self._rows[sequence]
         experience.hits = _DECAY * experience.hits + num_accepted
         experience.misses = _DECAY * experience.misses + (num_accepted < num_drafts)
+        if experience.drafter == PredictionDrafter.name:
+            accepted, rejected = sequence.num_predicted
+            rejected += num_drafts - num_accepted
+            sequence.num_predicted = accepted + num_accepted, rejected
         self.num_drafts[experience.drafter] += 1
         self.num_draft_tokens[experience.drafter] += num_drafts
         self.num_accepted[experience.drafter] += num_accepted
