@@ -30,6 +30,8 @@ class RowView(TypedDict):
     num_tokens: int  # of prompt and output so far
     num_computed: int  # whose keys and values are in the cache
     num_cached: int  # of the prompt, found in the prefix cache when it entered
+    num_drafted: int  # tokens that were guessed for it
+    num_accepted: int  # of those, what came true
     cells: list[int]  # its block table
 
 
@@ -151,6 +153,8 @@ def _row(sequence: Sequence, per_cell: int) -> RowView:
         "num_tokens": sequence.num_tokens,
         "num_computed": sequence.num_computed,
         "num_cached": sequence.num_cached or 0,
+        "num_drafted": sequence.num_drafted,
+        "num_accepted": sequence.num_accepted,
         "cells": list(dict.fromkeys(b // per_cell for b in sequence.block_tables[0] if b >= 0)),
     }
 

@@ -353,6 +353,8 @@ class Scheduler:
         num_accepted = count_accepted(drafts, sampled)
         num_rejected = len(drafts) - num_accepted
         sequence.num_tokens -= len(drafts)
+        sequence.num_drafted += len(drafts)
+        sequence.num_accepted += num_accepted
         if sequence.row >= 0 and num_rejected:
             sequence.num_computed -= num_rejected
             self.blocks.cut(sequence)

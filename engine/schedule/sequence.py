@@ -31,6 +31,8 @@ class Sequence:
     num_computed: int = field(init=False, default=0)  # tokens whose KV is, or will be, in the cache
     # In flight, not known to be its tokens; it is in no later step before they have been judged.
     drafts: Listed[int] = field(init=False, default=())
+    num_drafted: int = field(init=False, default=0)  # tokens guessed, those in flight left out
+    num_accepted: int = field(init=False, default=0)
     num_predicted: tuple[int, int] = field(init=False, default=(0, 0))  # as in `TokenDelta`
     num_cached: int | None = field(init=False, default=None)  # prompt tokens found in the cache
 
