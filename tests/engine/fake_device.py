@@ -78,7 +78,11 @@ class FakeDevice:
             self._tokens[row.row].update(enumerate(tokens, row.end - row.num_sampled + 1))
             own = drafts[row.row].token_ids if row.row in drafts else ()
             assert row.num_sampled == len(own) + 1
-            self._computed[row.row] -= len(own) - count_accepted(own, tokens)
+            num_rejected = len(own) - count_accepted(own, tokens)
+            if num_rejected:  # the blocks past its tokens are given back
+                self._computed[row.row] -= num_rejected
+                for table in self._tables[row.row]:
+                    del table[-(-self._computed[row.row] // self._block_size) :]
         return StepResult(sampled)
 
     def _reads(self, row: ScheduledRow) -> bool:
