@@ -21,11 +21,15 @@ BLOCK_SIZE = 16
 
 @contextmanager
 def new_engine(directory: Path, **config: Any) -> Iterator[Engine]:
-    """An engine of one checkpoint in fp32 on the CPU, unless `config` says otherwise."""
+    """An engine of one checkpoint in fp32 on the CPU, a token of a row in each step that decodes.
+
+    All unless `config` says otherwise.
+    """
     defaults = dict(
         dtype="float32",
         device="cpu",
         num_threads=1,
+        speculation="off",
         max_num_seqs=128,
         block_size=BLOCK_SIZE,
         num_blocks=1024,
