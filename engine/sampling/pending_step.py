@@ -15,6 +15,7 @@ class PendingStep:
         num_sampled: how many of them each of these rows has.
         logprobs: which rows have some, by index, once for each position, and those of all.
         prompt_logprobs: parts of the prompt's, by index of the row.
+        vectors: the prompts', pooled, by index of the row.
         errors: why rows cannot go on, by their index.
     """
 
@@ -25,12 +26,14 @@ class PendingStep:
         logprobs: tuple[list[int], PendingLogprobs] | None = None,
         prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
         errors: dict[int, str] | None = None,
+        vectors: dict[int, ToHost] | None = None,
     ) -> None:
         self._tokens = tokens
         self._num_sampled = num_sampled or []
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs or {}
         self._errors = errors or {}
+        self._vectors = vectors or {}
 
     def result(self) -> StepResult:
         """What it has brought, once it has."""
@@ -47,4 +50,5 @@ class PendingStep:
         tokens: list[int] = self._tokens.wait().tolist()
         ends = pairwise(accumulate(self._num_sampled, initial=0))
         token_ids = [tokens[start:end] for start, end in ends]
-        return StepResult(token_ids, logprobs, prompt_logprobs, self._errors)
+        vectors = {i: vector.wait().tolist() for i, vector in self._vectors.items()}
+        return StepResult(token_ids, logprobs, prompt_logprobs, vectors, self._errors)

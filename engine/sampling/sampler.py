@@ -18,6 +18,7 @@ from engine.sampling.grammar.matcher import GrammarMask, GrammarMatchers
 from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
 from engine.sampling.penalties import Penalties
 from engine.sampling.pending_step import PendingStep
+from engine.sampling.pooling import PromptPooling
 from engine.sampling.processor import LogitsProcessor, LogitsRows, ranges
 from engine.sampling.thinking import ThinkingLimits
 from engine.schedule.step import NewRow, StepPlan
@@ -69,12 +70,14 @@ class Sampler:
         ]
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(token_ids, model, ops)
+        self._pooling = PromptPooling(model)
 
     def enter(self, new: NewRow) -> None:
         """A request enters a row; what the row held before is gone."""
         for processor in self.processors:
             processor.enter(new)
         self._prompt_logprobs.enter(new)
+        self._pooling.enter(new)
         self._num_logprobs.pop(new.row, None)
         if new.params.logprobs is not None:
             self._num_logprobs[new.row] = new.params.logprobs
@@ -105,6 +108,7 @@ class Sampler:
         The tokens also go into the device's table, where the next step finds them.
         """
         self._prompt_logprobs.collect(step.plan, hidden)
+        self._pooling.collect(step.plan, hidden)
         if not step.owners:
             return PendingStep()
         logits = self.logits(step.plan, hidden)
@@ -113,12 +117,14 @@ class Sampler:
             tokens = self._world.broadcast(tokens)  # only the leader follows the grammars
         self._tables.token_ids[step.at.row_index, step.at.position] = tokens
         brought, plan = ToHost(tokens), step.plan
+        rows = list(compress(plan.rows, plan.num_sampled))
         return PendingStep(
             brought,
             [count for count in plan.num_sampled if count],
             self._take_logprobs(logits, step, tokens),
-            self._prompt_logprobs.take(compress(plan.rows, plan.num_sampled)),
+            self._prompt_logprobs.take(rows),
             {step.owners[i]: why for i, why in self.matchers.accept(step.at, brought).items()},
+            self._pooling.take(rows),
         )
 
     def logits(self, plan: StepPlan, hidden: Tensor) -> Tensor:

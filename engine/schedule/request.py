@@ -26,6 +26,7 @@ class Request:
     cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
     flow: str = ""  # requests of one flow take turns with those of others
     prediction_token_ids: list[int] = field(default_factory=list)  # how the output may go
+    weight: float = 1.0  # of the flow, with the scheduling policy "fair"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class RequestLimits:
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("bad_words_token_ids", itertools.chain(*params.bad_words_token_ids)),
+            ("pooling", params.pooling.logits if params.pooling is not None else ()),
             ("thinking_limit", thinking.start + thinking.end if thinking is not None else ()),
         ):
             self.check_tokens(name, tokens)

@@ -138,11 +138,12 @@ class StepResult:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one per token
     # Of rows whose prompt is computed: from its second token on.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    vectors: dict[int, list[float]] = field(default_factory=dict)  # the prompts', pooled
     # Why a row cannot go on; its tokens mean nothing.
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True)  # not frozen, which would make each take three times as long
+@dataclass(slots=True)  # not frozen: there is one per row and step
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 
@@ -153,11 +154,10 @@ class TokenDelta:
     stop_token: int | None = None  # the token of stop_token_ids that ended it
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
+    vector: list[float] | None = None  # the prompt, pooled, if asked for
     error: str | None = None  # why the engine gives it up, and it alone
-    num_predicted: tuple[int, int] = (
-        0,
-        0,
-    )  # tokens of its prediction so far: that came, or did not
+    # Tokens of its prediction so far: those that came, and those that did not.
+    num_predicted: tuple[int, int] = (0, 0)
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":

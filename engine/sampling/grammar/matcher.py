@@ -9,6 +9,7 @@ for the tokens of step N, the device is busy with step N + 1 meanwhile.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -96,8 +97,10 @@ class _Row:
     def _look(self) -> None:
         num_tokens = self._num_prompt + self._num_tokens
         if self.forced[0] != num_tokens:
-            is_over = self._matcher.is_terminated()
-            text = "" if is_over else self._matcher.find_jump_forward_string()
+            text = ""
+            with suppress(UnicodeDecodeError):  # in the middle of a character
+                if not self._matcher.is_terminated():
+                    text = self._matcher.find_jump_forward_string()
             self.forced = num_tokens, text
 
     def _look_on(self, bitmask: Tensor, index: int, drafts: Sequence[int]) -> None:
