@@ -17,7 +17,6 @@ from bisect import insort
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from itertools import compress, pairwise
-from typing import Protocol
 
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockPool
@@ -25,6 +24,7 @@ from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
 from engine.schedule.shares import FairTurns
+from engine.schedule.speculation import Speculation
 from engine.schedule.step import NewRow, StepPlan, StepResult, TokenDelta, count_accepted
 from engine.schedule.turns import Turns
 
@@ -57,19 +57,6 @@ class SchedulerStats:
     preemptions: int = 0
     admitted: int = 0
     queue_time_s: float = 0.0  # of all admitted requests together
-
-
-class Speculation(Protocol):
-    """Guesses how texts go on, for the device to check several tokens in one step."""
-
-    def propose(self, sequences: list[Sequence], budget: int) -> dict[Sequence, list[int]]:
-        """Drafts for rows that would each compute one token, at most so many in all."""
-
-    def judge(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
-        """What became of drafts that the sequence was given."""
-
-    def end(self, sequence: Sequence) -> None:
-        """The sequence has ended."""
 
 
 class Scheduler:

@@ -41,7 +41,7 @@ class _Experience:
 
 
 class Speculator:
-    """Implements `engine.schedule.scheduler.Speculation`.
+    """Implements `engine.schedule.speculation.Speculation`.
 
     Args:
         max_drafts: most for one row in one step.
