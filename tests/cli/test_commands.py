@@ -245,7 +245,6 @@ def test_doctor_names_devices_ops_and_reasons() -> None:
         assert what in done.stdout, what
 
 
-@pytest.mark.parametrize("installed", [False, True])
 def test_doctor_says_what_serving_a_model_takes_without_loading_it() -> None:
     text = manta("doctor", "manta-demo", "max_model_len=1024").stdout
     assert "qwen3, computed by our own blocks" in text
@@ -256,6 +255,7 @@ def test_doctor_says_what_serving_a_model_takes_without_loading_it() -> None:
     assert "is longer than the model's window" in refused.stdout
 
 
+@pytest.mark.parametrize("installed", [False, True])
 def test_doctor_names_the_attention_of_a_gpu_and_why(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
