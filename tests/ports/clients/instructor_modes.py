@@ -1,6 +1,7 @@
 """instructor, in each of its modes for OpenAI and Anthropic."""
 
 import sys
+from collections.abc import Iterable
 
 import instructor
 from anthropic import Anthropic
@@ -29,9 +30,9 @@ for mode in (
             client = instructor.from_openai(openai, mode=mode)
         found = client.chat.completions.create(
             model="manta-demo",
-            response_model=list[Place] if mode is modes.PARALLEL_TOOLS else Place,
+            response_model=Iterable[Place] if mode is modes.PARALLEL_TOOLS else Place,
             messages=[{"role": "user", "content": "The weather in Paris?"}],
-            max_tokens=300,
+            max_tokens=800,
             max_retries=1,
         )
         found = list(found) if mode is modes.PARALLEL_TOOLS else found
