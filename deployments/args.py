@@ -43,10 +43,11 @@ class DeploymentArgs(EngineConfig):
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
     )
-    heartbeat_timeout_s: float = Field(
-        120,
+    heartbeat_timeout_s: float | None = Field(
+        None,
         gt=0,
-        description="An engine silent for so long is dead; must exceed the longest step.",
+        description="An engine silent for so long is dead; must exceed the longest step. Default: "
+        "20 times that of the steps so far, between 30 and 120 seconds.",
     )
     startup_timeout_s: float = Field(
         1800, gt=0, description="An engine that takes longer to load is started anew."
@@ -147,6 +148,10 @@ class AppArgs(DeploymentArgs, ServiceArgs):
     max_ongoing_requests: int = Field(
         4096, ge=1, description="Requests a replica takes on at once, running and waiting."
     )
+
+    @property
+    def may_have_several_replicas(self) -> bool:
+        return self.num_replicas > 1 or self.max_replicas is not None
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "AppArgs":

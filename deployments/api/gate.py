@@ -13,11 +13,14 @@ from deployments.api.errors import ApiError, error_response
 from deployments.api.keys import KeyRing
 from deployments.api.origins import check_page, check_upload
 from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
+from deployments.api.requests import handed_tokens
+from deployments.api.requests.handed_tokens import TokenSeal
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs
 from deployments.front.front import Front
 from deployments.front.places import Places
+from deployments.front.quotas import Quotas
 from engine.strict import shown
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -32,6 +35,7 @@ _BODY_BYTES_PER_S = 16 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
 _FORM_BYTES = 64 * 1024  # of a form beside its file
 _TOO_LARGE = "request_too_large"
+_FROM_ROUTERS = handed_tokens.HEADER.encode()
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
 OPEN_PATHS = frozenset(
@@ -75,6 +79,8 @@ class Gate:
         self._tells_ids = tells_ids
         self._front = front
         self._bodies = Places()  # of bytes
+        self._quotas = Quotas()
+        self._seal = TokenSeal(front.block_key)
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -108,6 +114,7 @@ class Gate:
             self._front.num_open -= 1
             current.end_reading()
             current.handler = str(getattr(http.get("route"), "path", "none"))
+            self._count_tokens(current)
             self._metrics.http[current.method, current.handler, current.status_class] += 1
             if current.error:
                 self._metrics.errors[current.error] += 1
@@ -119,14 +126,17 @@ class Gate:
         try:
             self._admit(http, current)
             self._check_present(_route_path(http))
-            if http["method"] in ("POST", "PUT", "PATCH"):
+            if http["method"] not in ("POST", "PUT", "PATCH"):
+                await self._app(http, receive, send)
+                return
+            with self._quotas.request(current.tenant, current.quota):
                 if self._takes_file(http):
                     check_upload(current.headers, self._service.allowed_origins)
                     receive = _counted(receive, self._service.max_file_bytes)
                 else:
                     receive = _replay(await self._read_body(current, receive), receive)
                     _check_media_type(current.headers)
-            await self._app(http, receive, send)
+                await self._app(http, receive, send)
         except Exception as error:
             answer = error_response(error)
             if current.status == 0:
@@ -142,6 +152,15 @@ class Gate:
     def _takes_file(self, http: Scope) -> bool:
         """Whether the body is a form with a file, which is read as it comes and never held."""
         return self._service.files_directory is not None and _route_path(http) == "/v1/files"
+
+    def _count_tokens(self, current: RequestScope) -> None:
+        tokens = self._metrics.key_tokens
+        for record in current.records:
+            self._quotas.take(current.tenant, current.quota, record.num_prompt + record.num_output)
+            if current.tenant:
+                tokens[current.tenant, "prompt"] += record.num_prompt
+                tokens[current.tenant, "cached"] += record.num_cached
+                tokens[current.tenant, "output"] += record.num_output
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
         """Raises ApiError unless the path is open or the key is ours, and whenever draining."""
@@ -162,6 +181,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         current.tenant = name
+        current.quota = self._keys.quota(name)
         current.flow = name if self._keys.has_several_names else current.request_id
         if self._isolates_cache:
             current.cache_owner = name
@@ -199,6 +219,8 @@ class Gate:
             raise fault
         body = b"".join(chunks)
         current.body = body[:MAX_BODY_BYTES]
+        if handed_tokens.HEADER in current.headers:
+            current.handed = self._seal.open(body, current.headers[handed_tokens.HEADER])
         return body
 
     def _body_fault(self, current: RequestScope, size: int, more: int) -> ApiError | None:
@@ -253,7 +275,8 @@ def _counted(receive: Receive, limit: int) -> Receive:
 
 def _check_head(http: Scope) -> None:
     size = len(http["path"]) + len(http["query_string"])
-    size += sum(len(name) + len(value) for name, value in http["headers"])
+    own = ((name, value) for name, value in http["headers"] if name != _FROM_ROUTERS)
+    size += sum(len(name) + len(value) for name, value in own)
     if size > _MAX_HEAD_BYTES:
         message = f"the headers are {size} bytes; at most {_MAX_HEAD_BYTES} are taken"
         raise ApiError(431, message, code=_TOO_LARGE)

@@ -25,6 +25,7 @@ class Request:
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
     cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
     flow: str = ""  # requests of one flow take turns with those of others
+    weight: float = 1.0  # of the flow, with the scheduling policy "fair"
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class StepResult:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: there is one per row and step
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 

@@ -24,7 +24,8 @@ from deployments.api.bodies import BodyRoute
 from deployments.api.errors import ApiError
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
-from deployments.api.schema.protocol import Prompt, ServedRequest, listed
+from deployments.api.schema.completion_request import Prompt, listed
+from deployments.api.schema.protocol import ServedRequest
 from deployments.api.scope import scope
 from deployments.api.streaming import cancel_all, start_all
 from deployments.front.front import Front
