@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import Literal
 
 import instructor
 from anthropic import Anthropic
@@ -11,8 +12,10 @@ from pydantic import BaseModel
 url = sys.argv[1]
 
 
-class Place(BaseModel):
-    city: str
+class get_weather(BaseModel):  # a name that the demo model knows
+    """Get the current weather in a city."""
+
+    city: Literal["Paris", "Oslo"]
 
 
 openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -30,8 +33,8 @@ for mode in (
             client = instructor.from_openai(openai, mode=mode)
         found = client.chat.completions.create(
             model="manta-demo",
-            response_model=Iterable[Place] if mode is modes.PARALLEL_TOOLS else Place,
-            messages=[{"role": "user", "content": "The weather in Paris?"}],
+            response_model=Iterable[get_weather] if mode is modes.PARALLEL_TOOLS else get_weather,
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
             max_tokens=800,
             max_retries=1,
         )
