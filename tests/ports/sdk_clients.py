@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.deployments.local_server import serve_locally
 from tests.ports.coding_agents import watch_requests
 
-_TIMEOUT_S = 200
+_TIMEOUT_S = 600
 _CLIENTS = Path(__file__).parent / "clients"
 
 
@@ -34,7 +34,7 @@ def main() -> int:
             )
             statuses = Counter((line["path"], line["status"]) for line in log)
             print(f"== {script.stem}: ended with {done.returncode}; {dict(statuses)}")
-            print(done.stdout.strip())
+            print(done.stdout.strip(), flush=True)
             if done.returncode or any(status and status >= 400 for _, status in statuses):
                 failed.append(script.stem)
                 print(done.stderr[-1500:])

@@ -1,6 +1,8 @@
 """instructor, in each of its modes for OpenAI and Anthropic."""
 
 import sys
+from collections.abc import Iterable
+from typing import Literal
 
 import instructor
 from anthropic import Anthropic
@@ -10,8 +12,10 @@ from pydantic import BaseModel
 url = sys.argv[1]
 
 
-class Place(BaseModel):
-    city: str
+class get_weather(BaseModel):  # a name that the demo model knows
+    """Get the current weather in a city."""
+
+    city: Literal["Paris", "Oslo"]
 
 
 openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -29,9 +33,9 @@ for mode in (
             client = instructor.from_openai(openai, mode=mode)
         found = client.chat.completions.create(
             model="manta-demo",
-            response_model=list[Place] if mode is modes.PARALLEL_TOOLS else Place,
-            messages=[{"role": "user", "content": "The weather in Paris?"}],
-            max_tokens=300,
+            response_model=Iterable[get_weather] if mode is modes.PARALLEL_TOOLS else get_weather,
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+            max_tokens=800,
             max_retries=1,
         )
         found = list(found) if mode is modes.PARALLEL_TOOLS else found
