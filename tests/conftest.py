@@ -32,7 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Tests of these files and directories start Ray, whose processes want a machine for themselves.
 _WITH_RAY = re.compile(
     r"tests/cli/|tests/docs/test_code_blocks|tests/deployments/test_"
-    r"(batch|chaos|door|fuzz|haproxy|metrics|nodes|recovery|replicas|serve_run|shard_group)"
+    r"(batch|chaos|door|haproxy|metrics|nodes|recovery|replicas|serve_run|shard_group)"
 )
 
 
