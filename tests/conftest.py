@@ -36,14 +36,11 @@ _WITH_RAY = re.compile(
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """With `-n 2 --dist loadgroup` a file's tests share a worker, and all that start Ray do."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        has_ray = _WITH_RAY.match(file) or "cluster" in getattr(item, "fixturenames", ())
-        group = "ray" if has_ray else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    file = item.nodeid.partition("::")[0]
+    has_ray = _WITH_RAY.match(file) or "cluster" in getattr(item, "fixturenames", ())
+    item.add_marker(pytest.mark.xdist_group("ray" if has_ray else file))
 
 
 CheckpointFactory = Callable[..., Path]
