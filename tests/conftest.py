@@ -29,18 +29,22 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests of these files and directories start Ray, whose processes want a machine for themselves.
+# Tests of these files start Ray, whose processes want a machine for themselves.
 _WITH_RAY = re.compile(
     r"tests/cli/|tests/docs/test_code_blocks|tests/deployments/test_"
-    r"(batch|chaos|door|haproxy|metrics|nodes|recovery|replicas|serve_run|shard_group)"
+    r"(batch|chaos|door|haproxy|metrics|nodes|openai_client|recovery|replicas|serve_run|shard_group)"
 )
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """With `-n 2 --dist loadgroup` a file's tests share a worker, and all that start Ray do."""
-    file = item.nodeid.partition("::")[0]
-    has_ray = _WITH_RAY.match(file) or "cluster" in getattr(item, "fixturenames", ())
-    item.add_marker(pytest.mark.xdist_group("ray" if has_ray else file))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2` the tests of a file share a worker, and so do all that start Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if _WITH_RAY.match(nodeid) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
 
 
 CheckpointFactory = Callable[..., Path]
