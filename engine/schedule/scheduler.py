@@ -76,8 +76,8 @@ class Scheduler:
         self._num_arrivals = 0
         self._turns = Turns()
         self._block_size = config.block_size
-        self._token_budget = config.max_num_batched_tokens
-        self._free_rows = list(reversed(range(config.max_num_seqs)))
+        self._token_budget = config.step_size.tokens
+        self._free_rows = list(reversed(range(config.step_size.rows)))
         self._max_len = max_len
         self._eos_token_ids = eos_token_ids
 
