@@ -19,8 +19,9 @@ def _mend_interpreter() -> None:
     """Make the interpreter of Triton (3.6 to 3.9) compute what a GPU does.
 
     It converts arrays of one element with int(), which NumPy 2.4 refuses; it truncates where a GPU
-    rounds, to bfloat16 and float8; and it multiplies matrices of bfloat16, which NumPy lacks, by
-    their bit patterns. A scalar that was compared becomes a tensor of integers, no mask.
+    rounds, to bfloat16 and float8, and takes integers for their bits; and it multiplies matrices of
+    bfloat16, which NumPy lacks, by their bit patterns. A scalar that was compared becomes a tensor
+    of integers, no mask.
     """
     builder = interpreter.InterpreterBuilder
     patch, dot, splat, cast, convert = (
@@ -48,6 +49,8 @@ def _mend_interpreter() -> None:
 
     def rounded(src: Any, dst_type: Any) -> Any | None:
         narrow = _NARROW.get(dst_type.scalar)
+        if narrow is not None and src.dtype.scalar.is_int():
+            src = cast(builder, src, tl.float32)
         if src.dtype.scalar != tl.float32 or narrow is None:
             return None
         bits = torch.uint8 if narrow.itemsize == 1 else torch.uint16

@@ -4,14 +4,19 @@ Without a GPU this is a rehearsal on the CPU with the GPU's ops, see `tests.gpu.
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from engine.engine import Engine
+from engine.schedule.request import Request
+from engine.schedule.step import ScheduledRow
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -178,3 +183,39 @@ def test_evicted_blocks_come_back_from_host_memory(checkpoints: CheckpointFactor
             outputs += tokens_of(run(engine, requests))
         assert engine.stats()["restored_tokens"] == (len(first) - 1) // 16 * 16
     assert outputs[-1] == outputs[0]
+
+
+def test_deterministic_logits_do_not_depend_on_the_batch(checkpoints: CheckpointFactory) -> None:
+    """By no bit: alone, beside others, in chunks, from cached blocks, resumed, replayed."""
+    prompt, *others = random_prompts([200, 90, 33, 140] if ON_GPU else [21, 3])
+    seen: dict[int, list[Tensor]] = {}
+
+    def run_all(engine: Engine, requests: list[Request]) -> None:
+        sampler = engine.runner.sampler
+        take = sampler.logits
+
+        def keep(scheduled: Sequence[ScheduledRow], hidden: Tensor) -> Tensor:
+            logits = take(scheduled, hidden)
+            sampling = [row for row in scheduled if row.num_sampled]
+            for row, own in zip(sampling, logits, strict=True):
+                if row.request_id == "0":
+                    seen.setdefault(row.end, []).append(own.clone())
+            return logits
+
+        sampler.logits = keep
+        run(engine, requests)
+        sampler.logits = take
+
+    params = dict(max_tokens=NUM_OUTPUT + 1, ignore_eos=True)
+    options = dict(dtype="bfloat16", deterministic=True) | SMALL
+    with gpu_engine(checkpoints("qwen3"), **options, cuda_graph_sizes=[2]) as engine:
+        run_all(engine, new_requests([prompt], **params))
+        run_all(engine, new_requests([prompt, *others], **params))  # and of cached blocks
+    with gpu_engine(checkpoints("qwen3"), **options | dict(max_num_batched_tokens=9)) as engine:
+        (resumed,) = new_requests([prompt], **params)
+        text = [int(seen[position][0].argmax()) for position in sorted(seen)]
+        resumed.output_token_ids = text[: NUM_OUTPUT // 2 + 1]  # as the front brings it
+        run_all(engine, [resumed])
+    for position, logits in seen.items():
+        assert all(torch.equal(logits[0], other) for other in logits[1:]), position
+    assert min(map(len, seen.values())) >= 2 and max(map(len, seen.values())) == 3
