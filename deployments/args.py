@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 import click
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from deployments.parsing.formats import ReasoningParserName, ToolParserName
+from deployments.parsing.formats import ToolParserName
+from deployments.parsing.reasoning import ReasoningParserName
 from engine.config import EngineConfig
 from engine.strict import StrictModel, explain
 
@@ -26,8 +27,8 @@ class DeploymentArgs(EngineConfig):
     )
     reasoning_parser: ReasoningParserName = Field(
         "auto",
-        description="think: <think>…</think> becomes reasoning_content; auto: if the chat template "
-        "knows such blocks; none: it stays in the content.",
+        description="How the model marks what it thinks, which becomes reasoning_content; auto: as "
+        "its chat template does, if it does; none: it stays in the content.",
     )
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."

@@ -10,11 +10,24 @@ from engine.structured_outputs import StructuredOutputs
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_STOP = 1024  # characters; the search for one costs its square
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_TOKENS = 64
 
 TokenId = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class ThinkingLimit(StrictModel):
+    """When thoughts are made to end. A server knows its model's marks: thinking_token_budget."""
+
+    budget: int = Field(ge=0, lt=2**31, description="Tokens of thoughts.")
+    start: list[TokenId] = Field(
+        default_factory=list,
+        max_length=64,
+        description="What thoughts begin with; [] if they have.",
+    )
+    end: list[TokenId] = Field(min_length=1, max_length=64, description="What they end with.")
 
 
 class SamplingParams(StrictModel):
@@ -62,6 +75,9 @@ class SamplingParams(StrictModel):
     structured_outputs: StructuredOutputs | None = Field(
         None, description="The form of the text: a JSON schema, regex, choice or grammar."
     )
+    thinking_limit: ThinkingLimit | None = Field(
+        None, description="Ends the model's thoughts after so many tokens."
+    )
     seed: int | None = Field(
         None, ge=-MAX_SEED - 1, le=MAX_SEED, description="One seed, one text; None draws one."
     )
@@ -78,7 +94,7 @@ class SamplingParams(StrictModel):
         description="No stop token or string ends the output before this many tokens.",
     )
     ignore_eos: bool = Field(False, description="Go on after the end-of-sequence token.")
-    stop: list[NonEmpty] = Field(
+    stop: list[Annotated[NonEmpty, Field(max_length=MAX_STOP)]] = Field(
         default_factory=list, max_length=64, description="The text ends before any of these."
     )
     include_stop_str_in_output: bool = Field(

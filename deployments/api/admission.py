@@ -15,6 +15,8 @@ from engine.errors import PromptTooLongError
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 
+_MAX_COUNTED_TOKENS = 2**16
+
 
 def check_model(front: Front, request: ModelRequest) -> None:
     if request.model is not None and request.model != front.model_name:
@@ -49,6 +51,12 @@ def prompt_error(error: ValueError, param: str) -> ApiError:
         return ApiError(400, str(error), field)
     is_too_long = isinstance(error, PromptTooLongError)
     return ApiError(400, str(error), param, "context_length_exceeded" if is_too_long else None)
+
+
+def max_counted_tokens(front: Front) -> int:
+    """Texts may be longer than the window, whoever cuts them must count first; not without end."""
+    limits = front.client.limits
+    return max(limits.max_len if limits else 0, _MAX_COUNTED_TOKENS)
 
 
 def check_queue(front: Front, num_requests: int, num_tokens: int = 0) -> None:

@@ -15,6 +15,7 @@ from deployments.api.routes import (
     chat,
     completions,
     engine_events,
+    messages,
     playground,
     responses,
     server_info,
@@ -23,6 +24,9 @@ from deployments.api.routes import (
 from deployments.args import ServiceArgs
 from deployments.front.front import Front
 from deployments.version import VERSION
+
+# Each has `routes(front)`: an endpoint is a file, and its name here.
+ROUTES = (chat, completions, responses, messages, tokens, server_info, engine_events)
 
 
 def build_api(
@@ -39,7 +43,7 @@ def build_api(
     _add_error_handlers(api)
     api.add_middleware(Gate, front=front, service=service, keys=keys, tells_ids=tells_request_ids)
     allow_origins(api, service.allowed_origins)
-    for part in (chat, completions, responses, tokens, server_info, engine_events):
+    for part in ROUTES:
         api.include_router(part.routes(front))
     api.include_router(playground.routes())
     return api

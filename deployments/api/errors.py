@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}."""
+"""Errors as clients expect them: {"error": {message, type, param, code}}, or in Anthropic's way."""
 
 import logging
 import re
@@ -36,6 +36,11 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
     408: "timeout_error",
+}
+_ANTHROPIC_TYPES = {
+    **{401: "authentication_error", 403: "permission_error", 404: "not_found_error"},
+    **{408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error"},
+    503: "overloaded_error",
 }
 
 logger = logging.getLogger(__name__)
@@ -98,12 +103,22 @@ class ApiError(Exception):
         default = "invalid_request_error" if self.status < 500 else "internal_server_error"
         return {
             "error": {
-                "message": _encodable(cut(self.message, _MAX_MESSAGE)),
+                "message": self._shown_message,
                 "type": _TYPES.get(self.status, default),
                 "param": None if self.param is None else _encodable(cut(self.param, _MAX_PARAM)),
                 "code": self.code,
             }
         }
+
+    def anthropic_body(self, request_id: str) -> dict[str, Any]:
+        default = "invalid_request_error" if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, default)
+        error = {"type": kind, "message": self._shown_message}
+        return {"type": "error", "error": error, "request_id": request_id}
+
+    @property
+    def _shown_message(self) -> str:
+        return _encodable(cut(self.message, _MAX_MESSAGE))
 
 
 def report(error: Exception) -> ApiError:
@@ -117,8 +132,9 @@ def report(error: Exception) -> ApiError:
 
 
 def error_response(error: Exception) -> JSONResponse:
-    told = report(error)
-    return JSONResponse(told.body(), told.status, told.headers)
+    told, current = report(error), scope()
+    body = told.anthropic_body(current.request_id) if current.is_anthropic else told.body()
+    return JSONResponse(body, told.status, told.headers)
 
 
 def validation_error(faults: list[tuple[str, str]]) -> ApiError:

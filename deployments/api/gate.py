@@ -32,8 +32,11 @@ _BODY_BYTES_PER_S = 16 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
-OPEN_PATHS = frozenset({"/", "/health", "/metrics", "/version", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json"}
+)
 _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
+_ANTHROPIC = "/v1/messages/"
 
 
 class Gate:
@@ -66,8 +69,9 @@ class Gate:
         if _route_path(http) != "/":  # a slash at the end changes nothing
             http["path"] = http["path"].rstrip("/")
         headers = Headers(scope=http)
+        is_anthropic = f"{_route_path(http)}/".startswith(_ANTHROPIC)
         current = RequestScope(
-            self._service, _request_id(headers), http["method"], http["path"], headers
+            self._service, _request_id(headers), http["method"], http["path"], is_anthropic, headers
         )
         scope.enter(current)
 
@@ -76,6 +80,8 @@ class Gate:
                 current.status = message["status"]
                 if self._tells_ids:
                     MutableHeaders(scope=message)[REQUEST_ID_HEADER] = current.request_id
+                if is_anthropic:
+                    MutableHeaders(scope=message)["request-id"] = current.request_id
             await send(message)
 
         self._front.num_open += 1
@@ -92,7 +98,7 @@ class Gate:
             self._tracing.write(current)
 
     async def _pass(self, http: Scope, receive: Receive, send: Send, current: RequestScope) -> None:
-        """Whatever goes wrong before an answer has begun becomes one in OpenAI's shape."""
+        """Whatever goes wrong before an answer has begun becomes one in its API's shape."""
         try:
             self._admit(http, current)
             if http["method"] in ("POST", "PUT", "PATCH"):
@@ -113,11 +119,12 @@ class Gate:
         if path in OPEN_PATHS or path.startswith(_OPEN_FILES):
             return
         self._front.check_open()
-        name = self._keys.find(current.headers.get("authorization"))
+        name = self._keys.find(current.headers)
         if name is None:
             raise ApiError(
                 401,
-                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY, or as "
+                "x-api-key: KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

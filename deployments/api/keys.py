@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from deployments.args import ServiceArgs
@@ -65,18 +66,20 @@ class KeyRing:
     def has_several_names(self) -> bool:
         return len({name for _, name in self._names}) > 1
 
-    def find(self, authorization: str | None) -> str | None:
-        """The name of the key in an Authorization header; None when it is none of ours.
+    def find(self, headers: Mapping[str, str]) -> str | None:
+        """The name of the key in a request's headers; None when it is none of ours.
 
-        Takes the same time whichever key it is or is not.
+        It is a bearer's, or in x-api-key, as Anthropic's clients send it. Takes the same time
+        whichever key it is or is not.
         """
         if not self._names:
             return ""
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        other = _digest(headers.get("x-api-key", "").strip())
         found = None
         for digest, name in self._names:
-            if hmac.compare_digest(digest, given):
+            if hmac.compare_digest(digest, given) | hmac.compare_digest(digest, other):
                 found = name
         return found
 

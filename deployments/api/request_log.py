@@ -11,7 +11,7 @@ from deployments.api.scope import RequestScope
 LOGGER = "manta.requests"
 MAX_BODY_BYTES = 10_000
 # Asked for all the time, and of no interest.
-_SILENT = frozenset({"/health", "/metrics"})
+_SILENT = frozenset({"/health", "/ready", "/ping", "/metrics"})
 
 
 class RequestLog:

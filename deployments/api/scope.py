@@ -19,6 +19,7 @@ class RequestScope:
     request_id: str = ""
     method: str = ""
     path: str = ""
+    is_anthropic: bool = False  # it has come to an endpoint of their API
     headers: Headers = field(default_factory=Headers)
     body: bytes = b""  # its beginning
     flow: str = ""  # requests of one take turns with those of others

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -120,7 +120,9 @@ def end_of_chunks(error: Exception | None) -> str:
 
 
 def event_stream(
-    events: AsyncGenerator[str], end: Callable[[Exception | None], str] = end_of_chunks
+    events: AsyncGenerator[str],
+    end: Callable[[Exception | None], str] = end_of_chunks,
+    headers: Mapping[str, str] | None = None,
 ) -> StreamingResponse:
     """The response.
 
@@ -140,5 +142,7 @@ def event_stream(
             yield last
 
     return StreamingResponse(
-        guarded(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        guarded(),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", **(headers or {})},
     )

@@ -34,6 +34,7 @@ class Output:
     stop_reason: int | str | None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    token_ids: Sequence[int] = ()
 
     @property
     def mean_logprob(self) -> float:
@@ -45,10 +46,12 @@ class Output:
 
 async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
     """Raises what the stream raises."""
-    text = []
+    text: list[str] = []
+    token_ids: list[int] = []
     logprobs, prompt_logprobs = None, None
     async for delta in deltas:
         text.append(delta.text)
+        token_ids += delta.token_ids
         if delta.logprobs is not None:
             logprobs = (logprobs or []) + delta.logprobs
         prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
@@ -60,6 +63,7 @@ async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
         delta.stop_reason,
         logprobs,
         prompt_logprobs,
+        token_ids,
     )
 
 
@@ -74,31 +78,29 @@ async def collect_all(streams: Sequence[AsyncGenerator[TextDelta]]) -> list[Outp
 
 @dataclass(frozen=True)
 class Whole:
-    """An answer."""
+    """An answer, once all of it is there."""
 
-    content: dict[str, Any]
-    size: int  # of its JSON, in characters, about
+    outputs: list[Output]
+    put_together: Callable[[list[Output]], dict[str, Any]]
 
-    @classmethod
-    async def of(
-        cls, outputs: list[Output], put_together: Callable[[list[Output]], dict[str, Any]]
-    ) -> "Whole":
-        size = sum(map(_size, outputs))
-        return cls(await _in_turn(size, lambda: put_together(outputs)), size)
+    async def content(self) -> dict[str, Any]:
+        return await self._work(lambda: self.put_together(self.outputs))
 
     async def response(self) -> Response:
-        body = await _in_turn(self.size, lambda: "".join(_pieces(self.content, _PIECE_DEPTH)))
+        body = await self._work(
+            lambda: "".join(_pieces(self.put_together(self.outputs), _PIECE_DEPTH)).encode()
+        )
         return Response(body, media_type="application/json")
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """At once where it is short, else in a thread; what it leaves behind is freed there too."""
+        size = sum(map(_size, self.outputs))
+        return work() if size < _SHORT else await off_loop(size, work)
 
 
 def _size(output: Output) -> int:
     positions = len(output.logprobs or ()) + len(output.prompt_logprobs or ())
     return len(output.text) + positions * _POSITION_CHARACTERS
-
-
-async def _in_turn(size: int, work: Callable[[], T]) -> T:
-    """At once where it is short, else in a thread."""
-    return work() if size < _SHORT else await off_loop(size, work)
 
 
 def _pieces(value: Any, depth: int) -> Iterator[str]:

@@ -76,7 +76,7 @@ async def _complete(front: Front, url: str, body: dict[str, Any], seed: int) -> 
         whole = await complete_chat(front, ChatCompletionRequest.model_validate(body))
     else:
         whole = await complete_text(front, CompletionRequest.model_validate(body))
-    return whole.content
+    return await whole.content()
 
 
 def row_seed(seed: int, index: int) -> int:

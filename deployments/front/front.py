@@ -1,8 +1,9 @@
 """The front: text in, text out. Owns the tokenizer and the connection to the engine."""
 
 import asyncio
+import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
 from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
+from deployments.version import VERSION
 from engine import checkpoint
 from engine.generation_config import sampling_defaults
 from engine.sampling_params import SamplingParams
@@ -36,6 +38,7 @@ class TextDelta:
     # If asked for: of the tokens whose text has come, and of the prompt, once.
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    token_ids: Sequence[int] = ()  # that the step brought, also where their text is held back
 
 
 # Sending it True ends the request: its text is complete.
@@ -47,12 +50,16 @@ class Front:
 
     def __init__(self, args: DeploymentArgs) -> None:
         directory = checkpoint.resolve(args.model, args.revision)
+        self.model = args.model
         self.model_name = args.model_name
+        config = args.engine_config.model_dump_json()
+        # Of what decides about an answer beside its request.
+        self.fingerprint = f"fp_{hashlib.sha256(f'{VERSION} {config}'.encode()).hexdigest()[:12]}"
         self.tokenizer = Tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
-        self.has_reasoning = reasoning_format(args.reasoning_parser, templates.source())
+        self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(self.model_name)
         # What is to be seen of every replica of this model; a replica among several asks them all.
@@ -65,6 +72,11 @@ class Front:
         """Those of the marks that are tokens."""
         ids = map(self.tokenizer.fast.token_to_id, marks)
         return frozenset(token for token in ids if token is not None)
+
+    def special_tokens(self, marks: Iterable[str]) -> dict[str, int]:
+        """Those of the marks that are special tokens, which have no text of their own."""
+        ids = {mark: self.tokenizer.fast.token_to_id(mark) for mark in marks}
+        return {m: i for m, i in ids.items() if i is not None and self.tokenizer.is_special(i)}
 
     async def encode(
         self, text: str, add_special_tokens: bool = True, max_len: int | None = None
@@ -167,6 +179,7 @@ class Front:
                     stop_reason,
                     logprobs,
                     delta.prompt_logprobs,
+                    delta.token_ids,
                 )
                 if is_complete:
                     record.finish_reason = "stop"

@@ -5,16 +5,18 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from deployments.parsing.functions import Functions
 from deployments.parsing.pieces import Arguments, CallStart, Piece
 from deployments.parsing.source import BLANKS, SPACE, Reading, Source
 
-MAX_NAME = 64
+MAX_NAME = 128
 WORD = re.compile(r"[A-Za-z0-9_.-]+")
 _NO_BLANK = re.compile(f"[^{BLANKS}]")
 _LITERAL = re.compile(r"[\w.+-]+")
 _ARGUMENTS = ("arguments", "parameters")
 _NO_JSON = object()
-KEYS = ("name", "type", "function", "id", *_ARGUMENTS)
+_NAMES = ("name", "tool_name")
+KEYS = (*_NAMES, "type", "function", "id", "tool_call_id", *_ARGUMENTS)
 
 
 class _ValueEnd:
@@ -90,13 +92,16 @@ class CallReader:
         pieces: list[Piece],
         new_start: Callable[[str], CallStart],
         stops: tuple[str, ...],
+        functions: Functions,
     ) -> None:
         """
         Args:
             pieces: where the call's pieces are put.
             new_start: the first of them, given the call's name.
             stops: marks that end the call where they stand outside a string.
+            functions: those that may be called.
         """
+        self.functions = functions
         self._source = source
         self._pieces = pieces
         self._new_start = new_start
@@ -139,25 +144,30 @@ class CallReader:
         if self._name is not None and not self.is_believed:
             arguments = self._arguments or ("" if strict or has_other_keys else "{}")
             if arguments.startswith("{") or (arguments and not strict):
-                self._begin(self._name, arguments)
+                self.begin(self._name, arguments)
 
     def read_arguments(self, name: str) -> Reading[bool]:
         """Reads an object, which is passed on as it comes; whether there was one, to its end."""
         source = self._source
-        if not (yield from source.skip("{")):
+        if not self.functions.has(name) or not (yield from source.skip("{")):
             return False
         space = yield from source.all_of(SPACE)
         if not (yield from source.sees('"', "}")):
             return False
-        self._begin(name, "{" + space)
-        return (yield from self._value(1, self._pass_on))
+        self.begin(name, "{" + space)
+        return (yield from self._value(1, self.say))
 
-    def _begin(self, name: str, arguments: str) -> None:
+    def begin(self, name: str, arguments: str) -> bool:
+        """The call is one, if there is such a function."""
+        if not self.functions.has(name):
+            return False
         self._start = self._new_start(name)
         self._pieces.append(self._start)
-        self._pass_on(arguments)
+        self.say(arguments)
+        return True
 
-    def _pass_on(self, arguments: str) -> None:
+    def say(self, arguments: str) -> None:
+        """The next part of the arguments' JSON."""
         assert self._start is not None
         self._pieces.append(Arguments(self._start.index, arguments))
 
@@ -179,9 +189,9 @@ class CallReader:
 
     def _member(self, key: str) -> Reading[bool]:
         """Reads a key's value; false where it is cut off, or none that the key can have."""
-        if key == "name" and self._name is None:
+        if key in _NAMES and self._name is None:
             self._name = yield from self._word()
-            return self._name is not None
+            return self._name is not None and self.functions.has(self._name)
         if key not in _ARGUMENTS or self._arguments is not None or self._start is not None:
             return (yield from self._value(0, lambda text: None))
         if self._name is not None and (yield from self._source.sees("{")):

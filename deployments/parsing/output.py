@@ -2,12 +2,13 @@
 
 import re
 
-from deployments.parsing.pieces import Content, Piece, Reasoning, joined
+from deployments.parsing.formats.harmony import ChannelReader
+from deployments.parsing.functions import ANY, Functions
+from deployments.parsing.pieces import CallStart, Content, Piece, Reasoning, joined
+from deployments.parsing.reasoning import THINK, ReasoningFormat
 from deployments.parsing.source import BLANKS, CHARACTER, NEWLINES, SPACE, Reading, Source
 from deployments.parsing.tool_format import ToolFormat, beginning_of
 
-# A think block, as Qwen, DeepSeek and many others write before they answer.
-OPEN, CLOSE = "<think>", "</think>"
 _SEPARATORS = re.compile(r"[,;]+")  # of calls
 _LEFTOVERS = re.compile(r"[}\]]+")  # of a call with a bracket too many, or of an array of them
 _ANYTHING = re.compile(r".+", re.DOTALL)
@@ -28,6 +29,8 @@ class OutputParser:
         tools: ToolFormat | None,
         single_call: bool = False,
         forced_prefix: str | None = None,
+        functions: Functions = ANY,
+        reasoning: ReasoningFormat = THINK,
     ) -> None:
         """
         Args:
@@ -35,7 +38,11 @@ class OutputParser:
             tools: None if there are no calls to look for.
             single_call: nothing is read behind the first call.
             forced_prefix: the prompt's end, if it begins a call, without which there is nothing.
+            functions: those that may be called: what calls another is content.
+            reasoning: how thoughts are marked.
         """
+        self._functions = functions
+        self._reasoning = reasoning
         self._tools = tools
         self._single_call = single_call
         self._is_forced = forced_prefix is not None
@@ -64,6 +71,11 @@ class OutputParser:
         return pieces
 
     def _read(self, opens_thinking: bool | None) -> Reading[None]:
+        is_tools = self._tools is not None and self._tools.has_channels
+        if is_tools or (opens_thinking is not None and self._reasoning.has_channels):
+            functions = self._functions if self._tools is not None else None
+            yield from ChannelReader(self._source, self._pieces, functions, self._next_call).read()
+            return
         if opens_thinking is not None:
             yield from self._read_thoughts(opens_thinking)
         if self._tools is not None:
@@ -73,6 +85,15 @@ class OutputParser:
             self._source.take(_ANYTHING)
             self._say(Content)
         self._say(Content)
+
+    def _next_call(self, name: str) -> CallStart | None:
+        """The start of a call in a channel; None if it is one too many."""
+        if self._single_call and self.num_calls:
+            self.is_over = True
+            return None
+        self.num_calls += 1
+        assert self._tools is not None
+        return CallStart(self.num_calls - 1, self._tools.new_id(), name)
 
     def _say(self, kind: type[Content] | type[Reasoning], but: str = "") -> None:
         """What has been taken is text of this kind, but for these characters at its end."""
@@ -91,7 +112,7 @@ class OutputParser:
                 pass  # said with what follows, if that is content
             elif follows and (source.take(_LEFTOVERS) or (yield from self._closes(tools))):
                 source.taken()
-            elif (yield from tools.read_call(source, self._pieces, self.num_calls, follows)):
+            elif (yield from self._read_call(tools, self._pieces, self.num_calls, follows)):
                 source.taken()
                 self.num_calls += 1
                 follows = True
@@ -107,16 +128,21 @@ class OutputParser:
             self._say(Content)
         source.taken()
 
+    def _read_call(
+        self, tools: ToolFormat, pieces: list[Piece], index: int, follows: bool
+    ) -> Reading[bool]:
+        return (yield from tools.read_call(self._source, pieces, self._functions, index, follows))
+
     def _closes(self, tools: ToolFormat) -> Reading[bool]:
-        return tools.closer is not None and (yield from self._source.skip(tools.closer))
+        return (yield from self._source.skip(*tools.closers))
 
     def _read_thoughts(self, is_open: bool) -> Reading[None]:
         """The think block, if the text begins with one or, where it is open, goes on with it."""
-        source, tools = self._source, self._tools
+        source, tools, close = self._source, self._tools, self._reasoning.close
         yield from source.all_of(SPACE)
-        if not (yield from source.skip(OPEN)) and not is_open:
+        if not (yield from source.skip(self._reasoning.open)) and not is_open:
             return
-        firsts, beginning = CLOSE[0], beginning_of(CLOSE)
+        firsts, beginning = close[0], beginning_of(close)
         if tools is not None:
             firsts, beginning = firsts + tools.first_characters, f"{beginning}|{tools.beginning}"
         text = _text_run("\n", firsts, beginning)
@@ -128,7 +154,7 @@ class OutputParser:
                 self._say(Reasoning)
             elif source.take(NEWLINES):
                 pass  # said with what follows, if that is a thought
-            elif (yield from source.skip(CLOSE)):
+            elif (yield from source.skip(close)):
                 yield from source.all_of(NEWLINES)
                 break
             elif tools and (yield from self._read_last_calls(tools)):
@@ -145,7 +171,7 @@ class OutputParser:
         calls: list[Piece] = []
         count = 0
         others: list[Piece] = [] if self._single_call else calls
-        while (yield from tools.read_call(source, others if count else calls, count, count > 0)):
+        while (yield from self._read_call(tools, others if count else calls, count, count > 0)):
             count += 1
             while (yield from source.more()) and (
                 source.take(SPACE)
@@ -156,7 +182,7 @@ class OutputParser:
                 pass
         if count == 0:
             return False
-        is_closed = yield from source.skip(CLOSE)
+        is_closed = yield from source.skip(self._reasoning.close)
         if is_closed:
             yield from source.all_of(NEWLINES)
         if not (yield from source.more()):
@@ -164,7 +190,7 @@ class OutputParser:
             self.num_calls = 1 if self._single_call else count
             return True
         if is_closed:
-            thought = source.taken().rpartition(CLOSE)[0]
+            thought = source.taken().rpartition(self._reasoning.close)[0]
             self._pieces.append(Reasoning(thought.rstrip("\n")))
         return is_closed
 

@@ -62,8 +62,7 @@ class PromptReader:
         return await asyncio.to_thread(self._read_and_leave, bytes(body))
 
     def _has_key(self, request: Request) -> bool:
-        authorization = request.headers.get("authorization")
-        return self._keys is None or self._keys.find(authorization) is not None
+        return self._keys is None or self._keys.find(request.headers) is not None
 
     def _read_and_leave(self, body: bytes) -> RoutedPrompt | None:
         try:

@@ -18,6 +18,7 @@ from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logpr
 from engine.sampling.penalties import Penalties
 from engine.sampling.pending_step import PendingStep
 from engine.sampling.processor import LogitsProcessor, LogitsRows
+from engine.sampling.thinking import ThinkingLimits
 from engine.schedule.step import NewRow, ScheduledRow
 from kernels import Ops
 
@@ -64,6 +65,7 @@ class Sampler:
             LogitBias(eos_token_ids, self._device),
             BadWords(token_ids),
             Penalties(token_ids, vocab_size, ops),
+            ThinkingLimits(token_ids),
         ]
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(token_ids, model, ops)

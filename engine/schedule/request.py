@@ -58,14 +58,17 @@ class RequestLimits:
                 f"{self.block_size}); raise num_blocks"
             )
             raise PromptTooLongError(
-                f"the prompt has {length} tokens, and with one token of output must fit: {limit}"
+                self.max_len,
+                f"the prompt has {length} tokens, and with one token of output must fit: {limit}",
             )
+        thinking = params.thinking_limit
         for name, tokens in (
             ("prompt", prompt_token_ids),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("bad_words_token_ids", itertools.chain(*params.bad_words_token_ids)),
+            ("thinking_limit", thinking.start + thinking.end if thinking is not None else ()),
         ):
             out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
             if out_of_range:

@@ -39,7 +39,7 @@ class NotServed:
         return core_schema.no_info_plain_validator_function(self._check)
 
     def __get_pydantic_json_schema__(self, *_: Any) -> dict[str, Any]:
-        return {"enum": self._values}
+        return {"enum": list(self._values)}
 
     def _check(self, value: Any) -> None:
         if isinstance(value, dict):

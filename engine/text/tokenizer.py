@@ -132,7 +132,9 @@ class Tokenizer:
             len(text) > usual and len(self._encode(text[:usual])) > max_len + self.longest_token
         ):
             raise PromptTooLongError(
-                f"the prompt has {len(text)} characters, more than fit a window of {max_len} tokens"
+                max_len,
+                f"the prompt has {len(text)} characters, more than fit a window of {max_len} "
+                "tokens",
             )
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
@@ -165,7 +167,7 @@ class Tokenizer:
                 for prefix in ("", " ")
             )
             sequences.append(bare)
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
                 sequences.append(spaced)
         return [tokens for tokens in sequences if tokens]
 
@@ -181,7 +183,8 @@ class Tokenizer:
         if not mark:
             return self.encode(text, add_special_tokens=False)
         if max_len is not None and text.count(mark) > max_len:  # each piece is a token at least
-            raise PromptTooLongError(f"the prompt has more tokens than fit a window of {max_len}")
+            what = f"the prompt has more tokens than fit a window of {max_len}"
+            raise PromptTooLongError(max_len, what)
         first, *others = text.split(mark)
         ids = self.encode(first, add_special_tokens=False)
         for piece in others:

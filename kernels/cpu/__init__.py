@@ -1,1 +1,1 @@
-"""CPU ops: C++ kernels compiled on first use, and oneDNN for the linear layers."""
+"""CPU ops: C++ kernels, from one source for every level of instructions."""

@@ -4,11 +4,10 @@
 // Flash-Decoding (Dao et al., 2023), on the paged cache of vLLM (Kwon et al., SOSP 2023).
 #include "attention.h"
 
-#include <omp.h>
-
 #include "api.h"
 #include "attention_decode.h"
 #include "attention_prompt.h"
+#include "parallel.h"
 
 namespace manta {
 namespace {
@@ -86,30 +85,24 @@ void make_plan(const Attention<T, C>& a, int threads, Plan& plan) {
 
 template <class T, class C>
 void paged_attention(const Attention<T, C>& a) {
-    const int threads = omp_get_max_threads();
     thread_local Plan plan_of_caller;  // kept for its memory
     Plan& plan = plan_of_caller;
-    make_plan(a, threads, plan);
+    make_plan(a, num_threads(), plan);
     const int64_t prompts = plan.prompts.size(), decodes = plan.decodes.size();
     const int64_t splits = plan.splits.size();
     const DecodeAttention<T, C> decode(a);
     const PromptAttention<T, C> prompt(a);
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < prompts + decodes; ++i) {
-            if (i < prompts)
-                prompt.run(plan.prompts[i]);
-            else
-                decode.run(plan.decodes[i - prompts]);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < splits; ++i) {
-            const Split& split = plan.splits[i];
-            decode.combine(plan.decodes[split.first_item].partial, split.count, split.request,
-                           split.kv_head);
-        }
-    }
+    for_claimed(prompts + decodes, [&](int64_t i, int64_t) {
+        if (i < prompts)
+            prompt.run(plan.prompts[i]);
+        else
+            decode.run(plan.decodes[i - prompts]);
+    });
+    for_claimed(splits, [&](int64_t i, int64_t) {
+        const Split& split = plan.splits[i];
+        decode.combine(plan.decodes[split.first_item].partial, split.count, split.request,
+                       split.kv_head);
+    });
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-"""Compiles the C++ kernels of this directory once per machine, and loads them.
+"""Compiles the C++ kernels of this directory, once per machine or for a wheel, and loads them.
 
 They are plain C functions, called through ctypes: nothing but a C++ compiler is needed, and the
-binary depends on neither torch's nor Python's version.
+binary depends on neither torch's nor Python's version. Every level of instructions has a library of
+its own, from the same sources; a machine loads the best that it can run.
 """
 
 import ctypes
@@ -19,34 +20,61 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.cache import cache_directory
 
 _SOURCE_DIR = Path(__file__).parent
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-# Instruction sets from best to most common: (name, what /proc/cpuinfo must list, compiler flags).
-_LEVELS: tuple[tuple[str, frozenset[str], tuple[str, ...]], ...] = (
-    (
-        "avx512_bf16",
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}),
-        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
-    ),
-    ("avx512", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"}), _AVX512),
-    ("avx2", frozenset({"avx2", "fma", "f16c"}), _AVX2),
-    ("default", frozenset(), ()),  # of the architecture: SSE2 on x86-64, NEON on arm64
+_PACKAGED = _SOURCE_DIR / "lib"  # of a wheel: every level's library
+
+
+@dataclass(frozen=True)
+class Level:
+    """A set of instructions that the kernels are compiled for."""
+
+    name: str
+    needs: frozenset[str]  # what /proc/cpuinfo must list
+    flags: tuple[str, ...]  # of the compiler
+
+
+def _x86_levels() -> tuple[Level, ...]:
+    avx2 = ("-mavx2", "-mfma", "-mf16c"), {"avx2", "fma", "f16c"}
+    more = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+    avx512 = (*avx2[0], *(f"-m{each}" for each in more)), {*avx2[1], *more}
+    vnni = (*avx512[0], "-mavx512vnni"), {*avx512[1], "avx512_vnni"}
+    return (
+        Level("avx512_bf16", frozenset(vnni[1] | {"avx512_bf16"}), (*vnni[0], "-mavx512bf16")),
+        Level("avx512_vnni", frozenset(vnni[1]), vnni[0]),
+        Level("avx512", frozenset(avx512[1]), avx512[0]),
+        Level("avx_vnni", frozenset(avx2[1] | {"avx_vnni"}), (*avx2[0], "-mavxvnni")),
+        Level("avx2", frozenset(avx2[1]), avx2[0]),
+    )
+
+
+_DEFAULT = Level("default", frozenset(), ())  # of the architecture: SSE2 on x86-64, NEON on arm64
+_X86 = (*_x86_levels(), _DEFAULT)
+_ARM = (
+    Level("neon_bf16", frozenset({"asimddp", "bf16"}), ("-march=armv8.2-a+dotprod+bf16",)),
+    Level("neon_dotprod", frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",)),
+    _DEFAULT,
 )
-# No -ffast-math: masked scores are infinities. GCC's own headers trip -Wmaybe-uninitialized.
+# Of every architecture from best to most common.
+LEVELS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
+# No -ffast-math: masked scores are infinities. Operations are fused where the code says so.
 _FLAGS = (
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
+    "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp",
+    "-Wno-psabi",
+    "-pthread",
 )
+# A library for other machines finds of a C++ compiler's own libraries only what it brings.
+_PORTABLE = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 _logger = logging.getLogger(__name__)
 
 
@@ -56,13 +84,11 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The kernels, compiled if need be; None, after one warning, where that cannot be done.
-
-    torch must have been imported: the library is linked without an OpenMP runtime and finds
-    torch's, so that a process has one pool of threads.
-    """
+    """The kernels, of the wheel or compiled if need be; None, after one warning, without either."""
+    name = instruction_set()
+    packaged = _PACKAGED / f"{name}.so"
     try:
-        return ctypes.CDLL(str(_build(instruction_set())))
+        return ctypes.CDLL(str(packaged if packaged.exists() else _build(name)))
     except (BuildError, OSError) as error:
         _logger.warning(
             "CPU kernels are not available, so attention and sampling run in plain torch, about "
@@ -72,39 +98,72 @@ def load_library() -> ctypes.CDLL | None:
         return None
 
 
+def is_packaged() -> bool:
+    """Whether this installation needs no compiler."""
+    return (_PACKAGED / f"{instruction_set()}.so").exists()
+
+
 def instruction_set() -> str:
     """The best level this CPU has, or a lower one asked for by MANTA_CPU_ISA."""
-    names = [name for name, _, _ in _LEVELS]
-    best = next(i for i, (_, needed, _) in enumerate(_LEVELS) if needed <= _cpu_features())
+    levels = _levels()
+    names = [level.name for level in levels]
+    best = next(i for i, level in enumerate(levels) if level.needs <= _cpu_features())
     asked = os.environ.get("MANTA_CPU_ISA", "")
     if asked and asked not in names:
         raise ValueError(f"MANTA_CPU_ISA: {asked!r} is unknown; choose from {', '.join(names)}")
     return names[max(best, names.index(asked) if asked else 0)]
 
 
+def _levels() -> tuple[Level, ...]:
+    return LEVELS.get(platform.machine(), (_DEFAULT,))
+
+
 def _cpu_features() -> set[str]:
+    if sys.platform == "darwin":
+        return _apple_features()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
+    except OSError:
         return set()
-    return {word for line in lines if line.startswith("flags") for word in line.split()}
+    words = (line.split() for line in lines if line.startswith(("flags", "Features")))
+    return {word for line in words for word in line}
 
 
-def _build(isa: str) -> Path:
-    """Path of the library for an instruction set. Processes that start at once build it once."""
+def _apple_features() -> set[str]:
+    """By Linux' names; every arm64 of Apple has dot products, since M2 also of bfloat16."""
+    asked = {"asimddp": "hw.optional.arm.FEAT_DotProd", "bf16": "hw.optional.arm.FEAT_BF16"}
+    done = subprocess.run(["sysctl", *asked.values()], capture_output=True, text=True, check=False)
+    return {feature for feature, name in asked.items() if f"{name}: 1" in done.stdout}
+
+
+def _build(name: str) -> Path:
+    """Path of a level's library. Processes that start at once build it once."""
     compiler = find_compiler()
-    flags = (*_FLAGS, *next(flags for name, _, flags in _LEVELS if name == isa))
-    sources = sorted(_SOURCE_DIR.glob("*.cpp"))
-    digest = hashlib.sha256(repr((flags, platform.machine(), version_of(compiler))).encode())
-    for path in sorted([*sources, *_SOURCE_DIR.glob("*.h")]):
+    level = next(level for level in _levels() if level.name == name)
+    flags = repr((_FLAGS, level.flags, platform.machine(), version_of(compiler)))
+    digest = hashlib.sha256(flags.encode())
+    for path in sorted([*_SOURCE_DIR.glob("*.cpp"), *_SOURCE_DIR.glob("*.h")]):
         digest.update(path.read_bytes())
     directory = cache_directory()
-    library = directory / f"cpu-{isa}-{digest.hexdigest()[:16]}.so"
+    library = directory / f"cpu-{name}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
         with _lock(directory / f"{library.name}.lock"):
             if not library.exists():
-                _compile(compiler, flags, sources, library)
+                print(
+                    "Building CPU kernels (once, about 20 s) …", file=sys.stderr, end="", flush=True
+                )
+                start = time.monotonic()
+                compile_library(compiler, level.flags, library)
+                print(f" done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return library
+
+
+def build_all(directory: Path) -> None:
+    """All levels of this architecture, for machines without a compiler: what a wheel holds."""
+    directory.mkdir(parents=True, exist_ok=True)
+    portable = _PORTABLE if sys.platform == "linux" else ()
+    for level in _levels():
+        compile_library(find_compiler(), level.flags, directory / f"{level.name}.so", portable)
 
 
 def find_compiler() -> str:
@@ -127,22 +186,22 @@ def _lock(path: Path) -> Iterator[None]:
         yield  # closing the file releases the lock
 
 
-def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], library: Path) -> None:
-    print("Building CPU kernels (once, about 15 s) …", file=sys.stderr, end="", flush=True)
-    start = time.monotonic()
+def compile_library(
+    compiler: str, flags: tuple[str, ...], library: Path, link_flags: tuple[str, ...] = ()
+) -> None:
+    """All kernels, with a level's flags."""
+    sources = sorted(_SOURCE_DIR.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         commands = [
-            [compiler, *flags, "-c", str(source), "-o", str(target)]
+            [compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(target)]
             for source, target in zip(sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
             list(pool.map(_run, commands))
         linked = Path(scratch) / library.name
-        # Without -fopenmp here the symbols of OpenMP stay open, to be found in torch's runtime.
-        _run([compiler, "-shared", *map(str, objects), "-o", str(linked)])
+        _run([compiler, "-shared", "-pthread", *link_flags, *map(str, objects), "-o", str(linked)])
         os.replace(linked, library)
-    print(f" done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def _run(command: list[str]) -> None:
@@ -150,5 +209,5 @@ def _run(command: list[str]) -> None:
     if done.returncode != 0:
         tail = "\n".join(done.stderr.splitlines()[-20:])
         raise BuildError(
-            f"{command[0]} failed; GCC 10 or newer is needed (set CXX to choose another)\n{tail}"
+            f"{command[0]} failed; GCC 11 or newer is needed (set CXX to choose another)\n{tail}"
         )

@@ -1,25 +1,42 @@
-// Linear layers of float32 and bfloat16 with weights packed once.
-#include "api.h"
-
-#if defined(__AVX512F__)
-
+// Linear layers in floating point, with weights packed once.
 #include "linear.h"
+
+#include <type_traits>
+#include <vector>
+
+#include "api.h"
 
 namespace manta {
 namespace {
 
-struct DotFloat {
-    using Total = Floats;
-    static Floats add(Floats total, Ints x, Ints weight) {
-        return total + (Floats)x * (Floats)weight;
-    }
-};
+template <class T>
+using DotOf = std::conditional_t<std::is_same_v<T, float>, DotFloat,
+                                 std::conditional_t<std::is_same_v<T, Half>, DotHalf, DotBFloat16>>;
 
+// Activations as the parts of groups that a Dot multiplies: as they are, or as floats.
 template <class Dot, class T>
+const int32_t* take_apart(const T* x, int64_t rows, int64_t inputs) {
+    if constexpr (Dot::PARTS == 1) {
+        return reinterpret_cast<const int32_t*>(x);
+    } else {
+        thread_local std::vector<float> memory;  // kept from call to call
+        if (memory.size() < static_cast<size_t>(rows * inputs)) memory.resize(rows * inputs);
+        float* floats = memory.data();
+        parallel_for(rows, inputs, [=](int64_t row) {
+            for_lanes(inputs, [=](int64_t i, auto lanes) {
+                lanes.store(floats + row * inputs + i, lanes.load(x + row * inputs + i));
+            });
+        });
+        return reinterpret_cast<const int32_t*>(floats);
+    }
+}
+
+template <class T>
 void linear(const T* x, const int32_t* packed, const T* bias, T* out, int64_t rows, int64_t inputs,
             int64_t outputs) {
+    using Dot = DotOf<T>;
     const int64_t depth = inputs * sizeof(T) / 4;
-    multiply<Dot>({(const int32_t*)x, packed, rows, depth, outputs},
+    multiply<Dot>({take_apart<Dot>(x, rows, inputs), packed, rows, depth, outputs},
                   [=](const float* sums, int64_t row, int64_t count, int64_t column) {
                       write_block(row, count, column, bias, out, outputs,
                                   [=](int64_t m, int64_t n, auto) {
@@ -31,46 +48,33 @@ void linear(const T* x, const int32_t* packed, const T* bias, T* out, int64_t ro
 }  // namespace
 }  // namespace manta
 
+// Outputs per panel of packed weights, which are filled up to a multiple of it.
+MANTA_API int64_t manta_panel_columns() { return manta::COLUMNS; }
+
 // weight [outputs, depth] groups of 32 bits to packed [panels, depth, COLUMNS].
 MANTA_API void manta_pack_weight(const int32_t* weight, int64_t outputs, int64_t depth,
                                  int32_t* packed) {
     manta::pack_panels(weight, outputs, depth, packed);
 }
 
-// x [rows, inputs] (`dtype`, its type, is for the same arguments as the other layers'), bias
-// [outputs] or null, out [rows, outputs].
-MANTA_API void manta_linear_float32(int /*dtype*/, const float* x, const int32_t* packed,
-                                    const float* bias, float* out, int64_t rows, int64_t inputs,
-                                    int64_t outputs) {
-    manta::run([=] {
-        manta::linear<manta::DotFloat>(x, packed, bias, out, rows, inputs, outputs);
+// The same for half, as DotHalf reads them.
+MANTA_API void manta_pack_half(const int32_t* weight, int64_t outputs, int64_t depth,
+                               int32_t* packed) {
+    using namespace manta;
+    pack_panels(weight, outputs, depth, packed);
+    parallel_for((outputs + COLUMNS - 1) / COLUMNS * depth, 2 * COLUMNS, [=](int64_t i) {
+        uint16_t pairs[2 * COLUMNS], apart[2 * COLUMNS];
+        std::memcpy(pairs, packed + i * COLUMNS, sizeof pairs);
+        for (int64_t j = 0; j < 2 * COLUMNS; ++j) apart[j % 2 * COLUMNS + j / 2] = pairs[j];
+        std::memcpy(packed + i * COLUMNS, apart, sizeof apart);
     });
 }
 
-#if defined(__AVX512BF16__)
-
-namespace manta {
-namespace {
-
-struct DotBFloat16 {
-    using Total = Floats;
-    static Floats add(Floats total, Ints x, Ints weight) {
-        return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)x, (__m512bh)weight);
-    }
-};
-
-}  // namespace
-}  // namespace manta
-
-// As above; a group is two inputs.
-MANTA_API void manta_linear_bfloat16(int /*dtype*/, const manta::BFloat16* x,
-                                     const int32_t* packed, const manta::BFloat16* bias,
-                                     manta::BFloat16* out, int64_t rows, int64_t inputs,
-                                     int64_t outputs) {
-    manta::run([=] {
-        manta::linear<manta::DotBFloat16>(x, packed, bias, out, rows, inputs, outputs);
+// x [rows, inputs], bias [outputs] or null, out [rows, outputs].
+MANTA_API void manta_linear(int dtype, const void* x, const int32_t* packed, const void* bias,
+                            void* out, int64_t rows, int64_t inputs, int64_t outputs) {
+    manta::dispatch(dtype, [=](auto t) {
+        using T = decltype(t);
+        manta::linear((const T*)x, packed, (const T*)bias, (T*)out, rows, inputs, outputs);
     });
 }
-
-#endif
-#endif

@@ -14,15 +14,13 @@ from kernels.cpu.recorder import empty
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.types import Linear
 
-_COLUMNS = 64  # outputs per panel, as in matmul.h
-_INT4_GROUP_BYTES = 1152  # sizeof(Group) in linear_int4.cpp
 _SIZES = [c_int64] * 3  # rows, inputs, outputs
 _SIGNATURES = {
     "pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
+    "pack_half": [c_void_p, c_int64, c_int64, c_void_p],
     "pack_int4": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     # dtype, x, what the weight is made of, bias, out
-    "linear_float32": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
-    "linear_bfloat16": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
+    "linear": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
     "linear_int8": [c_int, c_void_p, *[c_void_p] * 3, c_void_p, c_void_p, *_SIZES],
     "linear_int4": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
 }
@@ -75,12 +73,12 @@ class PackedLinear:
 
 
 class LinearPacker:
-    """Packs weights for the matrix products of a loaded library, where the CPU level has them."""
+    """Packs weights for the matrix products of a loaded library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        # They take AVX512, most of them with dot products of bfloat16 or of bytes.
-        self._kernels = {name for name in _SIGNATURES if hasattr(library, f"manta_{name}")}
-        declare(library, {name: _SIGNATURES[name] for name in self._kernels})
+        declare(library, _SIGNATURES)
+        library.manta_panel_columns.restype = c_int64
+        self._columns = library.manta_panel_columns()
         self._library = library
 
     def pack_linear(
@@ -88,40 +86,42 @@ class LinearPacker:
     ) -> Linear:
         """As `reference.pack_linear`."""
         inputs = weight.shape[1]
-        if quantization == "w8a8" and self._has("int8") and inputs % 64 == 0:
+        if quantization == "w8a8" and inputs % 64 == 0:
             return self._pack_int8(weight, bias)
-        if quantization == "int4" and self._has("int4") and inputs % GROUP == 0:
+        if quantization == "int4" and inputs % GROUP == 0:
             return self._pack_int4(weight, bias)
-        name = str(weight.dtype).removeprefix("torch.")
-        if quantization is None and self._has(name) and inputs * weight.itemsize % 4 == 0:
-            run = getattr(self._library, f"manta_linear_{name}")
-            return PackedLinear(run, (*weight.shape,), (self._pack_panels(weight),), bias)
+        if quantization is None and weight.dtype in DTYPES and inputs * weight.itemsize % 4 == 0:
+            panels = self._pack_panels(weight)
+            return PackedLinear(self._library.manta_linear, (*weight.shape,), (panels,), bias)
         return pack_linear_onednn(weight, bias, quantization)
 
-    def _has(self, kind: str) -> bool:
-        return f"linear_{kind}" in self._kernels
+    def _num_panels(self, outputs: int) -> int:
+        return -(-outputs // self._columns)
 
     def _pack_panels(self, weight: Tensor) -> Tensor:
         """weight [out, in] in the layout of matmul.h, whatever its type."""
         outputs, inputs = weight.shape
         weight = weight.contiguous()
-        packed = huge_pages.empty((-(-outputs // _COLUMNS) * _COLUMNS * inputs,), weight.dtype)
-        depth = inputs * weight.itemsize // 4
-        self._library.manta_pack_weight(weight.data_ptr(), outputs, depth, packed.data_ptr())
+        size = self._num_panels(outputs) * self._columns * inputs
+        packed = huge_pages.empty((size,), weight.dtype)
+        half = weight.dtype == torch.float16
+        pack = self._library.manta_pack_half if half else self._library.manta_pack_weight
+        pack(weight.data_ptr(), outputs, inputs * weight.itemsize // 4, packed.data_ptr())
         return packed
 
     def _pack_int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
         quantized, scales = quantize_int8(weight)
-        offset_sums = quantized.sum(-1, dtype=torch.int32) * 128
+        sums = quantized.sum(-1, dtype=torch.int32)
         panels = self._pack_panels(quantized)
         run = self._library.manta_linear_int8
-        return PackedLinear(run, (*weight.shape,), (panels, scales, offset_sums), bias)
+        return PackedLinear(run, (*weight.shape,), (panels, scales, sums), bias)
 
     def _pack_int4(self, weight: Tensor, bias: Tensor | None) -> Linear:
         outputs, inputs = weight.shape
         quantized, scales = quantize_int4(weight)
-        panels = -(-outputs // _COLUMNS)
-        packed = huge_pages.empty((panels * inputs // GROUP * _INT4_GROUP_BYTES,), torch.uint8)
+        group_bytes = self._columns * (GROUP // 2 + scales.itemsize)
+        size = self._num_panels(outputs) * (inputs // GROUP) * group_bytes
+        packed = huge_pages.empty((size,), torch.uint8)
         self._library.manta_pack_int4(
             quantized.data_ptr(), scales.data_ptr(), outputs, inputs, packed.data_ptr()
         )

@@ -1,9 +1,6 @@
 // Weights of 4 bits in groups of 32 inputs with a scale each, 4.5 bits in all (the format of
 // llama.cpp's Q4_0). Activations are rounded to 8 bits, also with a scale per group of 32.
 #include "api.h"
-
-#if defined(__AVX512VNNI__)
-
 #include "linear.h"
 #include "quantize.h"
 
@@ -37,26 +34,26 @@ void multiply_groups(const Activations& x, int64_t row, const Group* weight, con
         if (ahead)
             for (size_t i = 0; i < sizeof(Group); i += 64)
                 __builtin_prefetch(ahead + g * sizeof(Group) + i, 0, 2);
-        __m512i dots[M][WIDE] = {};
+        NibbleDots dots[M][WIDE];
         const int32_t* bytes = x.groups + (row * x.num_groups + g) * (GROUP / 4);
 #pragma GCC unroll 4
         for (int i = 0; i < GROUP / 8; ++i) {
-            __m512i low[WIDE], high[WIDE];
+            Ints low[WIDE], high[WIDE];
 #pragma GCC unroll 2
             for (int n = 0; n < WIDE; ++n) {
                 const auto words = load_bits<UInts>(weight[g].words[i] + column + n * WIDTH);
-                low[n] = (__m512i)(words & 0x0F0F0F0F);
-                high[n] = (__m512i)((words >> 4) & 0x0F0F0F0F);
+                low[n] = (Ints)(words & 0x0F0F0F0F);
+                high[n] = (Ints)((words >> 4) & 0x0F0F0F0F);
             }
 #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
                 const int32_t* row_bytes = bytes + m * x.num_groups * (GROUP / 4);
-                const __m512i first = _mm512_set1_epi32(row_bytes[i]);
-                const __m512i second = _mm512_set1_epi32(row_bytes[i + GROUP / 8]);
+                const Ints first = broadcast(row_bytes[i]);
+                const Ints second = broadcast(row_bytes[i + GROUP / 8]);
 #pragma GCC unroll 2
                 for (int n = 0; n < WIDE; ++n) {
-                    dots[m][n] = _mm512_dpbusd_epi32(dots[m][n], low[n], first);
-                    dots[m][n] = _mm512_dpbusd_epi32(dots[m][n], high[n], second);
+                    dots[m][n].add(low[n], first);
+                    dots[m][n].add(high[n], second);
                 }
             }
         }
@@ -65,8 +62,10 @@ void multiply_groups(const Activations& x, int64_t row, const Group* weight, con
 #pragma GCC unroll 2
             for (int n = 0; n < WIDE; ++n) {
                 const int64_t at = (row + m) * x.num_groups + g;
-                const Floats dot = __builtin_convertvector((Ints)dots[m][n], Floats) - x.zeros[at];
-                totals[m][n] += dot * (load(weight[g].scales + column + n * WIDTH) * x.scales[at]);
+                const Floats dot =
+                    __builtin_convertvector(dots[m][n].total(), Floats) - x.zeros[at];
+                const Floats scale = load(weight[g].scales + column + n * WIDTH) * x.scales[at];
+                totals[m][n] = fma(dot, scale, totals[m][n]);
             }
     }
 #pragma GCC unroll 4
@@ -129,7 +128,7 @@ void linear_int4(const T* x, const Group* weight, const T* bias, T* out, int64_t
 }  // namespace manta
 
 // weight [outputs, inputs] bytes 0 … 15 and scales [outputs, inputs / 32], to packed
-// [panels, inputs / 32] Groups of 1152 bytes.
+// [panels, inputs / 32] Groups of 18 * COLUMNS bytes.
 MANTA_API void manta_pack_int4(const uint8_t* weight, const manta::BFloat16* scales,
                                int64_t outputs, int64_t inputs, void* packed) {
     using namespace manta;
@@ -160,5 +159,3 @@ MANTA_API void manta_linear_int4(int dtype, const void* x, const void* packed, c
                            inputs, outputs);
     });
 }
-
-#endif

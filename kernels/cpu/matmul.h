@@ -2,26 +2,24 @@
 //
 // A panel holds the weights of COLUMNS outputs. A block of it stays in the first-level cache while
 // all rows pass by, and the next block is fetched meanwhile. So the time is that of the memory or
-// of the arithmetic, whichever is longer, not their sum. Both operands are seen as 32-bit groups of
-// inputs: two bfloat16 or four bytes, which one instruction multiplies and adds per lane.
+// of the arithmetic, whichever is longer, not their sum. Whatever the number of rows, an output's
+// products are added in the order of the inputs, so that a row has the same bits alone as in a
+// batch.
 #pragma once
 
 #include <algorithm>
 
+#include "dot.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace manta {
 
-constexpr int REGISTERS = 4;
-constexpr int64_t COLUMNS = REGISTERS * WIDTH;
-constexpr int MAX_ROWS = 6;              // times REGISTERS accumulators fill the register file
 constexpr int64_t BLOCK_ROWS = 96;
-constexpr int64_t BLOCK_DEPTH = 128;     // groups: 32 KiB of a panel
+constexpr int64_t BLOCK_DEPTH = 128;     // groups: at most 32 KiB of a panel
 constexpr int64_t LINES = COLUMNS / 16;  // cache lines of a panel per group
 
 struct Operands {
-    const int32_t* x;       // [rows, depth] groups
+    const int32_t* x;       // [rows, depth, PARTS of the Dot]
     const int32_t* weight;  // [panels, depth, COLUMNS] groups
     int64_t rows, depth, outputs;
 };
@@ -45,16 +43,19 @@ void multiply_rows(const int32_t* x, int64_t x_stride, const int32_t* weight, in
                 first ? Floats{} : load(sums + m * COLUMNS + n * WIDTH));
     for (int64_t k = 0; k < depth; ++k) {
         for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from);
-        Ints columns[REGISTERS];
-#pragma GCC unroll 4
-        for (int n = 0; n < REGISTERS; ++n)
-            columns[n] = load_bits<Ints>(weight + k * COLUMNS + n * WIDTH);
-#pragma GCC unroll 8
-        for (int m = 0; m < ROWS; ++m) {
-            const Ints group = broadcast(x[m * x_stride + k]);
+#pragma GCC unroll 2
+        for (int part = 0; part < Dot::PARTS; ++part) {
+            Ints columns[REGISTERS];
 #pragma GCC unroll 4
             for (int n = 0; n < REGISTERS; ++n)
-                totals[m][n] = Dot::add(totals[m][n], group, columns[n]);
+                columns[n] = Dot::part(weight + k * COLUMNS, n, part);
+#pragma GCC unroll 8
+            for (int m = 0; m < ROWS; ++m) {
+                const Ints inputs = broadcast(x[m * x_stride + k * Dot::PARTS + part]);
+#pragma GCC unroll 4
+                for (int n = 0; n < REGISTERS; ++n)
+                    totals[m][n] = Dot::add(totals[m][n], inputs, columns[n]);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -95,8 +96,9 @@ void multiply_panel(const Operands& o, int64_t row, int64_t count, int64_t panel
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
             const Ahead ahead{from, lines_left > 0 ? lines : 0};
-            multiply_any_rows<Dot>(end - begin, o.x + (row + begin) * o.depth + k, o.depth, weight,
-                                   depth, k == 0, ahead, sums + begin * COLUMNS);
+            const int32_t* x = o.x + ((row + begin) * o.depth + k) * Dot::PARTS;
+            multiply_any_rows<Dot>(end - begin, x, o.depth * Dot::PARTS, weight, depth, k == 0,
+                                   ahead, sums + begin * COLUMNS);
             from += depth * lines * 64;
             lines_left -= depth * lines;
         }

@@ -1,7 +1,9 @@
-"""The ops of a CPU: C++ kernels where there is a compiler, else torch."""
+"""The ops of a CPU: C++ kernels where they are at hand or there is a compiler, else torch."""
 
 from dataclasses import replace
 from functools import partial
+
+import torch
 
 from kernels.cpu import build
 from kernels.cpu.attention import CpuAttention
@@ -13,9 +15,11 @@ from kernels.ops import REFERENCE, Ops
 
 
 def cpu_ops() -> Ops:
+    """They compute on as many threads as torch does now."""
     library = build.load_library()
     if library is None:
         return replace(REFERENCE, name="cpu-torch", pack_linear=pack_linear_onednn)
+    library.manta_set_num_threads(torch.get_num_threads())
     attention, layers = CpuAttention(library), CpuLayers(library)
     return Ops(
         name=f"cpu-{build.instruction_set()}",

@@ -37,12 +37,12 @@ inline float inverse_rms(const T* x, int64_t size, float eps) {
     int64_t i = 0;
     for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
         const Floats a = load(x + i), b = load(x + i + WIDTH);
-        squares[0] += a * a;
-        squares[1] += b * b;
+        squares[0] = fma(a, a, squares[0]);
+        squares[1] = fma(b, b, squares[1]);
     }
     for_lanes(size - i, [&](int64_t j, auto lanes) {
         const Floats a = lanes.load(x + i + j);
-        squares[0] += a * a;
+        squares[0] = fma(a, a, squares[0]);
     });
     return 1.0f / std::sqrt(sum(squares[0] + squares[1]) / size + eps);
 }

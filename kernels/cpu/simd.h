@@ -2,7 +2,10 @@
 //
 // Written in the vector extensions of GCC and Clang: operators work lane by lane on every
 // architecture, at the width the compiler flags allow. Only what they cannot express is written
-// per instruction set.
+// per instruction set, with a way around for those that lack it.
+//
+// Nothing is contracted to fused operations but what says `fma`, so that two kernels that do the
+// same operations in the same order come to the same bits.
 #pragma once
 
 #include <cstdint>
@@ -11,22 +14,31 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace manta {
 
-#if defined(__AVX512F__)
+#if defined(MANTA_EMULATED_WIDTH)  // in tests, of a level that the processor lacks
+constexpr int WIDTH = MANTA_EMULATED_WIDTH;
+#elif defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX2__)
 constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
 #endif
+// Whether this is AVX2 with registers of its own width.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MANTA_EMULATED_WIDTH)
+#define MANTA_AVX2 1
+#endif
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t UInts __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * WIDTH)));
+typedef int16_t Pairs __attribute__((vector_size(4 * WIDTH)));  // two in every lane
 typedef uint8_t UBytes __attribute__((vector_size(WIDTH)));
 
 struct BFloat16 {
@@ -48,6 +60,19 @@ inline Ints iota(std::index_sequence<I...>) { return Ints{static_cast<int32_t>(I
 inline Ints iota() { return iota(std::make_index_sequence<WIDTH>{}); }
 
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// a * b + c, rounded once where the processor can.
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(MANTA_AVX2)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 
 // ---- loads and stores, converting to and from float ----
 
@@ -85,8 +110,10 @@ inline void store(BFloat16* p, Floats v) {
 inline Floats load(const Half* p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(p));
-#elif defined(__F16C__)
+#elif defined(MANTA_AVX2)
     return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p));
+#elif defined(__aarch64__)
+    return (Floats)vcvt_f32_f16(load_bits<float16x4_t>(p));
 #else
     Floats v;
     for (int i = 0; i < WIDTH; ++i) {
@@ -101,8 +128,11 @@ inline void store(Half* p, Floats v) {
 #if defined(__AVX512F__)
     const __m256i bits = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(p, &bits, sizeof bits);
-#elif defined(__F16C__)
+#elif defined(MANTA_AVX2)
     const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(p, &bits, sizeof bits);
+#elif defined(__aarch64__)
+    const float16x4_t bits = vcvt_f16_f32((float32x4_t)v);
     std::memcpy(p, &bits, sizeof bits);
 #else
     for (int i = 0; i < WIDTH; ++i) {
@@ -173,34 +203,28 @@ inline Floats round_to<BFloat16>(Floats v) { return (Floats)(to_bfloat16(v) << 1
 
 // ---- across the lanes ----
 
-inline float sum(Floats v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)v);
+template <int BY, size_t... I>
+inline Floats rotate(Floats v, std::index_sequence<I...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, ((I + BY) % WIDTH)...);
 #else
-    float total = 0;
-    for (int i = 0; i < WIDTH; ++i) total += v[i];
-    return total;
-#endif
-}
-inline float maximum(Floats v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
-    float best = v[0];
-    for (int i = 1; i < WIDTH; ++i) best = v[i] > best ? v[i] : best;
-    return best;
-#endif
-}
-inline bool any(Ints mask) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-    int32_t bits = 0;
-    for (int i = 0; i < WIDTH; ++i) bits |= mask[i];
-    return bits != 0;
+    return __builtin_shuffle(v, Ints{static_cast<int32_t>((I + BY) % WIDTH)...});
 #endif
 }
 
+// The lanes reduced to one, which stands in all: a lane with the one half a register on, then with
+// the one a quarter on, and so forth.
+template <int HALF = WIDTH / 2, class Operation>
+inline Floats reduce(Floats v, const Operation& operation) {
+    v = operation(v, rotate<HALF>(v, std::make_index_sequence<WIDTH>{}));
+    if constexpr (HALF > 1) return reduce<HALF / 2>(v, operation);
+    return v;
+}
+
+inline float sum(Floats v) {
+    return reduce(v, [](Floats a, Floats b) { return a + b; })[0];
+}
+inline float maximum(Floats v) { return reduce(v, max)[0]; }
 // a0 b0 a1 b1 …, from the first half of the lanes (HIGH = 0) or the second (HIGH = WIDTH / 2).
 template <int HIGH, size_t... I>
 inline Floats zip(Floats a, Floats b, std::index_sequence<I...>) {
@@ -231,11 +255,10 @@ __attribute__((always_inline)) inline Floats sums(const Floats (&rows)[WIDTH]) {
     return parts[0];
 }
 
-// Transpose a WIDTH × WIDTH square of 32-bit values, rows `from_stride` and `to_stride` apart.
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+// Transpose a WIDTH × WIDTH square of 32-bit values.
+__attribute__((always_inline)) inline void transpose(Floats (&rows)[WIDTH]) {
     constexpr auto lanes = std::make_index_sequence<WIDTH>{};
-    Floats rows[WIDTH], zipped[WIDTH];
-    for (int i = 0; i < WIDTH; ++i) rows[i] = load(from + i * from_stride);
+    Floats zipped[WIDTH];
     // Zipping row i with row i + WIDTH / 2, log2(WIDTH) times, moves every value to its place.
 #pragma GCC unroll 4
     for (int step = 1; step < WIDTH; step *= 2) {
@@ -247,6 +270,13 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 #pragma GCC unroll 16
         for (int i = 0; i < WIDTH; ++i) rows[i] = zipped[i];
     }
+}
+
+// The same in memory, with rows `from_stride` and `to_stride` apart.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    Floats rows[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) rows[i] = load(from + i * from_stride);
+    transpose(rows);
     for (int i = 0; i < WIDTH; ++i) store(to + i * to_stride, rows[i]);
 }
 
@@ -261,12 +291,10 @@ inline Floats exp2(Floats x) {
     const Floats shifted = clamped + SHIFTER;
     const Floats f = clamped - (shifted - SHIFTER);  // in [-0.5, 0.5]
     // The Taylor series of 2^f.
-    Floats p = f * 1.5403530e-4f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+    Floats p = broadcast(1.5403530e-4f);
+    for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
+                          6.9314718e-1f, 1.0f})
+        p = fma(p, f, broadcast(c));
     const Ints exponent = ((Ints)shifted - 0x4B400000) << 23;
     const Floats power = (Floats)((Ints)p + exponent);
     return x < -126.0f ? Floats{} : power;

@@ -120,9 +120,11 @@ def test_keys_from_the_environment_and_file_are_one_ring(
     (tmp_path / "keys").write_text("globex:two\n")
     monkeypatch.setenv("MANTA_API_KEYS", "one, acme:three")
     ring = KeyRing.load(ServiceArgs(api_keys_file=str(tmp_path / "keys")))
-    given = [ring.find(f"Bearer {key}") for key in ("one", "two", "three", "four", "")]
+    given = [
+        ring.find({"authorization": f"Bearer {key}"}) for key in ("one", "two", "three", "four", "")
+    ]
     assert given == ["key-1", "globex", "acme", None, None]
-    assert ring.find(None) is None
+    assert ring.find({}) is None
     assert not any(key in repr(vars(ring)) for key in ("one", "two", "three"))
 
 

@@ -11,13 +11,12 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.args import AppArgs
+from deployments.local_ray import HAPROXY
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_CONFIG = ROOT / "docs" / "examples" / "serve-config.yaml"
 RAY_SERVICE = ROOT / "docs" / "examples" / "rayservice.yaml"
-ENVIRONMENT = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
+ENVIRONMENT = HAPROXY | {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

@@ -146,6 +146,8 @@ def test_a_prompt_is_too_long_where_a_shorter_one_would_help(
     """Agents cut the conversation and try again."""
     error = refused(demo, path, body)
     assert (error.code, error.param) == ("context_length_exceeded", param)
+    begins, ends = "This model's maximum context length is 1024 tokens. However, ", "is too long"
+    assert error.message.startswith(begins) and error.message.endswith(ends)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,6 @@ CHECKS: list[Any] = [
     response_schema_conformance,
 ]
 NO_HANG_S = 30
-_PASSES = 15  # five operations with a body, each in three ways
-NUMBER = CASES // _PASSES + 1
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,8 @@ def check(case: Case, server: LocalServer, session: requests.Session) -> int:
     response = case.call(base_url=server.url, session=session, timeout=NO_HANG_S)
     case.validate_response(response, checks=CHECKS)
     if response.status_code >= 400:
-        answers.Error.model_validate_json(response.content)
+        shape = answers.AnthropicError if "/messages" in case.path else answers.Error
+        shape.model_validate_json(response.content)
     return response.status_code
 
 
@@ -109,7 +108,7 @@ def test_any_request_has_an_answer_and_leaves_nothing_behind(server: LocalServer
         found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()
     ]
     posts = [operation for operation in operations if operation.method == "post"]
-    assert len(posts) == 5 and len(operations) == 10
+    number = CASES // (3 * len(posts)) + 1  # each in three ways
     seen: Counter[tuple[str, int]] = Counter()
     with requests.Session() as session:
         for operation in operations:
@@ -118,16 +117,17 @@ def test_any_request_has_an_answer_and_leaves_nothing_behind(server: LocalServer
                 seen[path, check(case, server, session)] += 1
 
             right = operation.as_strategy(generation_mode=GenerationMode.POSITIVE)
-            fuzz(right, NUMBER, send)
+            fuzz(right, number, send)
             if operation in posts:
-                fuzz(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE), NUMBER, send)
-                fuzz(right.map(make_sensible), NUMBER, send)
+                fuzz(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE), number, send)
+                fuzz(right.map(make_sensible), number, send)
     for (path, status), number in sorted(seen.items()):
         print(f"{path} {status}: {number}")
     print(f"{sum(seen.values())} cases")
     assert sum(seen.values()) >= CASES
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
-        assert seen[path, 200] > 0, f"some must make sense: {path}"
+    for operation in posts:
+        if "text/event-stream" in str(operation.definition.raw["responses"]["200"]):
+            assert seen[operation.path, 200] > 0, f"some must make sense: {operation.path}"
     wait_until(server.is_idle, what="no block is held")
     with server.client() as client:
         answer = client.chat.completions.create(

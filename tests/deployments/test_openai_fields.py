@@ -3,6 +3,7 @@
 What asks for nothing, as null, false, an empty list or a default, is taken for every one of them.
 """
 
+import json
 import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,9 +17,11 @@ from openai.types.responses import response_create_params, response_input_param
 from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from deployments.api.routes.responses import FunctionTool, ResponseRequest, TextOptions
+from deployments.api.response_store import ResponseStore
 from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from deployments.api.schema.response_items import InputItem, InputPart
+from deployments.api.schema.response_request import ResponseRequest, TextOptions
+from deployments.api.schema.response_tools import CustomTool, FunctionTool, NamespaceTool
 from deployments.api.schema.structured import NamedSchema
 from deployments.api.schema.tools import NamedTool
 from engine.strict import explain
@@ -71,6 +74,12 @@ PARTS: list[tuple[type, Any, dict[str, Any]]] = [
         {"type": "output_text", "text": "hi", "annotations": []},
     ),
     (responses.FunctionToolParam, FunctionTool, {"type": "function", "name": "f"}),
+    (responses.CustomToolParam, CustomTool, {"type": "custom", "name": "f"}),
+    (
+        responses.NamespaceToolParam,
+        NamespaceTool,
+        {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]},
+    ),
     (responses.ResponseTextConfigParam, TextOptions, {}),
     item(responses.EasyInputMessageParam, role="user", content="hi"),
     item(response_input_param.Message, role="user", content=[{"type": "input_text", "text": "a"}]),
@@ -92,6 +101,19 @@ PARTS: list[tuple[type, Any, dict[str, Any]]] = [
     item(
         response_input_param.FunctionCallOutput,
         type="function_call_output",
+        call_id="call_1",
+        output="7",
+    ),
+    item(
+        responses.ResponseCustomToolCallParam,
+        type="custom_tool_call",
+        call_id="call_1",
+        name="f",
+        input="7",
+    ),
+    item(
+        responses.ResponseCustomToolCallOutputParam,
+        type="custom_tool_call_output",
         call_id="call_1",
         output="7",
     ),
@@ -216,16 +238,13 @@ def test_what_openai_does_not_document_is_refused_though_it_is_null(
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("chat/completions", {"service_tier": "flex"}, "service_tier"),
-        ("chat/completions", {"store": True}, "store"),
         ("chat/completions", {"modalities": ["text", "audio"]}, "modalities"),
-        ("chat/completions", {"reasoning_effort": "low"}, "reasoning_effort"),
         ("chat/completions", {"web_search_options": {}}, "web_search_options"),
         ("chat/completions", {"functions": [{"name": "f"}]}, "functions"),
         ("completions", {"suffix": "end"}, "suffix"),
-        ("responses", {"include": ["reasoning.encrypted_content"]}, "include"),
+        ("responses", {"background": True}, "background"),
+        ("responses", {"conversation": "conv_1"}, "conversation"),
         ("responses", {"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options"),
-        ("responses", {"text": {"verbosity": "low"}}, "text.verbosity"),
     ],
 )
 def test_what_we_lack_is_refused_by_name(
@@ -338,6 +357,230 @@ def test_what_an_agent_sends_with_every_request(demo: LocalServer) -> None:
     assert answer.status_code == 200, answer.text
     (tool,) = answer.json()["tools"]
     assert tool == WEATHER | {"type": "function", "strict": False, "description": None}
+
+
+def test_what_codex_sends(demo: LocalServer) -> None:
+    """Its tools in a namespace, one that takes any text, one that only OpenAI runs, and tags."""
+    function = WEATHER | {"type": "function"}
+    patch = {
+        "type": "custom",
+        "name": "apply_patch",
+        "description": "Patches files.",
+        "format": {"type": "grammar", "syntax": "lark", "definition": "start: /.+/"},
+    }
+    body: dict[str, Any] = {
+        "input": [QUESTION],
+        "store": False,
+        "reasoning": {"effort": "none", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+        "client_metadata": {"session": "1"},
+        "text": {"verbosity": "low"},
+        "service_tier": "priority",
+        "tools": [
+            {"type": "namespace", "name": "mcp", "description": "Tools.", "tools": [function]},
+            patch,
+            {"type": "web_search", "external_web_access": True},
+        ],
+        "tool_choice": {"type": "function", "name": "get_weather", "namespace": "mcp"},
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-tools-left-out"] == "web_search"
+    responses.Response.model_validate(answer.json())
+    (call,) = answer.json()["output"]
+    assert (call["name"], call["namespace"]) == ("get_weather", "mcp")
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "7"}
+    again = body | {"input": [QUESTION, call, result], "tool_choice": "none"}
+    assert httpx.post(f"{demo.url}/v1/responses", json=again).status_code == 200
+    free = body | {"tool_choice": {"type": "custom", "name": "apply_patch"}, "stream": True}
+    text = httpx.post(f"{demo.url}/v1/responses", json=free | {"max_output_tokens": 400}).text
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in text.splitlines()
+        if line.startswith("data: ")
+    ]
+    adapter: TypeAdapter[Any] = TypeAdapter(responses.ResponseStreamEvent)
+    for event in events:
+        adapter.validate_python(event)
+    (done,) = [e for e in events if e["type"] == "response.custom_tool_call_input.done"]
+    item = next(e["item"] for e in events if e["type"] == "response.output_item.done")
+    assert (item["type"], item["name"], item["input"]) == (
+        *("custom_tool_call", "apply_patch"),
+        done["input"],
+    )
+    output = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "done"}
+    again = body | {"input": [QUESTION, item, output], "tool_choice": "none"}
+    assert httpx.post(f"{demo.url}/v1/responses", json=again).status_code == 200
+
+
+def test_a_choice_among_allowed_tools(demo: LocalServer) -> None:
+    function = {"type": "function", **WEATHER}
+    other = {"type": "function", "name": "other", "parameters": {"type": "object"}}
+    choice = {
+        "type": "allowed_tools",
+        "mode": "required",
+        "tools": [{k: function[k] for k in ("type", "name")}],
+    }
+    body = {"input": "hi", "tools": [function, other], "tool_choice": choice, "temperature": 0}
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body)
+    assert [item["name"] for item in answer.json()["output"]] == ["get_weather"]
+    choice["tools"] = [{"type": "function", "name": "missing"}]
+    refused = httpx.post(f"{demo.url}/v1/responses", json=body).json()["error"]
+    assert refused["param"] == "tool_choice" and "'missing'" in refused["message"]
+
+
+def test_what_other_clients_add_to_history_is_not_in_the_way(demo: LocalServer) -> None:
+    call = CALL | {"function": {"name": "f", "arguments": {"a": 1}}, "index": 0}
+    extra: dict[str, Any] = {"provider_specific_fields": {"x": 1}, "id": "msg_1"}
+    messages = [
+        QUESTION | {"content": [TEXT_PART | {"cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": None, "reasoning": "So.", "tool_calls": [call], **extra},
+        {"role": "tool", "tool_call_id": "call_1", "content": "7", "cache_control": None},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "8"},
+        QUESTION,
+    ]
+    same = [
+        QUESTION | {"content": "hi"},
+        {
+            "role": "assistant",
+            "reasoning_content": "So.",
+            "tool_calls": [CALL | {"function": {"name": "f", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "7"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "tool_calls": [CALL | {"id": "f"}]},
+        {"role": "tool", "tool_call_id": "f", "content": "8"},
+        QUESTION,
+    ]
+    told = [
+        httpx.post(f"{demo.url}/tokenize", json={"messages": said}).json()["tokens"]
+        for said in (messages, same)
+    ]
+    assert told[0] == told[1]
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a"}}]}]
+    refused = httpx.post(f"{demo.url}/tokenize", json={"messages": image}).json()["error"]
+    assert "images, audio and files are not read here" in refused["message"]
+
+
+def test_a_response_goes_on_from_one_that_is_stored(demo: LocalServer) -> None:
+    options: Any = {"model": "manta-demo", "temperature": 0, "max_output_tokens": 20}
+    with demo.client() as client:
+        first = client.responses.create(input="Repeat these words: sea", **options)
+        second = client.responses.create(
+            input="Repeat these words: river", previous_response_id=first.id, **options
+        )
+        whole = client.responses.create(
+            input=[
+                {"role": "user", "content": "Repeat these words: sea"},
+                *(part.model_dump() for part in first.output),
+                {"role": "user", "content": "Repeat these words: river"},
+            ],  # type: ignore[misc]
+            store=False,
+            **options,
+        )
+        assert second.usage is not None and whole.usage is not None
+        assert second.usage.input_tokens == whole.usage.input_tokens
+        assert (second.output_text, second.previous_response_id) == (whole.output_text, first.id)
+        assert client.responses.retrieve(second.id).output_text == second.output_text
+        for gone in (whole.id, "resp_none"):
+            with pytest.raises(openai.BadRequestError) as refused:
+                client.responses.create(input="a", previous_response_id=gone, **options)
+            assert refused.value.code == "previous_response_not_found"
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(first.id)
+
+
+def test_what_is_stored_has_a_bound_and_an_owner() -> None:
+    store = ResponseStore(max_characters=1000)
+    said = [Message(role="user", content="a" * 300)]
+    for i in range(5):
+        store.put("ann", {"id": str(i)}, said)
+    assert [store.get("ann", str(i)) is not None for i in range(5)] == [False] * 2 + [True] * 3
+    assert store.get("bob", "4") is None
+    store.put("ann", {"id": "large"}, [Message(role="user", content="a" * 2000)])
+    assert store.get("ann", "large") is None and store.get("ann", "4") is not None
+
+
+def test_thoughts_survive_clients_that_send_back_only_what_is_encrypted(demo: LocalServer) -> None:
+    body: dict[str, Any] = {
+        "input": [{"role": "user", "content": "What is 12 + 30?"}],
+        "reasoning": {"effort": "high"},
+        "include": ["reasoning.encrypted_content"],
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body).json()
+    thought, said = answer["output"]
+    assert thought["content"][0]["text"] and answer["usage"]["output_tokens_details"]
+    stripped = {k: v for k, v in thought.items() if k != "content"}
+    foreign = stripped | {"encrypted_content": "gAAAA-of-somebody-else"}
+
+    def tokens(item: dict[str, Any]) -> int:
+        items = [*body["input"], item, said, QUESTION]
+        again = httpx.post(f"{demo.url}/v1/responses", json=body | {"input": items})
+        return int(again.json()["usage"]["input_tokens"])
+
+    assert tokens(stripped) == tokens(thought)
+    assert tokens(foreign) <= tokens(thought)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_token_ids_are_told_where_asked_for(demo: LocalServer, path: str, stream: bool) -> None:
+    """As those ask who train on what a model has sampled."""
+    prompt: dict[str, Any] = (
+        {"messages": [QUESTION]} if path.startswith("chat") else {"prompt": "Repeat: sea"}
+    )
+    wishes = {"return_token_ids": True, "return_tokens_as_token_ids": True, "stream": stream}
+    body = prompt | wishes | {"temperature": 0, "max_tokens": 6, "logprobs": 1}
+    if path.startswith("chat"):
+        body |= {"logprobs": True}
+    answer = httpx.post(f"{demo.url}/v1/{path}", json=body)
+    chunks = (
+        [answer.json()]
+        if not stream
+        else [
+            json.loads(line.removeprefix("data: "))
+            for line in answer.text.splitlines()
+            if line.startswith("data: {")
+        ]
+    )
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    told = [token for choice in choices for token in choice.get("token_ids", ())]
+    names = []
+    for choice in choices:
+        found = choice["logprobs"] or {}
+        names += found.get("tokens", [entry["token"] for entry in found.get("content", ())])
+    assert names == [f"token_id:{token}" for token in told] and 0 < len(told) <= 6
+    (of_prompt,) = [
+        part["prompt_token_ids"] for part in (*chunks, *choices) if "prompt_token_ids" in part
+    ]
+    counted = httpx.post(f"{demo.url}/tokenize", json=prompt).json()
+    assert of_prompt == counted["tokens"]
+    assert all(chunk["system_fingerprint"] == demo.front.fingerprint for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_effort_switches_thoughts_on_and_off_and_usage_counts_them(
+    demo: LocalServer, stream: bool
+) -> None:
+    counts = {}
+    for effort in ("none", "high"):
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": "What is 12 + 30?"}],
+            "reasoning_effort": effort,
+            "temperature": 0,
+        }
+        if stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        text = httpx.post(f"{demo.url}/v1/chat/completions", json=body).text
+        last = text.strip().split("data: ")[-2] if stream else text
+        usage = json.loads(last)["usage"]
+        counts[effort] = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert counts["none"] == 0 < 3 < counts["high"] < usage["completion_tokens"]
 
 
 def test_refusals_thoughts_and_lists_of_parts_are_text_of_the_conversation(

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.parsing import (
+    ANY,
     FORMATS,
+    REASONING_FORMATS,
     Arguments,
     CallStart,
     Content,
+    Functions,
     OutputParser,
     Piece,
     Reasoning,
@@ -22,8 +25,10 @@ from deployments.parsing import (
     tool_format,
 )
 from deployments.parsing.formats import ToolParserName
+from deployments.parsing.reasoning import ReasoningParserName
 from engine.demo import DEMO_MODEL
 from engine.text.tokenizer import Tokenizer
+from tests.deployments.written_calls import functions_of, write_call
 
 PARIS = '{"name": "weather", "arguments": {"city": "Paris"}}'
 OSLO = '{"name": "weather", "arguments": {"city": "Oslo", "days": [1, {"a": "}\\""}]}}'
@@ -60,13 +65,14 @@ def parse(
     tools: ToolParserName = "none",
     think: bool | None = None,
     single: bool = False,
+    functions: Functions = ANY,
 ) -> Found:
-    parser = OutputParser(think, tool_format(tools, None), single_call=single)
+    parser = OutputParser(think, tool_format(tools, None), single_call=single, functions=functions)
     pieces = [piece for text in texts for piece in parser.push(text, last=False)]
     return put_together(pieces + parser.push("", last=True))
 
 
-def call(text: str) -> list[str]:
+def call(text: str) -> list[Any]:
     parsed = json.loads(text)
     return [parsed["name"], parsed.get("arguments", parsed.get("parameters"))]
 
@@ -75,6 +81,14 @@ def loaded(found: Found) -> list[list[Any]]:
     return [[name, json.loads(arguments)] for name, arguments in found.calls]
 
 
+TRICKY = st.sampled_from(['"', "\\", "\n", "<", "</", "}", "'", "é漢👋", "<|", "[", ": ", "null"])
+STRINGS = st.lists(TRICKY | st.text(max_size=4), max_size=4).map("".join)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | STRINGS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(STRINGS, inner, max_size=2),
+    max_leaves=4,
+)
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "days", "a_b"]), VALUES, max_size=3)
 STOP = '{"name": "stop", "arguments": {}}'
 UNKNOWN_KEY = '<tool_call>{"name": "w", "args": {}}</tool_call>'
 XML_CALL = """<tool_call>
@@ -87,8 +101,8 @@ Paris
 QUOTED_MARK = (
     '{"name": "write", "arguments": {"text": "</tool_call> \\"[TOOL_CALLS]\\" <tool_call>{"}}'
 )
-LONGEST_NAME = json.dumps({"name": "n" * 64, "arguments": {}})
-TOO_LONG = "<tool_call>" + json.dumps({"name": "n" * 65, "arguments": {}}) + "</tool_call>"
+LONGEST_NAME = json.dumps({"name": "n" * 128, "arguments": {}})
+TOO_LONG = "<tool_call>" + json.dumps({"name": "n" * 129, "arguments": {}}) + "</tool_call>"
 # What a text says -> its content, its calls.
 HERMES = {
     f"<tool_call>\n{PARIS}\n</tool_call>": ("", [PARIS]),
@@ -213,6 +227,19 @@ def test_calls_and_content_come_apart_however_the_text_is_cut(
         assert len(set(found.ids)) == len(calls)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(arguments=ARGUMENTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_model_writes_is_read_however_it_is_cut(
+    name: ToolParserName, arguments: dict[str, Any]
+) -> None:
+    text = f"Hm.\n{write_call(name, 'weather', arguments)}"
+    functions = functions_of(**arguments)
+    for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(1, len(text), 7))):
+        found = parse(texts, name, functions=functions)
+        assert (found.content, loaded(found)) == ("Hm.", [["weather", arguments]])
+
+
 def test_arguments_are_passed_on_as_they_come() -> None:
     chosen = tool_format("hermes", None)
     assert chosen is not None
@@ -257,6 +284,16 @@ def test_of_a_forced_call_nothing_is_content(cut: int) -> None:
     assert not any(isinstance(piece, Content) for piece in pieces)
     arguments = PARIS[:-1][PARIS.index('{"city') : cut]
     assert put_together(pieces).calls == ([["weather", arguments]] if arguments else [])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_calls_a_function_that_is_not_there_is_text(name: ToolParserName) -> None:
+    """An agent that is told to call it has nothing to call."""
+    known = functions_of(city="Oslo")
+    right, wrong = (write_call(name, f, {"city": "Oslo"}) for f in ("weather", "weather_in"))
+    found = parse([f"{wrong}\n{right}"], name, functions=known)
+    assert loaded(found) == [["weather", {"city": "Oslo"}]] and "Oslo" in found.content
+    assert not parse([wrong], name, functions=known).calls
 
 
 def test_mistral_call_ids_are_what_its_templates_demand() -> None:
@@ -320,7 +357,7 @@ TEXTS = st.lists(FRAGMENTS | st.text(max_size=3), max_size=12).map("".join)
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["none", "hermes", "llama3_json", "mistral"]),
+    name=st.sampled_from(["none", *FORMATS]),
     think=st.sampled_from([None, False, True]),
     single=st.booleans(),
     text=TEXTS,
@@ -389,9 +426,9 @@ def test_the_work_grows_with_the_text_alone(
             sys.setprofile(None)
         return seen, calls
 
-    (seen, calls), (twice_seen, twice_calls) = work(200), work(400)
+    (seen, calls), (twice_seen, twice_calls) = work(400), work(800)
     assert twice_seen <= 2.2 * seen and twice_calls <= 2.2 * calls
-    assert seen <= 12 * (len(head) + 200 * len(more))
+    assert seen <= 12 * (len(head) + 400 * len(more))
 
 
 THINK = {
@@ -457,16 +494,19 @@ def test_calls_in_a_think_block_are_meant_if_the_output_ends_with_them(text: str
 @pytest.mark.parametrize("name", FORMATS)
 def test_behind_a_single_call_nothing_is_read(name: ToolParserName) -> None:
     parser = OutputParser(None, tool_format(name, None), single_call=True)
-    text = f"Hm.{tool_format(name, None).opener}{PARIS}"  # type: ignore[union-attr]
+    text = f"Hm.{write_call(name, *call(PARIS))}"
     assert not parser.is_over
-    found = put_together(parser.push(text + f" {OSLO} and so on", last=False))
+    more = f"{write_call(name, *call(OSLO))} and so on"
+    found = put_together(parser.push(text + more, last=False))
     assert parser.is_over and parser.num_calls == 1
     assert (found.content, loaded(found)) == ("Hm.", [call(PARIS)])
     assert parser.push("more", last=True) == []
 
 
 def test_formats_are_told_from_the_chat_template() -> None:
-    assert {"auto", "none", *FORMATS} == set(get_args(ToolParserName))
+    named = {name for some in get_args(ToolParserName) for name in get_args(some)}
+    assert {"auto", "none", *FORMATS} == named
+    assert {"auto", "none", *REASONING_FORMATS} == set(get_args(ReasoningParserName))
     demo = Tokenizer(DEMO_MODEL).chat_template
     chosen = tool_format("auto", demo)
     assert chosen is not None and chosen.name == "hermes"
@@ -479,24 +519,3 @@ def test_formats_are_told_from_the_chat_template() -> None:
     assert tool_format("auto", "{{ messages }}") is None
     assert not reasoning_format("auto", "{{ messages }}")
     assert tool_format("none", demo) is None and not reasoning_format("none", demo)
-
-
-def test_a_forced_call_has_a_schema_and_references_find_their_way() -> None:
-    """Into the parameters, wherever those stand, and not into the other function's."""
-    properties = {"at": {"$ref": "#/$defs/Point"}, "again": {"$ref": "#"}}
-    point = {"type": "object", "properties": properties, "additionalProperties": False}
-    tool = {"name": "f", "parameters": point | {"$defs": {"Point": {"type": "integer"}}}}
-    hermes, mistral = tool_format("hermes", None), tool_format("mistral", None)
-    assert hermes is not None and mistral is not None
-    import jsonschema
-
-    schema = hermes.forced_schema([tool, {"name": "g"}])
-    validator = jsonschema.Draft202012Validator(schema)
-    assert validator.is_valid({"name": "f", "arguments": {"at": 3}})
-    assert validator.is_valid({"name": "f", "arguments": {"again": {"at": 3}}})
-    assert not validator.is_valid({"name": "f", "arguments": {"again": {"name": "f"}}})
-    assert validator.is_valid({"name": "g", "arguments": {}})
-    assert not validator.is_valid({"name": "f", "arguments": {"at": "x"}})
-    assert not validator.is_valid({"name": "h", "arguments": {}})
-    array = mistral.forced_schema([tool])
-    assert jsonschema.Draft202012Validator(array).is_valid([{"name": "f", "arguments": {"at": 3}}])

@@ -14,7 +14,15 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+import xgrammar
+from tokenizers import Tokenizer
 
+from deployments.api.schema.tools import call_grammar
+from deployments.parsing import FORMATS
+from engine.sampling.grammar.worker import compile_grammar, tokenizer_info
+from engine.structured_outputs import StructuredOutputs
+from engine.text.messages import Tool
+from tests.checkpoints import VOCAB_SIZE
 from tests.deployments.in_process import InProcessApi, serve_in_process
 from tests.engine.mcp_tools import MCP_TOOLS
 from tests.engine.random_schemas import random_schema
@@ -181,8 +189,8 @@ def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_pa
     thinker = tmp_path / "thinker"
     shutil.copytree(model, thinker)
     (thinker / "chat_template.jinja").write_text(TEMPLATE + "<think>")
-    text = '{"name": "stop", "parameters": {}}'
-    options: dict[str, Any] = {"extra_body": {"guided_choice": [text]}, "tools": TOOLS}
+    text = '{"name": "away", "parameters": {}}'
+    options: dict[str, Any] = {"extra_body": {"guided_choice": [text]}}
     parsers = dict(tool_parser="llama3_json", reasoning_parser="think")
     with serve_in_process(str(thinker), **parsers, **SERVER) as api:
         assert api.run(chat(api, **options)) == text
@@ -193,8 +201,7 @@ def test_an_answer_of_a_form_is_neither_a_thought_nor_a_call(model: Path, tmp_pa
             )
         )
     assert not answer.choices[0].message.tool_calls
-    said = " ".join([*PARAMETERS, PROMPT])
-    prompt = api.front.tokenizer.encode(said + "<think>\n</think>\n\n")
+    prompt = api.front.tokenizer.encode(PROMPT + "<think>\n</think>\n\n")
     assert answer.usage is not None and answer.usage.prompt_tokens == len(prompt)
 
 
@@ -291,7 +298,7 @@ PARAMETERS = {
 }
 
 
-async def call(api: InProcessApi, seed: int, choice: Any) -> tuple[str, str]:
+async def call(api: InProcessApi, seed: int, choice: Any, **more: Any) -> tuple[str, str]:
     """(name, arguments) of the one call that an answer must be; streamed if the seed is odd."""
     options: dict[str, Any] = dict(
         model=api.front.model_name,
@@ -300,6 +307,7 @@ async def call(api: InProcessApi, seed: int, choice: Any) -> tuple[str, str]:
         tool_choice=choice,
         temperature=1.0,
         seed=seed,
+        **more,
     )
     if seed % 2 == 0:
         answer = await api.openai.chat.completions.create(**options)
@@ -315,29 +323,99 @@ async def call(api: InProcessApi, seed: int, choice: Any) -> tuple[str, str]:
     return made.function.name, made.function.arguments
 
 
-@pytest.mark.parametrize(
-    ("parser", "count"), [("hermes", 40), ("llama3_json", 30), ("mistral", 30)]
-)
-def test_100_of_100_forced_calls_parse(model: Path, parser: str, count: int) -> None:
+@pytest.mark.parametrize("parser", FORMATS)
+def test_all_forced_calls_parse(
+    api: InProcessApi, parser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.front, "tool_format", FORMATS[parser])
     choices = [
         *("required", "required"),
         {"type": "function", "function": {"name": "set_timer"}},
         {"type": "function", "function": {"name": "stop"}},
     ]
-    with serve_in_process(str(model), tool_parser=parser, **SERVER) as api:
 
-        async def ask() -> list[tuple[str, str]]:
-            return await asyncio.gather(*[call(api, i, choices[i // 2 % 4]) for i in range(count)])
+    async def ask() -> list[tuple[str, str]]:
+        return await asyncio.gather(*[call(api, i, choices[i // 2]) for i in range(8)])
 
-        calls = api.run(ask())
-        api.assert_idle()
-    assert len(calls) == count
+    calls = api.run(ask())
     for i, (name, arguments) in enumerate(calls):
-        choice = choices[i // 2 % 4]
+        choice = choices[i // 2]
         if not isinstance(choice, str):
             assert name == choice["function"]["name"]
         jsonschema.validate(json.loads(arguments), PARAMETERS[name])
     assert {name for name, _ in calls} == set(PARAMETERS)
+
+
+def test_a_forced_call_beside_a_form_is_a_call(api: InProcessApi) -> None:
+    name, arguments = api.run(call(api, 0, "required", response_format={"type": "json_object"}))
+    jsonschema.validate(json.loads(arguments), PARAMETERS[name])
+
+
+@pytest.fixture(scope="module", params=["text", "special"])
+def marked_api(model: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Any:
+    """Where the marks of calls are text, and where they are special tokens, which have none."""
+    directory = tmp_path_factory.mktemp("marked") / "chat"
+    shutil.copytree(model, directory)
+    if request.param == "special":
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        tokenizer.add_special_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>"])
+        tokenizer.save(str(directory / "tokenizer.json"))
+    with serve_in_process(str(directory), tool_parser="hermes", **SERVER) as api:
+        yield api
+        api.assert_idle()
+
+
+def test_beside_tools_a_form_binds_the_answer_alone(marked_api: InProcessApi) -> None:
+    """A model that knows nothing calls one, or answers in the form: both, over some seeds."""
+    options: dict[str, Any] = dict(
+        model=marked_api.front.model_name,
+        messages=MESSAGES,
+        tools=TOOLS,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+    )
+
+    async def ask() -> list[Any]:
+        create = marked_api.openai.chat.completions.create
+        asked = [
+            create(**options, seed=seed, parallel_tool_calls=seed % 2 > 0) for seed in range(16)
+        ]
+        return await asyncio.gather(*asked)
+
+    kinds = set()
+    for seed, answer in enumerate(marked_api.run(ask())):
+        (choice,) = answer.choices
+        calls = choice.message.tool_calls or []
+        kinds.add(bool(calls))
+        if not calls:
+            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+        assert not (calls and choice.message.content) and (seed % 2 or len(calls) <= 1)
+        for made in calls[: None if choice.finish_reason == "tool_calls" else -1]:
+            schema = PARAMETERS[made.function.name]
+            if made.function.name == "set_timer":  # which is strict
+                jsonschema.validate(json.loads(made.function.arguments), schema)
+    assert kinds == {True, False}
+
+
+def test_a_strict_call_among_text(marked_api: InProcessApi) -> None:
+    """Whatever precedes it; once begun, a call has a name of the list, and what that takes."""
+    grammar = call_grammar(marked_api.front, FORMATS["hermes"], [Tool(**tool) for tool in TOOLS])
+    thoughts = marked_api.front.special_tokens(("<think>", "</think>")).values()
+    wanted = StructuredOutputs(**grammar.among_text(is_single=False, thoughts=list(thoughts)))
+    tokenizer = marked_api.front.tokenizer
+    info = tokenizer_info(marked_api.front.model, VOCAB_SIZE, [2])
+    compiled = compile_grammar(xgrammar.GrammarCompiler(info), wanted)
+
+    def takes(text: str) -> bool:
+        matcher = xgrammar.GrammarMatcher(compiled)
+        return all(map(matcher.accept_token, tokenizer.encode(text)))
+
+    strict = '<tool_call>\n{"name": "set_timer", "arguments": {"minutes": %s}}\n</tool_call>'
+    free = '<tool_call>\n{"name": "get_weather", "arguments": {"town": 1}}\n</tool_call>'
+    assert takes("Hm <b>, so: " + strict % 3 + " and " + free + strict % 90 + " done")
+    assert takes("<think>So</think>" + strict % 3) and takes("So</think>" + strict % 3)
+    assert not takes(strict % 91)
+    assert not takes(free.replace("get_weather", "get_weather_in"))
+    assert not takes("<tool_call>\nwhat")
 
 
 def test_tools_may_have_a_template_of_their_own(model: Path, tmp_path: Path) -> None:
@@ -390,7 +468,6 @@ def test_tools_as_they_are_out_there_can_be_forced(api: InProcessApi, choice: st
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"response_format": {"type": "json_object"}}, "tool_choice: a forced call"),
         ({"extra_body": {"ignore_eos": True}}, "ignore_eos: it cannot be combined"),
         (
             {

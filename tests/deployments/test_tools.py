@@ -185,7 +185,7 @@ def test_an_answer_without_a_thought_has_no_reasoning(demo: LocalServer) -> None
             "tool_call_id: messages of a tool need it",
         ),
         (
-            {"messages": [{"role": "assistant", "content": None}]},
+            {"messages": [{"role": "user", "content": None}]},
             "messages.0.content",
             "required",
         ),
@@ -253,7 +253,7 @@ TIMER_CALL = ("set_timer", '{"minutes": 3}')
         (f"<think>\nHm.\n{CALL}", "", "Hm.", [TIMER_CALL]),
         (f"<tool_call>{CALL} 17 degrees", " 17 degrees", "", [TIMER_CALL]),
         (f"A <tool_call> is:\n\n{CALL}\n{CALL}", "A <tool_call> is:", "", [TIMER_CALL] * 2),
-        ('<tool_call>{"name": "stop"}}</tool_call>', "", "", [("stop", "{}")]),
+        ('<tool_call>{"name": "set_timer"}}</tool_call>', "", "", [("set_timer", "{}")]),
     ],
 )
 def test_an_answer_comes_apart_streamed_or_not_and_whatever_its_marks_are(

@@ -38,6 +38,8 @@ RULES: list[dict[str, Any]] = [
     dict(logit_bias={token: 2.5 for token in HALF}, frequency_penalty=2.0),
     dict(allowed_token_ids=[5, 11, 17, 64, 319]),
     dict(allowed_token_ids=HALF, repetition_penalty=2.0),
+    dict(thinking_limit={"budget": 0, "end": [7]}),
+    dict(thinking_limit={"budget": 5, "end": [7, 9]}, frequency_penalty=2.0),
 ]
 
 
@@ -64,6 +66,13 @@ def naive(
         logits[token] = x / penalty if x > 0 else x * penalty
     for token, count in Counter(output).items():
         logits[token] -= params.frequency_penalty * count + params.presence_penalty
+    limit = params.thinking_limit
+    if limit is not None and 0 <= len(output) - limit.budget < len(limit.end):
+        thoughts = list(output[: limit.budget])
+        ends = [thoughts[i : i + len(limit.end)] for i in range(limit.budget)]
+        if thoughts[: len(limit.start)] == limit.start and limit.end not in ends:
+            logits[:] = -math.inf
+            logits[limit.end[len(output) - limit.budget]] = 0
     return logits
 
 
@@ -199,6 +208,31 @@ def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
         result = engine.runner.launch(plan).result()
     assert len(whole) > 10
     assert result.token_ids == [text[-num_sampled:] for _, text in whole]
+
+
+def test_thoughts_are_ended_only_where_they_are_and_go_on(
+    checkpoints: CheckpointFactory, plain: list[list[int]]
+) -> None:
+    """Not in an output that does not begin with them, nor where they have ended before."""
+    text = plain[0]
+    other = next(token for token in range(3, VOCAB_SIZE) if token not in text)
+    cases: list[tuple[dict[str, Any], bool]] = [
+        (dict(budget=4, end=[other]), True),
+        (dict(budget=4, start=text[:2], end=[other]), True),
+        (dict(budget=4, start=[other], end=[other]), False),
+        (dict(budget=4, start=text[:5], end=[other]), False),
+        (dict(budget=6, end=text[2:4]), False),
+        (dict(budget=3, end=text[2:4]), False),  # as by itself
+    ]
+    request = plain_requests()[0]
+    with new_engine(checkpoints("qwen3")) as engine:
+        for limit, is_forced in cases:
+            given = request.params.model_dump(exclude_unset=True) | {"thinking_limit": limit}
+            limited = replace(request, params=SamplingParams(**given))
+            (output,) = tokens_of(run(engine, [limited]))
+            assert (output != text) == is_forced, limit
+            if is_forced:
+                assert output[:5] == [*text[:4], other]
 
 
 def test_a_row_forgets_the_rules_of_its_predecessor(

@@ -1,6 +1,5 @@
 """Recorded steps: padding, static buffers and the ladder, proven on CPU tensors."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from engine.config import EngineConfig
 from engine.device.recorded_steps import RecordedSteps, Shape, default_sizes, prompt_shapes
@@ -19,8 +17,8 @@ from engine.runner.warm_up import warm_up_plans
 from engine.sampling.pending_step import PendingStep
 from engine.schedule.step import StepPlan
 from kernels import select_ops
-from kernels.cpu.build import instruction_set
 from kernels.cpu.recorder import Arena
+from kernels.ops import REFERENCE
 from kernels.types import StepRows
 from tests.conftest import CheckpointFactory
 from tests.engine.fake_recorder import FakeRecorder
@@ -234,11 +232,12 @@ def test_graphs_and_eager_contradict() -> None:
 # --- On a CPU ---------------------------------------------------------------------------------
 
 has_recorder = pytest.mark.skipif(
-    "avx512" not in instruction_set(), reason="the linear layers of this CPU are torch's"
+    select_ops(torch.device("cpu")).new_recorder is None, reason="no C++ compiler here"
 )
 CPU_CONFIGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": dict(dtype="bfloat16"),
+    "float16": dict(dtype="float16"),
     "w8a8": dict(dtype="bfloat16", quantization="w8a8"),
     "int4": dict(dtype="bfloat16", quantization="int4"),
     "fp8 cache": dict(dtype="bfloat16", kv_cache_dtype="fp8"),
@@ -247,13 +246,13 @@ CPU_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @has_recorder
-@pytest.mark.parametrize("config", CPU_CONFIGS)
-@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [*(("qwen3", config) for config in CPU_CONFIGS), ("llama3", "w8a8"), ("mistral", "bfloat16")],
+)
 def test_a_cpu_records_each_batch_size_when_it_comes(
     checkpoints: CheckpointFactory, family: str, config: str
 ) -> None:
-    if "bfloat16" in CPU_CONFIGS[config].values() and instruction_set() != "avx512_bf16":
-        pytest.skip("this CPU has no products of bfloat16")
     directory = checkpoints(family, hidden_size=64, intermediate_size=128)
     # No cached prompts: in 16 bits they may decide between two tokens that are as likely.
     options = dict(max_num_seqs=32, enable_prefix_caching=False) | CPU_CONFIGS[config]
@@ -269,37 +268,15 @@ def test_a_cpu_records_each_batch_size_when_it_comes(
         assert 2 * both["replayed_steps"] > first["steps"]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral"])
-def test_on_a_cpu_nothing_of_a_step_is_torchs_but_its_linear_layers(
-    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, family: str
+def test_what_torch_computes_is_not_recorded(
+    checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those it has kernels for only with AVX512; hidden from the recorder, the rest is recorded."""
-    ops = select_ops(torch.device("cpu"))
-    if ops.new_recorder is None:
-        pytest.skip("no C++ compiler here")
-
-    def pack_hidden(*arguments: Any) -> Callable[[Tensor], Tensor]:
-        linear = ops.pack_linear(*arguments)
-
-        def run_hidden(x: Tensor) -> Tensor:
-            with _disable_current_modes():
-                return linear(x)
-
-        return run_hidden
-
-    hidden = replace(ops, pack_linear=pack_hidden)
-    monkeypatch.setattr(model_runner, "select_ops", lambda *_: hidden)
-    with new_engine(checkpoints(family)) as engine:
-        run(engine, requests()[:3])
-        run(engine, requests()[:3])
-        assert engine.stats()["replayed_steps"] > 0
-
-
-def test_what_torch_computes_is_not_recorded(checkpoints: CheckpointFactory) -> None:
-    """There are no linear layers of float16 but torch's, which a replay would leave out."""
-    with new_engine(checkpoints("qwen3"), dtype="float16", enforce_eager=True) as engine:
+    """A replay would leave it out."""
+    ops = replace(select_ops(torch.device("cpu")), rms_norm=REFERENCE.rms_norm)
+    monkeypatch.setattr(model_runner, "select_ops", lambda *_: ops)
+    with new_engine(checkpoints("qwen3"), enforce_eager=True) as engine:
         expected = tokens_of(run(engine, requests()))
-    with new_engine(checkpoints("qwen3"), dtype="float16") as engine:
+    with new_engine(checkpoints("qwen3")) as engine:
         assert tokens_of(run(engine, requests())) == expected
         assert engine.stats()["replayed_steps"] == 0
 

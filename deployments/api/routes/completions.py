@@ -53,7 +53,17 @@ class _Started:
         if self.request.logprobs is None:
             return None
         echoed = prompt if self.request.echo else None
-        return TextLogprobs(self.front.tokenizer, echoed, self.request.skip_special_tokens)
+        skips, as_ids = self.request.skip_special_tokens, self.request.return_tokens_as_token_ids
+        return TextLogprobs(self.front.tokenizer, echoed, skips, as_ids)
+
+    def token_ids(
+        self, prompt: list[int], output: Output | TextDelta, is_first: bool
+    ) -> dict[str, Any]:
+        """A choice's fields with token ids, if they are asked for."""
+        if not self.request.return_token_ids:
+            return {}
+        of_prompt = {"prompt_token_ids": prompt} if is_first else {}
+        return {**of_prompt, "token_ids": list(output.token_ids)}
 
     def usage(self, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
         """Token counts, given the outputs of all streams."""
@@ -85,7 +95,7 @@ def routes(front: Front) -> APIRouter:
 async def complete_text(front: Front, request: CompletionRequest) -> Whole:
     """Raises ApiError for a request that cannot be served."""
     started = await _start(front, request)
-    return await Whole.of(await collect_all(started.streams), partial(_answer, started))
+    return Whole(await collect_all(started.streams), partial(_answer, started))
 
 
 def _answer(started: _Started, outputs: list[Output]) -> dict[str, Any]:
@@ -125,6 +135,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         "object": "text_completion",
         "created": int(time.time()),
         "model": front.model_name,
+        "system_fingerprint": front.fingerprint,
     }
     streams: list[AsyncGenerator[TextDelta]] = []
     for tokens, text in zip(prompts, texts, strict=True):
@@ -162,6 +173,7 @@ async def _without_output(deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[T
                 delta,
                 text="",
                 num_tokens=0,
+                token_ids=(),
                 finish_reason="length",
                 stop_reason=None,
                 logprobs=None,
@@ -177,6 +189,7 @@ def _choice(started: _Started, index: int, prompt: list[int], output: Output) ->
         "logprobs": logprobs.take(output) if logprobs else None,
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
+        **started.token_ids(prompt, output, is_first=True),
     }
     if started.request.prompt_logprobs is None:
         return choice
@@ -194,20 +207,22 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
         async for news in steps:
             events = []
             for index, delta in news:
+                prompt = started.prompts[index // num_choices]
+                token_ids = started.token_ids(prompt, delta, is_first=index not in last)
                 last[index] = delta
-                if delta.text or delta.finish_reason or delta.logprobs:
+                if delta.text or delta.finish_reason or delta.logprobs or token_ids:
                     own = logprobs[index]
                     choice = {
                         "index": index,
                         "text": delta.text,
                         "logprobs": own.take(delta) if own else None,
                         "finish_reason": delta.finish_reason,
+                        **token_ids,
                     }
                     if delta.finish_reason is not None:
                         choice["stop_reason"] = delta.stop_reason
                     counts = None
                     if started.request.continuous_usage:
-                        prompt = started.prompts[index // num_choices]
                         counts = usage(len(prompt), delta.num_tokens, delta.num_cached_tokens)
                     events.append(chunks.event(choice, counts))
             if events:

@@ -9,6 +9,7 @@ from fastapi.responses import PlainTextResponse, Response
 from deployments.api.errors import ApiError
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
+from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
 from deployments.observe.metrics import CONTENT_TYPE
 from deployments.version import VERSION
@@ -16,13 +17,31 @@ from deployments.version import VERSION
 
 def routes(front: Front) -> APIRouter:
     router = APIRouter()
-    created = int(time.time())
 
     @router.get("/health", responses=documented(answers.Health))
     async def health() -> dict[str, str]:
         """200 while the engine beats, 503 when it does not."""
         front.check_health()
         return {"status": "ok"}
+
+    @router.get("/ready", responses=documented(answers.Health))
+    async def ready() -> dict[str, str]:
+        """200 while new requests would be served, 503 while the engine starts or ends."""
+        front.check_open()
+        front.client.check_available()
+        if not front.client.is_connected:
+            raise EngineUnavailableError("the engine is still starting")
+        return {"status": "ok"}
+
+    @router.get("/ping", responses=documented(answers.Health))
+    async def ping() -> dict[str, str]:
+        """As /health, by the name that SageMaker asks for."""
+        return await health()
+
+    @router.get("/load", responses=documented(answers.Load))
+    async def load() -> dict[str, int]:
+        """Requests that this replica has taken and not answered; as in vLLM."""
+        return {"server_load": front.client.num_live}
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -33,6 +52,13 @@ def routes(front: Front) -> APIRouter:
     async def get_version() -> dict[str, str]:
         return {"version": VERSION}
 
+    _add_models(router, front)
+    return router
+
+
+def _add_models(router: APIRouter, front: Front) -> None:
+    created = int(time.time())
+
     def model() -> dict[str, Any]:
         limits = front.client.limits
         return {
@@ -40,6 +66,8 @@ def routes(front: Front) -> APIRouter:
             "object": "model",
             "created": created,
             "owned_by": "manta",
+            "root": front.model,
+            "parent": None,
             "max_model_len": limits.max_len if limits else None,
         }
 
@@ -52,5 +80,3 @@ def routes(front: Front) -> APIRouter:
         if model_id != front.model_name:
             raise ApiError.no_such_model(model_id, front.model_name)
         return model()
-
-    return router

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from pydantic import Field, model_validator
 from pydantic_core import to_json
 
-from deployments.api.admission import check_model, prompt_error
+from deployments.api.admission import check_model, max_counted_tokens, prompt_error
 from deployments.api.bodies import BodyRoute
 from deployments.api.errors import ApiError
 from deployments.api.schema import answers
@@ -19,10 +19,6 @@ from engine.sampling_params import TokenId
 from engine.text.messages import Message, Tool
 
 P = ParamSpec("P")
-
-# Texts may be longer than the window, whoever wants to cut them must count them first; but not
-# without end.
-_MAX_TOKENS = 2**16
 
 
 class TokenizeRequest(ModelRequest):
@@ -86,8 +82,7 @@ def routes(front: Front) -> APIRouter:
 
 
 async def _encode(front: Front, request: TokenizeRequest) -> list[int]:
-    limits = front.client.limits
-    max_len = max(limits.max_len if limits else 0, _MAX_TOKENS)
+    max_len = max_counted_tokens(front)
     if request.prompt is not None:
         special = request.add_special_tokens is not False
         return await front.encode(request.prompt, special, max_len)

@@ -44,7 +44,7 @@ class AnswerParser:
             "refusal": None,
         }
         if reasoning:
-            message["reasoning_content"] = reasoning
+            message |= AnswerParser.delta(Reasoning(reasoning))
         if calls:
             message["tool_calls"] = calls
         return message
@@ -66,7 +66,7 @@ class AnswerParser:
             case Content(text):
                 return {"content": text}
             case Reasoning(text):
-                return {"reasoning_content": text}
+                return {"reasoning_content": text, "reasoning": text}  # clients know one of them
             case CallStart(index, call_id, name):
                 function = {"name": name, "arguments": ""}
                 call = {"index": index, "id": call_id, "type": "function", "function": function}

@@ -23,7 +23,9 @@ class Error(Answer):
     error: ErrorDetail
 
 
-def documented(answer: type[Answer], streams: bool = False) -> dict[int | str, dict[str, Any]]:
+def documented(
+    answer: type[Answer], streams: bool = False, error: type[Answer] = Error
+) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: its answer, and errors, which all have one shape."""
     success: dict[str, Any] = {"model": answer}
     if streams:
@@ -31,13 +33,28 @@ def documented(answer: type[Answer], streams: bool = False) -> dict[int | str, d
         success["description"] = "The answer; server-sent events where the request has stream."
     return {
         200: success,
-        "4XX": {"model": Error, "description": "The request cannot be served as it is."},
-        "5XX": {"model": Error, "description": "The server cannot serve it now."},
+        "4XX": {"model": error, "description": "The request cannot be served as it is."},
+        "5XX": {"model": error, "description": "The server cannot serve it now."},
     }
+
+
+class AnthropicErrorDetail(Answer):
+    type: str
+    message: str
+
+
+class AnthropicError(Answer):
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+    request_id: str
 
 
 class Health(Answer):
     status: Literal["ok"]
+
+
+class Load(Answer):
+    server_load: int
 
 
 class Version(Answer):
@@ -49,6 +66,8 @@ class Model(Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int | None
 
 
@@ -61,11 +80,19 @@ class CachedTokens(Answer):
     cached_tokens: int
 
 
+class ReasoningTokens(Answer):
+    reasoning_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+
+
+class ChatUsage(Usage):
+    completion_tokens_details: ReasoningTokens
 
 
 class PromptLogprob(Answer):
@@ -108,6 +135,7 @@ class AssistantMessage(Answer):
     content: str | None
     refusal: None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list)
 
 
@@ -117,6 +145,7 @@ class ChatChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Answer):
@@ -124,8 +153,10 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: ChatUsage
+    prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 
@@ -142,6 +173,8 @@ class TextChoice(Answer):
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 
@@ -150,6 +183,7 @@ class TextCompletion(Answer):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -163,6 +197,53 @@ class Tokens(Answer):
 
 class Text(Answer):
     prompt: str
+
+
+class TextBlock(Answer):
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Answer):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(Answer):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class ThinkingTokens(Answer):
+    thinking_tokens: int
+
+
+class MessageUsage(Answer):
+    input_tokens: int
+    cache_read_input_tokens: int
+    cache_creation_input_tokens: int
+    output_tokens: int
+    output_tokens_details: ThinkingTokens
+
+
+class Message(Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Discriminator("type")]]
+    stop_reason: Literal[
+        "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
+    ]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokensOfMessages(Answer):
+    input_tokens: int
 
 
 class OutputText(Answer):
@@ -193,6 +274,7 @@ class ReasoningItem(Answer):
     status: ItemStatus
     summary: list[Any]
     content: list[ReasoningText]
+    encrypted_content: str | None = None
 
 
 class FunctionCallItem(Answer):
@@ -202,14 +284,27 @@ class FunctionCallItem(Answer):
     call_id: str
     name: str
     arguments: str
+    namespace: str | None = None
+
+
+class CustomToolCallItem(Answer):
+    id: str
+    type: Literal["custom_tool_call"]
+    status: ItemStatus
+    call_id: str
+    name: str
+    input: str
+    namespace: str | None = None
+
+
+class Deleted(Answer):
+    id: str
+    object: str
+    deleted: bool
 
 
 class InputTokens(CachedTokens):
     cache_write_tokens: int
-
-
-class ReasoningTokens(Answer):
-    reasoning_tokens: int
 
 
 class ResponseUsage(Answer):
@@ -240,15 +335,24 @@ class Response(Answer):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[Annotated[MessageItem | ReasoningItem | FunctionCallItem, Discriminator("type")]]
+    output: list[
+        Annotated[
+            MessageItem | ReasoningItem | FunctionCallItem | CustomToolCallItem,
+            Discriminator("type"),
+        ]
+    ]
     parallel_tool_calls: bool
-    previous_response_id: None
-    store: Literal[False]
+    previous_response_id: str | None
+    prompt_cache_key: str | None
+    reasoning: dict[str, Any]
+    safety_identifier: str | None
+    service_tier: Literal["default"]
+    store: bool
     temperature: float
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_p: float
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     user: str | None

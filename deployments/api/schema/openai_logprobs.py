@@ -12,13 +12,24 @@ from engine.text.tokenizer import Tokenizer
 _LOWEST = -9999.0  # JSON has no -inf; OpenAI's API says this
 
 
-def chat_logprobs(tokenizer: Tokenizer, positions: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """`logprobs` of a chat choice: for each token its text, bytes, and the most probable ones."""
+def token_name(tokenizer: Tokenizer, token: int, as_id: bool) -> str:
+    """A token's text, or what vLLM's `return_tokens_as_token_ids` says instead."""
+    return f"token_id:{token}" if as_id else tokenizer.token_bytes(token).decode(errors="replace")
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, positions: Sequence[TokenLogprobs], as_ids: bool = False
+) -> dict[str, Any]:
+    """`logprobs` of a chat choice: for each token its text, bytes, and the most probable ones.
+
+    Args:
+        as_ids: see `token_name`.
+    """
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token)
         return {
-            "token": data.decode(errors="replace"),
+            "token": token_name(tokenizer, token, as_ids),
             "logprob": max(logprob, _LOWEST),
             "bytes": list(data),
         }
@@ -57,11 +68,17 @@ class TextLogprobs:
     Args:
         echoed: tokens of the prompt, where the choice's text begins with it.
         skip_special_tokens: whether they are no part of the text, and so have no width in it.
+        as_ids: see `token_name`.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, echoed: Sequence[int] | None, skip_special_tokens: bool
+        self,
+        tokenizer: Tokenizer,
+        echoed: Sequence[int] | None,
+        skip_special_tokens: bool,
+        as_ids: bool = False,
     ) -> None:
+        self._as_ids = as_ids
         self._tokenizer = tokenizer
         self._echoed = echoed
         self._skip_special_tokens = skip_special_tokens
@@ -105,4 +122,4 @@ class TextLogprobs:
             self._offset += len(self._characters.decode(self._tokenizer.token_bytes(token)))
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.token_bytes(token).decode(errors="replace")
+        return token_name(self._tokenizer, token, self._as_ids)

@@ -1,6 +1,6 @@
 """Request bodies. What is not a field here is refused by name."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgpack
 from pydantic import (
@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from deployments.api.schema.structured import FormFields
-from deployments.api.schema.tools import NamedTool, ToolChoice
+from deployments.api.schema.tools import AllowedTools, ToolChoice, names_of
 from deployments.api.scope import scope
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
 from engine.text.chat_template import check_variables
@@ -90,10 +90,36 @@ class AgentRequest(ServedRequest):
         None, description="The same: prefixes are found without it. To divide them: cache_salt."
     )
     prompt_cache_options: Annotated[None, NotServed({}, {"mode": "implicit"})] = None
-    prompt_cache_retention: Annotated[None, NotServed("in_memory")] = None
-    service_tier: Annotated[None, NotServed("auto", "default")] = None
-    store: Unserved = Field(None, description="Nothing is: send the conversation each time.")
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = Field(
+        None, description="Taken, without effect: prefixes stay while there is room."
+    )
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = Field(
+        None, description="Taken, without effect: all are served alike. See priority."
+    )
+    store: bool | None = Field(
+        None, description="Of a response: whether others may go on from it. Chats are never kept."
+    )
     moderation: Unserved = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
+Verbosity = Annotated[
+    Literal["low", "medium", "high"] | None,
+    Field(description="Given to the template, which may know it."),
+]
+# Tokens of thoughts, where the template knows only whether to think.
+_BUDGETS = {"minimal": 512, "low": 2048, "medium": 8192}
+# What templates know of reasoning_effort.
+_TEMPLATE_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
+
+
+def effort_variables(effort: Effort) -> dict[str, Any]:
+    """The template's variables, which have several names."""
+    if effort is None:
+        return {}
+    thinks = effort != "none"
+    told = {"reasoning_effort": _TEMPLATE_EFFORTS.get(effort, effort)} if thinks else {}
+    return {"enable_thinking": thinks, "thinking": thinks, **told}
 
 
 class StreamOptions(RequestModel):
@@ -104,10 +130,34 @@ class StreamOptions(RequestModel):
     include_obfuscation: Unserved = None
 
 
+def _sampling(name: str) -> Any:
+    """The sampling parameter of that name, as everywhere."""
+    return SamplingParams.model_fields[name]
+
+
+class SamplingFields(RequestModel):
+    """The sampling parameters of APIs that have their own names for the others."""
+
+    temperature: float = _sampling("temperature")
+    top_p: float = _sampling("top_p")
+    top_k: int = _sampling("top_k")
+    min_p: float = _sampling("min_p")
+    presence_penalty: float = _sampling("presence_penalty")
+    frequency_penalty: float = _sampling("frequency_penalty")
+    repetition_penalty: float = _sampling("repetition_penalty")
+    seed: int | None = _sampling("seed")
+
+
 class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
+    return_token_ids: bool = Field(
+        False, description="Choices have token_ids, and their prompt prompt_token_ids; as in vLLM."
+    )
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
+    )
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
@@ -183,8 +233,13 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     functions: Unserved = None
     modalities: Annotated[None, NotServed(["text"])] = None
     prediction: Unserved = None
-    reasoning_effort: Unserved = None
-    verbosity: Annotated[None, NotServed("medium")] = None
+    thinking_token_budget: int | None = Field(
+        None, ge=0, lt=2**31, description="Tokens after which thoughts are made to end."
+    )
+    reasoning_effort: Effort = Field(
+        None, description="none: no thoughts. Templates that know of more are told which."
+    )
+    verbosity: Verbosity = None
     web_search_options: Unserved = None
 
     @model_validator(mode="after")
@@ -195,19 +250,29 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
 
     @model_validator(mode="after")
     def _choice_among_tools(self) -> "ChatCompletionRequest":
-        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
-            names = [tool.function.name for tool in self.tools]
-            if not names:
-                raise ValueError("tool_choice: there are no tools to choose from")
-            if isinstance(self.tool_choice, NamedTool):
-                wanted = self.tool_choice.function.name
-                if wanted not in names:
-                    raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        names = [tool.function.name for tool in self.tools]
+        if not names:
+            raise ValueError("tool_choice: there are no tools to choose from")
+        for wanted in names_of(self.tool_choice):
+            if wanted not in names:
+                raise ValueError(f"tool_choice: {wanted!r} is not among the tools ({names})")
         return self
+
+    @property
+    def thinking_budget(self) -> int | None:
+        """Its own, or that of its effort."""
+        if self.thinking_token_budget is not None:
+            return self.thinking_token_budget
+        return _BUDGETS.get(self.reasoning_effort or "")
 
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the model is told of."""
+        if isinstance(self.tool_choice, AllowedTools):
+            allowed = names_of(self.tool_choice)
+            return [tool for tool in self.tools if tool.function.name in allowed]
         return [] if self.tool_choice == "none" else self.tools
 
     def template_options(self) -> dict[str, Any]:
@@ -216,6 +281,8 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             "tools": [tool.for_template() for tool in self.offered_tools],
             "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
+            **({"verbosity": self.verbosity} if self.verbosity else {}),
+            **effort_variables(self.reasoning_effort),
             **self.chat_template_kwargs,
         }
 

@@ -1,19 +1,25 @@
 """The Responses API's input items, and the messages of a chat that they are."""
 
+import base64
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from deployments.api.schema.response_tools import TEXT_ARGUMENT, full_name
+from deployments.api.schema.turns import Turns
 from engine.text.messages import (
     CacheBreakpoint,
     CalledFunction,
     FunctionName,
     Message,
+    NotLookedAt,
     RefusalPart,
     TextPart,
     ToolCall,
 )
 from engine.text.request_model import NotServed, RequestModel, Unserved
+
+_SEAL = "manta1:"
 
 
 class _Item(RequestModel):
@@ -30,15 +36,30 @@ class _Item(RequestModel):
 
 
 class InputPart(RequestModel):
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Unserved = None
-    logprobs: Unserved = None
+    annotations: NotLookedAt = None
+    logprobs: NotLookedAt = None
     prompt_cache_breakpoint: CacheBreakpoint = None
-    parsed: Any = Field(None, description="Of OpenAI's clients; not looked at.")
+    cache_control: NotLookedAt = None
+    parsed: NotLookedAt = None
 
 
-Parts = list[Annotated[InputPart | RefusalPart, Field(discriminator="type")]]
+def _type_of_part(part: Any) -> str | None:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "text" if kind in ("input_text", "output_text", "text") else kind
+
+
+Part = Annotated[
+    Annotated[InputPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")],
+    Discriminator(
+        _type_of_part,
+        custom_error_type="part_type",
+        custom_error_message="a part is of type input_text, output_text or refusal; images, audio "
+        "and files are not read here",
+    ),
+]
+Parts = list[Part]
 
 
 def _text(content: str | Parts) -> str | list[TextPart]:
@@ -57,19 +78,35 @@ class InputMessage(_Item):
 class _OfACall(_Item):
     call_id: str
     caller: Annotated[None, NotServed({"type": "direct"})] = None
-    namespace: Unserved = None
+    is_async: Unserved = Field(None, alias="async")
+    namespace: str | None = None
 
 
 class FunctionCall(_OfACall):
     type: Literal["function_call"]
     name: FunctionName
     arguments: str
-    parsed_arguments: Any = Field(None, description="Of OpenAI's clients; not looked at.")
-    is_async: Unserved = Field(None, alias="async")
+    parsed_arguments: NotLookedAt = None
+
+    def as_call(self) -> ToolCall:
+        name = full_name(self.name, self.namespace)
+        function = CalledFunction(name=name, arguments=self.arguments)
+        return ToolCall(id=self.call_id, function=function)
 
 
-class FunctionCallOutput(_OfACall):
-    type: Literal["function_call_output"]
+class CustomToolCall(_OfACall):
+    type: Literal["custom_tool_call"]
+    name: FunctionName
+    input: str
+
+    def as_call(self) -> ToolCall:
+        name = full_name(self.name, self.namespace)
+        function = {"name": name, "arguments": {TEXT_ARGUMENT: self.input}}
+        return ToolCall(id=self.call_id, function=CalledFunction.model_validate(function))
+
+
+class CallOutput(_OfACall):
+    type: Literal["function_call_output", "custom_tool_call_output"]
     output: str | Parts
     name: str | None = None
 
@@ -85,64 +122,72 @@ class Reasoning(_Item):
         default_factory=list, description="Stands for content where there is none."
     )
     content: list[ReasoningPart] = Field(default_factory=list)
-    encrypted_content: Unserved = None
+    encrypted_content: str | None = Field(
+        None, description="The thoughts once more, for clients that drop the others."
+    )
 
     @property
     def text(self) -> str:
+        own = opened(self.encrypted_content or "")
+        if own is not None and not self.content:
+            return own
         separator, parts = ("", self.content) if self.content else ("\n\n", self.summary)
         return separator.join(part.text for part in parts)
+
+
+def sealed(thoughts: str) -> str:
+    """As `encrypted_content`. Nothing in it is secret: the thoughts are beside it."""
+    return _SEAL + base64.b64encode(thoughts.encode()).decode()
+
+
+def opened(content: str) -> str | None:
+    """The thoughts in it; None if another server has made it."""
+    try:
+        return (
+            base64.b64decode(content.removeprefix(_SEAL), validate=True).decode()
+            if (content.startswith(_SEAL))
+            else None
+        )
+    except ValueError:
+        return None
 
 
 def _type_of(item: Any) -> str | None:
     """A message may leave its type out."""
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    if kind in ("function_call_output", "custom_tool_call_output"):
+        return "output"
     return "message" if kind is None else kind if isinstance(kind, str) else None
 
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[CustomToolCall, Tag("custom_tool_call")]
+    | Annotated[CallOutput, Tag("output")]
     | Annotated[Reasoning, Tag("reasoning")],
     Discriminator(
         _type_of,
         custom_error_type="item_type",
-        custom_error_message="type must be message, function_call, function_call_output or "
-        "reasoning",
+        custom_error_message="type must be message, function_call, function_call_output, "
+        "custom_tool_call, custom_tool_call_output or reasoning",
     ),
 ]
 
 
 def to_messages(items: list[InputItem]) -> list[Message]:
-    """Thoughts, words and calls of the assistant in a row are one message."""
-    messages: list[Message] = []
-    turn: dict[str, Any] = {}  # of the assistant, so far
-
-    def end_turn() -> None:
-        if turn:
-            messages.append(Message(role="assistant", **turn))
-            turn.clear()
-
+    turns = Turns()
     for item in items:
         match item:
             case Reasoning():
-                end_turn()
-                turn["reasoning_content"] = item.text
+                turns.think(item.text)
             case InputMessage(role="assistant"):
-                if "content" in turn or "tool_calls" in turn:
-                    end_turn()
-                turn["content"] = _text(item.content)
-            case FunctionCall():
-                function = CalledFunction(name=item.name, arguments=item.arguments)
-                turn.setdefault("tool_calls", []).append(
-                    ToolCall(id=item.call_id, function=function)
-                )
-            case FunctionCallOutput():
-                end_turn()
+                turns.say(_text(item.content))
+            case FunctionCall() | CustomToolCall():
+                turns.call(item.as_call())
+            case CallOutput():
                 answer = {"tool_call_id": item.call_id, "name": item.name}
-                messages.append(Message(role="tool", content=_text(item.output), **answer))
+                turns.add("tool", _text(item.output), **answer)
             case InputMessage():
-                end_turn()
-                messages.append(Message(role=item.role, content=_text(item.content)))
-    end_turn()
-    return messages
+                turns.add(item.role, _text(item.content))
+    return turns.messages

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from deployments.api.errors import ApiError
+from deployments.api.schema.response_items import sealed
+from deployments.api.schema.response_tools import Toolbox, text_of
 from deployments.parsing import Arguments, CallStart, Content, Piece, Reasoning
 
 Event = dict[str, Any]
@@ -17,10 +19,17 @@ class ResponseOutput:
 
     Args:
         head: the response's fields beside those that say how far it is.
+        toolbox: the tools that may be called.
+        seals_thoughts: whether reasoning items have `encrypted_content`.
     """
 
-    def __init__(self, head: dict[str, Any]) -> None:
+    def __init__(
+        self, head: dict[str, Any], toolbox: Toolbox, seals_thoughts: bool = False
+    ) -> None:
         self._head = head
+        self._toolbox = toolbox
+        self._seals_thoughts = seals_thoughts
+        self._arguments = ""  # of the call that is open
         self._items: list[dict[str, Any]] = []
         self._is_open = False  # whether the last item is still growing
         self._sequence = 0
@@ -34,6 +43,10 @@ class ResponseOutput:
     def response(self) -> dict[str, Any]:
         """The response so far."""
         return self._head | {"output": self._items} | self._end
+
+    @property
+    def is_complete(self) -> bool:
+        return self._end["status"] in ("completed", "incomplete")
 
     @property
     def reasoning(self) -> str:
@@ -55,11 +68,15 @@ class ResponseOutput:
                 yield from self._add_text("reasoning", "reasoning_text", text)
             case CallStart(_, call_id, name):
                 yield from self.end_item()
-                call = {"call_id": call_id, "name": name, "arguments": ""}
-                yield self._open_item("fc", {"type": "function_call", **call})
+                self._arguments = ""
+                call = self._toolbox.call(name)
+                prefix, field = ("ctc", "input") if call.is_custom else ("fc", "arguments")
+                yield self._open_item(prefix, {"call_id": call_id, **call.item(), field: ""})
             case Arguments(_, text):
-                self._items[-1]["arguments"] += text
-                yield self._of_item("response.function_call_arguments.delta", delta=text)
+                self._arguments += text
+                if self._items[-1]["type"] == "function_call":
+                    self._items[-1]["arguments"] += text
+                    yield self._of_item("response.function_call_arguments.delta", delta=text)
 
     def end(self, finish_reason: str | None, usage: dict[str, Any]) -> Iterator[Event]:
         """The answer is complete, or has been cut at a length."""
@@ -93,11 +110,17 @@ class ResponseOutput:
                 name=item["name"],
                 arguments=item["arguments"],
             )
+        elif item["type"] == "custom_tool_call":
+            item["input"] = text_of(self._arguments)  # all at once: it was written as JSON
+            yield self._of_item("response.custom_tool_call_input.delta", delta=item["input"])
+            yield self._of_item("response.custom_tool_call_input.done", input=item["input"])
         else:
             (part,) = item["content"]
             extra = _NO_LOGPROBS if part["type"] == "output_text" else {}
             yield self._of_part(f"response.{part['type']}.done", text=part["text"], **extra)
             yield self._of_part("response.content_part.done", part=dict(part))
+            if self._seals_thoughts and item["type"] == "reasoning":
+                item["encrypted_content"] = sealed(part["text"])
         yield self._event(
             "response.output_item.done", output_index=len(self._items) - 1, item=dict(item)
         )

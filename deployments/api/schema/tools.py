@@ -1,11 +1,12 @@
 """Tools in the chat API: what may be declared, and what a request's choice asks of the model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from deployments.api.errors import ApiError, validation_error
+from deployments.api.schema.call_grammar import CallGrammar
 from deployments.api.scope import scope
 from deployments.front.front import Front
 from deployments.parsing import FORMATS, ToolFormat
@@ -25,31 +26,40 @@ class NamedTool(RequestModel):
     function: FunctionReference
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class _Allowed(RequestModel):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
 
 
-@dataclass(frozen=True)
-class ForcedCall:
-    """A call that the model cannot but make: the prompt begins it, a grammar shapes the rest."""
+class AllowedTools(RequestModel):
+    type: Literal["allowed_tools"]
+    allowed_tools: _Allowed
 
-    prefix: str
-    schema: dict[str, Any]  # of what follows the prefix
+    @classmethod
+    def of(cls, mode: Literal["auto", "required"], names: Sequence[str]) -> "AllowedTools":
+        allowed = _Allowed(mode=mode, tools=[named_tool(name) for name in names])
+        return cls(type="allowed_tools", allowed_tools=allowed)
 
-    def constrain(self, params: SamplingParams) -> SamplingParams:
-        """The sampling parameters with the grammar; raises ApiError for what contradicts it."""
-        if params.structured_outputs is not None:
-            raise ApiError(
-                400,
-                "tool_choice: a forced call leaves no room for structured_outputs; leave one out",
-                "tool_choice",
-            )
-        scope().names["structured_outputs"] = "tools"
-        form = {"json": self.schema, "disable_any_whitespace": True}
-        given = params.model_dump(exclude_unset=True)
-        try:
-            return SamplingParams(**given | {"structured_outputs": form})
-        except ValidationError as error:
-            raise validation_error(explain(error.errors())) from error
+
+ToolChoice = Literal["none", "auto", "required"] | AllowedTools | NamedTool
+
+
+def named_tool(name: str) -> NamedTool:
+    return NamedTool.model_validate({"function": {"name": name}})
+
+
+def names_of(choice: ToolChoice | None) -> list[str]:
+    """The tools that a choice names."""
+    if isinstance(choice, NamedTool):
+        return [choice.function.name]
+    if isinstance(choice, AllowedTools):
+        return [tool.function.name for tool in choice.allowed_tools.tools]
+    return []
+
+
+def left_out_header(kinds: Sequence[str]) -> dict[str, str]:
+    """What an answer says of tools that a provider runs, and this server does not: their types."""
+    return {"x-tools-left-out": ", ".join(dict.fromkeys(kinds))} if kinds else {}
 
 
 def find_format(front: Front) -> ToolFormat:
@@ -65,19 +75,42 @@ def find_format(front: Front) -> ToolFormat:
     return front.tool_format
 
 
-def forced_call(
-    tools: list[Tool], choice: ToolChoice | None, tool_format: ToolFormat
-) -> ForcedCall | None:
-    """What the choice leaves no way around; None when the model may answer without a call."""
+def forced_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]:
+    """Those of which one must be called; none when the model may answer without a call."""
+    if isinstance(choice, AllowedTools):
+        choice = choice.allowed_tools.mode
     if choice in (None, "auto", "none"):
-        return None
-    wanted = []
+        return []
+    names = names_of(choice)
+    return [tool for tool in tools if not names or tool.function.name in names]
+
+
+def call_grammar(
+    front: Front, tool_format: ToolFormat, tools: Sequence[Tool], is_forced: bool = False
+) -> CallGrammar:
+    """Of calls of these tools; raises ApiError for a schema that no grammar can be made of.
+
+    The arguments of those that are neither strict nor forced may be any.
+    """
+    functions = []
     for i, tool in enumerate(tools):
-        if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name:
+        function = tool.function.model_dump()
+        if is_forced or tool.function.strict:
             _check_parameters(tool, f"tools.{i}.function.parameters")
-            wanted.append(tool)
-    schema = tool_format.forced_schema([tool.function.model_dump() for tool in wanted])
-    return ForcedCall(tool_format.prefix, schema)
+        else:
+            function["parameters"] = {"type": "object"}
+        functions.append(function)
+    return CallGrammar(tool_format, functions, front.special_tokens(tool_format.marks))
+
+
+def constrain(params: SamplingParams, form: dict[str, Any]) -> SamplingParams:
+    """The parameters with a grammar of calls; raises ApiError for what contradicts it."""
+    scope().names["structured_outputs"] = "tools"
+    given = params.model_dump(exclude_unset=True, exclude={"structured_outputs"})
+    try:
+        return SamplingParams(**given, structured_outputs=form)
+    except ValidationError as error:
+        raise validation_error(explain(error.errors())) from error
 
 
 def _check_parameters(tool: Tool, path: str) -> None:

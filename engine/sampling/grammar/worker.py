@@ -26,6 +26,9 @@ from engine.text.tokenizer import Tokenizer
 _NICENESS = 10
 # Characters of white space in a row that JSON may have: enough to indent it, too few to never end.
 _MAX_WHITESPACE = 32
+# A byte that no text has. What begins with it can come where a grammar names the token, and nowhere
+# else; a token without any bytes could not come at all.
+_NO_TEXT = b"\xff"
 # Characters of what xgrammar says is wrong: it may quote all of the grammar.
 _MAX_REASON = 500
 
@@ -39,7 +42,7 @@ def tokenizer_info(directory: str, vocab_size: int, eos_token_ids: Sequence[int]
     """
     tokenizer = Tokenizer(Path(directory))
     vocabulary = [
-        b"" if tokenizer.is_special(token) else tokenizer.token_bytes(token)
+        (_NO_TEXT if tokenizer.is_special(token) else b"") + tokenizer.token_bytes(token)
         for token in range(vocab_size)
     ]
     return xgrammar.TokenizerInfo(

@@ -2,19 +2,23 @@
 
 import secrets
 import string
+from typing import Any
 
 from deployments.parsing.json_call import MAX_NAME, WORD, CallReader
 from deployments.parsing.source import SPACE, Reading, Source
-from deployments.parsing.tool_format import ToolFormat
+from deployments.parsing.tool_format import Parts, ToolFormat, arguments_form
 
 
 class Mistral(ToolFormat):
     name = "mistral"
     trace = "[TOOL_CALLS]"
-    opener = "[TOOL_CALLS]"
+    openers = ("[TOOL_CALLS]",)
     inner_marks = ("[CALL_ID]", "[ARGS]")
     prefix = "[TOOL_CALLS]"
-    is_array = True
+
+    def written(self, function: dict[str, Any]) -> Parts:
+        begin = f'{self.prefix}[{{"name": "{function["name"]}", "arguments": '
+        return [begin, arguments_form(function), "}]"]
 
     def new_id(self) -> str:
         letters = string.ascii_letters + string.digits  # its chat templates insist on nine of these

@@ -1,0 +1,223 @@
+"""A chat on its way, whichever endpoint it came by: its prompt, and the answer as it is read."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from deployments.api.admission import (
+    check_model,
+    check_prompt,
+    check_queue,
+    prompt_error,
+    request_options,
+    sampling_params,
+)
+from deployments.api.errors import ApiError, validation_error
+from deployments.api.schema.answer_parser import AnswerParser
+from deployments.api.schema.protocol import ChatCompletionRequest
+from deployments.api.schema.tools import call_grammar, constrain, find_format, forced_tools
+from deployments.api.scope import scope
+from deployments.front.front import Front, TextDelta, TextStream
+from deployments.front.request_options import RequestOptions
+from deployments.parsing import THINK, Functions, OutputParser, Piece, ToolFormat
+from engine.sampling_params import SamplingParams, ThinkingLimit
+from engine.strict import explain
+
+# Tokens at a prompt's end that show whether it opens a think block.
+_END_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat request on its way: checked, in tokens, with what its answers are read with."""
+
+    front: Front
+    request: ChatCompletionRequest
+    prompt: list[int]
+    params: SamplingParams
+    head: dict[str, Any]  # what all answers begin with
+    tools: ToolFormat | None  # how it may call them; None if it may not
+    forced_prefix: str | None  # what the prompt ends with, if that begins a call
+    is_shaped: bool  # whether a grammar shapes all of the answer
+    options: RequestOptions
+
+    @classmethod
+    async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
+        """Raises ApiError for a request that cannot be served."""
+        check_model(front, request)
+        check_queue(front, 1)
+        options = request_options(front, request)
+        params = await sampling_params(front, request)
+        tools = find_format(front) if request.offered_tools else None
+        has_form = params.structured_outputs is not None
+        forced_prefix: str | None = None
+        if tools is not None:
+            if forced_tools(request.offered_tools, request.tool_choice):
+                forced_prefix = tools.prefix
+            params = _with_calls(front, request, params, tools)
+        prompt = await _encode(front, request, params)
+        is_shaped = has_form or forced_prefix is not None
+        if is_shaped:
+            prompt += _beginning(front, prompt, forced_prefix)
+        prompt = front.truncate(prompt, params)
+        if not is_shaped:
+            params = _with_limit(front, prompt, params, request.thinking_budget)
+        check_prompt(front, prompt, params, "messages")
+        check_queue(front, params.n, len(prompt) * params.n)
+        scope().end_reading()
+        head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": front.model_name,
+            "system_fingerprint": front.fingerprint,
+        }
+        return cls(front, request, prompt, params, head, tools, forced_prefix, is_shaped, options)
+
+    @property
+    def has_grammar(self) -> bool:
+        """Whether there is a grammar, which the engine may yet refuse."""
+        return self.params.structured_outputs is not None
+
+    @property
+    def may_think(self) -> bool:
+        return self.front.reasoning is not None and not self.is_shaped
+
+    def streams(self) -> list[TextStream]:
+        """The text to come for each choice, with the marks that its parser looks for."""
+        reasoning = self.front.reasoning
+        marks = reasoning.marks if reasoning is not None and self.may_think else ()
+        ends_early = False
+        if self.tools is not None:
+            marks += self.tools.marks
+            ends_early = not self.request.parallel_tool_calls
+        options = replace(
+            self.options,
+            stream=self.options.stream or ends_early,
+            shown_tokens=self.front.tokens_of(marks),
+        )
+        return self.front.generate_choices(self.prompt, self.params, options)
+
+    async def count_tokens(self, text: str) -> int:
+        """Of a part of an answer."""
+        return len(await self.front.encode(text, add_special_tokens=False)) if text else 0
+
+    def new_parser(self) -> AnswerParser:
+        """For one choice."""
+        if self.tools is None and not self.may_think:
+            return AnswerParser()
+        reasoning = self.front.reasoning or THINK
+        return AnswerParser(
+            OutputParser(
+                reasoning.is_open(_end_of(self.front, self.prompt)) if self.may_think else None,
+                self.tools,
+                single_call=not self.request.parallel_tool_calls,
+                forced_prefix=self.forced_prefix,
+                functions=Functions(
+                    tool.function.model_dump() for tool in self.request.offered_tools
+                ),
+                reasoning=reasoning,
+            )
+        )
+
+
+def as_chat(
+    to_chat: Callable[[], ChatCompletionRequest], other_names: Mapping[str, str]
+) -> ChatCompletionRequest:
+    """Another API's request as a chat; raises ApiError for what can be none.
+
+    Args:
+        other_names: what that API calls a chat's fields, for errors.
+    """
+    scope().names = dict(other_names)
+    try:
+        return to_chat()
+    except ValidationError as error:
+        raise validation_error(explain(error.errors())) from error
+    except ValueError as error:
+        raise ApiError(400, str(error), str(error).partition(":")[0]) from error
+
+
+def _with_calls(
+    front: Front, request: ChatCompletionRequest, params: SamplingParams, tools: ToolFormat
+) -> SamplingParams:
+    """With a grammar, where a call is forced or strict, or the answer has a form."""
+    is_single, form = not request.parallel_tool_calls, params.structured_outputs
+    offered = request.offered_tools
+    if forced := forced_tools(offered, request.tool_choice):
+        return constrain(params, call_grammar(front, tools, forced, is_forced=True).forced())
+    if form is not None:
+        return constrain(params, call_grammar(front, tools, offered).or_form(form, is_single))
+    if any(tool.function.strict for tool in offered):
+        marks = front.reasoning.marks if front.reasoning is not None else ()
+        thoughts = list(front.special_tokens(marks).values())
+        grammar = call_grammar(front, tools, offered).among_text(is_single, thoughts)
+        return constrain(params, grammar)
+    return params
+
+
+async def _encode(
+    front: Front, request: ChatCompletionRequest, params: SamplingParams
+) -> list[int]:
+    try:
+        return await front.encode_chat(
+            [message.for_template() for message in request.messages],
+            max_len=front.max_prompt_len(params),
+            **request.template_options(),
+        )
+    except ValueError as error:
+        raise prompt_error(error, "messages") from error
+
+
+def _with_limit(
+    front: Front, prompt: list[int], params: SamplingParams, budget: int | None
+) -> SamplingParams:
+    """With an end to thoughts; the request's own, if it has one."""
+    reasoning = front.reasoning
+    if budget is None or reasoning is None or params.thinking_limit is not None:
+        return params
+    start = "" if reasoning.is_open(_end_of(front, prompt)) else reasoning.open
+    marks = [front.tokenizer.encode(m, add_special_tokens=False) for m in (start, reasoning.close)]
+    limit = ThinkingLimit(budget=budget, start=marks[0], end=marks[1])
+    return params.model_copy(update={"thinking_limit": limit})
+
+
+def _beginning(front: Front, prompt: list[int], forced_prefix: str | None) -> list[int]:
+    """What an answer of a given form begins with: no thoughts, and the mark of a forced call."""
+    skip = front.reasoning.skip(_end_of(front, prompt)) if front.reasoning is not None else ""
+    if forced_prefix and front.reasoning is not None and front.reasoning.has_channels:
+        skip = ""  # a call has a channel of its own
+    return front.tokenizer.encode(skip + (forced_prefix or ""), add_special_tokens=False)
+
+
+def _end_of(front: Front, prompt: list[int]) -> str:
+    """The prompt's end, which shows whether it has begun a block of thoughts."""
+    return front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """What a step brought a choice, read."""
+
+    pieces: list[Piece]
+    delta: TextDelta
+    finish_reason: str | None
+
+
+async def read(stream: TextStream, parser: AnswerParser) -> AsyncGenerator[AnswerDelta]:
+    """A choice's stream, up to where its parser says that all has been said."""
+    async with aclosing(stream):
+        async for delta in stream:
+            reason = delta.finish_reason
+            pieces = parser.pieces(delta.text, last=reason is not None)
+            if parser.is_over:
+                reason = "stop"
+                with suppress(StopAsyncIteration):
+                    await stream.asend(True)
+            yield AnswerDelta(pieces, delta, parser.finish_reason(reason))
+            if parser.is_over:
+                return

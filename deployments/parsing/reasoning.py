@@ -1,0 +1,60 @@
+"""The ways in which models mark off what they think from what they answer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ReasoningParserName = Literal["auto", "none", "think", "mistral", "command", "gemma", "harmony"]
+
+
+@dataclass(frozen=True)
+class ReasoningFormat:
+    """Thoughts stand at the beginning, between two marks."""
+
+    name: str
+    open: str
+    close: str
+    trace: str  # what in a chat template gives the format away
+    has_channels: bool = False  # the marks are harmony's, and the answer has some too
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return self.open, self.close
+
+    def is_open(self, prompt_end: str) -> bool:
+        """Whether the template has begun a block of thoughts for the model."""
+        return not self.has_channels and prompt_end.rstrip().endswith(self.open.rstrip())
+
+    def skip(self, prompt_end: str) -> str:
+        """What a prompt goes on with so that the answer begins at once."""
+        if self.has_channels:
+            return "<|channel|>final<|message|>"
+        return f"\n{self.close}\n\n" if self.is_open(prompt_end) else ""
+
+
+THINK = ReasoningFormat("think", "<think>", "</think>", "</think>")
+HARMONY = ReasoningFormat(
+    "harmony", "<|channel|>analysis<|message|>", "<|end|>", "<|channel|>analysis", has_channels=True
+)
+# In the order in which templates are searched for their traces.
+REASONING_FORMATS: dict[str, ReasoningFormat] = {
+    format.name: format
+    for format in (
+        HARMONY,
+        ReasoningFormat("mistral", "[THINK]", "[/THINK]", "[THINK]"),
+        ReasoningFormat("command", "<|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>"),
+        ReasoningFormat("gemma", "<|channel>thought\n", "<channel|>", "<|channel>"),
+        THINK,
+    )
+}
+
+
+def reasoning_format(
+    name: ReasoningParserName, chat_template: str | None
+) -> ReasoningFormat | None:
+    """The format by name; with "auto", the one that the template knows, if it knows one."""
+    if name != "auto":
+        return REASONING_FORMATS.get(name)
+    for candidate in REASONING_FORMATS.values():
+        if chat_template is not None and candidate.trace in chat_template:
+            return candidate
+    return None

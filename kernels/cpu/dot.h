@@ -1,0 +1,171 @@
+// Dot products in the lanes of a register: what a level of instructions has for each type of
+// weight.
+//
+// Weights are read as 32-bit groups of inputs, one output per lane: a float, two bfloat16 or half,
+// four bytes. A `Dot` multiplies a group with the same inputs of one row of activations and adds
+// the products to the lane. Some processors do it in one instruction. Where they do not, the group
+// is taken apart into PARTS registers first; that is done once for all rows that are at hand, and
+// the activations come apart already.
+#pragma once
+
+#include "simd.h"
+
+namespace manta {
+
+#if defined(__AVX512F__) || defined(__aarch64__) || defined(MANTA_EMULATED_WIDTH)
+constexpr int REGISTERS = 4, MAX_ROWS = 6;  // 24 sums and their operands fill 32 registers
+#elif defined(__AVX2__)
+constexpr int REGISTERS = 2, MAX_ROWS = 6;  // of 16 registers
+#else
+constexpr int REGISTERS = 4, MAX_ROWS = 2;
+#endif
+constexpr int64_t COLUMNS = REGISTERS * WIDTH;  // outputs side by side
+
+// ---- instructions ----
+
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || \
+    defined(MANTA_EMULATED_DOTS)
+#define MANTA_BFLOAT16_DOT 1
+// total + the two products of the pairs of bfloat16 in a lane.
+inline Floats dot_bfloat16(Floats total, Ints a, Ints b) {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#elif defined(__aarch64__)
+    return (Floats)vbfdotq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#else
+    const Floats high = (Floats)(a & (int32_t)0xFFFF0000) * (Floats)(b & (int32_t)0xFFFF0000);
+    return total + ((Floats)(a << 16) * (Floats)(b << 16) + high);
+#endif
+}
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD) || \
+    defined(MANTA_EMULATED_DOTS)
+#define MANTA_BYTE_DOT 1
+// total + the four products of the bytes in a lane. x86 takes those of `a` as unsigned, so that
+// BYTE_OFFSET is added to signed ones.
+inline Ints dot_bytes(Ints total, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)a, (__m256i)b);
+#elif defined(__aarch64__)
+    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b);
+#else
+    for (int shift = 0; shift < 32; shift += 8)
+        total += (Ints)((UInts)a >> shift & 0xFF) * ((b << (24 - shift)) >> 24);
+    return total;
+#endif
+}
+#endif
+
+#if defined(MANTA_BYTE_DOT) && !defined(__aarch64__)
+constexpr int32_t BYTE_OFFSET = 128;
+#else
+constexpr int32_t BYTE_OFFSET = 0;
+#endif
+
+// The two products of the 16-bit pairs in a lane, added.
+inline Ints multiply_pairs(Ints a, Ints b) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(MANTA_AVX2)
+    return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && !defined(MANTA_EMULATED_WIDTH)
+    return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return (Ints)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+#else
+    return ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// Of the four signed bytes in a lane two as a pair of 16 bits: the even ones (0) or the odd (1).
+inline Ints byte_pair(Ints bytes, int part) {
+    return (Ints)(part == 0 ? (Pairs)((Pairs)bytes << 8) >> 8 : (Pairs)bytes >> 8);
+}
+
+// ---- one for each type of weight ----
+
+struct DotFloat {
+    using Total = Floats;
+    static constexpr int PARTS = 1;
+    // A part of the n-th register of groups.
+    static Ints part(const int32_t* groups, int n, int) {
+        return load_bits<Ints>(groups + n * WIDTH);
+    }
+    static Floats add(Floats total, Ints x, Ints weight) {
+        return fma((Floats)x, (Floats)weight, total);
+    }
+};
+
+#if defined(MANTA_BFLOAT16_DOT)
+struct DotBFloat16 : DotFloat {
+    static Floats add(Floats total, Ints x, Ints weight) { return dot_bfloat16(total, x, weight); }
+};
+#else
+struct DotBFloat16 : DotFloat {  // activations are floats
+    static constexpr int PARTS = 2;
+    static Ints part(const int32_t* groups, int n, int part) {
+        const Ints pairs = load_bits<Ints>(groups + n * WIDTH);
+        return part == 0 ? pairs << 16 : pairs & (int32_t)0xFFFF0000;
+    }
+};
+#endif
+
+struct DotHalf : DotFloat {  // activations are floats; COLUMNS first inputs, then the second ones
+    static constexpr int PARTS = 2;
+    static Ints part(const int32_t* groups, int n, int part) {
+        const Half* halves = reinterpret_cast<const Half*>(groups);
+        return (Ints)load(halves + part * COLUMNS + n * WIDTH);
+    }
+};
+
+#if defined(MANTA_BYTE_DOT)
+struct DotInt8 : DotFloat {
+    using Total = Ints;
+    static Ints add(Ints total, Ints x, Ints weight) { return dot_bytes(total, x, weight); }
+};
+#else
+struct DotInt8 {
+    using Total = Ints;
+    static constexpr int PARTS = 2;
+    static Ints part(const int32_t* groups, int n, int part) {
+        return byte_pair(load_bits<Ints>(groups + n * WIDTH), part);
+    }
+    static Ints add(Ints total, Ints x, Ints weight) { return total + multiply_pairs(x, weight); }
+};
+#endif
+
+// Sums of products of bytes 0 … 15 with signed bytes, 32 of them.
+class NibbleDots {
+public:
+    void add(Ints nibbles, Ints bytes) {
+#if defined(MANTA_BYTE_DOT)
+        sums = dot_bytes(sums, nibbles, bytes);
+#elif defined(__AVX512BW__)
+        sums = (Ints)((Pairs)sums +
+                      (Pairs)_mm512_maddubs_epi16((__m512i)nibbles, (__m512i)bytes));
+#elif defined(MANTA_AVX2)
+        sums = (Ints)((Pairs)sums +
+                      (Pairs)_mm256_maddubs_epi16((__m256i)nibbles, (__m256i)bytes));
+#else
+        for (int part = 0; part < 2; ++part)
+            sums += multiply_pairs(byte_pair(nibbles, part), byte_pair(bytes, part));
+#endif
+    }
+
+    Ints total() const {
+#if !defined(MANTA_BYTE_DOT) && (defined(__AVX512BW__) || defined(MANTA_AVX2))
+        return multiply_pairs(sums, (Ints)(Pairs{} + 1));  // at most 16 * 15 * 127 each: they fit
+#else
+        return sums;
+#endif
+    }
+
+private:
+    Ints sums{};
+};
+
+}  // namespace manta
