@@ -1,8 +1,9 @@
 """A first half hour with a GPU: parts of some minutes, each command with a limit of its own.
 
     python -m benchmarks.gpu_day look kernels headline    # about 6 minutes
-    python -m benchmarks.gpu_day tests sweep              # 8
+    python -m benchmarks.gpu_day tests sweep              # 10
     python -m benchmarks.gpu_day 8b latency steps         # 6
+    python -m benchmarks.gpu_day weights                  # 4
     python -m benchmarks.gpu_day nano vllm \\
         --nano-vllm-python nano-venv/bin/python --vllm-python vllm-venv/bin/python    # 10
 
@@ -153,6 +154,8 @@ def parts(nano_vllm_python: str | None, vllm_python: str | None) -> dict[str, Ca
             _generate("0.6b-block-128", SHAPE, budget, "block_size=128"),
             _generate("0.6b-fp8-cache", SHAPE, budget, "kv_cache_dtype=fp8"),
             _generate("0.6b-no-overlap", SHAPE, budget, "async_scheduling=false"),
+            _generate("0.6b-prompts-launched", SHAPE, budget, "cuda_graph_max_tokens=0"),
+            _generate("0.6b-deterministic", SHAPE, budget, "deterministic=true"),
             _generate(
                 *("0.6b-top-k-top-p", SHAPE, budget, "sampling:top_k=20", "sampling:top_p=0.95")
             ),
@@ -160,6 +163,10 @@ def parts(nano_vllm_python: str | None, vllm_python: str | None) -> dict[str, Ca
         "8b": lambda: [
             _generate("8b", _LARGE, budget, limit_s=130),
             _generate("8b-fp8-cache", _LARGE, budget, "kv_cache_dtype=fp8", limit_s=130),
+        ],
+        "weights": lambda: [
+            _generate("8b-fp8-weights", _LARGE, budget, "quantization=fp8", limit_s=130),
+            _generate("8b-int4-weights", _LARGE, budget, "quantization=int4", limit_s=200),
         ],
         "latency": lambda: [
             Job.of(

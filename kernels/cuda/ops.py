@@ -71,6 +71,8 @@ def triton_ops(num_processors: int, deterministic: bool = False) -> Ops:
     Args:
         deterministic: compute each token by the same operations, products too.
     """
+    # Products and sums are rounded once where both are there; Triton wants to be told from 3.10 on.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     from kernels.cuda import elementwise, linear, quantized, rotary, sampling, step
     from kernels.cuda.attention import TritonAttention
 

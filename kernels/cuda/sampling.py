@@ -261,7 +261,7 @@ def _sample_kernel(
         )
         tl.debug_barrier()  # what is put aside is read by other threads
         if count <= CANDIDATES:
-            token = _pick(tokens, values, count, top_k, top_p, mass, u, CANDIDATES, 32)
+            token = _pick(tokens, values, count, top_k, top_p, mass, u, CANDIDATES, 16)
     if token < 0:
         token = _search(logits, vocab, best, best_token, temperature, cut, top_k, top_p, u, BLOCK)
     tl.store(out + row, token.to(tl.int64))

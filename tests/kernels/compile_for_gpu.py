@@ -161,6 +161,8 @@ if __name__ == "__main__":
         registers, spilled = resources(kernel)
         shared = kernel.metadata.shared
         failed |= spilled > 64 or shared > SHARED_MEMORY
+        if not kernel.metadata.enable_fp_fusion:  # of which every bit counts
+            failed |= "fma.rn" in kernel.asm["ptx"]
         print(f"{name:26} {registers:4} registers, {spilled} B spilled, {shared:6} B shared")
     print(f"compiled {watch.num_compiled}, again for other lengths: {watch.late or 'none'}")
     sys.exit(failed)

@@ -203,16 +203,13 @@ def test_attention_over_a_cache_of_8_bits(dtype: torch.dtype) -> None:
 DETERMINISTIC = triton_ops(num_processors=2, deterministic=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
-def test_deterministic_attention_depends_on_the_context_alone(
-    dtype: torch.dtype, window: int | None
-) -> None:
+def test_deterministic_attention_depends_on_the_context_alone(window: int | None) -> None:
     """What a token gets as part of a prompt, in chunks of it, and when it is decoded."""
     torch.manual_seed(0)
     length, block_size = 150, 16
     step = Attention(
-        random.Random(0), dtype, [(length, length), (length, length)], 16, 2, 2, block_size,
+        random.Random(0), torch.bfloat16, [(length, length)] * 2, 16, 1, 2, block_size,
         device=DEVICE,
     )  # fmt: skip
     cache = each_tensor(step.cache, on_device)
@@ -232,7 +229,7 @@ def test_deterministic_attention_depends_on_the_context_alone(
     decoded, chunk, second = attend([(1, 149, 150), (0, 0, 70), (0, 70, 131)])
     assert decoded.equal(other[149:])
     assert torch.cat((chunk, second)).equal(whole[:131])
-    for position in (0, 15, 63, 64, 100):
+    for position in (0, 63, 100):
         ours, _ = attend([(0, position, position + 1), (1, 3, 4)])
         assert ours.equal(whole[position : position + 1])
 
@@ -240,14 +237,14 @@ def test_deterministic_attention_depends_on_the_context_alone(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic_products(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(130, 100), torch.randn(70, 100), torch.randn(70)
+    x, weight, bias = torch.randn(70, 100), torch.randn(40, 100), torch.randn(40)
     x, weight, bias = (on_device(each.to(dtype)) for each in (x, weight, bias))
     for own_bias in (bias, None):
         linear = DETERMINISTIC.pack_linear(weight, own_bias, None)
         whole = linear(x)
         expected = x.float() @ weight.float().T + (0 if own_bias is None else own_bias.float())
         assert_close(whole.cpu(), expected.to(dtype).cpu())
-        for rows in (slice(0, 1), slice(3, 5), slice(60, 130), slice(0, 0)):
+        for rows in (slice(3, 4), slice(30, 70), slice(0, 0)):
             assert linear(x[rows]).equal(whole[rows])
 
 
