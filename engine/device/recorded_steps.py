@@ -23,7 +23,9 @@ from kernels.ops import Recorder
 from kernels.types import StepRows
 
 _PADDING = -1  # no row of the tables
-_ROWS = (8, 64, 512)  # of steps with prompts
+# Of steps with prompts, in which one kernel attends to all rows. With more of them a GPU takes
+# longer than launching does, and decodes faster by a kernel of its own.
+_ROWS = (8, 64)
 _logger = logging.getLogger(__name__)
 
 
@@ -45,13 +47,13 @@ def default_sizes(max_num_seqs: int) -> list[int]:
 
 
 def prompt_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
-    """Of steps with prompts: tokens in steps of a third to a half, rows of an eighth or all.
+    """Of steps with prompts of up to 63 rows: tokens in steps of a third to a half.
 
     There is a row to spare for the tokens that are too many.
     """
     ladder = [size for n in range(4, 32) for size in (1 << n, 3 << (n - 1))]
     tokens = [size for size in ladder if size < max_tokens] + [max_tokens] * (max_tokens > 0)
-    rows = [0, *(size for size in _ROWS if size <= max_rows), max_rows + 1]
+    rows = [0, *sorted({min(size, max_rows + 1) for size in _ROWS})]
     return [Shape(size, more) for size in tokens for fewer, more in pairwise(rows) if fewer <= size]
 
 

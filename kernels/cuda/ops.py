@@ -5,6 +5,7 @@ import os
 import shutil
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,13 @@ def triton_ops(num_processors: int, deterministic: bool = False) -> Ops:
     """
     # Products and sums are rounded once where both are there; Triton wants to be told from 3.10 on.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    from kernels.cuda import elementwise, linear, quantized, rotary, sampling, step
+    from kernels.cuda import elementwise, linear, rotary, sampling, step
     from kernels.cuda.attention import TritonAttention
 
     return Ops(
         name="cuda-triton-deterministic" if deterministic else "cuda-triton",
         attention=TritonAttention(num_processors, deterministic),
-        pack_linear=linear.pack_linear if deterministic else quantized.pack_linear,
+        pack_linear=partial(linear.pack_linear, deterministic=deterministic),
         sampling=sampling,
         new_recorder=CudaRecorder,
         prepare_step=step.prepare_step,
