@@ -159,6 +159,16 @@ def test_cache_of_8_bits(checkpoints: CheckpointFactory) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_weights_of_fewer_bits(tmp_path: Path, format: str) -> None:
+    """Not the same tokens as with all of them, but none that is far from the best."""
+    sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, head_dim=32)
+    directory = make_checkpoint(tmp_path / "model", "qwen3", **sizes)
+    outputs = text(directory, dtype="bfloat16", quantization=format)
+    assert worst_lag(directory, PROMPTS, outputs, torch.bfloat16) < 1.5
+
+
+@needs_gpu
 @pytest.mark.parametrize("eager", [False, True])
 def test_nothing_is_compiled_while_requests_wait(
     checkpoints: CheckpointFactory, eager: bool
