@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.logits import apply_bitmask, penalize
-from kernels.reference import top_logprobs
+from kernels.cuda.logits import apply_bitmask, penalize, top_logprobs
 
 __all__ = ["apply_bitmask", "penalize", "sample", "top_logprobs"]  # `kernels.ops.Sampling`
 

@@ -105,6 +105,7 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     own = torch.empty(tokens, 151_936)
     text = torch.zeros(tokens, 100 + tokens, dtype=torch.int64)
     ops.sampling.penalize(own, text, at, text.int(), numbers, numbers, numbers)
+    ops.sampling.top_logprobs(logits, at, 5)
     ops.sampling.apply_bitmask(own, torch.zeros(tokens, 4748, dtype=torch.int32))
     plan = torch.zeros(3 * tokens + 1, dtype=torch.int32)  # rows, starts, query_starts
     parts = plan[:tokens], plan[tokens : 2 * tokens], plan[2 * tokens :]

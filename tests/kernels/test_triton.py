@@ -435,6 +435,22 @@ def test_bitmask(vocab: int) -> None:
     assert actual.cpu().equal(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(4, 6000) * 5).to(dtype)
+    logits[1, 3:] = -torch.inf
+    token_ids = torch.tensor([5, 2, 5999, int(logits[3].argmax())])
+    expected = reference.top_logprobs(logits, token_ids, 2)
+    actual = OPS.sampling.top_logprobs(on_device(logits), on_device(token_ids), 2)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted)
+    alone = OPS.sampling.top_logprobs(on_device(logits[2:3]), on_device(token_ids[2:3]), 2)
+    assert alone[1].equal(actual[1][2:3]), "it depends on the other rows"
+    none = OPS.sampling.top_logprobs(on_device(logits[:0]), on_device(token_ids[:0]), 2)
+    assert [part.shape for part in none] == [(0, 3), (0, 3), (0,)]
+
+
 # --- Sampling ---------------------------------------------------------------------------------
 
 
