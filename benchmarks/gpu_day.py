@@ -50,6 +50,7 @@ class Job:
     summary: Callable[[Any], str] | None = None  # of the JSON that it writes
     last: int = 12  # lines to show
     env: tuple[tuple[str, str], ...] = ()
+    is_benchmark: bool = False
 
     @classmethod
     def of(
@@ -61,15 +62,8 @@ class Job:
         summary: Callable[[Any], str] | None = None,
         last: int = 12,
     ) -> "Job":
-        return cls(name or benchmark, limit_s, (benchmark, *arguments), summary, last)
-
-    @property
-    def is_benchmark(self) -> bool:
-        return _path(self.command[0]).exists()
-
-
-def _path(benchmark: str) -> Path:
-    return Path(__file__).with_name(f"{benchmark}.py")
+        command = (benchmark, *arguments)
+        return cls(name or benchmark, limit_s, command, summary, last, is_benchmark=True)
 
 
 # --- What a JSON comes to ---------------------------------------------------------------------
@@ -238,7 +232,8 @@ def _run_here(command: list[str], log: Path) -> int:
     before, sys.argv = sys.argv, command
     try:
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-            runpy.run_path(str(_path(command[0])), run_name="__main__")
+            path = Path(__file__).with_name(f"{command[0]}.py")
+            runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv = before
     return 0

@@ -38,16 +38,18 @@ def test_every_part_is_a_list_of_jobs_with_names_of_their_own() -> None:
     jobs = [job for name, part in parts.items() if name != "rehearse" for job in part()]
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names) > 15
+    scripts = {job.command[0] for job in jobs if job.is_benchmark}
+    assert all(Path(gpu_day.__file__).with_name(f"{name}.py").exists() for name in scripts)
     with pytest.raises(ValueError, match="--vllm-python"):
         list(gpu_day.parts("nano", None)["vllm"]())
 
 
 def test_a_job_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
-    job = Job("hangs", 1.0, ("sh", "-c", "sleep 600 & echo $!; wait"))
+    job = Job("hangs", 3.0, ("sh", "-c", "sleep 600 & echo $!; wait"))
     status = run(job, tmp_path)
     child = int((tmp_path / "hangs.log").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
-    assert table_line(job, tmp_path, status) == "hangs                  took more than 1.0 s"
+    assert table_line(job, tmp_path, status) == "hangs                  took more than 3.0 s"
 
 
 def test_a_job_that_fails_says_so(tmp_path: Path) -> None:
