@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +111,7 @@ def _generate(name: str, model: Path, *settings: str, limit_s: float = 85) -> Jo
     return Job.of("throughput", *arguments, name=name, limit_s=limit_s, summary=_throughput, last=8)
 
 
-def _compare(name: str, option: str, python: str | None, limit_s: float) -> Iterator[Job]:
-    if python is None:
-        raise ValueError(f"{name}: give its interpreter with {option}")
+def _compare(name: str, option: str, python: str, limit_s: float) -> Iterator[Job]:
     for model in (SHAPE, _LARGE):
         arguments = ("--model", str(model), *_WORKLOAD, "--max-num-seqs", "256", option, python)
         yield Job.of(
@@ -124,7 +122,7 @@ def _compare(name: str, option: str, python: str | None, limit_s: float) -> Iter
         )
 
 
-def parts(nano_vllm_python: str | None, vllm_python: str | None) -> dict[str, Callable[[], Any]]:
+def parts(nano_vllm_python: str, vllm_python: str) -> dict[str, Callable[[], Iterable[Job]]]:
     """By name, what gives the jobs of each part."""
     budget = "max_num_batched_tokens=16384"
     tests = ("tests/gpu", "tests/kernels/test_triton.py")
@@ -201,10 +199,11 @@ def run(job: Job, directory: Path, apart: bool = True) -> int:
 
     With its children, which hold the GPU's memory, it is killed at the limit.
     """
-    command = list(job.command)
+    command, written = list(job.command), directory / f"{job.name}.json"
+    written.unlink(missing_ok=True)  # of another day
     if job.is_benchmark:
         if job.summary is not None:
-            command += ["--json", str(directory / f"{job.name}.json")]
+            command += ["--json", str(written)]
         if not apart:
             return _run_here(command, directory / f"{job.name}.log")
         command = [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]]
@@ -254,12 +253,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="+", choices=parts(None, None))
+    parser.add_argument("parts", nargs="+", choices=parts("", ""))
     default = Path(os.environ.get("OUT") or Path(tempfile.gettempdir()) / "gpu-day")
     parser.add_argument("--directory", type=Path, default=default, help="for logs and figures")
-    parser.add_argument("--nano-vllm-python", help="the interpreter of nano-vLLM's environment")
-    parser.add_argument("--vllm-python", help="the interpreter of vLLM's")
+    for name in ("nano-vllm", "vllm"):
+        text = f"the interpreter of {name}'s environment"
+        parser.add_argument(f"--{name}-python", default="", help=text)
     arguments = parser.parse_args()
+    for part, python in (("nano", arguments.nano_vllm_python), ("vllm", arguments.vllm_python)):
+        if part in arguments.parts and not python:
+            parser.error(f"{part}: give its interpreter")
     arguments.directory.mkdir(parents=True, exist_ok=True)
     known = parts(arguments.nano_vllm_python, arguments.vllm_python)
     lines = []

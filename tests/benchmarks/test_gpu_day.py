@@ -40,8 +40,15 @@ def test_every_part_is_a_list_of_jobs_with_names_of_their_own() -> None:
     assert len(set(names)) == len(names) > 15
     scripts = {job.command[0] for job in jobs if job.is_benchmark}
     assert all(Path(gpu_day.__file__).with_name(f"{name}.py").exists() for name in scripts)
-    with pytest.raises(ValueError, match="--vllm-python"):
-        list(gpu_day.parts("nano", None)["vllm"]())
+
+
+def test_an_engine_to_compare_with_needs_its_interpreter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_day", "look", "vllm"])
+    with pytest.raises(SystemExit):
+        gpu_day.main()
+    assert "vllm: give its interpreter" in capsys.readouterr().err
 
 
 def test_a_job_that_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
