@@ -206,11 +206,8 @@ class EngineConfig(StrictModel):
             )
         return self
 
-    def on_device(self, device_type: str, memory: int) -> Self:
-        """With what was left open decided for this device: cpu or cuda, of so many bytes.
-
-        Raises ValueError for settings that mean nothing there.
-        """
+    def check_device(self, device_type: str) -> None:
+        """Raises ValueError for settings that mean nothing on the device found: cpu or cuda."""
         foreign: dict[str, bool] = {"quantization": self.quantization == "w8a8"}
         if device_type == "cpu":
             foreign = {
@@ -221,6 +218,13 @@ class EngineConfig(StrictModel):
         other = "GPU" if device_type == "cpu" else "CPU"
         for name in (name for name, is_given in foreign.items() if is_given):
             raise ValueError(f"{name}: {getattr(self, name)!r} is for {other}s only; leave it out")
+
+    def on_device(self, device_type: str, memory: int) -> Self:
+        """With what was left open decided for this device: cpu or cuda, of so many bytes.
+
+        Raises ValueError for settings that mean nothing there.
+        """
+        self.check_device(device_type)
         default = _ON_A_LARGE_GPU if memory >= _LARGE_GPU_BYTES else _ON_A_GPU
         rows, tokens = self._step_size(_ON_A_CPU if device_type == "cpu" else default)
         decided = {"max_num_seqs": rows, "max_num_batched_tokens": tokens}

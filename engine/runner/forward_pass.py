@@ -17,7 +17,7 @@ from engine.device.recorded_steps import (
 )
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
-from engine.models.decoder import CausalLM
+from engine.models.shape import LanguageModel
 from engine.schedule.step import ScheduledRow
 from kernels import Ops
 from kernels.types import KVCache, StepRows
@@ -29,7 +29,7 @@ class ForwardPass:
     def __init__(
         self,
         config: EngineConfig,
-        model: CausalLM,
+        model: LanguageModel,
         tables: DeviceTables,
         cache_layout: KVCacheLayout,
         ops: Ops,
@@ -41,7 +41,8 @@ class ForwardPass:
         self._ops = ops
         self._device = device
         self.kv_caches: list[KVCache] = []
-        self._new_recorder = None if config.enforce_eager else ops.new_recorder
+        records = model.is_recordable and not config.enforce_eager
+        self._new_recorder = ops.new_recorder if records else None
         # Whether `record` takes time and memory.
         self.records_ahead = self._new_recorder is not None and self._new_recorder().ahead
         max_rows, max_tokens = config.step_size
@@ -51,7 +52,7 @@ class ForwardPass:
             self._sizes = config.cuda_graph_sizes or default_sizes(max_rows)
             most = min(config.cuda_graph_max_tokens or 0, max_tokens)
             self._prompts = prompt_shapes(most, max_rows)
-        else:
+        elif device.type == "cpu":
             for name in ("cuda_graph_sizes", "cuda_graph_max_tokens"):
                 if (value := getattr(config, name)) is not None:
                     raise ValueError(f"{name}: {value} is for GPUs only; leave it out")
@@ -120,5 +121,4 @@ class ForwardPass:
         )
         plan = self._ops.attention.plan
         planned = tuple(plan(own, spec) for own, spec in zip(step.attention, specs, strict=True))
-        hidden: Tensor = self.model(replace(step, attention=planned), self.kv_caches)
-        return hidden
+        return self.model(replace(step, attention=planned), self.kv_caches)

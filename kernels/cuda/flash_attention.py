@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.cache import cache_directory
 from kernels.ops import Attention
 from kernels.types import AttentionInputs, AttentionNeeds, KVCache, PagedKV
@@ -90,7 +91,10 @@ class FlashAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        if sinks is not None:
+            return reference.attention.attend(q, cache, inputs, scale, window, softcap, sinks)
         first, plan = inputs.num_decodes, inputs.plan
         if inputs.context_lens.shape[0] == first:
             return self._decoding.attend(q, cache, plan.decodes, scale, window, softcap)
