@@ -18,7 +18,7 @@ from engine.device.recorded_steps import (
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
 from engine.models.shape import LanguageModel
-from engine.schedule.step import ScheduledRow
+from engine.schedule.step import StepPlan
 from kernels import Ops
 from kernels.types import KVCache, StepRows
 
@@ -87,11 +87,9 @@ class ForwardPass:
                 self._new_recorder(), self._sizes, self._prompts, self._run, self._device
             )
 
-    def hidden_states(self, scheduled: Sequence[ScheduledRow]) -> Tensor:
+    def hidden_states(self, plan: StepPlan) -> Tensor:
         """[T, hidden] of a step's T tokens, in order; to be used before the next step."""
-        rows = [row.row for row in scheduled]
-        starts = [row.start for row in scheduled]
-        lengths = [row.num_tokens for row in scheduled]
+        rows, starts, lengths = plan.rows, plan.starts, plan.lengths
         if self._recorded is not None:
             hidden = self._recorded.run(rows, starts, lengths)
             if hidden is not None:

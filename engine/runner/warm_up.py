@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, StepPlan
 
 # Everything that takes memory by row and vocabulary, which is much of what a step takes.
 _COSTLY = SamplingParams(
@@ -29,36 +29,29 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
     longest = max_len - 1
     length = max(min(tokens // rows, longest), 1)
     lengths = [min(length + tokens - rows * length, longest), *[length] * (rows - 1)]
+    decoding = StepPlan()
+    for row in range(rows):
+        decoding.add(row, start=0, num_tokens=1, num_sampled=1)
     return [
         _prompts(lengths, _COSTLY),
         _prompts(lengths, _PLAIN),
         _prompts([min(tokens, longest)], _PLAIN),
-        StepPlan([], [_scheduled(row, 1) for row in range(rows)]),
+        decoding,
     ]
 
 
 def _prompts(lengths: Sequence[int], params: SamplingParams) -> StepPlan:
-    new = [
-        NewRow(
-            row=row,
-            token_ids=[0] * length,
-            num_prompt_tokens=length,
-            block_tables=[],
-            params=params,
-            seed=0,
+    plan = StepPlan()
+    for row, length in enumerate(lengths):
+        plan.new_rows.append(
+            NewRow(
+                row=row,
+                token_ids=[0] * length,
+                num_prompt_tokens=length,
+                block_tables=[],
+                params=params,
+                seed=0,
+            )
         )
-        for row, length in enumerate(lengths)
-    ]
-    return StepPlan(new, [_scheduled(row, length) for row, length in enumerate(lengths)])
-
-
-def _scheduled(row: int, num_tokens: int) -> ScheduledRow:
-    return ScheduledRow(
-        request_id="",
-        row=row,
-        start=0,
-        num_tokens=num_tokens,
-        num_held_blocks=0,
-        new_blocks=[],
-        num_sampled=1,
-    )
+        plan.add(row, start=0, num_tokens=length, num_sampled=1)
+    return plan
