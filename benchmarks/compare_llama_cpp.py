@@ -93,8 +93,8 @@ def run_llama_cpp(arguments: argparse.Namespace, model: Path) -> list[tuple[floa
 
 
 def run_ours(arguments: argparse.Namespace, quantization: str) -> list[tuple[float, float]]:
-    command = [sys.executable, "-m", "benchmarks.latency", "--json", "--model", arguments.model]
-    command += ["--prompt", arguments.prompt, "--output", arguments.output]
+    command = [sys.executable, "-m", "benchmarks.latency", "--model", arguments.model]
+    command += ["--json", "/dev/stdout", "--prompt", arguments.prompt, "--output", arguments.output]
     command += ["--batch", *arguments.batch]
     if quantization != "bf16":
         command += ["--option", f"quantization={quantization}"]

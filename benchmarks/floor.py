@@ -8,12 +8,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.shape import DenseShape
-from kernels import Ops
+from engine import checkpoint
+from engine.config import EngineConfig
+from engine.device.select import select_device
+from engine.device.threads import num_compute_threads
+from engine.models.registry import read_config
+from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 
 SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"  # a config.json, for dummy weights
 # Bits per weight: (layers, head). Groups of int4 share a scale; the head stays at 8 bits.
-_WEIGHT_BITS: dict[str | None, tuple[float, float]] = {"w8a8": (8, 8), "int4": (4.5, 8)}
+_WEIGHT_BITS: dict[str | None, tuple[float, float]] = {
+    "w8a8": (8, 8),
+    "int4": (4.5, 8),
+    "fp8": (8, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,38 @@ class Floor:
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """The shortest of several timed calls, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    """The shortest of several timed calls, after one to warm up; a GPU's as it counts itself."""
+    run()
+    timed = _gpu_seconds if device.type == "cuda" else _seconds
+    return min(timed(run) for _ in range(repeats))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def machine_for(config: EngineConfig) -> Machine:
+    """As an engine of this configuration finds it: to be measured before one takes the memory."""
+    device = select_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or num_compute_threads(config.num_ranks))
+    model = read_config(checkpoint.resolve(config.model, config.revision))
+    dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
+    machine = measure_machine(device, dtype, select_ops(device), config.quantization)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return machine
 
 
 def measure_machine(
@@ -55,21 +87,23 @@ def measure_machine(
     ops: Ops | None = None,
     quantization: Quantization | None = None,
 ) -> Machine:
-    """Bandwidth by summing 1 GiB, compute rate by a 4096 x 2048 x 4096 product.
+    """Bandwidth by summing 1 GiB, compute rate by a large product.
 
     The product is torch's or, where that is faster, the one of `ops`, whose quantized weights
     count for as many operations.
     """
+    size = 8192 if device.type == "cuda" else 2048
+    rows = max(size, 4096)
     data = torch.ones(2**28, dtype=torch.float32, device=device)
     read_s = best_seconds(data.sum, device)
     del data
-    x = torch.randn(4096, 2048, device=device).to(dtype)
-    weight = torch.randn(4096, 2048, device=device).to(dtype)
+    x = torch.randn(rows, size, device=device).to(dtype)
+    weight = torch.randn(rows, size, device=device).to(dtype)
     product_s = best_seconds(lambda: x @ weight.T, device)
     if ops is not None:
         linear = ops.pack_linear(weight, None, quantization)
         product_s = min(product_s, best_seconds(lambda: linear(x), device))
-    return Machine(2**30 / read_s, 2 * 4096 * 2048 * 4096 / product_s)
+    return Machine(2**30 / read_s, 2 * rows * size * rows / product_s)
 
 
 def count_parameters(config: DenseShape) -> tuple[int, int]:

@@ -12,12 +12,13 @@ import json
 import random
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks.floor import SHAPE, decode_step_s, measure_machine
+from benchmarks.floor import SHAPE, decode_step_s, machine_for
 from benchmarks.shape import read_shape
 from benchmarks.throughput import parse_option
-from engine import LLM, SamplingParams, checkpoint
+from engine import LLM, EngineConfig, SamplingParams, checkpoint
 from engine.schedule.request import Request
 
 
@@ -53,26 +54,23 @@ def measure(llm: LLM, batch: int, prompt: int, output: int, seed: int) -> dict[s
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
-    options: dict[str, Any] = dict(map(parse_option, arguments.option))
-    llm = LLM(
-        arguments.model,
+    options: dict[str, Any] = dict(
         load_format=arguments.load_format,
         max_model_len=arguments.prompt + arguments.output,
         max_num_seqs=max(arguments.batch),
         enable_prefix_caching=False,
-        **options,
     )
-    runner = llm.engine.runner
-    quantization = options.get("quantization")
-    machine = measure_machine(runner.device, runner.dtype, runner.ops, quantization)
-    cache_bytes = runner.cache_dtype.itemsize
+    options |= dict(map(parse_option, arguments.option))
+    machine = machine_for(EngineConfig(model=arguments.model, **options))
+    llm = LLM(arguments.model, **options)
+    cache_bytes = llm.engine.runner.cache_dtype.itemsize
     config = read_shape(checkpoint.resolve(arguments.model))
     measure(llm, 2, 16, 4, seed=1)  # to warm up
     results = []
     for batch in arguments.batch:
         result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
         floor_s = decode_step_s(
-            config, batch, result["context"], machine, quantization, cache_bytes
+            config, batch, result["context"], machine, llm.config.quantization, cache_bytes
         )
         result["floor_ms"] = floor_s * 1e3
         results.append(result)
@@ -91,18 +89,17 @@ def main() -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any EngineConfig field"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     arguments = parser.parse_args()
     results = run(arguments)
-    if arguments.json:
-        print(json.dumps(results))
-        return
     print("batch  prompt tok/s   step ms    tok/s  floor ms  share")
     for r in results:
         print(
             f"{r['batch']:5} {r['prompt_tok_s']:13.0f} {r['step_ms']:9.1f} {r['tok_s']:8.1f} "
             f"{r['floor_ms']:9.1f} {r['floor_ms'] / r['step_ms']:6.0%}"
         )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

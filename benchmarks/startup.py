@@ -86,9 +86,9 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     inner = sum(phases.seconds[n] for n in ("kernels", "load and pack weights", "pack head"))
     phases.seconds["rest of LLM"] = phases.seconds.pop("LLM") - inner
     # Fill the pool and a whole step, for the memory that serving takes.
-    config, limits = llm.config, llm.engine.limits
-    length = min(limits.max_len - 8, config.max_num_batched_tokens)
-    prompts = [[i % 100 + 1] * length for i in range(config.max_num_seqs)]
+    config, limits = llm.engine.config, llm.engine.limits
+    length = min(limits.max_len - 8, config.step_size.tokens)
+    prompts = [[i % 100 + 1] * length for i in range(config.step_size.rows)]
     llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     memory.stop()
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.floor import measure_machine, workload_floor
+from benchmarks.floor import machine_for, workload_floor
 from benchmarks.shape import read_shape
-from engine import LLM, SamplingParams, checkpoint
+from engine import LLM, EngineConfig, SamplingParams, checkpoint
 
 
 def make_workload(
@@ -66,17 +66,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.seed,
         sampling,
     )
-    llm = LLM(
-        arguments.model,
+    options: dict[str, Any] = dict(
         load_format=arguments.load_format,
         max_model_len=arguments.max_input + arguments.max_output,
         max_num_seqs=arguments.max_num_seqs,
-        **dict(parse_option(option) for option in arguments.option),
     )
+    options |= dict(parse_option(option) for option in arguments.option)
+    machine = machine_for(EngineConfig(model=arguments.model, **options))
+    llm = LLM(arguments.model, **options)
     touch_kv_cache(llm)
     runner = llm.engine.runner
-    quantization = llm.config.quantization
-    machine = measure_machine(runner.device, runner.dtype, runner.ops, quantization)
     vocabulary = llm.engine.limits.vocab_size
     prompts = [[token % vocabulary for token in prompt] for prompt in prompts]
     warm_up = SamplingParams(max_tokens=4, ignore_eos=True, **sampling)
@@ -95,7 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.max_num_seqs,
         runner.dtype.itemsize,
         machine,
-        quantization,
+        llm.config.quantization,
         runner.cache_dtype.itemsize,
     )
     num_input, num_output = map(sum, zip(*lengths, strict=True))

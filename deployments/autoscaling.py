@@ -16,16 +16,16 @@ _FULL_BACKLOG_STEPS = 4
 _METRIC = "load"
 
 
-def engine_load(stats: dict[str, Any], args: AppArgs) -> dict[str, float]:
+def engine_load(stats: dict[str, Any]) -> dict[str, float]:
     """The fullest of an engine's resources: 1 is full, more is a queue.
 
     Rows (running and waiting requests), blocks held, and prompt tokens yet to be computed.
     """
     if not stats:
         return {_METRIC: 0.0}
-    rows = (stats["running"] + stats["waiting"]) / args.max_num_seqs
+    rows = (stats["running"] + stats["waiting"]) / stats["step_rows"]
     blocks = 1 - stats["free_blocks"] / stats["num_blocks"]
-    backlog = stats["uncomputed_tokens"] / (_FULL_BACKLOG_STEPS * args.max_num_batched_tokens)
+    backlog = stats["uncomputed_tokens"] / (_FULL_BACKLOG_STEPS * stats["step_tokens"])
     return {_METRIC: max(rows, blocks, backlog)}
 
 

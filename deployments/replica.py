@@ -68,7 +68,7 @@ class Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve when the number of replicas follows their load."""
-        return engine_load(self._front.client.stats, self._args)
+        return engine_load(self._front.client.stats)
 
     async def drain(self) -> None:
         """Called before the server stops; returns when the last request has been answered."""

@@ -1,11 +1,26 @@
 """What an engine is told when it starts."""
 
 import secrets
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from engine.strict import StrictModel
+
+
+class StepSize(NamedTuple):
+    """The most that a step holds."""
+
+    rows: int
+    tokens: int
+
+
+_ON_A_CPU = StepSize(64, 2048)
+_ON_A_GPU = StepSize(256, 2048)
+_ON_A_LARGE_GPU = StepSize(1024, 8192)
+_LARGE_GPU_BYTES = 70e9
+# Above, a GPU takes longer than the host, which launches the next step meanwhile.
+_GRAPH_TOKENS = 2048
 
 
 class EngineConfig(StrictModel):
@@ -25,10 +40,11 @@ class EngineConfig(StrictModel):
         ge=1,
         description="Compute threads of a rank on a CPU; default: its share of the physical cores.",
     )
-    quantization: Literal["w8a8", "int4"] | None = Field(
+    quantization: Literal["w8a8", "int4", "fp8"] | None = Field(
         None,
-        description="Round the linear layers' weights when they are loaded, on a CPU: w8a8 to 8 "
-        "bits, int4 to 4.5; activations to 8. The language-model head always takes w8a8.",
+        description="Round the linear layers' weights when they are loaded: int4 to 4.5 bits, on a "
+        "CPU w8a8 to 8, on a GPU fp8 (e4m3) to 8. Activations are rounded to 8 as well, but for "
+        "int4 on a GPU. The language-model head takes 8 bits on a CPU, and stays on a GPU.",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(
         "auto",
@@ -48,9 +64,17 @@ class EngineConfig(StrictModel):
         ge=2,
         description="Longest prompt + output, in tokens; default: the checkpoint's window.",
     )
-    max_num_seqs: int = Field(64, ge=1, description="Most requests that run at once (rows).")
-    max_num_batched_tokens: int = Field(
-        2048, ge=1, description="Token budget of one step; longer prompts are computed in chunks."
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="Most requests that run at once (rows); default: 64 on a CPU, 256 on a GPU, "
+        "1024 on one of 70 GB or more.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Token budget of one step; longer prompts are computed in chunks. Default: "
+        "2048, on a GPU of 70 GB or more 8192: a full step of an 8B model then takes about 0.2 s.",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, le=64, description="Ranks that share the model, one device each."
@@ -93,6 +117,12 @@ class EngineConfig(StrictModel):
         description="Schedule step N + 1 while step N runs; default: on a GPU yes, on a CPU no, "
         "where host and device are the same cores.",
     )
+    deterministic: bool = Field(
+        False,
+        description="On a GPU, compute every token by the same operations in the same order, so "
+        "that a text does not depend on who shares its steps, by no bit; products and attention "
+        "are slower.",
+    )
     speculation: Literal["auto", "off", "suffix", "ngram", "grammar"] = Field(
         "auto",
         description="Who guesses tokens ahead, so that a step checks several of a row; texts stay "
@@ -118,6 +148,12 @@ class EngineConfig(StrictModel):
         description="Batch sizes for which decoding is recorded as a CUDA graph; batches between "
         "two are padded, larger ones not replayed. Default: a ladder up to max_num_seqs.",
     )
+    cuda_graph_max_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Steps with prompts are recorded as CUDA graphs too, for a ladder of sizes up "
+        "to so many tokens; 0: none. Default on a GPU: 2048.",
+    )
     seed: int = Field(0, description="Seeds dummy weights and, in LLM, requests without a seed.")
     _block_key: bytes = PrivateAttr(default_factory=lambda: secrets.token_bytes(16))
 
@@ -128,6 +164,16 @@ class EngineConfig(StrictModel):
         No setting, so it is drawn at random, and is in no dump and no repr.
         """
         return self._block_key
+
+    @property
+    def step_size(self) -> StepSize:
+        """As configured; what `on_device` has not decided yet is as on a CPU."""
+        return self._step_size(_ON_A_CPU)
+
+    def _step_size(self, default: StepSize) -> StepSize:
+        rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        rows = rows or min(default.rows, tokens or default.tokens)
+        return StepSize(rows, tokens or max(default.tokens, rows))
 
     @property
     def num_ranks(self) -> int:
@@ -145,25 +191,57 @@ class EngineConfig(StrictModel):
                 "host_cache_memory_bytes: without enable_prefix_caching nothing is found there; "
                 "leave one out"
             )
-        if self.enforce_eager and self.cuda_graph_sizes is not None:
-            raise ValueError("cuda_graph_sizes: enforce_eager means no graphs; leave one out")
+        if self.deterministic and self.attention_backend.startswith("flash"):
+            raise ValueError(
+                f"attention_backend: {self.attention_backend!r} is not deterministic; leave it out"
+            )
+        if self.deterministic and self.quantization:
+            raise ValueError(
+                f"quantization: {self.quantization!r} is not deterministic; leave one out"
+            )
+        if self.deterministic and self.num_ranks > 1:
+            raise ValueError(
+                "deterministic: ranks add up in an order of their own; use one "
+                f"(got tensor_parallel_size={self.tensor_parallel_size})"
+            )
+        for name in ("cuda_graph_sizes", "cuda_graph_max_tokens"):
+            if self.enforce_eager and getattr(self, name):
+                raise ValueError(f"{name}: enforce_eager means no graphs; leave one out")
         return self
 
     @model_validator(mode="after")
     def _budget_covers_rows(self) -> "EngineConfig":
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        size = self.step_size
+        if size.tokens < size.rows:
             raise ValueError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.max_num_seqs}), so that every running request gets a token "
-                "in every step; raise the first or lower the second"
+                f"max_num_batched_tokens ({size.tokens}) must be at least max_num_seqs "
+                f"({size.rows}), so that every running request gets a token in every step; "
+                "raise the first or lower the second"
             )
         return self
 
     def check_device(self, device_type: str) -> None:
         """Raises ValueError for settings that mean nothing on the device found: cpu or cuda."""
-        name, other = ("quantization", "CPU")
+        foreign: dict[str, bool] = {"quantization": self.quantization == "w8a8"}
         if device_type == "cpu":
-            name, other = ("gpu_memory_utilization", "GPU")
-        value = getattr(self, name)
-        if value is not None:
-            raise ValueError(f"{name}: {value!r} is for {other}s only; leave it out")
+            foreign = {
+                "quantization": self.quantization == "fp8",
+                "gpu_memory_utilization": self.gpu_memory_utilization is not None,
+                "deterministic": self.deterministic,
+            }
+        other = "GPU" if device_type == "cpu" else "CPU"
+        for name in (name for name, is_given in foreign.items() if is_given):
+            raise ValueError(f"{name}: {getattr(self, name)!r} is for {other}s only; leave it out")
+
+    def on_device(self, device_type: str, memory: int) -> Self:
+        """With what was left open decided for this device: cpu or cuda, of so many bytes.
+
+        Raises ValueError for settings that mean nothing there.
+        """
+        self.check_device(device_type)
+        default = _ON_A_LARGE_GPU if memory >= _LARGE_GPU_BYTES else _ON_A_GPU
+        rows, tokens = self._step_size(_ON_A_CPU if device_type == "cpu" else default)
+        decided = {"max_num_seqs": rows, "max_num_batched_tokens": tokens}
+        if device_type == "cuda" and self.cuda_graph_max_tokens is None:
+            decided["cuda_graph_max_tokens"] = _GRAPH_TOKENS
+        return self.model_copy(update=decided)

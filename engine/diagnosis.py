@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.device.memory import available_bytes
 from engine.device.threads import num_compute_threads
 from kernels import AttentionNeeds, select_ops
+from kernels.cache import cache_directory
 
 _HEAD_DIM = 128  # of most models
 
@@ -139,16 +140,24 @@ def _compiler() -> Finding:
 
 def _ops(device: torch.device) -> list[Finding]:
     """Builds the CPU kernels if they have not been built yet."""
-    name = select_ops(device).name
     if device.type == "cpu":
-        return [_cpu_ops(name)]
-    if name == "cuda-torch":
-        text = "plain torch, slowly, for Triton is not installed"
-        return [Finding("bad", "Ops on CUDA", text, "pip install -e '.[cuda]'")]
-    return [
-        Finding("ok", "Ops on CUDA", name),
-        _attention(torch.cuda.get_device_properties(device)),
-    ]
+        return [_cpu_ops(select_ops(device).name)]
+    return _cuda_ops(torch.cuda.get_device_properties(device))
+
+
+def _cuda_ops(properties: Any) -> list[Finding]:
+    """For a CUDA device of these properties."""
+    what, install = "Ops on CUDA", "pip install -e '.[cuda]'"
+    if find_spec("triton") is None:
+        return [Finding("bad", what, "none, for Triton is not installed", install)]
+    from kernels.cuda import ops
+
+    if (refused := ops.refusal(properties, None)) is not None:
+        return [Finding("bad", what, f"none: {refused}", "manta serve … device=cpu")]
+    if (lacking := ops.lacking()) is not None:
+        text = f"Triton needs {lacking} when it launches its first kernel"
+        return [Finding("bad", what, text, "apt-get install gcc python3-dev")]
+    return [Finding("ok", what, "Triton's"), _attention(properties)]
 
 
 def _cpu_ops(name: str) -> Finding:
@@ -159,4 +168,4 @@ def _cpu_ops(name: str) -> Finding:
         return Finding("note", "Ops on CPU", text, "apt-get install g++")
     why = "as MANTA_CPU_ISA says" if os.environ.get("MANTA_CPU_ISA") else "the best this CPU has"
     text = f"{name}: attention and the rest in C++, compiled for {build.instruction_set()}, {why}"
-    return Finding("ok", "Ops on CPU", f"{text}; in {build.cache_directory()}")
+    return Finding("ok", "Ops on CPU", f"{text}; in {cache_directory()}")

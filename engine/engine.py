@@ -47,16 +47,15 @@ class Engine:
         leader = leader or Leader(1)
         if leader.size != config.num_ranks:
             raise ValueError(f"{config.num_ranks} ranks need a leader of so many")
-        self.config = config
         self.executor = Executor(config, leader, show_progress)
-        self.runner = self.executor.runner
-        runner = self.runner
+        self.runner = runner = self.executor.runner
+        self.config = config = runner.config  # on its device
         groups = runner.cache_layout.cache_groups(runner.num_blocks)
         hasher = BlockHasher(config.block_size, config.block_key)
         blocks = BlockTables(
             groups,
             hasher,
-            config.max_num_batched_tokens,
+            config.step_size.tokens,
             config.enable_prefix_caching,
             runner.host_cache.num_slots if runner.host_cache is not None else 0,
         )
@@ -179,6 +178,8 @@ class Engine:
             "late_compilations": len(self.runner.late_compilations),
             "replayed_steps": self.runner.forward_pass.num_replays,
             "tokens_per_s": self._speed.tokens_per_s,
+            "step_rows": self.config.step_size.rows,
+            "step_tokens": self.config.step_size.tokens,
             "full_steps": self._speed.num_steps,
             **asdict(scheduler.stats),
             **(self.speculator.stats() if self.speculator is not None else {}),

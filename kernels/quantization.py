@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Quantization = Literal["w8a8", "int4"]
+Quantization = Literal["w8a8", "int4", "fp8"]
 GROUP = 32  # inputs that share a scale in int4
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(_FP8).max
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,10 +33,24 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return levels.to(torch.uint8).flatten(-2), scales.squeeze(-1)
 
 
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [out, in] as (float8_e4m3fn [out, in], scales float32 [out]), symmetric per output."""
+    weight = weight.float()
+    scales = weight.abs().amax(-1).clamp(min=1e-20) / _FP8_MAX
+    return (weight / scales[:, None]).clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8), scales
+
+
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, in], rounded to 8 bits with a scale per row, times a weight of `quantize_int8`."""
     rounded = _round_to_int8(x.float()) @ (weight.float() * scales[:, None]).T
     return (rounded if bias is None else rounded + bias.float()).to(x.dtype)
+
+
+def linear_fp8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, in], rounded to e4m3 with a scale per row, times a weight of `quantize_fp8`."""
+    rounded, of_rows = quantize_fp8(x)
+    exact = (rounded.float() * of_rows[:, None]) @ (weight.float() * scales[:, None]).T
+    return (exact if bias is None else exact + bias.float()).to(x.dtype)
 
 
 def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kernels.quantization import (
     Quantization,
+    linear_fp8,
     linear_int4,
     linear_int8,
+    quantize_fp8,
     quantize_int4,
     quantize_int8,
 )
@@ -173,6 +175,9 @@ def pack_linear(
     if quantization == "int4":
         quantized, scales = quantize_int4(weight)
         return partial(linear_int4, weight=quantized, scales=scales, bias=bias)
+    if quantization == "fp8":
+        quantized, scales = quantize_fp8(weight)
+        return partial(linear_fp8, weight=quantized, scales=scales, bias=bias)
     return partial(F.linear, weight=weight, bias=bias)
 
 

@@ -12,19 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels.quantization import Quantization
+
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """What a model asks of attention on a GPU."""
+    """What a model asks of a GPU, of attention above all."""
 
     backend: Literal["auto", "triton", "flash-attn-2", "flash-attn-4"]
     dtype: torch.dtype
     cache_dtype: torch.dtype
     head_dim: int
     block_size: int
+    deterministic: bool = False  # each token by the same operations, whoever shares its step
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)

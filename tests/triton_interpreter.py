@@ -19,13 +19,14 @@ def _mend_interpreter() -> None:
     """Make the interpreter of Triton (3.6 to 3.9) compute what a GPU does.
 
     It converts arrays of one element with int(), which NumPy 2.4 refuses; it truncates where a GPU
-    rounds, to bfloat16 and float8; and it multiplies matrices of bfloat16, which NumPy lacks, by
-    their bit patterns. A scalar that was compared becomes a tensor of integers, no mask.
+    rounds, to bfloat16 and float8, and takes integers for their bits; and it multiplies matrices of
+    bfloat16, which NumPy lacks, by their bit patterns, and others so that what a row gets depends
+    on where it is: products are computed in float64 here. A scalar that was compared becomes a
+    tensor of integers, no mask.
     """
     builder = interpreter.InterpreterBuilder
-    patch, dot, splat, cast, convert = (
+    patch, splat, cast, convert = (
         interpreter._patch_lang_tensor,
-        builder.create_dot,
         builder.create_splat,
         builder.cast_impl,
         builder.create_fp_to_fp,
@@ -35,10 +36,11 @@ def _mend_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
         if a.dtype == b.dtype == tl.bfloat16:
             a, b = (cast(self, operand, tl.float32) for operand in (a, b))
-        return dot(self, a, b, *rest)
+        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     def create_splat(self: Any, result_type: Any, scalar: Any) -> Any:
         result = splat(self, result_type, scalar)
@@ -48,6 +50,8 @@ def _mend_interpreter() -> None:
 
     def rounded(src: Any, dst_type: Any) -> Any | None:
         narrow = _NARROW.get(dst_type.scalar)
+        if narrow is not None and src.dtype.scalar.is_int():
+            src = cast(builder, src, tl.float32)
         if src.dtype.scalar != tl.float32 or narrow is None:
             return None
         bits = torch.uint8 if narrow.itemsize == 1 else torch.uint16

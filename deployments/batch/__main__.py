@@ -96,7 +96,8 @@ def answer(args: BatchArgs, parts: list[Part]) -> Iterator[PartReport]:
 
 def _parts_at_once(args: BatchArgs) -> int:
     """Enough that the engine's rows stay full while the last rows of the oldest parts finish."""
-    return 2 + -(-4 * args.max_num_seqs // args.rows_per_part)
+    rows = args.on_device(args.device, sys.maxsize).step_size.rows  # at most, on a GPU
+    return 2 + -(-4 * rows // args.rows_per_part)
 
 
 def _say(line: str) -> None:

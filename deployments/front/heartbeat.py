@@ -28,7 +28,6 @@ class Heartbeat:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._given_s = args.heartbeat_timeout_s
-        self._step_tokens = args.max_num_batched_tokens
         self._stats = stats
         self._clock = clock
         self._longest_s = 0.0
@@ -51,7 +50,7 @@ class Heartbeat:
             return self._given_s
         if stats.get("full_steps", 0) < _KNOWN_STEPS:
             return _MOST_S
-        full_s = self._step_tokens / max(stats["tokens_per_s"], 1.0)
+        full_s = stats["step_tokens"] / max(stats["tokens_per_s"], 1.0)
         return min(max(_PATIENCE * max(full_s, self._longest_s), _LEAST_S), _MOST_S)
 
     @property

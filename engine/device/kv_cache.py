@@ -48,8 +48,8 @@ class KVCacheLayout:
         caps = [
             None
             if group.window is None or len(self.groups) == 1
-            else config.max_num_seqs
-            * most_held(group.window, config.max_num_batched_tokens, config.block_size)
+            else config.step_size.rows
+            * most_held(group.window, config.step_size.tokens, config.block_size)
             for group in self.groups
         ]
         counts: list[int] = [0] * len(self.groups)

@@ -139,7 +139,7 @@ def kv_cache_bytes(
         budget = memory.kv_cache_budget(own, config.gpu_memory_utilization)
         if memory.is_host:  # others need it too: no more than the rows could ever fill
             blocks_per_row = -(-max_len // config.block_size)
-            budget = min(budget, config.max_num_seqs * blocks_per_row * block_bytes)
+            budget = min(budget, config.step_size.rows * blocks_per_row * block_bytes)
     if budget < block_bytes:
         raise MemoryError(
             f"no memory is left for the KV cache: it has {budget} bytes, and one block "

@@ -1,15 +1,18 @@
-"""Decoding steps recorded once per batch size and replayed: a launch instead of hundreds.
+"""Steps recorded once per shape and replayed: a launch instead of hundreds.
 
-When every row computes one token, steps differ in nothing but the numbers in their inputs. So they
-are recorded over buffers that stay where they are. On a GPU, where that takes time and memory, it
-is done beforehand for a ladder of batch sizes, and a batch between two rungs is padded to the next
-with rows that nobody reads. On a CPU, where padding costs more than recording, every batch size is
-recorded when it first comes.
+Steps of as many tokens and rows differ in nothing but the numbers in their inputs. So they are
+recorded over buffers that stay where they are. On a GPU, where that takes time and memory, it is
+done beforehand for ladders of shapes, and a step between two is padded to the next with rows that
+nobody reads, the first of which has the tokens that are too many. On a CPU, where padding costs
+more than recording, every batch size is recorded when it first decodes.
 """
 
-from array import array
+import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +20,21 @@ from torch import Tensor
 
 from engine.device.transfer import to_device
 from kernels.ops import Recorder
+from kernels.types import StepRows
 
 _PADDING = -1  # no row of the tables
+# Of steps with prompts, in which one kernel attends to all rows. With more of them a GPU takes
+# longer than launching does, and decodes faster by a kernel of its own.
+_ROWS = (8, 64)
+_logger = logging.getLogger(__name__)
+
+
+class Shape(NamedTuple):
+    """Of a step in which rows have any number of tokens, or, where it decodes, one each."""
+
+    tokens: int
+    rows: int
+    decodes: bool = False
 
 
 def default_sizes(max_num_seqs: int) -> list[int]:
@@ -30,20 +46,34 @@ def default_sizes(max_num_seqs: int) -> list[int]:
     return [*sizes, max_num_seqs]
 
 
+def prompt_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
+    """Of steps with prompts of up to 63 rows: tokens in steps of a third to a half.
+
+    There is a row to spare for the tokens that are too many.
+    """
+    ladder = [size for n in range(4, 32) for size in (1 << n, 3 << (n - 1))]
+    tokens = [size for size in ladder if size < max_tokens] + [max_tokens] * (max_tokens > 0)
+    rows = [0, *sorted({min(size, max_rows + 1) for size in _ROWS})]
+    return [Shape(size, more) for size in tokens for fewer, more in pairwise(rows) if fewer <= size]
+
+
 class RecordedSteps:
-    """One recorded step per batch size.
+    """One recorded step per shape.
 
     Args:
-        sizes: the batch sizes to record, all at once or, by the recorder's choice, as they come.
-        step: from rows and starts, both [N] int32 on the device, to hidden states [N, hidden]; a
-            row of -1 is padding, of which nothing is kept.
+        sizes: the batch sizes that decode to record, all at once or, by the recorder's choice, as
+            they come.
+        prompts: the shapes of steps with prompts to record.
+        step: from rows to hidden states [T, hidden]; a row of -1 is padding, of which nothing is
+            kept.
     """
 
     def __init__(
         self,
         recorder: Recorder,
         sizes: Sequence[int],
-        step: Callable[[Tensor, Tensor], Tensor],
+        prompts: Sequence[Shape],
+        step: Callable[[StepRows], Tensor],
         device: torch.device,
     ) -> None:
         self.sizes = sorted(sizes)
@@ -51,37 +81,95 @@ class RecordedSteps:
         self._recorder = recorder
         self._step = step
         self._device = device
-        self._inputs = torch.zeros(2, self.sizes[-1], dtype=torch.int32, device=device)
+        self._tokens = sorted({shape.tokens for shape in prompts})
+        self._rows = sorted({shape.rows for shape in prompts})
+        most = max(self.sizes[-1], *self._rows, 1)
+        # Rows, starts, and where the tokens of each row begin.
+        self._inputs = torch.zeros(3, most + 1, dtype=torch.int32, device=device)
         self._inputs[0] = _PADDING
-        self._recorded: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+        self._unit_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._recorded: dict[Shape, tuple[Tensor, Callable[[], None]]] = {}
         self._works = True
+        start = time.perf_counter()
         if recorder.ahead:
+            shapes = [*prompts, *(Shape(size, size, True) for size in self.sizes)]
             # The largest first: the others then fit into the memory it has taken.
-            for size in reversed(self.sizes):
-                self._record(size)
+            for shape in sorted(shapes, reverse=True):
+                self._inputs[2, 1:] = shape.tokens  # all of them the first row's
+                self._try_to_record(shape)
+        self.seconds = time.perf_counter() - start
 
-    def _record(self, size: int) -> Tensor:
-        rows, starts = self._inputs[:, :size]
-        hidden, replay = self._recorder.record(lambda: self._step(rows, starts))
+    def __str__(self) -> str:
+        return f"{len(self._recorded)} steps recorded in {self.seconds:.1f} s"
+
+    def _try_to_record(self, shape: Shape) -> None:
+        """What attends to prompts may be another library's, and not made for it."""
+        if not shape.decodes and shape.tokens not in self._tokens:
+            return
+        try:
+            self._record(shape)
+        except RuntimeError as error:
+            if shape.decodes:
+                raise
+            _logger.warning("steps with prompts cannot be recorded, and are launched: %s", error)
+            self._tokens = []
+
+    def _record(self, shape: Shape) -> Tensor:
+        rows, starts = self._inputs[:2, : shape.rows]
+        tokens, num_rows, decodes = shape
+        query_starts = self._unit_starts if decodes else self._inputs[2]
+        step = StepRows(
+            rows,
+            starts,
+            query_starts[: num_rows + 1],
+            num_tokens=tokens,
+            num_decodes=num_rows if decodes else 0,
+            max_query_len=1 if decodes else tokens,
+        )
+        hidden, replay = self._recorder.record(lambda: self._step(step))
         if replay is None:
             self._works = False
         else:
-            self._recorded[size] = hidden, replay
+            self._recorded[shape] = hidden, replay
         return hidden
 
-    def fits(self, num_rows: int) -> bool:
-        return self._works and num_rows <= self.sizes[-1]
+    def _shape(self, lengths: Sequence[int]) -> Shape | None:
+        """The next larger one, if there is any."""
+        tokens, rows = sum(lengths), len(lengths)
+        if tokens == rows:
+            size = _next(self.sizes, rows)
+            return None if size is None else Shape(size, size, True)
+        size, more = _next(self._tokens, tokens), _next(self._rows, rows + 1)
+        return None if size is None or more is None else Shape(size, more)
 
-    def run(self, rows: "array[int]", starts: "array[int]") -> Tensor:
-        """Hidden states [N, hidden] of these rows' tokens, to be used before the next run."""
-        size = self.sizes[bisect_left(self.sizes, len(rows))]
-        inputs = np.zeros((2, size), np.int32)
-        inputs[:, : len(rows)] = rows, starts
-        inputs[0, len(rows) :] = _PADDING
-        self._inputs[:, :size].copy_(to_device(inputs, torch.int32, self._device))
-        if size not in self._recorded:
-            return self._record(size)[: len(rows)]
-        hidden, replay = self._recorded[size]
+    def run(
+        self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+    ) -> Tensor | None:
+        """Hidden states [T, hidden] of these rows' tokens, to be used before the next run.
+
+        None if steps of such a shape are not recorded.
+        """
+        shape = self._shape(lengths) if self._works else None
+        if shape is None:
+            return None
+        num_rows, num_tokens = len(rows), sum(lengths)
+        inputs = np.zeros((2 if shape.decodes else 3, shape.rows + 1), np.int32)
+        inputs[:2, :num_rows] = rows, starts
+        inputs[0, num_rows:] = _PADDING
+        if not shape.decodes:
+            inputs[2, 1 : num_rows + 1] = np.cumsum(lengths)
+            inputs[2, num_rows + 1 :] = shape.tokens
+        self._inputs[: len(inputs), : shape.rows + 1].copy_(
+            to_device(inputs, torch.int32, self._device)
+        )
+        if shape not in self._recorded:
+            return self._record(shape)[:num_tokens]
+        hidden, replay = self._recorded[shape]
         replay()
         self.num_replays += 1
-        return hidden[: len(rows)]
+        return hidden[:num_tokens]
+
+
+def _next(ladder: Sequence[int], number: int) -> int | None:
+    index = bisect_left(ladder, number)
+    return ladder[index] if index < len(ladder) else None

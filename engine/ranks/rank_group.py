@@ -53,9 +53,9 @@ class RankGroup:
         """x [N, M] of every rank, side by side: [N, size * M]."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        return parts.transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)

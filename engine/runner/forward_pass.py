@@ -9,7 +9,12 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
-from engine.device.recorded_steps import RecordedSteps, default_sizes
+from engine.device.recorded_steps import (
+    RecordedSteps,
+    Shape,
+    default_sizes,
+    prompt_shapes,
+)
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
 from engine.models.shape import LanguageModel
@@ -19,7 +24,7 @@ from kernels.types import KVCache, StepRows
 
 
 class ForwardPass:
-    """One rank's model, device tables, KV cache and recorded decoding steps."""
+    """One rank's model, device tables, KV cache and recorded steps."""
 
     def __init__(
         self,
@@ -40,16 +45,23 @@ class ForwardPass:
         self._new_recorder = ops.new_recorder if records else None
         # Whether `record` takes time and memory.
         self.records_ahead = self._new_recorder is not None and self._new_recorder().ahead
-        self._sizes: Sequence[int] = range(1, config.max_num_seqs + 1)
+        max_rows, max_tokens = config.step_size
+        self._sizes: Sequence[int] = range(1, max_rows + 1)
+        self._prompts: Sequence[Shape] = []
         if self.records_ahead:
-            self._sizes = config.cuda_graph_sizes or default_sizes(config.max_num_seqs)
-        elif config.cuda_graph_sizes is not None:
-            raise ValueError(
-                f"cuda_graph_sizes: {config.cuda_graph_sizes} is for GPUs only; leave it out"
-            )
-        # Where each request of a batch begins, when all of them have one token.
-        self._unit_starts = torch.arange(max(self._sizes) + 1, dtype=torch.int32, device=device)
+            self._sizes = config.cuda_graph_sizes or default_sizes(max_rows)
+            most = min(config.cuda_graph_max_tokens or 0, max_tokens)
+            self._prompts = prompt_shapes(most, max_rows)
+        elif device.type == "cpu":
+            for name in ("cuda_graph_sizes", "cuda_graph_max_tokens"):
+                if (value := getattr(config, name)) is not None:
+                    raise ValueError(f"{name}: {value} is for GPUs only; leave it out")
         self._recorded: RecordedSteps | None = None
+
+    @property
+    def recorded(self) -> str:
+        """What has been recorded, in words."""
+        return str(self._recorded) if self._recorded is not None else "no steps recorded"
 
     @property
     def num_replays(self) -> int:
@@ -69,17 +81,19 @@ class ForwardPass:
 
     @torch.inference_mode()
     def record(self) -> None:
-        """Record decoding over this cache, where the device has a use for it."""
+        """Record steps over this cache, where the device has a use for it."""
         if self._new_recorder is not None:
             self._recorded = RecordedSteps(
-                self._new_recorder(), self._sizes, self._decode, self._device
+                self._new_recorder(), self._sizes, self._prompts, self._run, self._device
             )
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
         """[T, hidden] of a step's T tokens, in order; to be used before the next step."""
         rows, starts, lengths = plan.rows, plan.starts, plan.lengths
-        if max(lengths) == 1 and self._recorded is not None and self._recorded.fits(len(rows)):
-            return self._recorded.run(rows, starts)
+        if self._recorded is not None:
+            hidden = self._recorded.run(rows, starts, lengths)
+            if hidden is not None:
+                return hidden
         packed = to_device([*rows, *starts, 0, *accumulate(lengths)], torch.int32, self._device)
         num_rows = len(rows)
         return self._run(
@@ -93,12 +107,6 @@ class ForwardPass:
                 max_query_len=max(lengths),
             )
         )
-
-    def _decode(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """As `_run`, with one token in each row."""
-        num_rows = len(rows)
-        query_starts = self._unit_starts[: num_rows + 1]
-        return self._run(StepRows(rows, starts, query_starts, num_rows, num_rows, 1))
 
     def _run(self, rows: StepRows) -> Tensor:
         """Hidden states [T, hidden].

@@ -42,25 +42,29 @@ class ModelRunner:
         self.ranks = ranks or Ranks()
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
-        config.check_device(self.device.type)
+        memory = DeviceMemory.of(self.device, self.ranks.world.size).total
+        memory = self.ranks.world.agree_on_minimum(memory)
+        self.config = config = config.on_device(self.device.type, memory)
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         shape.check_divisible(self.ranks.tensor.size)
         # Whether a token comes out of a step of many as it does of one of its own, but for rounding
         # that hardly ever matters.
-        self.is_exact = self.dtype is self.cache_dtype is torch.float32 and not config.quantization
+        exact_dtypes = self.dtype is self.cache_dtype is torch.float32
+        self.is_exact = config.deterministic or (exact_dtypes and not config.quantization)
         needs = AttentionNeeds(
             config.attention_backend,
             self.dtype,
             self.cache_dtype,
             max(cache.head_dim for cache in shape.caches(self.ranks.tensor.size)),
             config.block_size,
+            config.deterministic,
+            config.quantization,
         )
         self.ops = select_ops(self.device, needs)
         self.max_len = config.max_model_len or shape.max_position
         self.vocab_size = shape.vocab_size
         self.eos_token_ids = eos_token_ids
-        self._config = config
         meter = MemoryMeter(self.device)
         weights = self._load(shape, directory, meter, show_progress)
         self.cache_layout = KVCacheLayout.of(
@@ -68,7 +72,7 @@ class ModelRunner:
         )
         num_groups = len(self.cache_layout.groups)
         self.tables = DeviceTables(
-            config.max_num_seqs, self.max_len, config.block_size, self.device, num_groups
+            config.step_size.rows, self.max_len, config.block_size, self.device, num_groups
         )
         self.sampler = Sampler(
             self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.ranks.world
@@ -91,7 +95,7 @@ class ModelRunner:
         """Make the model; returns the bytes that its weights take."""
         before = meter.in_use()
         self.model = load_model(
-            self._config,
+            self.config,
             shape,
             directory,
             self.max_len,
@@ -106,7 +110,8 @@ class ModelRunner:
     def __str__(self) -> str:
         counts = " + ".join(map(str, self.num_blocks))
         blocks = f"{counts} KV cache blocks of {self.cache_dtype} on {self.device}"
-        return f"{blocks}; {self.memory}\n{self.ops.name} kernels"
+        recorded = f"; {self.forward_pass.recorded}" if self.forward_pass.records_ahead else ""
+        return f"{blocks}; {self.memory}\n{self.ops.name} kernels{recorded}"
 
     @torch.inference_mode()
     def _open(self, meter: MemoryMeter, weights: int) -> MemoryUse:
@@ -135,7 +140,7 @@ class ModelRunner:
 
     def _choose_num_blocks(self, memory: DeviceMemory, own: int) -> list[int]:
         """Of each cache group; the same on every rank."""
-        config, layout = self._config, self.cache_layout
+        config, layout = self.config, self.cache_layout
         block_bytes = layout.num_bytes([1] * len(layout.groups))
         if config.num_blocks is not None:
             return layout.num_blocks(config, config.num_blocks * block_bytes)
@@ -149,7 +154,7 @@ class ModelRunner:
         """
         self.forward_pass.allocate([1] * len(self.cache_layout.groups))
         meter.reset_peak()
-        for plan in warm_up_plans(self._config, self.max_len):
+        for plan in warm_up_plans(self.config, self.max_len):
             self.launch(plan).result()
         peak, in_use = meter.peak(), meter.in_use()
         self.forward_pass.record()

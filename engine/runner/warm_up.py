@@ -1,5 +1,7 @@
 """The steps that an engine rehearses before it serves: they show what a step can take at most."""
 
+from collections.abc import Sequence
+
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import NewRow, StepPlan
@@ -18,32 +20,38 @@ _PLAIN = SamplingParams(temperature=0.0)
 
 
 def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
-    """Steps of all rows and as many tokens as there can be, and one that decodes.
+    """Steps of as many tokens as there can be, in all rows and in one, and one that decodes.
 
     They run every kernel there is, and leave plain rows behind. Their block tables are empty: all
     tokens go to block 0.
     """
-    length = max(min(config.max_num_batched_tokens // config.max_num_seqs, max_len - 1), 1)
-    spare = config.max_num_batched_tokens - config.max_num_seqs * length
-    first_length = min(length + spare, max_len - 1)
-    plans = []
-    for params in (_COSTLY, _PLAIN):
-        plan = StepPlan()
-        for row in range(config.max_num_seqs):
-            num_tokens = length if row else first_length
-            plan.new_rows.append(
-                NewRow(
-                    row=row,
-                    token_ids=[0] * num_tokens,
-                    num_prompt_tokens=num_tokens,
-                    block_tables=[],
-                    params=params,
-                    seed=0,
-                )
-            )
-            plan.add(row, start=0, num_tokens=num_tokens, num_sampled=1)
-        plans.append(plan)
+    rows, tokens = config.step_size
+    longest = max_len - 1
+    length = max(min(tokens // rows, longest), 1)
+    lengths = [min(length + tokens - rows * length, longest), *[length] * (rows - 1)]
     decoding = StepPlan()
-    for row in range(config.max_num_seqs):
+    for row in range(rows):
         decoding.add(row, start=0, num_tokens=1, num_sampled=1)
-    return [*plans, decoding]
+    return [
+        _prompts(lengths, _COSTLY),
+        _prompts(lengths, _PLAIN),
+        _prompts([min(tokens, longest)], _PLAIN),
+        decoding,
+    ]
+
+
+def _prompts(lengths: Sequence[int], params: SamplingParams) -> StepPlan:
+    plan = StepPlan()
+    for row, length in enumerate(lengths):
+        plan.new_rows.append(
+            NewRow(
+                row=row,
+                token_ids=[0] * length,
+                num_prompt_tokens=length,
+                block_tables=[],
+                params=params,
+                seed=0,
+            )
+        )
+        plan.add(row, start=0, num_tokens=length, num_sampled=1)
+    return plan

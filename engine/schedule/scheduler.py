@@ -81,8 +81,8 @@ class Scheduler:
         self._turns = FairTurns() if config.scheduling_policy == "fair" else Turns()
         self._lacks_blocks = False  # for the first of those who wait
         self._block_size = config.block_size
-        self._token_budget = config.max_num_batched_tokens
-        self._free_rows = list(reversed(range(config.max_num_seqs)))
+        self._token_budget = config.step_size.tokens
+        self._free_rows = list(reversed(range(config.step_size.rows)))
         self._max_len = max_len
         self._eos_token_ids = eos_token_ids
         self.speculation = speculation

@@ -16,6 +16,10 @@ class StepCosts:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
         self._num_steps = 0
         self._seconds: dict[int, float] = {}
         self._counted_at: dict[int, int] = {}
@@ -30,9 +34,9 @@ class StepCosts:
             self._seconds[num_tokens] += _WEIGHT * (min(seconds, _MOST * known) - known)
         self._counted_at[num_tokens] = self._num_steps
         if self._num_steps % _MAX_AGE == 0:
-            self._forget()
+            self._drop_old()
 
-    def _forget(self) -> None:
+    def _drop_old(self) -> None:
         oldest = self._num_steps - _MAX_AGE
         for num_tokens in [n for n, at in self._counted_at.items() if at < oldest]:
             del self._seconds[num_tokens], self._counted_at[num_tokens]

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.cache import cache_directory
+
 _SOURCE_DIR = Path(__file__).parent
 _PACKAGED = _SOURCE_DIR / "lib"  # of a wheel: every level's library
 
@@ -175,19 +177,6 @@ def find_compiler() -> str:
 def version_of(compiler: str) -> str:
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
-
-
-def cache_directory() -> Path:
-    """MANTA_CACHE_DIR, or the user's cache directory, or a temporary one where neither works."""
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        directory = Path(os.environ.get("MANTA_CACHE_DIR") or Path(home) / "manta")
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            return directory
-    except (OSError, RuntimeError):  # read-only, or a user without a home
-        pass
-    return Path(tempfile.mkdtemp(prefix="manta-"))
 
 
 @contextmanager

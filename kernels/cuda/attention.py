@@ -8,7 +8,6 @@ attention), and stream keys and values once with an online softmax, after FlashA
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.cuda.attention_decode import decode, plan_decodes
@@ -17,7 +16,7 @@ from kernels.cuda.rotary import store
 from kernels.reference import PagedAttention
 from kernels.types import AttentionInputs, KVCache, PagedKV
 
-# Programs per multiprocessor that decoding aims at: as many as its shared memory holds at once.
+# Decoding programs per multiprocessor: as many as its shared memory holds at once.
 _PROGRAMS_PER_PROCESSOR = 3
 
 
@@ -26,18 +25,23 @@ class TritonAttention(PagedAttention):
 
     Args:
         num_processors: multiprocessors of the device, over which decoding spreads.
+        deterministic: attend to every token by the same operations: as part of a prompt, whose
+            kernel takes keys in tiles that do not depend on anything else.
     """
 
-    def __init__(self, num_processors: int) -> None:
+    def __init__(self, num_processors: int, deterministic: bool = False) -> None:
         super().__init__(_zeros)
         self._num_programs = num_processors * _PROGRAMS_PER_PROCESSOR
+        self._deterministic = deterministic
 
     def store(self, k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
         store(k, v, cache, slots)
 
     def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
-        target = triton.cdiv(self._num_programs, spec.num_kv_heads)
-        return replace(inputs, plan=plan_decodes(inputs, target))
+        if self._deterministic:
+            return replace(inputs, num_decodes=0)
+        plan = plan_decodes(inputs, self._num_programs, spec.num_kv_heads)
+        return replace(inputs, plan=plan)
 
     def attend(
         self,
@@ -56,7 +60,7 @@ class TritonAttention(PagedAttention):
         if inputs.num_decodes > 0:
             decode(q, cache, inputs, inputs.plan, scale, window, softcap, out)
         if inputs.context_lens.shape[0] > inputs.num_decodes:
-            prompts(q, cache, inputs, scale, window, softcap, out)
+            prompts(q, cache, inputs, scale, window, softcap, out, not self._deterministic)
         return out
 
 

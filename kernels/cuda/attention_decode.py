@@ -7,73 +7,145 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.attention_tile import STAGES, attend_tile, kv_offsets, score_unit
+from kernels.cuda.attention_tile import STAGES, as_computed, attend_tile, kv_offsets, score_unit
 from kernels.types import AttentionInputs, KVCache
 
 _MIN_CHUNK = 128  # tokens; below, reading the chunk is cheaper than combining it
+_WAVES = 3  # of programs: so many that those that end early leave little undone
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """How the attention of one step is cut up, the same for all layers.
 
-    The context of the first `num_decodes` requests, which have one query each, is cut into chunks
-    of `chunk_len` [1] tokens; request i has chunks chunk_starts[i] .. chunk_starts[i + 1] - 1, both
-    int32 on the device. There are at most `max_chunks`.
+    The context of each of the first `num_decodes` requests, which have one query each, is cut into
+    chunks of `chunk_len` [1] tokens and what is left, its tail, which may be as long. The full ones
+    of request i are numbers full_starts[i] .. full_starts[i + 1] - 1, and are computed first; the
+    tails follow, the longest first: of request tail_order[0], tail_order[1], … (So few programs
+    work while others have nothing left to do.) There are at most `max_chunks`. All int32 on the
+    device.
     """
 
     num_decodes: int
     max_chunks: int
-    chunk_starts: Tensor
+    full_starts: Tensor  # [num_decodes + 1]
+    tail_order: Tensor  # [num_decodes]
     chunk_len: Tensor
+    arrived: Tensor  # [num_decodes, K]: chunks that are done, while not all of them are
 
 
-@triton.jit(do_not_specialize=["num_rows", "target"])
+@triton.jit(
+    do_not_specialize=["num_rows", "target"],
+    do_not_specialize_on_alignment=["full_starts", "tail_order", "chunk_len", "arrived"],
+)
 def _plan_kernel(
-    context_lens, chunk_starts, chunk_len, num_rows, target,
-    MIN_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    context_lens, full_starts, tail_order, chunk_len, arrived, num_rows, target,
+    MIN_CHUNK: tl.constexpr, ROUND: tl.constexpr, KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([], tl.int64)
     for start in range(0, num_rows, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         total += tl.sum(tl.load(context_lens + rows, rows < num_rows, 0).to(tl.int64))
     # Whole multiples, so that chunks begin on tile boundaries.
-    length = (tl.cdiv(tl.cdiv(total, target), MIN_CHUNK) * MIN_CHUNK).to(tl.int32)
+    length = (tl.cdiv(tl.cdiv(total, target), ROUND) * ROUND).to(tl.int32)
     length = tl.maximum(length, MIN_CHUNK)
     tl.store(chunk_len, length)
-    tl.store(chunk_starts, 0)
+    tl.store(full_starts, 0)
     before = tl.zeros([], tl.int32)
     for start in range(0, num_rows, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        counts = tl.cdiv(tl.load(context_lens + rows, rows < num_rows, 0), length)
-        tl.store(chunk_starts + rows + 1, before + tl.cumsum(counts, 0), rows < num_rows)
-        before += tl.sum(counts, 0)
+        real = rows < num_rows
+        context = tl.load(context_lens + rows, real, 0)
+        num_full = tl.maximum(context - 1, 0) // length
+        tl.store(full_starts + rows + 1, before + tl.cumsum(num_full, 0), real)
+        before += tl.sum(num_full, 0)
+        for head in range(KV_HEADS):
+            tl.store(arrived + rows * KV_HEADS + head, 0, real)
+        tail = context - num_full * length
+        place = tl.zeros([BLOCK], tl.int32)  # how many tails go before this one
+        for first in range(0, num_rows, STEP):
+            others = first + tl.arange(0, STEP)
+            other_context = tl.load(context_lens + others, others < num_rows, 0)
+            other_tail = other_context - tl.maximum(other_context - 1, 0) // length * length
+            other_tail = tl.where(others < num_rows, other_tail, -1)[None, :]
+            is_before = (other_tail > tail[:, None]) | (
+                (other_tail == tail[:, None]) & (others[None, :] < rows[:, None])
+            )
+            place += tl.sum(is_before.to(tl.int32), 1)
+        tl.store(tail_order + place, rows, real)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def _combine(
+    chunk_out, chunk_lse, first_full, num_full, tail, out,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Weigh the chunks of one query head, in their order, by the sums of their softmax.
+
+    Pointers are those of the head in chunk 0 and in the output.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, num_full + 1, BLOCK_C):
+        chunks = start + tl.arange(0, BLOCK_C)
+        real = chunks <= num_full
+        at = tl.where(chunks < num_full, first_full + chunks, tail).to(tl.int64) * HEADS
+        # Not from the multiprocessor's own cache: other ones wrote them.
+        lse = tl.load(chunk_lse + at, real, float("-inf"), cache_modifier=".cg")
+        loaded = real[:, None] & (dims[None, :] < D)
+        parts = chunk_out + at[:, None] * D + dims[None, :]
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(lse - shift)
+        fade = tl.exp2(peak - shift)
+        total = total * fade + tl.sum(weights, 0)
+        values = tl.load(parts, loaded, 0.0, cache_modifier=".cg")
+        acc = acc * fade + tl.sum(weights[:, None] * values, 0)
+        peak = new_peak
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + dims, acc.to(out.dtype.element_ty), dims < D)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    # Parts of one tensor, which begin anywhere.
+    do_not_specialize_on_alignment=["full_starts", "tail_order", "chunk_len", "arrived"],
+)
 def _decode_kernel(
     q, k_cache, v_cache, out, chunk_out, chunk_lse,
-    chunk_starts, chunk_len, context_lens, block_tables, table_stride, num_rows, scale,
+    full_starts, tail_order, chunk_len, arrived, context_lens, block_tables, table_stride,
+    num_rows, scale,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one request's context, for the query heads of one key/value head."""
-    item = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    if item >= tl.load(chunk_starts + num_rows):
+    """One chunk of one request's context, for the query heads of one key/value head.
+
+    Of the request's programs that which is done last combines all chunks.
+    """
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    all_full = tl.load(full_starts + num_rows)
+    if item >= all_full + num_rows:
         return
-    row, high = item * 0, num_rows  # the last row whose chunks begin at or before this one
-    while high - row > 1:
-        middle = (row + high) // 2
-        before = tl.load(chunk_starts + middle) <= item
-        row = tl.where(before, middle, row)
-        high = tl.where(before, high, middle)
-    first_item = tl.load(chunk_starts + row)
-    num_chunks = tl.load(chunk_starts + row + 1) - first_item
+    is_tail = item >= all_full
+    if is_tail:
+        row = tl.load(tail_order + item - all_full)
+    else:
+        row, high = item * 0, num_rows  # the last row whose chunks begin at or before this one
+        while high - row > 1:
+            middle = (row + high) // 2
+            before = tl.load(full_starts + middle) <= item
+            row = tl.where(before, middle, row)
+            high = tl.where(before, high, middle)
+    first_full = tl.load(full_starts + row)
+    num_full = tl.load(full_starts + row + 1) - first_full
     length = tl.load(chunk_len)
     context = tl.load(context_lens + row)
-    begin = (item - first_item) * length
+    begin = tl.where(is_tail, num_full, item - first_full) * length
     end = tl.minimum(begin + length, context)
     lowest = tl.maximum(context - WINDOW, 0)
     if WINDOW > 0:
@@ -83,7 +155,7 @@ def _decode_kernel(
     head = kv_head * GROUP + group
     stored = (group[:, None] < GROUP) & (dims[None, :] < D)
     of_row = row.to(tl.int64) * (KV_HEADS * GROUP * D) + head[:, None] * D + dims[None, :]
-    query = tl.load(q + of_row, stored, 0.0)
+    query = as_computed(tl.load(q + of_row, stored, 0.0), k_cache)
     positions = tl.full([BLOCK_G], 0, tl.int32) + context - 1
     table = block_tables + row.to(tl.int64) * table_stride
     peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -98,63 +170,55 @@ def _decode_kernel(
         )  # fmt: skip
     # A chunk outside the window has seen nothing: its sum is 0, its weight 2^-inf.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if num_chunks == 1:
+    if num_full == 0:
         tl.store(out + of_row, acc.to(out.dtype.element_ty), stored)
-    else:
-        of_item = item.to(tl.int64) * (KV_HEADS * GROUP) + head
-        tl.store(chunk_out + of_item[:, None] * D + dims[None, :], acc, stored)
-        tl.store(chunk_lse + of_item, peak + tl.log2(total), group < GROUP)
+        return
+    tail = all_full + row
+    of_item = tl.where(is_tail, tail, item).to(tl.int64) * (KV_HEADS * GROUP) + head
+    tl.store(chunk_out + of_item[:, None] * D + dims[None, :], acc, stored)
+    tl.store(chunk_lse + of_item, peak + tl.log2(total), group < GROUP)
+    tl.debug_barrier()  # all of the program have written before it counts as done
+    at_count = arrived + row * KV_HEADS + kv_head
+    if tl.atomic_add(at_count, 1, sem="acq_rel", scope="gpu") < num_full:
+        return
+    tl.store(at_count, 0)  # for the next layer
+    for index in range(GROUP):
+        own_head = kv_head * GROUP + index
+        _combine(
+            chunk_out + own_head * D, chunk_lse + own_head, first_full, num_full, tail,
+            out + (row.to(tl.int64) * (KV_HEADS * GROUP) + own_head) * D,
+            KV_HEADS * GROUP, D, BLOCK_D, 16,
+        )  # fmt: skip
 
 
-@triton.jit
-def _combine_kernel(
-    chunk_out, chunk_lse, chunk_starts, out,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Weigh the chunks of one query head by the sums of their softmax."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    first, end = tl.load(chunk_starts + row), tl.load(chunk_starts + row + 1)
-    if end - first == 1:
-        return  # written by the decode kernel
-    dims = tl.arange(0, BLOCK_D)
-    peak = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_C):
-        chunks = start + tl.arange(0, BLOCK_C)
-        at = chunks.to(tl.int64) * HEADS + head
-        lse = tl.load(chunk_lse + at, chunks < end, float("-inf"))
-        loaded = (chunks[:, None] < end) & (dims[None, :] < D)
-        parts = tl.load(chunk_out + at[:, None] * D + dims[None, :], loaded, 0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(lse - shift)
-        fade = tl.exp2(peak - shift)
-        total = total * fade + tl.sum(weights, 0)
-        acc = acc * fade + tl.sum(weights[:, None] * parts, 0)
-        peak = new_peak
-    acc = acc / tl.where(total > 0, total, 1.0)  # a row without context has no chunks
-    at_out = (row.to(tl.int64) * HEADS + head) * D + dims
-    tl.store(out + at_out, acc.to(out.dtype.element_ty), dims < D)
+def plan_decodes(inputs: AttentionInputs, num_programs: int, kv_heads: int) -> DecodePlan:
+    """Chunks of equal length for as many programs as run at once, or a few times as many.
 
-
-def plan_decodes(inputs: AttentionInputs, target: int) -> DecodePlan:
-    """Chunks of equal length, about `target` of them if the contexts are long enough."""
-    context_lens, num_decodes = inputs.context_lens, inputs.num_decodes
-    chunk_starts = context_lens.new_empty(num_decodes + 1)
-    chunk_len = context_lens.new_empty(1)
-    if num_decodes > 0:
+    Few contexts are cut so that all of it runs at once.
+    """
+    context_lens, rows = inputs.context_lens, inputs.num_decodes
+    at_once = max(num_programs // kv_heads, 1)
+    target = at_once - rows if 4 * rows <= at_once else _WAVES * at_once
+    full_starts, tail_order, chunk_len, arrived = context_lens.new_empty(
+        2 * rows + 2 + rows * kv_heads
+    ).split([rows + 1, rows, 1, rows * kv_heads])
+    if rows > 0:
         _plan_kernel[(1,)](
             context_lens,
-            chunk_starts,
+            full_starts,
+            tail_order,
             chunk_len,
-            num_decodes,
+            arrived,
+            rows,
             target,
             MIN_CHUNK=_MIN_CHUNK,
-            BLOCK=1024,
-            num_warps=4,
+            ROUND=64,
+            KV_HEADS=kv_heads,
+            BLOCK=256,
+            STEP=64,
+            num_warps=8,
         )
-    return DecodePlan(num_decodes, num_decodes + target, chunk_starts, chunk_len)
+    return DecodePlan(rows, target + rows, full_starts, tail_order, chunk_len, arrived)
 
 
 def decode(
@@ -175,15 +239,17 @@ def decode(
     block_n = 16 if q.itemsize == 4 else min(64, 8192 // block_d)
     chunk_out = q.new_empty(plan.max_chunks, heads, head_dim, dtype=torch.float32)
     chunk_lse = q.new_empty(plan.max_chunks, heads, dtype=torch.float32)
-    _decode_kernel[(plan.max_chunks, kv_heads)](
+    _decode_kernel[(kv_heads, plan.max_chunks)](
         q,
         cache.keys,
         cache.values,
         out,
         chunk_out,
         chunk_lse,
-        plan.chunk_starts,
+        plan.full_starts,
+        plan.tail_order,
         plan.chunk_len,
+        plan.arrived,
         inputs.context_lens,
         inputs.block_tables,
         inputs.block_tables.stride(0),
@@ -200,15 +266,4 @@ def decode(
         BLOCK_N=block_n,
         num_warps=4,
         num_stages=STAGES,
-    )
-    _combine_kernel[(rows, heads)](
-        chunk_out,
-        chunk_lse,
-        plan.chunk_starts,
-        out,
-        HEADS=heads,
-        D=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_C=16,
-        num_warps=4,
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.attention_tile import STAGES, attend_tile, kv_offsets, score_unit
+from kernels.cuda.attention_tile import STAGES, as_computed, attend_tile, kv_offsets, score_unit
 from kernels.types import AttentionInputs, KVCache
 
 
@@ -49,7 +49,7 @@ def _prompt_kernel(
     head = kv_head * GROUP + lanes % GROUP
     at = ((query_start + query).to(tl.int64) * (KV_HEADS * GROUP) + head) * D
     stored = real[:, None] & (dims[None, :] < D)
-    queries = tl.load(q + at[:, None] + dims[None, :], stored, 0.0)
+    queries = as_computed(tl.load(q + at[:, None] + dims[None, :], stored, 0.0), k_cache)
     positions = context - num_queries + query
     first_position = context - num_queries + first_query
     last_position = tl.minimum(first_position + TILE - 1, context - 1)
@@ -101,8 +101,14 @@ def prompts(
     window: int | None,
     softcap: float | None,
     out: Tensor,
+    fuse: bool = True,
 ) -> None:
-    """Attention of the requests that are not decodes, into out [T, H, D]; cf. `attend`."""
+    """Attention of the requests that are not decodes, into out [T, H, D]; cf. `attend`.
+
+    Args:
+        fuse: whether the compiler may round a product and a sum once. It does where no mask is in
+            between, so that what a query gets depends on which others are in its tile.
+    """
     kv_heads, head_dim, first_row = cache.spec.num_kv_heads, cache.spec.head_dim, inputs.num_decodes
     num_tokens, heads, _ = q.shape
     rows, group = inputs.context_lens.shape[0] - first_row, heads // kv_heads
@@ -134,4 +140,5 @@ def prompts(
         BLOCK_N=16 if exact else 32 if big else 64,
         num_warps=8 if block_d == 128 and not exact else 4,
         num_stages=2 if exact else 3 if big else STAGES,
+        enable_fp_fusion=fuse,
     )

@@ -16,6 +16,19 @@ def score_unit(scale: float, softcap: float | None) -> float:
 
 
 @triton.jit
+def as_computed(q, k_cache):
+    """Queries in the type in which products with this cache are computed, and its contents too.
+
+    One instruction makes two numbers of float16 from 8 bits, where bfloat16 takes several for each;
+    and float16 has all that they can be.
+    """
+    computed = q
+    if k_cache.dtype.element_ty.primitive_bitwidth == 8 and q.dtype == tl.bfloat16:
+        computed = tl.clamp(q.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+    return computed
+
+
+@triton.jit
 def kv_offsets(
     table, first, end, kv_head,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,

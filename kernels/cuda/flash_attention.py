@@ -7,6 +7,7 @@ The rule is measured by `benchmarks.kernels`, which runs both on both.
 Both packages address the cache by strides, so its layout stays that of `reference.PagedAttention`.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -16,11 +17,15 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cache import cache_directory
 from kernels.ops import Attention
 from kernels.types import AttentionInputs, AttentionNeeds, KVCache, PagedKV
 
 # By version, the best first.
 MODULES = {4: "flash_attn.cute", 2: "flash_attn"}
+# Version 4 has kernels of their own for prompts that fit into one tile of queries, and would take
+# seconds to compile them when the first comes.
+_LONGER_THAN_A_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ class FlashAttention:
             slots=inputs.slots[:first],
             max_query_len=1,
         )
-        prompts = replace(
+        prompts = replace(  # of all queries, of which the first are nobody's
             inputs,
-            query_starts=inputs.query_starts[first:] - first,
+            query_starts=inputs.query_starts[first:],
             context_lens=inputs.context_lens[first:],
             block_tables=inputs.block_tables[first:],
             slots=inputs.slots[first:],
@@ -91,14 +96,13 @@ class FlashAttention:
         if sinks is not None:
             return reference.attention.attend(q, cache, inputs, scale, window, softcap, sinks)
         first, plan = inputs.num_decodes, inputs.plan
-        parts = []
-        if first > 0:
-            parts.append(
-                self._decoding.attend(q[:first], cache, plan.decodes, scale, window, softcap)
-            )
-        if inputs.context_lens.shape[0] > first:
-            parts.append(self._attend_prompts(q[first:], cache, plan, scale, window, softcap))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        if inputs.context_lens.shape[0] == first:
+            return self._decoding.attend(q, cache, plan.decodes, scale, window, softcap)
+        out = self._attend_prompts(q, cache, plan, scale, window, softcap)
+        if first > 0:  # few beside the others, so they are copied
+            settings = (scale, window, softcap)
+            out[:first] = self._decoding.attend(q[:first], cache, plan.decodes, *settings)
+        return out
 
     def _attend_prompts(
         self,
@@ -109,12 +113,12 @@ class FlashAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        """[T, H, D], in which the rows of the decodes are undefined."""
         # [blocks, K, block_size, D] -> [blocks, block_size, K, D], as views
         k, v = (part.transpose(1, 2) for part in cache.tensors)
         prompts = plan.prompts
         shared = dict(
             cu_seqlens_q=prompts.query_starts,
-            max_seqlen_q=prompts.max_query_len,
             max_seqlen_k=prompts.block_tables.shape[1] * cache.spec.block_size,
             softmax_scale=scale,
             causal=True,
@@ -125,6 +129,7 @@ class FlashAttention:
                 q,
                 k,
                 v,
+                max_seqlen_q=prompts.max_query_len,
                 cu_seqlens_k=plan.context_starts,
                 block_table=prompts.block_tables,
                 window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -134,6 +139,7 @@ class FlashAttention:
             q,
             k,
             v,
+            max_seqlen_q=max(prompts.max_query_len, _LONGER_THAN_A_TILE),
             seqused_k=prompts.context_lens,
             page_table=prompts.block_tables,
             window_size=(None, None) if window is None else (window - 1, 0),
@@ -157,6 +163,7 @@ def find(
         reason = _refuses(version, needs, capability)
         if reason is None:
             try:
+                _keep_on_disk()
                 varlen = import_module(module).flash_attn_varlen_func
             except (ImportError, AttributeError, RuntimeError, OSError) as error:
                 reason = f"cannot be imported ({error})"
@@ -166,6 +173,13 @@ def find(
                 return FlashAttention(version, varlen, TritonAttention(num_processors))
         reasons.append(f"flash-attn {version} {reason}")
     return "; ".join(reasons)
+
+
+def _keep_on_disk() -> None:
+    """What version 4 compiles, which it does only when told to, and not where others can write."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    directory = str(cache_directory() / "flash-attn-4")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", directory)
 
 
 def _refuses(version: int, needs: AttentionNeeds, capability: tuple[int, int]) -> str | None:

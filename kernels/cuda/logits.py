@@ -92,3 +92,48 @@ def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
             BLOCK=_BLOCK,
             num_warps=4,
         )
+
+
+@triton.jit(do_not_specialize_on_alignment=["token_ids"])
+def _weigh_kernel(logits, logits_stride, vocab, token_ids, sums, ranks, BLOCK: tl.constexpr):
+    """The logarithm of the sum of a row's exponentials, and how many tokens beat the given one."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    own = tl.load(logits + tl.load(token_ids + row)).to(tl.float32)
+    peaks = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    better = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + ids, ids < vocab, float("-inf")).to(tl.float32)
+        new_peaks = tl.maximum(peaks, x)
+        shift = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
+        total = total * tl.exp(peaks - shift) + tl.exp(x - shift)
+        better += (x > own).to(tl.int32)
+        peaks = new_peaks
+    peak = tl.max(peaks, 0)
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    tl.store(sums + row, shift + tl.log(tl.sum(total * tl.exp(peaks - shift), 0)))
+    tl.store(ranks + row, 1 + tl.sum(better, 0).to(tl.int64))
+
+
+def top_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `kernels.reference.top_logprobs`, without a copy of the logits."""
+    rows, vocab = logits.shape
+    sums = torch.empty(rows, 1, dtype=torch.float32, device=logits.device)
+    ranks = torch.empty_like(token_ids)
+    if rows > 0:
+        _weigh_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            vocab,
+            token_ids,
+            sums,
+            ranks,
+            BLOCK=min(4096, triton.next_power_of_2(vocab)),
+            num_warps=8,
+        )
+    given = token_ids.unsqueeze(1)
+    top, ids = logits.topk(count, dim=-1)
+    logprobs = torch.cat((logits.gather(1, given), top), 1).float() - sums
+    return torch.cat((given, ids), 1), logprobs, ranks

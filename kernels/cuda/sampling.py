@@ -1,9 +1,14 @@
-"""Sampling without sorting: one program per row bisects for the thresholds of top-k and top-p.
+"""Sampling without sorting: one program per row, which reads it twice where few tokens are left.
 
-Both cuts, and min-p's, keep a prefix of the tokens ordered by probability, ties by token id. Such a
-prefix is a threshold and how many of the tokens that equal it are in. A threshold is found by
-bisection over the values that occur: each pass over the row counts and sums what is above the
-middle, and notes the nearest values on both sides, so that an interval ends on values of the row.
+The cuts of top-k, top-p and min-p keep a prefix of the tokens ordered by probability, ties by token
+id. The first pass over the row finds the best of each of many parts of it. As many parts as are
+wanted have a token at or above the least of their best ones, so that bounds the prefix from below:
+the second pass puts the few tokens above the bound aside, and each of them counts what is ahead of
+it (`_pick`).
+
+Where too many are above it, the thresholds are bisected over the values that occur (`_search`):
+each pass over the row counts and sums what is above the middle, and notes the nearest values on
+both sides, so that an interval ends on values of the row.
 """
 
 import torch
@@ -11,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.logits import apply_bitmask, penalize
-from kernels.reference import top_logprobs
+from kernels.cuda.logits import apply_bitmask, penalize, top_logprobs
 
 __all__ = ["apply_bitmask", "penalize", "sample", "top_logprobs"]  # `kernels.ops.Sampling`
 
 _BLOCK = 8192
+_PARTS = 1024
+# Tokens that can be put aside, and how many are wanted where top-p alone decides.
+_CANDIDATES = 1024
+_WANTED = 256
 
 
 @triton.jit
@@ -99,40 +107,87 @@ def _cut(logits, vocab, best, temperature, low, enough, BY_MASS: tl.constexpr, B
         return low, tl.where(all_in, vocab, rest), mass
 
 
-# The parameters are parts of larger tensors, which begin anywhere.
-_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
-
-
-@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
-def _sample_kernel(
-    logits, logits_stride, vocab, temperatures, top_ks, top_ps, min_ps, seeds, positions, tokens,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * logits_stride
-    best = tl.full([], float("-inf"), tl.float32)
-    best_token = tl.zeros([], tl.int32)
+@triton.jit
+def _read(logits, vocab, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """The best logit, the first token that has it, and the best of each of the row's parts."""
+    peaks = tl.full([BLOCK], float("-inf"), tl.float32)
+    firsts = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         x = tl.load(logits + ids, ids < vocab, float("-inf")).to(tl.float32)
-        peak, index = tl.max(x, 0, return_indices=True)
-        best_token = tl.where(peak > best, start + index, best_token)
-        best = tl.maximum(best, peak)
-    temperature = tl.load(temperatures + row)
-    if (temperature == 0) | (best == float("-inf")):
-        tl.store(tokens + row, best_token.to(tl.int64))
-        return
-    temperature = tl.maximum(temperature, 1e-30)  # below it is greedy but for exact ties
+        firsts = tl.where(x > peaks, ids, firsts)
+        peaks = tl.maximum(peaks, x)
+    best = tl.max(peaks, 0)
+    token = tl.min(tl.where(peaks == best, firsts, vocab), 0)
+    return best, token, tl.max(tl.reshape(peaks, [PARTS, BLOCK // PARTS]), 1)
 
-    # Weights under e^-80 of the best are nothing beside it, whatever their number.
-    min_p = tl.load(min_ps + row)
-    cut = tl.where(min_p > 0, tl.maximum(tl.log(min_p), -80.0), -80.0)
+
+@triton.jit
+def _put_aside(
+    logits, vocab, best, temperature, cut, bound, tokens, values,
+    BLOCK: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Write the tokens from the bound on, in order, as far as there is room for them.
+
+    Returns how many there are, and the weight of all from the cut on.
+    """
+    count = tl.zeros([], tl.int32)
+    mass = tl.zeros([], tl.float64)
+    for start in range(0, vocab, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        z = _scaled(logits, start, vocab, best, temperature, BLOCK)
+        mass += tl.sum(tl.where(z >= cut, tl.exp(z), 0.0), 0).to(tl.float64)
+        above = (z >= bound).to(tl.int32)
+        at = count + tl.cumsum(above, 0) - above
+        kept = (above > 0) & (at < CANDIDATES)
+        tl.store(tokens + at, ids, kept)
+        tl.store(values + at, z, kept)
+        count += tl.sum(above, 0)
+    return count, mass
+
+
+@triton.jit
+def _pick(
+    tokens, values, count, top_k, top_p, mass, u, CANDIDATES: tl.constexpr, STEP: tl.constexpr
+):
+    """Draw from the tokens that were put aside; -1 if top-p reaches beyond them."""
+    own = tl.arange(0, CANDIDATES)
+    z = tl.load(values + own, own < count, float("-inf"))
+    ahead = tl.zeros([CANDIDATES], tl.int32)  # how many are
+    before = tl.zeros([CANDIDATES], tl.float64)  # and their weight
+    for first in range(0, count, STEP):
+        other = first + tl.arange(0, STEP)
+        of_other = tl.load(values + other, other < count, float("-inf"))[None, :]
+        is_ahead = (of_other > z[:, None]) | (
+            (of_other == z[:, None]) & (other[None, :] < own[:, None])
+        )
+        ahead += tl.sum(is_ahead.to(tl.int32), 1)
+        before += tl.sum(tl.where(is_ahead, tl.exp(of_other), 0.0), 1).to(tl.float64)
+    kept = own < count
+    held = tl.sum(tl.where(kept, tl.exp(z), 0.0), 0).to(tl.float64)
+    if top_k > 0:
+        kept = kept & (ahead < top_k)
+        mass = tl.sum(tl.where(kept, tl.exp(z), 0.0), 0).to(tl.float64)
+    budget = mass * top_p.to(tl.float64)
+    if top_p < 1:
+        kept = kept & ((before < budget) | (ahead == 0))
+    weights = tl.where(kept, tl.exp(z), 0.0)
+    drawn = u * tl.sum(weights, 0).to(tl.float64)
+    passed = kept & (tl.cumsum(weights, 0) > drawn.to(tl.float32))
+    index = tl.min(tl.where(passed, own, CANDIDATES), 0)
+    index = tl.where(index < CANDIDATES, index, tl.max(tl.where(kept, own, 0), 0))
+    return tl.where((top_k > 0) | (held >= budget), tl.load(tokens + index), -1)
+
+
+@triton.jit
+def _search(
+    logits, vocab, best, best_token, temperature, cut, top_k, top_p, u, BLOCK: tl.constexpr
+):
+    """Draw from the whole row."""
     count, mass, _, _ = _split(logits, vocab, best, temperature, cut, cut, BLOCK)
     ties = vocab  # how many of the tokens that equal the cut are in
-    top_k = tl.load(top_ks + row)
     if (top_k > 0) & (top_k < count):
         cut, ties, mass = _cut(logits, vocab, best, temperature, cut, top_k, False, BLOCK)
-    top_p = tl.load(top_ps + row)
     if top_p < 1:
         budget = mass * top_p.to(tl.float64)
         shorter, shorter_ties, mass = _cut(
@@ -140,8 +195,7 @@ def _sample_kernel(
         )
         ties = tl.where(shorter == cut, tl.minimum(ties, shorter_ties), shorter_ties)
         cut = shorter
-
-    drawn = _uniform(tl.load(seeds + row), tl.load(positions + row)) * mass
+    drawn = u * mass
     before = tl.zeros([], tl.float64)
     num_ties = tl.zeros([], tl.int32)
     token = tl.full([], -1, tl.int32)
@@ -161,7 +215,55 @@ def _sample_kernel(
         before += tl.sum(weights, 0).to(tl.float64)
         num_ties += tl.sum(equal, 0)
         start += BLOCK
-    tl.store(tokens + row, tl.where(token < 0, last, token).to(tl.int64))
+    return tl.where(token < 0, last, token)
+
+
+# The parameters are parts of larger tensors, which begin anywhere.
+_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
+def _sample_kernel(
+    logits, logits_stride, vocab, temperatures, top_ks, top_ps, min_ps, seeds, positions,
+    out, tokens, values,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, CANDIDATES: tl.constexpr, WANTED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    best, best_token, peaks = _read(logits, vocab, BLOCK, PARTS)
+    temperature = tl.load(temperatures + row)
+    if (temperature == 0) | (best == float("-inf")):
+        tl.store(out + row, best_token.to(tl.int64))
+        return
+    temperature = tl.maximum(temperature, 1e-30)  # below it is greedy but for exact ties
+
+    # Weights under e^-80 of the best are nothing beside it, whatever their number.
+    min_p = tl.load(min_ps + row)
+    cut = tl.where(min_p > 0, tl.maximum(tl.log(min_p), -80.0), -80.0)
+    top_k = tl.load(top_ks + row)
+    top_p = tl.load(top_ps + row)
+    u = _uniform(tl.load(seeds + row), tl.load(positions + row))
+    token = tl.full([], -1, tl.int32)
+    if (top_k > 0) | (top_p < 1):
+        wanted = tl.where(top_k > 0, top_k, WANTED)
+        z = (peaks - best) / temperature
+        bound, above = cut, tl.zeros([], tl.float32)
+        for _ in range(12):  # of 80, that is within 0.02 of the best there is
+            middle = (bound + above) * 0.5
+            enough = tl.sum((z >= middle).to(tl.int32), 0) >= wanted
+            bound = tl.where(enough, middle, bound)
+            above = tl.where(enough, above, middle)
+        tokens += row * CANDIDATES
+        values += row * CANDIDATES
+        count, mass = _put_aside(
+            logits, vocab, best, temperature, cut, bound, tokens, values, BLOCK, CANDIDATES
+        )
+        tl.debug_barrier()  # what is put aside is read by other threads
+        if count <= CANDIDATES:
+            token = _pick(tokens, values, count, top_k, top_p, mass, u, CANDIDATES, 16)
+    if token < 0:
+        token = _search(logits, vocab, best, best_token, temperature, cut, top_k, top_p, u, BLOCK)
+    tl.store(out + row, token.to(tl.int64))
 
 
 def sample(
@@ -174,7 +276,10 @@ def sample(
     positions: Tensor,
 ) -> Tensor:
     rows, vocab = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(rows, _CANDIDATES, dtype=torch.int32, device=logits.device)
+    values = torch.empty(rows, _CANDIDATES, dtype=torch.float32, device=logits.device)
+    block = min(_BLOCK, triton.next_power_of_2(vocab))
     if rows > 0:
         _sample_kernel[(rows,)](
             logits,
@@ -186,8 +291,13 @@ def sample(
             min_p,
             seeds,
             positions,
+            out,
             tokens,
-            BLOCK=min(_BLOCK, triton.next_power_of_2(vocab)),
+            values,
+            BLOCK=block,
+            PARTS=min(_PARTS, block),
+            CANDIDATES=_CANDIDATES,
+            WANTED=_WANTED,
             num_warps=16,
         )
-    return tokens
+    return out

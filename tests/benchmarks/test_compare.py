@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from benchmarks import compare_vllm
@@ -17,6 +18,7 @@ from tests.conftest import CheckpointFactory
 
 def arguments(**changed: Any) -> argparse.Namespace:
     values = dict(seed=0, num_prompts=3, max_input=110, max_output=101, max_num_seqs=4)
+    values |= dict(max_num_batched_tokens=300, repeats=2)
     return argparse.Namespace(**values | dict(temperature=0.6) | changed)
 
 
@@ -35,9 +37,16 @@ class Params:
     ignore_eos: bool
 
 
+nano_runner: Any = ModuleType("nanovllm.engine.model_runner")
+
+
 class NanoLLM:
     def __init__(self, model: str, **config: Any) -> None:
         assert config["max_model_len"] == 211 and config["max_num_seqs"] == 4
+        assert config["max_num_batched_tokens"] == 300
+        weights = torch.nn.Linear(2, 3)
+        nano_runner.load_model(weights, model)
+        assert weights.weight.count_nonzero() == 6 and weights.bias.tolist() == [1.0] * 3
         tokenizer = AutoTokenizer.from_pretrained(model)
         assert tokenizer.eos_token_id is not None
 
@@ -51,6 +60,7 @@ class NanoLLM:
 class VLLM:
     def __init__(self, model: str, **config: Any) -> None:
         assert config["load_format"] == "dummy" and not config["enable_prefix_caching"]
+        assert config["max_num_batched_tokens"] == 300
 
     def generate(
         self, prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool
@@ -79,6 +89,7 @@ def test_every_engine_runs_the_workload(
         module.LLM = NanoLLM if package == "nanovllm" else VLLM
         module.SamplingParams = Params if package == "nanovllm" else SimpleNamespace
         monkeypatch.setitem(sys.modules, package, module)
+        monkeypatch.setitem(sys.modules, "nanovllm.engine.model_runner", nano_runner)
     workload = compare_vllm.make_workload(arguments())
     compare_vllm.run_here(package, model, workload, options)
     printed = capsys.readouterr().out.splitlines()[-1]

@@ -278,6 +278,23 @@ def test_doctor_names_the_attention_of_a_gpu_and_why(
         assert finding.fix == "pip install -e '.[cuda]'"
 
 
+def test_doctor_says_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    turing = SimpleNamespace(name="Tesla T4", major=7, minor=5, multi_processor_count=40)
+    (finding,) = doctor._cuda_ops(turing)
+    assert finding.state == "bad" and "8.0 (Ampere) or more; Tesla T4 has 7.5" in finding.text
+    hopper = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    (finding,) = doctor._cuda_ops(hopper)
+    assert "Triton needs Python's headers" in finding.text and "python3-dev" in finding.fix
+    (tmp_path / "Python.h").touch()
+    assert [finding.state for finding in doctor._cuda_ops(hopper)] == ["ok", "note"]
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (finding,) = doctor._cuda_ops(hopper)
+    assert "Triton needs a C compiler" in finding.text
+
+
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.cpu import build
 

@@ -172,8 +172,8 @@ signal.pause()
 
 
 def test_how_long_silence_is_borne_follows_the_steps() -> None:
-    clock, stats = Clock(), {"full_steps": 0, "tokens_per_s": 1000.0}
-    heart = Heartbeat(AppArgs(max_num_batched_tokens=2048), lambda: stats, clock)
+    clock, stats = Clock(), {"full_steps": 0, "tokens_per_s": 1000.0, "step_tokens": 2048}
+    heart = Heartbeat(AppArgs(), lambda: stats, clock)
     assert heart.timeout_s == 120  # its first full step may take long
     stats |= {"full_steps": 3, "tokens_per_s": 20_000.0}
     assert heart.timeout_s == 30

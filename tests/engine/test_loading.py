@@ -328,6 +328,9 @@ class ThreadedParallel(RankGroup):
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.cat(self.exchange(x), dim=-1)
 
+    def agree_on_minimum(self, value: int) -> int:
+        return min(int(other) for other in self.exchange(torch.tensor(value)))
+
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama3", "mistral"])

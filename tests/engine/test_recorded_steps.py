@@ -1,4 +1,4 @@
-"""Recorded decoding steps: padding, static buffers and the ladder, proven on CPU tensors."""
+"""Recorded steps: padding, static buffers and the ladder, proven on CPU tensors."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.device.recorded_steps import RecordedSteps, default_sizes
+from engine.device.recorded_steps import RecordedSteps, Shape, default_sizes, prompt_shapes
 from engine.runner import model_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import warm_up_plans
@@ -19,6 +19,7 @@ from engine.schedule.step import StepPlan
 from kernels import select_ops
 from kernels.cpu.recorder import Arena
 from kernels.ops import REFERENCE
+from kernels.types import StepRows
 from tests.conftest import CheckpointFactory
 from tests.engine.fake_recorder import FakeRecorder
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -53,27 +54,75 @@ def test_the_ladder_wastes_little(most: int) -> None:
 # --- Buffers and padding ----------------------------------------------------------------------
 
 
-def test_a_batch_is_padded_to_the_next_size_and_nothing_of_the_last_one_remains() -> None:
-    seen: list[tuple[list[int], list[int]]] = []
+def test_a_step_is_padded_to_the_next_shape_and_nothing_of_the_last_one_remains() -> None:
+    """Where it decodes, and where rows have any number of tokens."""
+    seen: list[tuple[list[int], list[int], list[int], int]] = []
 
-    def step(rows: Tensor, starts: Tensor) -> Tensor:
-        seen.append((rows.tolist(), starts.tolist()))
-        return torch.stack((rows, starts), 1).double()
+    def step(rows: StepRows) -> Tensor:
+        starts = rows.query_starts.tolist()
+        assert starts[-1] == rows.num_tokens and rows.num_decodes in (0, len(rows.rows))
+        longest = max(end - start for start, end in pairwise(starts))
+        assert longest <= rows.max_query_len and (longest == 1 or rows.num_decodes == 0)
+        seen.append((rows.rows.tolist(), rows.starts.tolist(), starts, rows.num_tokens))
+        request = torch.arange(len(rows.rows)).repeat_interleave(rows.query_starts.diff())
+        return torch.stack((rows.rows[request], rows.starts[request]), 1).double()
 
     recorder = FakeRecorder()
-    graphs = RecordedSteps(recorder, [2, 8, 4], step, torch.device("cpu"))
-    assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 3
-    assert all(rows == [-1] * len(rows) for rows, _ in seen), "recorded over rows of requests"
-    hidden = {}
-    for rows in ([5, 6, 7, 8, 3], [1], [4, 2], [1, 2, 3]):
+    shapes = [Shape(16, 3), Shape(16, 9), Shape(40, 3), Shape(40, 9)]
+    graphs = RecordedSteps(recorder, [2, 8, 4], shapes, step, torch.device("cpu"))
+    assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 7
+    assert str(graphs).startswith("7 steps recorded in ")
+    assert all(rows == [-1] * len(rows) for rows, *_ in seen), "recorded over rows of requests"
+    for rows, lengths, shape in (
+        ([5, 6, 7, 8, 3], [1] * 5, (8, 8)),
+        ([1, 4], [1, 30], (40, 3)),
+        ([1], [1], (2, 2)),
+        ([4, 2, 9], [1, 1, 14], (16, 9)),
+        ([4, 2], [1, 1], (2, 2)),
+        ([3], [16], (16, 3)),
+        ([1, 2, 3], [1] * 3, (4, 4)),
+        ([6], [2], (16, 3)),
+    ):
         seen.clear()
-        hidden = graphs.run(rows, [row * 10 for row in rows])
-        size = {5: 8, 1: 2, 2: 2, 3: 4}[len(rows)]
-        padding = size - len(rows)
-        assert seen == [(rows + [-1] * padding, [row * 10 for row in rows] + [0] * padding)]
-        assert hidden.tolist() == [[row, row * 10] for row in rows]
-    assert graphs.fits(8) and not graphs.fits(9)
-    assert recorder.num_recorded == 3
+        starts = [row * 10 for row in rows]
+        hidden = graphs.run(rows, starts, lengths)
+        tokens, more = shape
+        padding = more - len(rows)
+        assert seen[0][:2] == (rows + [-1] * padding, starts + [0] * padding)
+        if sum(lengths) > len(rows):
+            ends = [sum(lengths[:i]) for i in range(len(rows) + 1)]
+            assert seen[0][2:] == (ends + [tokens] * padding, tokens)
+        assert hidden is not None
+        assert hidden.tolist() == [
+            [row, row * 10] for row, n in zip(rows, lengths, strict=True) for _ in range(n)
+        ]
+    for lengths in ([1] * 9, [41], [2] * 9):
+        assert graphs.run([0] * len(lengths), [0] * len(lengths), lengths) is None
+    assert recorder.num_recorded == 7
+
+
+def test_a_library_that_cannot_be_recorded_is_launched(caplog: pytest.LogCaptureFixture) -> None:
+    def step(rows: StepRows) -> Tensor:
+        if rows.num_decodes == 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return torch.zeros(rows.num_tokens, 1)
+
+    graphs = RecordedSteps(FakeRecorder(), [2], [Shape(16, 3)], step, torch.device("cpu"))
+    assert graphs.run([0], [0], [5]) is None and graphs.run([0], [0], [1]) is not None
+    assert "steps with prompts cannot be recorded" in caplog.text
+
+
+@pytest.mark.parametrize("most, rows", [(2048, 1024), (8192, 256), (100, 20), (16, 1), (5, 3)])
+def test_shapes_of_steps_with_prompts(most: int, rows: int) -> None:
+    shapes = prompt_shapes(most, rows)
+    tokens = sorted({shape.tokens for shape in shapes})
+    assert tokens[-1] == most and all(b <= 1.5 * a for a, b in pairwise(tokens))
+    assert len(shapes) == len(set(shapes)) <= 40
+    assert not any(shape.decodes for shape in shapes)
+    for size in tokens:  # rows for any step of so many tokens up to 63, and one to spare
+        own = [shape.rows for shape in shapes if shape.tokens == size]
+        assert max(own) > min(size, rows, 63)
+    assert prompt_shapes(0, rows) == []
 
 
 def test_padding_touches_nothing_of_anybody(
@@ -111,6 +160,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "preempted": dict(block_size=4, num_blocks=30, max_num_seqs=16),
     "overlapping": dict(async_scheduling=True, max_num_seqs=32),
     "chunks": dict(max_num_seqs=16, max_num_batched_tokens=20),
+    "prompts too": dict(
+        max_num_seqs=16, max_num_batched_tokens=40, cuda_graph_sizes=[16], cuda_graph_max_tokens=40
+    ),
 }
 
 
@@ -142,7 +194,9 @@ def test_same_text_as_without_graphs(
         assert tokens_of(run(engine, requests())) == eager_text
         assert recorder.num_recorded == num_recorded, "recorded while requests were waiting"
         stats = engine.stats()
-        assert 0 < stats["replayed_steps"] < stats["steps"]
+        assert 0 < stats["replayed_steps"] <= stats["steps"]
+        all_recorded = config == "prompts too"
+        assert (stats["replayed_steps"] == stats["steps"]) == all_recorded
 
 
 def test_eager_means_no_graphs(checkpoints: CheckpointFactory, recorder: FakeRecorder) -> None:
@@ -153,7 +207,12 @@ def test_eager_means_no_graphs(checkpoints: CheckpointFactory, recorder: FakeRec
 
 
 @pytest.mark.parametrize(
-    "config", [dict(cuda_graph_sizes=[1, 2]), dict(gpu_memory_utilization=0.5, num_blocks=None)]
+    "config",
+    [
+        dict(cuda_graph_sizes=[1, 2]),
+        dict(cuda_graph_max_tokens=64),
+        dict(gpu_memory_utilization=0.5, num_blocks=None),
+    ],
 )
 def test_settings_of_gpus_are_refused_on_a_cpu(
     checkpoints: CheckpointFactory, config: dict[str, Any]
@@ -269,8 +328,9 @@ def test_work_that_fails_leaves_nothing_recording() -> None:
 @pytest.mark.parametrize("max_num_seqs, budget, max_len", [(1, 1, 2), (4, 10, 100), (3, 64, 5)])
 def test_the_rehearsed_steps_are_the_largest(max_num_seqs: int, budget: int, max_len: int) -> None:
     config = EngineConfig(model="m", max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    *largest, decoding = warm_up_plans(config, max_len)
+    *largest, alone, decoding = warm_up_plans(config, max_len)
     assert [row.num_tokens for row in decoding.scheduled] == [1] * max_num_seqs
+    assert [row.num_tokens for row in alone.scheduled] == [min(budget, max_len - 1)]
     for plan in largest:
         assert len(plan.scheduled) == len(plan.new_rows) == max_num_seqs
         assert plan.num_tokens == budget or max(r.num_tokens for r in plan.scheduled) == max_len - 1

@@ -21,7 +21,8 @@ from tests.engine.helpers import new_engine
 from tests.triton_interpreter import DEVICE
 
 ON_GPU = DEVICE.type == "cuda"
-OPS = triton_ops(torch.cuda.get_device_properties(DEVICE).multi_processor_count if ON_GPU else 2)
+_PROCESSORS = torch.cuda.get_device_properties(DEVICE).multi_processor_count if ON_GPU else 2
+OPS = triton_ops(_PROCESSORS)
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no GPU")
 
 
@@ -45,7 +46,8 @@ def gpu_engine(directory: Path, **config: Any) -> Iterator[Engine]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
-            ops = replace(OPS, new_recorder=partial(FakeRecorder, strict=True))
+            ops = triton_ops(_PROCESSORS, config.pop("deterministic", False))
+            ops = replace(ops, new_recorder=partial(FakeRecorder, strict=True))
             patch.setattr(model_runner, "select_ops", lambda *_: ops)
             config.setdefault("enforce_eager", "cuda_graph_sizes" not in config)
         with new_engine(directory, device=DEVICE.type, **config) as engine:

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from engine.engine import Engine
+from engine.schedule.request import Request
+from engine.schedule.step import StepPlan
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -154,6 +158,16 @@ def test_cache_of_8_bits(checkpoints: CheckpointFactory) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("format", ["int4", "fp8"])
+def test_weights_of_fewer_bits(tmp_path: Path, format: str) -> None:
+    """Not the same tokens as with all of them, but none that is far from the best."""
+    sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, head_dim=32)
+    directory = make_checkpoint(tmp_path / "model", "qwen3", **sizes)
+    outputs = text(directory, dtype="bfloat16", quantization=format)
+    assert worst_lag(directory, PROMPTS, outputs, torch.bfloat16) < 1.5
+
+
+@needs_gpu
 @pytest.mark.parametrize("eager", [False, True])
 def test_nothing_is_compiled_while_requests_wait(
     checkpoints: CheckpointFactory, eager: bool
@@ -178,3 +192,41 @@ def test_evicted_blocks_come_back_from_host_memory(checkpoints: CheckpointFactor
             outputs += tokens_of(run(engine, requests))
         assert engine.stats()["restored_tokens"] == (len(first) - 1) // 16 * 16
     assert outputs[-1] == outputs[0]
+
+
+def test_deterministic_logits_do_not_depend_on_the_batch(checkpoints: CheckpointFactory) -> None:
+    """By no bit: alone, beside others, in chunks, from cached blocks, resumed, replayed."""
+    prompt, *others = random_prompts([200, 90, 33, 140] if ON_GPU else [18, 3])
+    seen: dict[int, list[Tensor]] = {}
+
+    def run_all(engine: Engine, requests: list[Request]) -> None:
+        sampler = engine.runner.sampler
+        take = sampler.logits
+
+        def keep(plan: StepPlan, hidden: Tensor) -> Tensor:
+            logits = take(plan, hidden)
+            sampling = [row for row in plan.scheduled if row.num_sampled]
+            first = engine.scheduler.sequences.get("0")
+            for row, own in zip(sampling, logits, strict=True):
+                if first is not None and row.row == first.row:
+                    seen.setdefault(row.end, []).append(own.clone())
+            return logits
+
+        sampler.logits = keep
+        run(engine, requests)
+        sampler.logits = take
+
+    params = dict(max_tokens=NUM_OUTPUT, ignore_eos=True)
+    options = dict(dtype="bfloat16", deterministic=True, speculation="off") | SMALL
+    directory = checkpoints("qwen3", num_hidden_layers=3 if ON_GPU else 1)
+    with gpu_engine(directory, **options, cuda_graph_sizes=[2]) as engine:
+        run_all(engine, new_requests([prompt], **params))
+        run_all(engine, new_requests([prompt, *others], **params))  # and of cached blocks
+    with gpu_engine(directory, **options | dict(max_num_batched_tokens=9)) as engine:
+        (resumed,) = new_requests([prompt], **params)
+        text = [int(seen[position][0].argmax()) for position in sorted(seen)]
+        resumed.output_token_ids = text[: NUM_OUTPUT // 2]  # as the front brings it
+        run_all(engine, [resumed])
+    for position, logits in seen.items():
+        assert all(torch.equal(logits[0], other) for other in logits[1:]), position
+    assert min(map(len, seen.values())) >= 2 and max(map(len, seen.values())) == 3

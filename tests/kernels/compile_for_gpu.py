@@ -1,11 +1,11 @@
 """Compiles the Triton kernels for a GPU that is not there, as the ops launch them.
 
-    python -m tests.kernels.compile_for_gpu [compute capability, default 90]
+    python -m tests.kernels.compile_for_gpu [compute capability, default 90] [--few]
 
 Runs the ops on CPU tensors, with a driver that only says which GPU to compile for and launches
 nothing. Prints what each kernel takes of a multiprocessor; fails if a kernel does not compile,
 spills more than a few registers, wants more shared memory than there is, or is compiled again for
-other lengths.
+other lengths. With --few only what Qwen3 needs.
 """
 
 import re
@@ -21,11 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kernels import Ops
 from kernels.cuda.compile_watch import CompileWatch
 from kernels.cuda.ops import triton_ops
 from kernels.types import AttentionInputs, KVCache, PagedKV, StepRows
 
-CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+FEW = "--few" in sys.argv
+CAPABILITY = int(next((word for word in sys.argv[1:] if word.isdigit()), 90))
 # Bytes that a block may have, by compute capability; 99 KiB is the least of those since Ampere.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}.get(CAPABILITY, 99 * 1024)
 FP8 = torch.float8_e4m3fn
@@ -62,7 +64,9 @@ def attend(
     cache: torch.dtype,
     softcap: float | None = None,
     lengths: tuple[int, int, int] = (5, 20, 3),
+    ops: Ops | None = None,
 ) -> None:
+    ops = ops or OPS
     requests, tokens, decodes = lengths
     kv_cache = new_cache(block_size, head_dim, cache)
     contexts = torch.zeros(requests).int()
@@ -77,15 +81,17 @@ def attend(
 
 def new_cache(block_size: int, head_dim: int, dtype: torch.dtype) -> KVCache:
     spec = PagedKV(block_size, 8, head_dim, dtype)
-    return ops.attention.new_cache(4, spec, torch.device("cpu"))
+    return OPS.attention.new_cache(4, spec, torch.device("cpu"))
 
 
 def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     """The other ops, as a step of Qwen3-0.6B calls them."""
+    ops = OPS
     x, weight = torch.empty(tokens, 1024, dtype=BF16), torch.empty(1024, dtype=BF16)
     ops.rms_norm(x, weight, 1e-6)
     ops.add_rms_norm(x, x, weight, 1e-6)
     ops.silu_and_mul(torch.empty(tokens, 6144, dtype=BF16))
+    DETERMINISTIC.pack_linear(torch.empty(4096, 1024, dtype=BF16), None, None)(x)
     kv_cache = new_cache(32, 128, cache)
     norm, at = torch.empty(128, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
     qkv = torch.empty(tokens, 4096, dtype=BF16)
@@ -99,6 +105,7 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     own = torch.empty(tokens, 151_936)
     text = torch.zeros(tokens, 100 + tokens, dtype=torch.int64)
     ops.sampling.penalize(own, text, at, text.int(), numbers, numbers, numbers)
+    ops.sampling.top_logprobs(logits, at, 5)
     ops.sampling.apply_bitmask(own, torch.zeros(tokens, 4748, dtype=torch.int32))
     plan = torch.zeros(3 * tokens + 1, dtype=torch.int32)  # rows, starts, query_starts
     parts = plan[:tokens], plan[tokens : 2 * tokens], plan[2 * tokens :]
@@ -119,6 +126,7 @@ def resources(kernel: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+OPS, DETERMINISTIC = triton_ops(132), triton_ops(132, deterministic=True)
 ATTENTION = [
     (BF16, 128, 2, 32, None, BF16),  # Qwen3-0.6B
     (BF16, 128, 4, 16, 4096, BF16),  # Mistral-7B
@@ -127,7 +135,7 @@ ATTENTION = [
     (BF16, 256, 2, 16, 4096, BF16, 50.0),  # Gemma 2
     (torch.float32, 128, 2, 32, None, torch.float32),
     (torch.float32, 256, 2, 16, None, torch.float32),
-]
+][: 1 if FEW else None]
 
 CACHES = [BF16]
 if CAPABILITY >= 89:  # those before have no instructions for 8 bits
@@ -137,10 +145,10 @@ if CAPABILITY >= 89:  # those before have no instructions for 8 bits
 if __name__ == "__main__":
     driver.set_active(NoDriver())
     JITFunction.run = only_compile
-    ops = triton_ops(num_processors=132)
     watch = CompileWatch()
     for shape in ATTENTION:
         attend(*shape)
+    attend(*ATTENTION[0], ops=DETERMINISTIC)
     for cache in CACHES:
         run_the_rest(5, cache)
     watch.start_serving()
@@ -154,6 +162,8 @@ if __name__ == "__main__":
         registers, spilled = resources(kernel)
         shared = kernel.metadata.shared
         failed |= spilled > 64 or shared > SHARED_MEMORY
+        if not kernel.metadata.enable_fp_fusion:  # of which every bit counts
+            failed |= "fma.rn" in kernel.asm["ptx"]
         print(f"{name:26} {registers:4} registers, {spilled} B spilled, {shared:6} B shared")
     print(f"compiled {watch.num_compiled}, again for other lengths: {watch.late or 'none'}")
     sys.exit(failed)

@@ -3,8 +3,13 @@
 The packages need a GPU. Here stand-ins with their signatures compute the answers in plain torch.
 """
 
+import os
 import random
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +23,8 @@ from kernels.types import AttentionInputs, KVCache, PagedKV
 from tests.kernels.steps import Attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels.cuda.compile_watch import CompileWatch
 
 HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
 NEEDS = AttentionNeeds("auto", torch.bfloat16, torch.bfloat16, head_dim=128, block_size=256)
@@ -86,6 +93,7 @@ def flash_attn_4(
     assert max_seqlen_q is not None and max_seqlen_k is not None
     check_lengths(cu_seqlens_q, seqused_k, max_seqlen_q, max_seqlen_k)
     assert cu_seqlens_k is None and causal and softmax_scale is not None
+    assert max_seqlen_q >= 512, "it would compile another kernel for short prompts"
     assert page_table.shape[0] == len(seqused_k) and page_table.stride(1) == 1
     left = window_size[0]
     return (
@@ -96,7 +104,7 @@ def flash_attn_4(
 
 def check_lengths(starts: Tensor, contexts: Tensor, longest_query: int, longest: int) -> None:
     assert starts.dtype == contexts.dtype == torch.int32
-    assert starts[0] == 0 and len(starts) == len(contexts) + 1
+    assert len(starts) == len(contexts) + 1
     assert int(starts.diff().max()) <= longest_query and int(contexts.max()) <= longest
 
 
@@ -179,7 +187,7 @@ def test_the_rule(
 
 
 class Hopper:
-    multi_processor_count, major, minor = 132, 9, 0
+    name, multi_processor_count, major, minor = "Hopper", 132, 9, 0
 
 
 def test_choosing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +208,7 @@ def test_choosing_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(num_processors: int) -> Ops:
+    def missing(*_: Any) -> Ops:
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Hopper)
@@ -212,3 +220,57 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_has_no_choice() -> None:
     with pytest.raises(ValueError, match="attention_backend: 'triton' is for GPUs"):
         select_ops(torch.device("cpu"), replace(NEEDS, backend="triton"))
+
+
+def test_kernels_that_flash_attn_4_compiles_late_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class JITCache(dict[Any, Any]):
+        """As in flash_attn.cute.cache_utils: all that it compiles is kept in one."""
+
+        def __setitem__(self, key: Any, kernel: Any) -> None:
+            super().__setitem__(key, kernel)
+
+    module: Any = ModuleType("flash_attn.cute.cache_utils")
+    module.JITCache = JITCache
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    kernels, first = JITCache(), CompileWatch()
+    kernels["prompts"] = "compiled"
+    first.start_serving()
+    second = CompileWatch()  # of another engine, which is not serving yet
+    kernels["many prompts"] = "compiled"
+    assert kernels == {"prompts": "compiled", "many prompts": "compiled"}
+    assert (first.late, second.late, second.num_compiled) == ([], [], 1)
+    second.start_serving()
+    kernels["more"] = "compiled"
+    assert second.late == ["flash-attn 4"]
+
+
+def test_what_flash_attn_4_compiles_is_kept_where_only_the_user_writes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("ENABLED", "DIR"):
+        monkeypatch.setenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}", "")  # to be as it was
+        monkeypatch.delenv(f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}")
+    monkeypatch.setenv("MANTA_CACHE_DIR", str(tmp_path))
+    flash_attention.find(NEEDS, HOPPER, 132)
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] == str(tmp_path / "flash-attn-4")
+
+
+@pytest.mark.parametrize(
+    "capability, cache_dtype, refused",
+    [
+        ((7, 5), torch.bfloat16, "device: .* 8.0 .*; Card has 7.5"),
+        ((8, 6), torch.float8_e4m3fn, "kv_cache_dtype: 'fp8' needs .* 8.9 .*; Card has 8.6"),
+        ((8, 6), torch.bfloat16, None),
+        ((8, 9), torch.float8_e4m3fn, None),
+        ((12, 0), torch.float8_e4m3fn, None),
+    ],
+)
+def test_gpus_that_cannot_serve_are_refused_by_name(
+    capability: tuple[int, int], cache_dtype: torch.dtype, refused: str | None
+) -> None:
+    properties = SimpleNamespace(name="Card", major=capability[0], minor=capability[1])
+    said = cuda.refusal(properties, replace(NEEDS, cache_dtype=cache_dtype))
+    assert said == refused if refused is None else re.fullmatch(refused, said or "")

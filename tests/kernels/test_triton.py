@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cuda.ops import triton_ops
 from kernels.ops import REFERENCE
+from kernels.quantization import quantize_int4
 from kernels.types import PagedKV, StepRows
 from tests.kernels.steps import (
     Attention,
@@ -99,20 +101,54 @@ def test_attention_random(seed: int) -> None:
 
 
 def test_attention_of_a_long_context_beside_short_ones() -> None:
-    """Its chunks spread over the device; the short ones have one each."""
+    """Its chunks spread over the device; the short ones have one each, a tail."""
     torch.manual_seed(0)
-    lengths = [(1, 5), (1, 3001), (1, 128), (1, 129)]
+    lengths = [(1, 5), (1, 3001), (1, 128), (1, 129), (1, 128)]
     step = Attention(random.Random(0), torch.float32, lengths, 16, 1, 4, 32, device=DEVICE)
     step.check(OPS)
     inputs = inputs_of(lengths, step.block_tables, DEVICE)
     plan = OPS.attention.plan(inputs, step.cache.spec).plan
-    counts = plan.chunk_starts.diff().tolist()
-    assert counts[0] == counts[2] == 1 and counts[1] > 4
-    assert sum(counts) <= plan.max_chunks
-    assert all(
-        -(-n // int(plan.chunk_len)) == count
-        for n, count in zip(inputs.context_lens.tolist(), counts, strict=True)
-    )
+    length, full = int(plan.chunk_len), plan.full_starts.diff().tolist()
+    assert full[1] >= 4 and full[0] == full[2] == 0
+    assert full == [max(context - 1, 0) // length for _, context in lengths]
+    assert sum(full) + len(lengths) <= plan.max_chunks
+    tails = [context - length * count for (_, context), count in zip(lengths, full, strict=True)]
+    order = plan.tail_order.tolist()
+    assert sorted(order) == list(range(5)) and order[-1] == 0
+    assert [tails[row] for row in order] == sorted(tails, reverse=True)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_a_plan_of_as_many_chunks_as_run_at_once_or_a_few_times_as_many(rows: int) -> None:
+    """The longest first, whatever the number of rows."""
+    rng = random.Random(rows)
+    contexts = [rng.randint(0, 5000) for _ in range(rows)]
+    tables = torch.zeros(rows, 1, dtype=torch.int32)
+    inputs = inputs_of([(1, context) for context in contexts], tables, DEVICE)
+    ops, kv_heads = triton_ops(num_processors=132), 8
+    plan = ops.attention.plan(inputs, PagedKV(16, kv_heads, 64, torch.bfloat16)).plan
+    at_once = 132 * 3 // kv_heads
+    few = 4 * rows <= at_once
+    assert plan.max_chunks == (at_once if few else 3 * at_once + rows)
+    length = int(plan.chunk_len)
+    assert length % 64 == 0 and length >= max(sum(contexts) / plan.max_chunks, 128)
+    full = [max(context - 1, 0) // length for context in contexts]
+    assert plan.full_starts.diff().tolist() == full
+    tails = [context - length * n for context, n in zip(contexts, full, strict=True)]
+    order = sorted(range(rows), key=lambda row: (-tails[row], row))
+    assert plan.tail_order.tolist() == order
+    assert plan.arrived.eq(0).all() and plan.arrived.numel() == rows * kv_heads
+
+
+def test_what_counts_chunks_is_ready_for_the_next_layer() -> None:
+    torch.manual_seed(0)
+    lengths = [(1, 400), (1, 40)]
+    step = Attention(random.Random(0), torch.bfloat16, lengths, 16, 2, 2, 16, device=DEVICE)
+    cache = each_tensor(step.cache, on_device)
+    planned = OPS.attention.plan(inputs_of(lengths, step.block_tables, DEVICE), cache.spec)
+    layers = [OPS.attention.attend(on_device(step.q), cache, planned, 0.25) for _ in range(3)]
+    assert layers[0].equal(layers[1]) and layers[0].equal(layers[2])
+    assert planned.plan.arrived.eq(0).all()
 
 
 def test_attention_of_rows_that_pad_a_batch() -> None:
@@ -160,6 +196,103 @@ def test_attention_over_a_cache_of_8_bits(dtype: torch.dtype) -> None:
     Attention(random.Random(0), dtype, lengths, 64, 2, 2, 16, device=DEVICE, cache_dtype=FP8).check(
         OPS
     )
+
+
+# --- The same by every bit --------------------------------------------------------------------
+
+DETERMINISTIC = triton_ops(num_processors=2, deterministic=True)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_deterministic_attention_depends_on_the_context_alone(window: int | None) -> None:
+    """What a token gets as part of a prompt, in chunks of it, and when it is decoded."""
+    torch.manual_seed(0)
+    length, block_size = 150, 16
+    step = Attention(
+        random.Random(0), torch.bfloat16, [(length, length)] * 2, 16, 1, 2, block_size,
+        device=DEVICE,
+    )  # fmt: skip
+    cache = each_tensor(step.cache, on_device)
+
+    def attend(chunks: list[tuple[int, int, int]]) -> list[Tensor]:
+        """Of (request, first token, end) each; those with one token come first."""
+        lengths = [(end - first, end) for _, first, end in chunks]
+        tables = step.block_tables[[request for request, _, _ in chunks]]
+        inputs = inputs_of(lengths, tables, DEVICE)
+        q = torch.cat([step.q[r * length + first : r * length + end] for r, first, end in chunks])
+        planned = DETERMINISTIC.attention.plan(inputs, cache.spec)
+        out = DETERMINISTIC.attention.attend(on_device(q), cache, planned, step.scale, window)
+        return list(out.cpu().split([queries for queries, _ in lengths]))
+
+    whole, other = attend([(0, 0, length), (1, 0, length)])
+    assert attend([(0, 0, length)])[0].equal(whole)
+    decoded, chunk, second = attend([(1, 149, 150), (0, 0, 70), (0, 70, 131)])
+    assert decoded.equal(other[149:])
+    assert torch.cat((chunk, second)).equal(whole[:131])
+    for position in (0, 63, 100):
+        ours, _ = attend([(0, position, position + 1), (1, 3, 4)])
+        assert ours.equal(whole[position : position + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_deterministic_products(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(70, 100), torch.randn(40, 100), torch.randn(40)
+    x, weight, bias = (on_device(each.to(dtype)) for each in (x, weight, bias))
+    for own_bias in (bias, None):
+        linear = DETERMINISTIC.pack_linear(weight, own_bias, None)
+        whole = linear(x)
+        expected = x.float() @ weight.float().T + (0 if own_bias is None else own_bias.float())
+        assert_close(whole.cpu(), expected.to(dtype).cpu())
+        for rows in (slice(3, 4), slice(30, 70), slice(0, 0)):
+            assert linear(x[rows]).equal(whole[rows])
+
+
+# --- Weights of fewer bits --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_weights_of_4_bits(dtype: torch.dtype) -> None:
+    """As of the weights that the reference rounds to, with activations as they are."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(70, 192).to(dtype), torch.randn(70).to(dtype)
+    levels, scales = quantize_int4(weight)
+    exact = ((levels.unflatten(-1, (-1, 32)).float() - 8) * scales.float()[..., None]).flatten(1)
+    for rows, own_bias in ((17, None), (1, bias)):
+        x = torch.randn(rows, 192).to(dtype)
+        moved = None if own_bias is None else on_device(own_bias)
+        linear = OPS.pack_linear(on_device(weight), moved, "int4")
+        assert linear(on_device(x[:0])).shape == (0, 70)
+        expected = x.float() @ exact.T + (0 if own_bias is None else own_bias.float())
+        assert_close(linear(on_device(x)).cpu(), expected.to(dtype))
+    with pytest.raises(ValueError, match="int4' needs inputs in multiples of 64, not 32"):
+        OPS.pack_linear(on_device(weight[:, :32]), None, "int4")
+
+
+def test_products_with_weights_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies, on a GPU; the rounding of rows is ours."""
+
+    def multiply(
+        a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype
+    ) -> Tensor:
+        assert a.dtype == b.dtype == FP8 and a.is_contiguous() and b.t().is_contiguous()
+        assert scale_a.shape == (len(a), 1) and scale_b.shape == (1, b.shape[1])
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).to(out_dtype)
+
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(torch, "_scaled_mm", multiply)
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 1008).bfloat16(), torch.randn(48).bfloat16()
+    for own_bias in (None, bias):
+        moved = None if own_bias is None else on_device(own_bias)
+        linear = OPS.pack_linear(on_device(weight), moved, "fp8")
+        for rows in (0, 1, 19):
+            x = (torch.randn(rows, 1008) * torch.rand(rows, 1) * 100).bfloat16()
+            expected = REFERENCE.pack_linear(weight, own_bias, "fp8")(x)
+            torch.testing.assert_close(linear(on_device(x)).cpu(), expected, rtol=0.02, atol=0.5)
+    # What the library does not multiply stays as it is.
+    odd = OPS.pack_linear(on_device(weight[:5]), None, "fp8")(on_device(weight))
+    assert_close(odd.cpu(), weight @ weight[:5].T)
 
 
 # --- Between the projections ------------------------------------------------------------------
@@ -302,6 +435,22 @@ def test_bitmask(vocab: int) -> None:
     assert actual.cpu().equal(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(4, 6000) * 5).to(dtype)
+    logits[1, 3:] = -torch.inf
+    token_ids = torch.tensor([5, 2, 5999, int(logits[3].argmax())])
+    expected = reference.top_logprobs(logits, token_ids, 2)
+    actual = OPS.sampling.top_logprobs(on_device(logits), on_device(token_ids), 2)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted)
+    alone = OPS.sampling.top_logprobs(on_device(logits[2:3]), on_device(token_ids[2:3]), 2)
+    assert alone[1].equal(actual[1][2:3]), "it depends on the other rows"
+    none = OPS.sampling.top_logprobs(on_device(logits[:0]), on_device(token_ids[:0]), 2)
+    assert [part.shape for part in none] == [(0, 3), (0, 3), (0,)]
+
+
 # --- Sampling ---------------------------------------------------------------------------------
 
 
@@ -331,6 +480,51 @@ def test_full_vocabulary() -> None:
     torch.manual_seed(1)
     logits = (torch.randn(3, 151_936) * 2).bfloat16()
     assert_same_draws(sample, logits, params(3, 5))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="only the interpreter can be watched")
+@pytest.mark.parametrize(
+    "sampling, most",
+    [
+        (dict(temperature=0), 1),
+        (dict(temperature=0.6, top_k=20, top_p=0.95, min_p=0), 2),
+        (dict(temperature=0.6, top_k=0, top_p=0.95, min_p=0), 2),
+        (dict(temperature=1, top_k=0, top_p=1, min_p=0), 3),
+        (dict(temperature=5, top_k=0, top_p=0.999, min_p=0), 20),  # nearly all tokens are in
+    ],
+)
+def test_passes_over_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, sampling: dict[str, float], most: int
+) -> None:
+    """The logits of a row are read no more often than that, and the tokens are the same."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    torch.manual_seed(1)
+    logits = (torch.randn(3, 20_000) * 3).bfloat16()
+    read = []
+    load = InterpreterBuilder.create_masked_load
+
+    def count(self: Any, pointers: Any, *rest: Any) -> Any:
+        if pointers.data.size == 8192:
+            read.append(8192)
+        return load(self, pointers, *rest)
+
+    values = params(3, 5, **sampling)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", count)
+    sample(logits, **values)
+    blocks = 3 * -(-logits.shape[1] // 8192)
+    assert len(read) <= most * blocks
+    monkeypatch.undo()
+    assert_same_draws(sample, logits, values)
+
+
+def test_more_candidates_than_can_be_put_aside() -> None:
+    """Thousands of tokens that are as likely: the cuts are searched for over the whole row."""
+    logits = torch.zeros(5, 1500)
+    logits[:, 7] = 1.0
+    for cuts in (dict(top_k=5, top_p=1), dict(top_k=0, top_p=0.4), dict(top_k=1400, top_p=0.5)):
+        values = params(5, temperature=1, min_p=0, **cuts)
+        assert_same_draws(sample, logits, values)
 
 
 def test_greedy() -> None:

@@ -11,10 +11,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_kernels_compile_for_hopper_and_never_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["90"], ["80", "--few"], ["89", "--few"], ["120", "--few"]])
+def test_kernels_compile_and_never_again(arguments: list[str]) -> None:
+    """All of them for Hopper, a few for Ampere, Ada and Blackwell of workstations."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_gpu", "90"],
+        [sys.executable, "-m", "tests.kernels.compile_for_gpu", *arguments],
         cwd=ROOT,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
