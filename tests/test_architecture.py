@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "deployments.front": {"observe", "parsing"},
     "deployments.shards": {"front"},
     "deployments.routing": {"api"},
+    "deployments.door": {"api"},
     "deployments.api": {"front", "observe", "parsing"},
     "deployments.batch": {"api", "front", "observe", "shards"},
     "deployments.cli": set(),

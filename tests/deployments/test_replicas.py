@@ -1,6 +1,7 @@
 """Several replicas: load spreads, numbers follow it, updates and departures cost no request."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from ray import serve
 
 from deployments import app
 from deployments.args import AppArgs
+from deployments.door.application import DoorArgs, door
 from tests.deployments.conftest import wait_until
 
 APP = "replicas"
@@ -142,5 +144,19 @@ def test_one_cluster_serves_several_models(url: str, cluster: str, tiny_model: P
         for base, name in ((url, "tiny"), (f"{cluster}/other", "other")):
             models = httpx.get(f"{base}/v1/models").json()["data"]
             assert [model["id"] for model in models] == [name]
+        args_of_door = DoorArgs(routes=["/replicas", "/other"], proxy=cluster)
+        serve.run(door(args_of_door), name="door", route_prefix="/door")
+        address = f"{cluster}/door/v1"
+        models = httpx.get(f"{address}/models").json()["data"]
+        assert {model["id"] for model in models} == {"tiny", "other"}
+        for name in ("tiny", "other"):
+            body = {"model": name, "prompt": "ab", "max_tokens": 3, "stream": True}
+            with httpx.stream("POST", f"{address}/completions", json=body) as answer:
+                lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
+            assert json.loads(lines[0][6:])["model"] == name and lines[-1] == "data: [DONE]"
+        body = {"model": "third", "prompt": "ab"}
+        unknown = httpx.post(f"{address}/completions", json=body)
+        assert unknown.status_code == 404 and "'other'" in unknown.json()["error"]["message"]
     finally:
         serve.delete("other")
+        serve.delete("door")
