@@ -1,6 +1,7 @@
 """Turns step plans into tokens on one rank's device."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -52,14 +53,18 @@ class ModelRunner:
             model_config.layers[0].attention.head_dim,
             config.block_size,
         )
+        begin = time.monotonic()
         self.ops = select_ops(self.device, needs)
+        self.startup_s = {"kernels": time.monotonic() - begin}  # by phase
         self.max_len = config.max_model_len or model_config.max_position
         self.vocab_size = model_config.vocab_size
         self.eos_token_ids = eos_token_ids
         model_config.check_divisible(self.ranks.tensor.size)
         self._config = config
         meter = MemoryMeter(self.device)
+        begin = time.monotonic()
         weights = self._load(model_config, directory, meter, show_progress)
+        self.startup_s["weights"] = time.monotonic() - begin
         self.cache_layout = KVCacheLayout.of(
             model_config, self.ranks.tensor, config.block_size, self.cache_dtype
         )
@@ -75,7 +80,9 @@ class ModelRunner:
         )
         self.host_cache = new_host_cache(config, self.cache_layout, self.device)
         watch = watch_compilation(self.device)
+        begin = time.monotonic()
         self.memory = self._open(meter, weights)
+        self.startup_s["cache"] = time.monotonic() - begin  # and rehearsal, on a GPU
         watch.start_serving()
         # Kernels that were compiled while requests were waiting; there should be none.
         self.late_compilations = watch.late

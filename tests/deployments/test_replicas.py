@@ -120,6 +120,20 @@ def test_the_number_of_replicas_follows_the_engines_load(url: str, tiny_model: P
     asyncio.run(run())
 
 
+def test_the_first_request_starts_a_replica_and_the_last_leaves_none(
+    url: str, tiny_model: Path
+) -> None:
+    deploy(tiny_model, num_replicas=0, max_replicas=1, upscale_delay_s=0, downscale_delay_s=1)
+    assert num_running() == 0
+    body = {"prompt": "ab", "max_tokens": 3}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200 and num_running() == 1
+    phases = httpx.get(f"{url}/metrics").text
+    for phase in ("process", "imports", "kernels", "weights", "cache"):
+        assert f'manta:engine_startup_seconds{{phase="{phase}"}}' in phases
+    wait_until(lambda: num_running() == 0, 90, "none is left")
+
+
 def test_a_session_stays_on_its_replica(url: str, tiny_model: Path) -> None:
     """Seen by the prefix cache: the second request of a session finds the first one's blocks."""
     deploy(tiny_model, num_replicas=2)
