@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
 
-from deployments.api import build_api
+from deployments.application import build_application
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
 from deployments.front.front import Front
@@ -50,7 +50,7 @@ class Replica:
         gc.freeze()  # or each of its passes stops all streams to look through what has been loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._front, self._args, tells_request_ids=False)
+        return build_application(self._front, self._args, tells_request_ids=False)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's numbers and this front's, for callers with a handle."""

@@ -203,7 +203,7 @@ def _end_of(front: Front, prompt: list[int]) -> str:
     return front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AnswerDelta:
     """What a step brought a choice, read."""
 

@@ -16,7 +16,7 @@ from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.version import VERSION
 from engine import checkpoint
-from engine.generation_config import sampling_defaults
+from engine.generation_config import EmbeddingConfig, embedding_config, sampling_defaults
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.detokenizer import Detokenizer
@@ -26,7 +26,7 @@ from engine.text.tokenizer import Tokenizer
 _DRAIN_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would double what making one costs
 class TextDelta:
     """What one engine step brought a request, as text."""
 
@@ -61,6 +61,10 @@ class Front:
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
+        self.embedding = embedding_config(directory)
+        if args.pooling != "auto":
+            self.embedding = EmbeddingConfig(args.pooling)
+        self.judges = args.reranker == "qwen3"
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(args)
@@ -188,6 +192,21 @@ class Front:
                     record.finish_reason = "stop"
                 if is_complete or detokenizer.stop_string is not None:
                     return
+
+    async def embed(
+        self, prompt_token_ids: list[int], params: SamplingParams, options: RequestOptions
+    ) -> list[float]:
+        """The prompt as `params.pooling` has it; raises what `generate` does."""
+        record = RequestRecord(len(prompt_token_ids), params.max_tokens)
+        options.records.append(record)
+        options = replace(options, stream=False)
+        async with aclosing(
+            self.client.generate(prompt_token_ids, params, 0, options, record)
+        ) as deltas:
+            async for delta in deltas:
+                if delta.vector is not None:
+                    return delta.vector
+        raise EngineUnavailableError("the engine has started anew; try again")
 
     async def watch_own_engine(self) -> list[dict[str, Any]]:
         return [{"replica": "", **self.client.watch()}]

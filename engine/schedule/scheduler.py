@@ -13,7 +13,7 @@ full blocks published, at scheduling time: whoever gets them runs later.
 
 import time
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockPool
@@ -266,6 +266,8 @@ class Scheduler:
             delta = self._take_in(
                 sequence, tokens, result.logprobs.get(i), result.prompt_logprobs.get(i)
             )
+            if i in result.vectors:
+                delta = replace(delta, vector=result.vectors[i])
             if delta.finish_reason is not None:
                 self._remove(sequence)
             deltas.append(delta)

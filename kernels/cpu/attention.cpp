@@ -12,8 +12,10 @@
 namespace manta {
 namespace {
 
+// A context in several items; which of them is done last folds their results.
 struct Split {
-    int64_t request, kv_head, first_item, count;
+    int64_t request, kv_head, count, left;
+    float* partials;
 };
 
 struct Plan {
@@ -23,28 +25,17 @@ struct Plan {
     std::vector<float> partials;
 };
 
-// Keys per decode item: a whole context, unless that leaves threads without work.
 template <class T, class C>
-int64_t keys_per_item(const Attention<T, C>& a, int threads) {
-    constexpr int64_t MIN_KEYS = 256, ITEMS_PER_THREAD = 4;
-    int64_t keys = 0;
-    for (int64_t i = 0; i < a.requests; ++i)
-        if (a.num_queries(i) == 1)
-            keys += a.context_lens[i] - a.first_visible(a.context_lens[i] - 1);
-    const int64_t fair = keys * a.kv_heads / (threads * ITEMS_PER_THREAD);
-    return std::max(MIN_KEYS, (fair + TILE - 1) / TILE * TILE);
-}
-
-template <class T, class C>
-void plan_decode(const Attention<T, C>& a, int64_t request, int64_t keys_each, Plan& plan) {
+void plan_decode(const Attention<T, C>& a, int64_t request, Plan& plan) {
     const int64_t end = a.context_lens[request];
     const int64_t begin = a.first_visible(end - 1);
-    const int64_t count = (end - begin + keys_each - 1) / keys_each;
+    const int64_t first_part = begin / PART, count = (end - 1) / PART + 1 - first_part;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
-        const int64_t first = plan.decodes.size();
-        if (count > 1) plan.splits.push_back({request, head, first, count});
-        for (int64_t at = begin; at < end; at += keys_each)
-            plan.decodes.push_back({request, head, at, std::min(at + keys_each, end), nullptr});
+        const int64_t split = count > 1 ? plan.splits.size() : -1;
+        if (count > 1) plan.splits.push_back({request, head, count, count, nullptr});
+        for (int64_t part = first_part; part < first_part + count; ++part)
+            plan.decodes.push_back({request, head, std::max(part * PART, begin),
+                                    std::min((part + 1) * PART, end), split, nullptr});
     }
 }
 
@@ -60,48 +51,47 @@ void plan_prompt(const Attention<T, C>& a, int64_t request, Plan& plan) {
 }
 
 template <class T, class C>
-void make_plan(const Attention<T, C>& a, int threads, Plan& plan) {
+void make_plan(const Attention<T, C>& a, Plan& plan) {
     plan.prompts.clear();
     plan.decodes.clear();
     plan.splits.clear();
-    const int64_t keys_each = keys_per_item(a, threads);
     for (int64_t i = 0; i < a.requests; ++i) {
         if (a.context_lens[i] == 0)  // it only pads the batch
             std::fill(a.out + a.row_offset(i, 0, 0), a.out + a.row_offset(i + 1, 0, 0), T{});
         else if (a.num_queries(i) == 1)
-            plan_decode(a, i, keys_each, plan);
+            plan_decode(a, i, plan);
         else if (a.num_queries(i) > 1)
             plan_prompt(a, i, plan);
     }
     const int64_t size = DecodeAttention<T, C>::partial_size(a);
-    int64_t parts = 0;
-    for (const Split& split : plan.splits) parts += split.count;
+    const int64_t parts = std::count_if(plan.decodes.begin(), plan.decodes.end(),
+                                        [](const DecodeItem& item) { return item.split >= 0; });
     if (plan.partials.size() < static_cast<size_t>(parts * size)) plan.partials.resize(parts * size);
     float* next = plan.partials.data();
-    for (const Split& split : plan.splits)
-        for (int64_t i = 0; i < split.count; ++i, next += size)
-            plan.decodes[split.first_item + i].partial = next;
+    for (DecodeItem& item : plan.decodes) {
+        if (item.split < 0) continue;
+        Split& split = plan.splits[item.split];
+        if (split.partials == nullptr) split.partials = next;
+        item.partial = std::exchange(next, next + size);
+    }
 }
 
 template <class T, class C>
 void paged_attention(const Attention<T, C>& a) {
     thread_local Plan plan_of_caller;  // kept for its memory
     Plan& plan = plan_of_caller;
-    make_plan(a, num_threads(), plan);
+    make_plan(a, plan);
     const int64_t prompts = plan.prompts.size(), decodes = plan.decodes.size();
-    const int64_t splits = plan.splits.size();
     const DecodeAttention<T, C> decode(a);
     const PromptAttention<T, C> prompt(a);
     for_claimed(prompts + decodes, [&](int64_t i, int64_t) {
-        if (i < prompts)
-            prompt.run(plan.prompts[i]);
-        else
-            decode.run(plan.decodes[i - prompts]);
-    });
-    for_claimed(splits, [&](int64_t i, int64_t) {
-        const Split& split = plan.splits[i];
-        decode.combine(plan.decodes[split.first_item].partial, split.count, split.request,
-                       split.kv_head);
+        if (i < prompts) return prompt.run(plan.prompts[i]);
+        const DecodeItem& item = plan.decodes[i - prompts];
+        decode.run(item);
+        if (item.split < 0) return;
+        Split& split = plan.splits[item.split];
+        if (__atomic_sub_fetch(&split.left, 1, __ATOMIC_ACQ_REL) == 0)
+            decode.combine(split.partials, split.count, split.request, split.kv_head);
     });
 }
 

@@ -1,16 +1,28 @@
-// What one call of paged attention works on, and how keys and values are found in the cache.
+// What one call of paged attention works on, how keys and values are found in the cache, and what
+// its two kernels do alike.
+//
+// A query comes to the same bits in either kernel, whatever else is computed beside it: its keys
+// are cut at multiples of PART, and a part at multiples of TILE. A score is a chain over the
+// dimensions. The weights of a part are relative to its running maximum, tile by tile (Milakov and
+// Gimelshein, "Online normalizer calculation for softmax", 2018); of a tile they are added up in
+// WIDTH sums, by the position of the key, which are then reduced; values are added in the order of
+// the keys. Parts are folded from the first to the last.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
-#include "simd.h"
+#include "dot.h"
 
 namespace manta {
 
 // Keys that are worked on at a time; their scores and rows fit the first-level cache.
 constexpr int TILE = 64;
+// Keys that are reduced by themselves: few enough to share a long context out to many threads.
+constexpr int PART = 512;
 
 // T is the type of queries and outputs, C that of the cache: T or Float8.
 template <class T, class C>
@@ -52,6 +64,62 @@ struct Attention {
         }
     }
 };
+
+// The places [first, last) of a tile that hold keys of [begin, end).
+struct Places {
+    Places(int64_t tile, int64_t begin, int64_t end)
+        : first(std::max<int64_t>(begin - tile, 0)),
+          last(std::clamp<int64_t>(end - tile, 0, TILE)) {}
+    int64_t first, last;
+};
+
+// What a lane holds of an operand: one float, or with dot products of bfloat16 a pair of them.
+template <class T>
+struct Operand {
+    using Element = float;
+    static constexpr int PACKED = 1;  // values per element
+    static Floats multiply_add(Floats total, float a, Floats b) {
+        return fma(broadcast(a), b, total);
+    }
+    // A row of `size` values as elements.
+    template <class C>
+    static void pack(const C* row, float* to, int64_t size) {
+        for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(row + i));
+    }
+    // Whether elements can be read from a cache of T itself.
+    static constexpr bool IN_PLACE = std::is_same_v<T, float>;
+    // A register of elements of consecutive keys' values (here one key's).
+    template <class C>
+    static Floats values(const C* low, const C*) { return load(low); }
+    // Weights of WIDTH consecutive keys as elements.
+    static void store_weights(float* to, Floats weights) { store(to, weights); }
+};
+
+#if defined(MANTA_BFLOAT16_DOT)
+template <>
+struct Operand<BFloat16> {
+    using Element = int32_t;
+    static constexpr int PACKED = 2;
+    static Floats multiply_add(Floats total, int32_t a, Floats b) {
+        return dot_bfloat16(total, broadcast(a), (Ints)b);
+    }
+    static void pack(const BFloat16* row, int32_t* to, int64_t size) {
+        std::memcpy(to, row, size * sizeof *row);
+    }
+    static void pack(const Float8* row, int32_t* to, int64_t size) {
+        for (int64_t i = 0; i < size; i += WIDTH)
+            store(reinterpret_cast<BFloat16*>(to) + i, load(row + i));
+    }
+    static constexpr bool IN_PLACE = true;
+    template <class C>
+    static Floats values(const C* low, const C* high) {
+        return (Floats)(bfloat16_bits(low) | (bfloat16_bits(high) << 16));
+    }
+    static void store_weights(int32_t* to, Floats weights) {
+        store(reinterpret_cast<BFloat16*>(to), weights);
+    }
+};
+#endif
 
 // Working memory of a thread, kept from call to call; aligned to cache lines.
 inline float* scratch(size_t count) {

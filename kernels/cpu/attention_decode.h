@@ -1,102 +1,74 @@
 // Attention of single queries: bound by memory, so every key and value is read once.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
 #include "attention.h"
 
 namespace manta {
 
-// How a query row is kept for dot products with rows of C, and how `STEP` products are added.
-template <class C>
-struct Dot {
-    using Query = float;
-    static constexpr int STEP = WIDTH;
-    static Floats add(Floats total, const float* q, const C* k) { return total + load(q) * load(k); }
-    static Floats add_last(Floats total, const float*, const C*) { return total; }
-    template <class T>
-    static void convert(const T* q, float* to, int64_t size) {
-        for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(q + i));
-    }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Dot<BFloat16> {
-    using Query = BFloat16;
-    static constexpr int STEP = 32;
-    static Floats add(Floats total, const BFloat16* q, const BFloat16* k) {
-        return (Floats)_mm512_dpbf16_ps((__m512)total, load_bits<__m512bh>(q),
-                                        load_bits<__m512bh>(k));
-    }
-    // The last 16 of a row that is no multiple of 32; the query's row is padded.
-    static Floats add_last(Floats total, const BFloat16* q, const BFloat16* k) {
-        const __m512i last = _mm512_zextsi256_si512(load_bits<__m256i>(k));
-        return (Floats)_mm512_dpbf16_ps((__m512)total, load_bits<__m512bh>(q), (__m512bh)last);
-    }
-    static void convert(const BFloat16* q, BFloat16* to, int64_t size) {
-        std::memcpy(to, q, size * sizeof *q);
-    }
-};
-#endif
-
-// Share of one request's context, for all heads that share a kv head.
+// Part of one request's context, for all heads that share a kv head.
 struct DecodeItem {
     int64_t request, kv_head, begin, end;
-    // Unnormalized output [group, head_dim], then maxima [group] and sums [group] of the weights;
-    // null when the item covers the whole context.
+    int64_t split;  // of the plan; -1 when this is the whole context
+    // For a split: unnormalized output [group, head_dim], then maxima [group] and sums [group] of
+    // the weights; else null.
     float* partial;
 };
 
 template <class T, class C>
 class DecodeAttention {
-    using D = Dot<C>;
-    using Query = typename D::Query;
+    using O = Operand<T>;
+    using Element = typename O::Element;
+    static constexpr bool IS_BFLOAT16 = std::is_same_v<C, BFloat16>;
+    // Keys are read as 32-bit words of PARTS elements: as they lie in the cache, or converted.
+    static constexpr int PARTS = O::PACKED == 1 && IS_BFLOAT16 ? 2 : 1;
+    static constexpr bool IN_PLACE = IS_BFLOAT16 || std::is_same_v<C, float>;
 
 public:
     explicit DecodeAttention(const Attention<T, C>& attention)
-        : a(attention), dim(a.head_dim), group(a.group()), padded_dim((dim + 31) / 32 * 32) {}
+        : a(attention),
+          dim(a.head_dim),
+          group(a.group()),
+          depth(dim / O::PACKED),
+          words(depth / PARTS) {}
 
     static int64_t partial_size(const Attention<T, C>& a) { return a.group() * (a.head_dim + 2); }
 
     void run(const DecodeItem& item) const {
-        float* memory = scratch(group * (dim + 2 + TILE + padded_dim));
-        State s{memory, memory + group * dim, memory + group * (dim + 1),
-                memory + group * (dim + 2),
-                reinterpret_cast<Query*>(memory + group * (dim + 2 + TILE))};
-        if (item.partial)
-            s = {item.partial, item.partial + group * dim, item.partial + group * (dim + 1),
-                 s.scores, s.queries};
+        State s;
+        float* next = scratch(group * (dim + 2 + 2 * TILE + depth) + TILE * depth);
+        const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
+        s.scores = take(group * TILE);
+        s.weights = reinterpret_cast<Element*>(take(group * TILE));
+        s.queries = reinterpret_cast<Element*>(take(group * depth));
+        s.keys = reinterpret_cast<Element*>(take(TILE * depth));
+        if (item.partial) next = item.partial;
+        s.out = take(group * dim);
+        s.maxima = take(group);
+        s.sums = take(group);
         std::fill(s.out, s.out + group * dim, 0.0f);
         std::fill(s.maxima, s.maxima + group, -INFINITY);
         std::fill(s.sums, s.sums + group, 0.0f);
         const int64_t row = a.row_offset(item.request, item.kv_head, 0);
-        for (int64_t g = 0; g < group; ++g) {
-            Query* query = s.queries + g * padded_dim;
-            std::fill(query, query + padded_dim, Query{});
-            D::convert(a.q + row + g * dim, query, dim);
-        }
+        for (int64_t g = 0; g < group; ++g)
+            O::pack(a.q + row + g * dim, s.queries + g * depth, dim);
         visit_tiles(item, s);
         if (!item.partial) write(s.out, s.sums, a.out + row);
     }
 
-    // Merge `count` partial results of one request and kv head, in their order.
-    void combine(const float* partials, int64_t count, int64_t request, int64_t kv_head) const {
-        float* out = scratch(group * (dim + 1));
-        float* sums = out + group * dim;
-        std::fill(out, sums + group, 0.0f);
-        for (int64_t g = 0; g < group; ++g) {
-            float best = -INFINITY;
-            for (int64_t i = 0; i < count; ++i)
-                best = std::max(best, partials[i * partial_size(a) + group * dim + g]);
-            for (int64_t i = 0; i < count; ++i) {
-                const float* part = partials + i * partial_size(a);
-                const float weight = std::exp2(part[group * dim + g] - best);
-                sums[g] += weight * part[group * (dim + 1) + g];
-                for (int64_t d = 0; d < dim; d += WIDTH)
-                    store(out + g * dim + d,
-                          load(out + g * dim + d) + weight * load(part + g * dim + d));
+    // Fold `count` partial results of one request and kv head into the first.
+    void combine(float* partials, int64_t count, int64_t request, int64_t kv_head) const {
+        float *out = partials, *maxima = out + group * dim, *sums = maxima + group;
+        for (int64_t i = 1; i < count; ++i) {
+            const float* part = partials + i * partial_size(a);
+            for (int64_t g = 0; g < group; ++g) {
+                const float own = part[group * dim + g], best = std::max(maxima[g], own);
+                const Floats shrink = exp2(broadcast(maxima[g] - best));
+                const Floats share = exp2(broadcast(own - best));
+                maxima[g] = best;
+                sums[g] = fma(broadcast(part[group * (dim + 1) + g]), share,
+                              broadcast(sums[g]) * shrink)[0];
+                for (int64_t d = g * dim; d < (g + 1) * dim; d += WIDTH)
+                    store(out + d, fma(load(part + d), share, load(out + d) * shrink));
             }
         }
         write(out, sums, a.out + a.row_offset(request, kv_head, 0));
@@ -104,23 +76,27 @@ public:
 
 private:
     struct State {
-        float *out, *maxima, *sums, *scores;
-        Query* queries;
+        float *out, *maxima, *sums, *scores;  // scores and weights: TILE places per head
+        Element *weights, *queries, *keys;
     };
 
     void visit_tiles(const DecodeItem& item, const State& s) const {
         int64_t here[TILE], ahead[TILE];
-        int64_t count = std::min<int64_t>(TILE, item.end - item.begin);
-        a.locate(item.request, item.kv_head, item.begin, count, here);
-        for (int64_t begin = item.begin; begin < item.end; begin += TILE) {
-            const int64_t next = std::min<int64_t>(TILE, item.end - begin - count);
-            a.locate(item.request, item.kv_head, begin + count, next, ahead);
+        int64_t tile = item.begin / TILE * TILE;
+        Places places(tile, item.begin, item.end);
+        const auto locate = [&](int64_t* rows) {
+            a.locate(item.request, item.kv_head, tile + places.first, places.last - places.first,
+                     rows + places.first);
+        };
+        for (locate(here); places.last > 0; std::copy_n(ahead, places.last, here)) {
+            const Places now = places;
+            tile += TILE;
+            places = Places(tile, item.begin, item.end);
+            locate(ahead);
             // While a tile's keys are read its values are fetched, and with those the next keys.
-            score(s, here, count);
-            for (int64_t g = 0; g < group; ++g) soften(s, g, count);
-            add_values(s, here, count, ahead, next);
-            std::copy(ahead, ahead + next, here);
-            count = next;
+            score(s, here, now);
+            for (int64_t g = 0; g < group; ++g) soften(s, g, now);
+            add_values(s, here, now, ahead, places.last);
         }
     }
 
@@ -130,74 +106,75 @@ private:
             __builtin_prefetch(bytes + i);
     }
 
-    // Scores of a register of keys at a time; those past `count` are of the last key.
-    void score(const State& s, const int64_t* rows, int64_t count) const {
-        for (int64_t begin = 0; begin < count; begin += WIDTH) {
-            const C* keys[WIDTH];
-            for (int64_t i = 0; i < WIDTH; ++i) {
-                const int64_t j = std::min(begin + i, count - 1);
-                keys[i] = a.k_cache + rows[j];
-                if (j == begin + i) prefetch(a.v_cache + rows[j]);
+    // Scores of a few registers of keys at a time; where there is none, that of the nearest.
+    void score(const State& s, const int64_t* rows, Places places) const {
+        constexpr int64_t KEYS = 2 * WIDTH;
+        for (int64_t begin = places.first / KEYS * KEYS; begin < places.last; begin += KEYS) {
+            const int32_t* keys[KEYS];
+            for (int64_t i = 0; i < KEYS; ++i) {
+                const int64_t place = std::clamp(begin + i, places.first, places.last - 1);
+                const C* key = a.k_cache + rows[place];
+                if constexpr (IN_PLACE) {
+                    keys[i] = reinterpret_cast<const int32_t*>(key);
+                } else {
+                    O::pack(key, s.keys + i * depth, dim);
+                    keys[i] = reinterpret_cast<const int32_t*>(s.keys + i * depth);
+                }
+                if (place == begin + i) prefetch(a.v_cache + rows[place]);
             }
             int64_t g = 0;
-            if (!std::is_same<C, Query>::value)  // converting keys costs more than reading them
-                for (; g + 2 <= group; g += 2) score_two_heads(s, g, keys, begin);
-            for (; g < group; ++g)
-                store(s.scores + g * TILE + begin, products<1>(s.queries + g * padded_dim, keys));
+            for (; g + 4 <= group; g += 4) score_heads<4>(s, g, keys, begin);
+            for (; g + 2 <= group; g += 2) score_heads<2>(s, g, keys, begin);
+            for (; g < group; ++g) score_heads<1>(s, g, keys, begin);
         }
     }
 
-    void score_two_heads(const State& s, int64_t first, const C* const* keys,
-                         int64_t begin) const {
-        constexpr int HALF = WIDTH / 2;
-        for (int at = 0; at < WIDTH; at += HALF) {
-            float scores[WIDTH];
-            store(scores, products<2>(s.queries + first * padded_dim, keys + at));
-            for (int h = 0; h < 2; ++h)
-                std::copy_n(scores + h * HALF, HALF, s.scores + (first + h) * TILE + begin + at);
-        }
-    }
-
-    // Of HEADS queries with WIDTH / HEADS keys, one query after the other.
+    // A key per lane, two registers of them; their words are transposed, and the queries broadcast.
     template <int HEADS>
-    Floats products(const Query* queries, const C* const* keys) const {
-        constexpr int KEYS = WIDTH / HEADS;
-        Floats totals[WIDTH] = {};
-        int64_t d = 0;
-        for (; d + D::STEP <= dim; d += D::STEP)
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; ++i)
-                totals[i] = D::add(totals[i], queries + i / KEYS * padded_dim + d,
-                                   keys[i % KEYS] + d);
-        if (d < dim)
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; ++i)
-                totals[i] = D::add_last(totals[i], queries + i / KEYS * padded_dim + d,
-                                        keys[i % KEYS] + d);
-        return sums(totals);
+    void score_heads(const State& s, int64_t g, const int32_t* const* keys, int64_t begin) const {
+        Floats totals[2][HEADS] = {};
+        for (int64_t word = 0; word < words; word += 4) {
+            const Element* queries = s.queries + g * depth + word * PARTS;
+#pragma GCC unroll 2
+            for (int n = 0; n < 2; ++n) {
+                Floats columns[4];
+                load_columns(keys + n * WIDTH, word, columns);
+#pragma GCC unroll 8
+                for (int i = 0; i < 4 * PARTS; ++i) {
+                    Floats key = columns[i / PARTS];
+                    if constexpr (PARTS == 2)
+                        key = (Floats)(i % 2 == 0 ? (Ints)key << 16
+                                                  : (Ints)key & (int32_t)0xFFFF0000);
+#pragma GCC unroll 4
+                    for (int h = 0; h < HEADS; ++h)
+                        totals[n][h] = O::multiply_add(totals[n][h], queries[h * depth + i], key);
+                }
+            }
+        }
+        for (int n = 0; n < 2; ++n)
+            for (int h = 0; h < HEADS; ++h)
+                store(s.scores + (g + h) * TILE + begin + n * WIDTH, totals[n][h]);
     }
 
-    // Scores to weights relative to the running maximum, to which the output so far is rescaled
-    // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
-    void soften(const State& s, int64_t g, int64_t count) const {
+    // Scores to weights, relative to the running maximum, to which the output so far is rescaled.
+    void soften(const State& s, int64_t g, Places places) const {
         float* scores = s.scores + g * TILE;
-        const int64_t padded = (count + WIDTH - 1) / WIDTH * WIDTH;
-        std::fill(scores + count, scores + padded, -INFINITY);
+        Element* weights = s.weights + g * TILE;
+        const int64_t begin = places.first / WIDTH * WIDTH;
+        const int64_t end = (places.last + WIDTH - 1) / WIDTH * WIDTH;
+        std::fill(scores + begin, scores + places.first, -INFINITY);
+        std::fill(scores + places.last, scores + end, -INFINITY);
         const float scale = a.scale * LOG2_E;
         Floats best = broadcast(s.maxima[g]);
-        for (int64_t j = 0; j < padded; j += WIDTH) {
-            const Floats scaled = load(scores + j) * scale;
-            store(scores + j, scaled);
-            best = max(best, scaled);
-        }
+        for (int64_t j = begin; j < end; j += WIDTH) best = max(best, load(scores + j) * scale);
         const float maximum_now = maximum(best);
         Floats total = {};
-        for (int64_t j = 0; j < padded; j += WIDTH) {
-            const Floats weight = exp2(load(scores + j) - maximum_now);
-            store(scores + j, weight);
+        for (int64_t j = begin; j < end; j += WIDTH) {
+            const Floats weight = exp2(load(scores + j) * scale - maximum_now);
+            O::store_weights(weights + j / O::PACKED, weight);
             total += weight;
         }
-        const float shrink = std::exp2(s.maxima[g] - maximum_now);
+        const float shrink = exp2(broadcast(s.maxima[g] - maximum_now))[0];
         s.sums[g] = s.sums[g] * shrink + sum(total);
         s.maxima[g] = maximum_now;
         if (shrink != 1.0f)
@@ -205,60 +182,66 @@ private:
                 store(s.out + g * dim + d, load(s.out + g * dim + d) * shrink);
     }
 
-    void add_values(const State& s, const int64_t* rows, int64_t count, const int64_t* ahead,
+    void add_values(const State& s, const int64_t* rows, Places places, const int64_t* ahead,
                     int64_t next) const {
         int64_t g = 0;
-        for (; g + 4 <= group; g += 4, next = 0) add_values_to<4>(s, g, rows, count, ahead, next);
-        for (; g + 2 <= group; g += 2, next = 0) add_values_to<2>(s, g, rows, count, ahead, next);
-        for (; g < group; ++g, next = 0) add_values_to<1>(s, g, rows, count, ahead, next);
+        for (; g + 4 <= group; g += 4, next = 0) add_values_to<4>(s, g, rows, places, ahead, next);
+        for (; g + 2 <= group; g += 2, next = 0) add_values_to<2>(s, g, rows, places, ahead, next);
+        for (; g < group; ++g, next = 0) add_values_to<1>(s, g, rows, places, ahead, next);
     }
 
     template <int HEADS>
-    void add_values_to(const State& s, int64_t g, const int64_t* rows, int64_t count,
+    void add_values_to(const State& s, int64_t g, const int64_t* rows, Places places,
                        const int64_t* ahead, int64_t next) const {
         // As many columns at a time as accumulators fit the registers.
-        constexpr int COLUMNS = (WIDTH == 16 ? 16 : 8) / HEADS;
+        constexpr int COUNT = (WIDTH == 16 ? 16 : 8) / HEADS;
         int64_t d = 0;
-        for (; d + COLUMNS * WIDTH <= dim; d += COLUMNS * WIDTH, next = 0)
-            add_columns<HEADS, COLUMNS>(s, g, d, rows, count, ahead, next);
+        for (; d + COUNT * WIDTH <= dim; d += COUNT * WIDTH, next = 0)
+            add_columns<HEADS, COUNT>(s, g, d, rows, places, ahead, next);
         for (; d < dim; d += WIDTH, next = 0)
-            add_columns<HEADS, 1>(s, g, d, rows, count, ahead, next);
+            add_columns<HEADS, 1>(s, g, d, rows, places, ahead, next);
     }
 
-    template <int HEADS, int COLUMNS>
-    void add_columns(const State& s, int64_t g, int64_t d, const int64_t* rows, int64_t count,
+    template <int HEADS, int COUNT>
+    void add_columns(const State& s, int64_t g, int64_t d, const int64_t* rows, Places places,
                      const int64_t* ahead, int64_t next) const {
-        Floats totals[HEADS][COLUMNS];
+        Floats totals[HEADS][COUNT];
         float* out = s.out + g * dim + d;
-        const float* weights = s.scores + g * TILE;
+        const Element* weights = s.weights + g * TILE;
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; ++h)
 #pragma GCC unroll 16
-            for (int c = 0; c < COLUMNS; ++c) totals[h][c] = load(out + h * dim + c * WIDTH);
-        for (int64_t j = 0; j < count; ++j) {
-            if (j < next) prefetch(a.k_cache + ahead[j]);
-            const C* value = a.v_cache + rows[j] + d;
+            for (int c = 0; c < COUNT; ++c) totals[h][c] = load(out + h * dim + c * WIDTH);
+        for (int64_t e = places.first / O::PACKED; e * O::PACKED < places.last; ++e) {
+            for (int64_t j = e * O::PACKED; j < std::min(next, (e + 1) * O::PACKED); ++j)
+                prefetch(a.k_cache + ahead[j]);
+            // An element's keys; one that is not there weighs nothing.
+            const C* low = a.v_cache + rows[std::max(e * O::PACKED, places.first)] + d;
+            const C* high = a.v_cache + rows[std::min((e + 1) * O::PACKED, places.last) - 1] + d;
 #pragma GCC unroll 16
-            for (int c = 0; c < COLUMNS; ++c) {
-                const Floats v = load(value + c * WIDTH);
+            for (int c = 0; c < COUNT; ++c) {
+                const Floats v = O::values(low + c * WIDTH, high + c * WIDTH);
 #pragma GCC unroll 4
-                for (int h = 0; h < HEADS; ++h) totals[h][c] += weights[h * TILE + j] * v;
+                for (int h = 0; h < HEADS; ++h)
+                    totals[h][c] = O::multiply_add(totals[h][c], weights[h * TILE + e], v);
             }
         }
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; ++h)
 #pragma GCC unroll 16
-            for (int c = 0; c < COLUMNS; ++c) store(out + h * dim + c * WIDTH, totals[h][c]);
+            for (int c = 0; c < COUNT; ++c) store(out + h * dim + c * WIDTH, totals[h][c]);
     }
 
     void write(const float* out, const float* sums, T* to) const {
-        for (int64_t g = 0; g < group; ++g)
+        for (int64_t g = 0; g < group; ++g) {
+            const float scale = 1.0f / sums[g];
             for (int64_t d = 0; d < dim; d += WIDTH)
-                store(to + g * dim + d, load(out + g * dim + d) / sums[g]);
+                store(to + g * dim + d, load(out + g * dim + d) * scale);
+        }
     }
 
     const Attention<T, C>& a;
-    const int64_t dim, group, padded_dim;
+    const int64_t dim, group, depth, words;
 };
 
 }  // namespace manta

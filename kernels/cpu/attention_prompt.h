@@ -5,50 +5,12 @@
 // cache, and only the queries (once per item) and the output are ever transposed.
 #pragma once
 
-#include <algorithm>
-#include <type_traits>
-
 #include "attention.h"
 
 namespace manta {
 
 // Query rows, (token, head) pairs that share a kv head, per work item.
 constexpr int ROWS = 96;
-
-// What a lane holds of an operand: one float, or with bfloat16 dot products a pair of them.
-template <class T>
-struct Operand {
-    using Element = float;
-    static constexpr int PACKED = 1;  // values per element
-    static Floats multiply_add(Floats total, float a, Floats b) { return total + a * b; }
-    // A row of `size` values as elements.
-    template <class C>
-    static void pack(const C* row, float* to, int64_t size) {
-        for (int64_t i = 0; i < size; i += WIDTH) store(to + i, load(row + i));
-    }
-    // Whether elements can be read from a cache of T itself.
-    static constexpr bool IN_PLACE = std::is_same_v<T, float>;
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Operand<BFloat16> {
-    using Element = int32_t;
-    static constexpr int PACKED = 2;
-    static Floats multiply_add(Floats total, int32_t a, Floats b) {
-        return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32(a),
-                                        (__m512bh)b);
-    }
-    static void pack(const BFloat16* row, int32_t* to, int64_t size) {
-        std::memcpy(to, row, size * sizeof *row);
-    }
-    static void pack(const Float8* row, int32_t* to, int64_t size) {
-        for (int64_t i = 0; i < size; i += WIDTH)
-            store(reinterpret_cast<BFloat16*>(to) + i, load(row + i));
-    }
-    static constexpr bool IN_PLACE = true;
-};
-#endif
 
 // c[m][·] = c[m][·] * shrink[·] + Σ_k a[m][k] b[k][·] for M rows of a and N registers of columns;
 // without `shrink` c is overwritten. Columns of b and c are ROWS apart.
@@ -111,48 +73,52 @@ public:
           padded_depth((depth + WIDTH - 1) / WIDTH * WIDTH) {}
 
     void run(const PromptItem& item) const {
-        const State s = make_state(item);
+        State s = make_state(item);
+        load_queries(item, s);
         const int64_t begin = a.first_visible(s.first_position);
         const int64_t end = s.last_position + 1;
-        load_queries(item, s);
-        for (int64_t key = begin; key < end; key += TILE) {
-            const int64_t count = std::min<int64_t>(TILE, end - key);
-            int64_t offsets[TILE];
-            a.locate(item.request, item.kv_head, key, count, offsets);
-            score(s, offsets, count);
-            const bool cut = key + count - 1 > s.first_position ||
-                             key < a.first_visible(s.last_position);
-            if (cut) mask(s, key, count);
-            soften(s, count);
-            add_values(s, offsets, count);
+        for (int64_t part = begin / PART * PART; part < end; part += PART) {
+            std::fill(s.out, s.out + ROWS * dim, 0.0f);
+            std::fill(s.maxima, s.maxima + ROWS, -INFINITY);
+            std::fill(s.sums, s.sums + ROWS, 0.0f);
+            const int64_t part_begin = std::max(part, begin);
+            const int64_t part_end = std::min(part + PART, end);
+            for (int64_t tile = part_begin / TILE * TILE; tile < part_end; tile += TILE)
+                visit_tile(item, s, tile, Places(tile, part_begin, part_end));
+            if (part > begin) fold(s);
+            std::swap(s.out, s.whole);
+            std::swap(s.maxima, s.whole_maxima);
+            std::swap(s.sums, s.whole_sums);
         }
         write(item, s);
     }
 
 private:
+    // Of the part at hand, and of all parts so far.
     struct State {
         int64_t registers, first_position, last_position;
-        float *queries, *out, *scores, *weights, *maxima, *sums, *shrink;
+        float *queries, *scores, *weights, *shrink;
+        float *out, *maxima, *sums, *whole, *whole_maxima, *whole_sums;
         Element *keys, *values;
         Ints positions[ROWS / WIDTH];
     };
 
     State make_state(const PromptItem& item) const {
         State s;
-        float* next = scratch(ROWS * (padded_depth + dim + 2 * TILE + 3) + 2 * TILE * dim);
+        float* next = scratch(ROWS * (padded_depth + 2 * dim + 2 * TILE + 5) + 2 * TILE * dim);
         const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
         s.queries = take(ROWS * padded_depth);
         s.out = take(ROWS * dim);
+        s.whole = take(ROWS * dim);
         s.scores = take(ROWS * TILE);
         s.weights = take(ROWS * TILE);
         s.maxima = take(ROWS);
         s.sums = take(ROWS);
+        s.whole_maxima = take(ROWS);
+        s.whole_sums = take(ROWS);
         s.shrink = take(ROWS);
         s.keys = reinterpret_cast<Element*>(take(TILE * dim));
         s.values = reinterpret_cast<Element*>(take(TILE * dim));
-        std::fill(s.out, s.out + ROWS * dim, 0.0f);
-        std::fill(s.maxima, s.maxima + ROWS, -INFINITY);
-        std::fill(s.sums, s.sums + ROWS, 0.0f);
 
         const int64_t start = a.context_lens[item.request] - a.num_queries(item.request);
         s.first_position = start + item.row_begin / a.group();
@@ -180,12 +146,23 @@ private:
                 transpose(reinterpret_cast<float*>(rows) + d, padded_depth,
                           s.queries + d * ROWS + n * WIDTH, ROWS);
         }
-        std::fill(s.out, s.out + ROWS * dim, 0.0f);
     }
 
-    void score(const State& s, const int64_t* offsets, int64_t count) const {
+    void visit_tile(const PromptItem& item, const State& s, int64_t tile, Places places) const {
+        int64_t offsets[TILE];
+        a.locate(item.request, item.kv_head, tile + places.first, places.last - places.first,
+                 offsets + places.first);
+        score(s, offsets, places);
+        const bool cut = tile + places.last - 1 > s.first_position ||
+                         tile + places.first < a.first_visible(s.last_position);
+        if (cut) mask(s, tile, places);
+        soften(s, places);
+        add_values(s, offsets, places);
+    }
+
+    void score(const State& s, const int64_t* offsets, Places places) const {
         const Element* rows[TILE];
-        for (int64_t j = 0; j < count; ++j) {
+        for (int64_t j = places.first; j < places.last; ++j) {
             const C* key = a.k_cache + offsets[j];
             if constexpr (O::IN_PLACE && std::is_same_v<T, C>) {
                 rows[j] = reinterpret_cast<const Element*>(key);
@@ -194,96 +171,101 @@ private:
                 O::pack(key, s.keys + j * depth, dim);
             }
         }
-        int64_t j = 0;
-        for (; j + 4 <= count; j += 4)
+        int64_t j = places.first;
+        for (; j + 4 <= places.last; j += 4)
             multiply<O, 4>(rows + j, 1, depth, s.queries, s.scores + j * ROWS, nullptr,
                            s.registers);
-        for (; j < count; ++j)
+        for (; j < places.last; ++j)
             multiply<O, 1>(rows + j, 1, depth, s.queries, s.scores + j * ROWS, nullptr,
                            s.registers);
     }
 
-    void mask(const State& s, int64_t first_key, int64_t count) const {
+    void mask(const State& s, int64_t tile, Places places) const {
         const int32_t window = a.window > 0 ? static_cast<int32_t>(a.window) : INT32_MAX;
-        for (int64_t j = 0; j < count; ++j)
+        for (int64_t j = places.first; j < places.last; ++j)
             for (int64_t n = 0; n < s.registers; ++n) {
                 float* scores = s.scores + j * ROWS + n * WIDTH;
-                const Ints distance = s.positions[n] - static_cast<int32_t>(first_key + j);
+                const Ints distance = s.positions[n] - static_cast<int32_t>(tile + j);
                 const Ints visible = (distance >= 0) & (distance < window);
                 store(scores, visible ? load(scores) : broadcast(-INFINITY));
             }
     }
 
-    // Scores to weights, rescaling as in DecodeAttention::soften.
-    void soften(const State& s, int64_t count) const {
+    // Scores to weights, relative to the running maxima.
+    void soften(const State& s, Places places) const {
         for (int64_t n = 0; n < s.registers; ++n) {
             const int64_t column = n * WIDTH;
             const float scale = a.scale * LOG2_E;
-            Floats best = broadcast(-INFINITY);
-            for (int64_t j = 0; j < count; ++j) best = max(best, load(s.scores + j * ROWS + column));
-            best = max(best * scale, load(s.maxima + column));
-            // Nothing visible yet: any finite maximum keeps exp2(-inf - maximum) at zero.
-            const Floats safe = best == -INFINITY ? Floats{} : best;
-            const Floats shrink = exp2(load(s.maxima + column) - safe);
+            Floats best = load(s.maxima + column);
+            for (int64_t j = places.first; j < places.last; ++j)
+                best = max(best, load(s.scores + j * ROWS + column) * scale);
+            const Floats shrink = exp2(load(s.maxima + column) - finite(best));
             store(s.maxima + column, best);
             store(s.shrink + column, shrink);
-            const Floats total = exponentiate(s, column, count, scale, safe);
+            const Floats total = exponentiate(s, column, places, scale, finite(best));
             store(s.sums + column, load(s.sums + column) * shrink + total);
         }
     }
 
+    // Nothing is visible yet where a maximum is -inf; any other keeps exp2(-inf - maximum) at zero.
+    static Floats finite(Floats maxima) { return maxima == -INFINITY ? Floats{} : maxima; }
+
     // Write the weights of one register of rows as elements; returns their sums.
-    Floats exponentiate(const State& s, int64_t column, int64_t count, float scale,
+    Floats exponentiate(const State& s, int64_t column, Places places, float scale,
                         Floats maxima) const {
+        Floats totals[WIDTH] = {};
         const auto weight = [&](int64_t j) {
-            return exp2(load(s.scores + j * ROWS + column) * scale - maxima);
+            const Floats w = exp2(load(s.scores + j * ROWS + column) * scale - maxima);
+            totals[j % WIDTH] += w;
+            return w;
         };
-        Floats total = {};
         if constexpr (O::PACKED == 1) {
-            for (int64_t j = 0; j < count; ++j) {
-                const Floats w = weight(j);
-                store(s.weights + j * ROWS + column, w);
-                total += w;
-            }
+            for (int64_t j = places.first; j < places.last; ++j)
+                store(s.weights + j * ROWS + column, weight(j));
         } else {
-            for (int64_t j = 0; j < count; j += 2) {
-                const Floats low = weight(j), high = j + 1 < count ? weight(j + 1) : Floats{};
+            for (int64_t j = places.first / 2 * 2; j < places.last; j += 2) {
+                const Floats low = j < places.first ? Floats{} : weight(j);
+                const Floats high = j + 1 < places.last ? weight(j + 1) : Floats{};
                 const UInts pair = to_bfloat16(low) | (to_bfloat16(high) << 16);
                 store(s.weights + j / 2 * ROWS + column, (Floats)pair);
-                total += low + high;
             }
         }
-        return total;
+        for (int half = WIDTH / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) totals[i] += totals[i + half];
+        return totals[0];
     }
 
     // out[d][row] = out[d][row] * shrink[row] + Σ_key value[key][d] * weight[key][row]
-    void add_values(const State& s, const int64_t* offsets, int64_t count) const {
-        const Element* columns[4];
-        const int64_t elements = pack_values(s, offsets, count);
+    void add_values(const State& s, const int64_t* offsets, Places places) const {
+        // Those of consecutive keys make an element; one that is not there weighs nothing.
+        const int64_t first = places.first / O::PACKED;
+        const int64_t last = (places.last + O::PACKED - 1) / O::PACKED;
+        for (int64_t e = first; e < last; ++e) {
+            const C* low = a.v_cache + offsets[std::max(e * O::PACKED, places.first)];
+            const C* high = a.v_cache + offsets[std::min((e + 1) * O::PACKED, places.last) - 1];
+            float* values = reinterpret_cast<float*>(s.values) + e * dim;
+            for (int64_t d = 0; d < dim; d += WIDTH) store(values + d, O::values(low + d, high + d));
+        }
         for (int64_t d = 0; d < dim; d += 4) {
-            for (int i = 0; i < 4; ++i) columns[i] = s.values + d + i;
-            multiply<O, 4>(columns, dim, elements, s.weights, s.out + d * ROWS, s.shrink,
-                           s.registers);
+            const Element* columns[4];
+            for (int i = 0; i < 4; ++i) columns[i] = s.values + first * dim + d + i;
+            multiply<O, 4>(columns, dim, last - first, s.weights + first * ROWS, s.out + d * ROWS,
+                           s.shrink, s.registers);
         }
     }
 
-    // Values as elements [count / PACKED][dim]: consecutive keys make a pair. Returns their number.
-    int64_t pack_values(const State& s, const int64_t* offsets, int64_t count) const {
-        if constexpr (O::PACKED == 1) {
-            for (int64_t j = 0; j < count; ++j)
-                O::pack(a.v_cache + offsets[j], s.values + j * dim, dim);
-            return count;
-        } else {
-            for (int64_t j = 0; j < count; j += 2) {
-                const C *low = a.v_cache + offsets[j];
-                const C *high = j + 1 < count ? a.v_cache + offsets[j + 1] : nullptr;
-                for (int64_t d = 0; d < dim; d += WIDTH) {
-                    const UInts upper = high ? bfloat16_bits(high + d) << 16 : UInts{};
-                    store(reinterpret_cast<float*>(s.values) + j / 2 * dim + d,
-                          (Floats)(bfloat16_bits(low + d) | upper));
-                }
-            }
-            return (count + 1) / 2;
+    // Fold what all parts so far have come to into this one.
+    void fold(const State& s) const {
+        for (int64_t column = 0; column < s.registers * WIDTH; column += WIDTH) {
+            const Floats before = load(s.whole_maxima + column), own = load(s.maxima + column);
+            const Floats best = max(before, own);
+            const Floats shrink = exp2(before - finite(best)), share = exp2(own - finite(best));
+            store(s.maxima + column, best);
+            const auto add = [&](const float* whole, float* part) {
+                store(part, fma(load(part), share, load(whole) * shrink));
+            };
+            add(s.whole_sums + column, s.sums + column);
+            for (int64_t d = column; d < ROWS * dim; d += ROWS) add(s.whole + d, s.out + d);
         }
     }
 
@@ -292,12 +274,12 @@ private:
         for (int64_t n = 0; n < s.registers; ++n) {
             const int64_t column = n * WIDTH;
             for (int64_t d = 0; d < dim; d += WIDTH)
-                transpose(s.out + d * ROWS + column, ROWS, rows + d, dim);
+                transpose(s.whole + d * ROWS + column, ROWS, rows + d, dim);
             for (int lane = 0; lane < WIDTH; ++lane) {
                 const int64_t row = item.row_begin + column + lane;
                 if (row >= item.row_end) return;
                 T* to = a.out + a.row_offset(item.request, item.kv_head, row);
-                const float scale = 1.0f / s.sums[column + lane];
+                const float scale = 1.0f / s.whole_sums[column + lane];
                 for (int64_t d = 0; d < dim; d += WIDTH)
                     store(to + d, load(rows + lane * dim + d) * scale);
             }

@@ -280,6 +280,62 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
     for (int i = 0; i < WIDTH; ++i) store(to + i * to_stride, rows[i]);
 }
 
+// a0 b0 a1 b1 within each four lanes, from their first half (HIGH = 0) or the second (HIGH = 2); of
+// single values (SIZE = 1) or pairs of them (SIZE = 2, HIGH = 0 or 2).
+template <int HIGH, int SIZE, size_t... I>
+inline Floats zip_fours(Floats a, Floats b, std::index_sequence<I...>) {
+#define MANTA_LANE (I / 4 * 4 + HIGH + I % 4 / (2 * SIZE) * SIZE + I % SIZE + I / SIZE % 2 * WIDTH)
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, MANTA_LANE...);
+#else
+    return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(MANTA_LANE)...});
+#endif
+#undef MANTA_LANE
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+// A register of fours.
+inline Floats join(const Four* fours) {
+#if defined(__AVX512F__)
+    __m512 joined = _mm512_castps128_ps512((__m128)fours[0]);
+    joined = _mm512_insertf32x4(joined, (__m128)fours[1], 1);
+    joined = _mm512_insertf32x4(joined, (__m128)fours[2], 2);
+    return (Floats)_mm512_insertf32x4(joined, (__m128)fours[3], 3);
+#elif defined(MANTA_AVX2)
+    return (Floats)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)fours[0]),
+                                        (__m128)fours[1], 1);
+#else
+    Floats joined;
+    std::memcpy(&joined, fours, sizeof joined);
+    return joined;
+#endif
+}
+
+// Four words of WIDTH rows from `word` on, transposed: the i-th of all rows to columns[i].
+__attribute__((always_inline)) inline void load_columns(const int32_t* const* rows, int64_t word,
+                                                        Floats (&columns)[4]) {
+    constexpr auto lanes = std::make_index_sequence<WIDTH>{};
+    Floats fours[4], zipped[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        Four of_rows[WIDTH / 4];
+#pragma GCC unroll 4
+        for (int j = 0; j < WIDTH / 4; ++j) of_rows[j] = load_bits<Four>(rows[4 * j + i] + word);
+        fours[i] = join(of_rows);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        zipped[2 * i] = zip_fours<0, 1>(fours[2 * i], fours[2 * i + 1], lanes);
+        zipped[2 * i + 1] = zip_fours<2, 1>(fours[2 * i], fours[2 * i + 1], lanes);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        columns[2 * i] = zip_fours<0, 2>(zipped[i], zipped[2 + i], lanes);
+        columns[2 * i + 1] = zip_fours<2, 2>(zipped[i], zipped[2 + i], lanes);
+    }
+}
+
 // ---- exponentials ----
 
 constexpr float LOG2_E = 1.44269504f;

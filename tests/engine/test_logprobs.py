@@ -134,3 +134,38 @@ def test_a_prompt_longer_than_what_is_held_at_once(checkpoints: CheckpointFactor
     (logits,) = logits_of(load_oracle(checkpoints("qwen3")), [prompt])
     assert result[2] is not None
     assert_logprobs(result[2], logits[:-1], prompt[1:], 2)
+
+
+CUTS: dict[str, dict[str, Any]] = {
+    "chunks": dict(max_num_batched_tokens=24, max_num_seqs=16),
+    "preempted": dict(num_blocks=32, block_size=4),
+    "alone": dict(max_num_seqs=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", dict(dtype="bfloat16")),
+        ("mistral", dict(dtype="float16")),
+        ("llama3", dict(dtype="bfloat16", quantization="w8a8", kv_cache_dtype="fp8")),
+        ("qwen3", dict(dtype="bfloat16", quantization="int4")),
+    ],
+    ids=["bfloat16", "float16, window", "w8a8, fp8 cache", "int4"],
+)
+def test_a_token_has_the_same_bits_however_it_is_computed(
+    checkpoints: CheckpointFactory, family: str, options: dict[str, Any]
+) -> None:
+    """Decoded or as part of a prompt, in a batch or alone, found in the cache or not."""
+    directory = checkpoints(family, hidden_size=64, intermediate_size=128)
+    params = SamplingParams(temperature=1.0, max_tokens=24, ignore_eos=True, logprobs=1)
+    requests = [Request(str(i), PROMPTS[i], params, seed=i) for i in range(0, len(PROMPTS), 2)]
+    with new_engine(directory, **options) as engine:
+        if engine.runner.ops.name == "cpu-torch":
+            pytest.skip("no C++ compiler here")
+        whole = run_with_logprobs(engine, requests)
+    for name, cut in CUTS.items():
+        with new_engine(directory, **options | cut) as engine:
+            assert run_with_logprobs(engine, requests) == whole, name
+            if family != "mistral":  # whose window gives blocks back in time
+                assert (engine.scheduler.stats.preemptions > 0) == (name == "preempted")

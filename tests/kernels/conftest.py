@@ -1,9 +1,17 @@
 """The compiled ops, for the tests that hold them against their oracles."""
 
+import ctypes
+import os
+
 import pytest
 import torch
 
 from kernels import Ops, select_ops
+from kernels.cpu import build
+
+# Of a level that is only tested: see tests/kernels/test_cpu_levels.py.
+if library := os.environ.get("MANTA_TEST_LIBRARY"):
+    build.load_library = lambda: ctypes.CDLL(library)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from deployments.api.bodies import parse
 from deployments.api.errors import ApiError
+from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.message_request import MessagesRequest
 from deployments.api.schema.protocol import (
     ChatCompletionRequest,
-    CompletionRequest,
     ServedRequest,
 )
-from deployments.api.schema.response_request import ResponseRequest
+from deployments.api.schema.responses.request import ResponseRequest
 from engine.text.tokenizer import Tokenizer
 
 # By the field that holds the prompt. Where several protocols have one field, the first that takes

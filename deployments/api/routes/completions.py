@@ -24,8 +24,8 @@ from deployments.api.bodies import BodyRoute
 from deployments.api.requests.resume import event_id, given_resume, go_on
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
+from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
-from deployments.api.schema.protocol import CompletionRequest
 from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,

@@ -17,8 +17,8 @@ from deployments.api.schema.protocol import (
     TemplateVariables,
     Verbosity,
 )
-from deployments.api.schema.response_items import InputItem, to_messages
-from deployments.api.schema.response_tools import AnyTool, Toolbox, full_name
+from deployments.api.schema.responses.items import InputItem, to_messages
+from deployments.api.schema.responses.tools import AnyTool, Toolbox, full_name
 from deployments.api.schema.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.schema.tools import AllowedTools, ToolChoice, named_tool
 from engine.sampling_params import SamplingParams
