@@ -117,8 +117,9 @@ async def client(
                     ) as response:
                         if response.status_code != 200:
                             raise httpx.HTTPError(f"{response.status_code}")
-                        async for last_id, added in _events(response, last_id, begun, report):
-                            text += added
+                        events = _events(response, last_id, begun, report)
+                        async for event_id, added in events:
+                            last_id, text = event_id, text + added
                     break
                 except httpx.HTTPError as error:
                     ended = not resumes
