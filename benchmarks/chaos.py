@@ -4,10 +4,14 @@ Clients stream completions without pause while shards get SIGKILL, SIGSTOP or an
 random moments. Every stream must end with the text of an undisturbed run; afterwards every block
 must be free, and no process, shared memory or socket directory may be left.
 
+With --resume, so many of the clients go on by themselves where a stream breaks, which may then also
+be of a replica, Serve's proxy or its controller that is killed: they must have the same texts, too.
+
 With --hostile nothing is broken; other clients send what may cost others something, from a process
 of their own, in the second half of the run. The pauses of the streams are told for both halves.
 
     python -m benchmarks.chaos --seconds 180 --clients 64
+    python -m benchmarks.chaos --replicas 2 --resume 0.5 --faults kill replica proxy controller
     python -m benchmarks.chaos --seconds 120 --clients 64 --hostile
 """
 
@@ -20,8 +24,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +38,20 @@ import httpx
 import psutil
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from deployments import app
 from deployments.args import AppArgs
 from engine import LLM, SamplingParams
 
+# To shards, and processes of others that get SIGKILL.
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "error": signal.SIGUSR1}
+PROCESSES = {
+    "replica": "ray::ServeReplica:chaos:Replica",
+    "proxy": "ray::ProxyActor",
+    "controller": "ray::ServeController",
+}
 # Pauses longer than this are taken for recoveries.
 _PAUSE_S = 0.5
 # What other clients' requests may cost a stream.
@@ -51,6 +63,8 @@ class Report:
     """What the clients and the breaker saw."""
 
     streams: int = 0
+    resumed: int = 0
+    breaks: list[str] = field(default_factory=list)  # of streams that then went on
     wrong: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     faults: list[tuple[float, str]] = field(default_factory=list)
@@ -89,53 +103,85 @@ async def client(
     report: Report,
 ) -> None:
     """Streams one request after another, each with another seed."""
+    resumes = i < arguments.resume * arguments.clients
     async with httpx.AsyncClient(timeout=300) as http:
         while time.monotonic() < until:
-            text, last = "", time.monotonic()
-            body = request(i, arguments) | {"stream": True}
-            try:
-                async with http.stream("POST", f"{url}/v1/completions", json=body) as response:
-                    if response.status_code != 200:
-                        report.errors.append(f"{response.status_code} {await response.aread()!r}")
-                        continue
-                    async for line in response.aiter_lines():
-                        if not line.startswith("data: {"):
-                            continue
-                        event = json.loads(line.removeprefix("data: "))
-                        if "choices" not in event:
-                            report.errors.append(line)
-                            break
-                        text += event["choices"][0]["text"]
-                        now = time.monotonic()
-                        report.gaps.append((now, now - last))
-                        if now - last > _PAUSE_S:
-                            report.pauses.append(now - last)
-                        last = now
-            except httpx.HTTPError as error:
-                report.errors.append(repr(error))
+            text, last_id, ended = "", "", False
+            while not ended:
+                headers = {"last-event-id": last_id} if last_id else {}
+                body = request(i, arguments) | {"stream": True}
+                begun = time.monotonic()
+                try:
+                    async with http.stream(
+                        "POST", f"{url}/v1/completions", json=body, headers=headers
+                    ) as response:
+                        if response.status_code != 200:
+                            raise httpx.HTTPError(f"{response.status_code}")
+                        events = _events(response, last_id, begun, report)
+                        async for event_id, added in events:
+                            last_id, text = event_id, text + added
+                    break
+                except httpx.HTTPError as error:
+                    ended = not resumes
+                    report.resumed += not ended
+                    (report.errors if ended else report.breaks).append(repr(error))
+                    await asyncio.sleep(0.2)
             report.streams += 1
-            if text != wanted[i]:
+            if not ended and text != wanted[i]:
                 report.wrong.append(i)
             i = (i + 1) % len(wanted)
 
 
+async def _events(
+    response: httpx.Response, event_id: str, last: float, report: Report
+) -> AsyncIterator[tuple[str, str]]:
+    """(id, text) of each; raises HTTPError where they end before the end."""
+    async for line in response.aiter_lines():
+        if line.startswith("id: "):
+            event_id = line.removeprefix("id: ")
+        elif line == "data: [DONE]":
+            return
+        elif line.startswith("data: {"):
+            event = json.loads(line.removeprefix("data: "))
+            if "choices" not in event:
+                raise httpx.HTTPError(line)
+            now = time.monotonic()
+            report.gaps.append((now, now - last))
+            if now - last > _PAUSE_S:
+                report.pauses.append(now - last)
+            last = now
+            yield event_id, event["choices"][0]["text"]
+    raise httpx.RemoteProtocolError("a stream without an end")
+
+
 async def breaker(kinds: list[str], interval_s: float, until: float, report: Report) -> None:
-    """Sends a random signal to a random shard, once in about `interval_s`."""
+    """Sends a random signal to a random shard, or kills another process, in about `interval_s`."""
     handle = serve.get_app_handle("chaos")
     draw = random.Random(0)
     while True:
         await asyncio.sleep(interval_s * draw.uniform(0.5, 1.5))
         if time.monotonic() > until - interval_s:
             return
-        pids = await handle.shard_pids.remote()
-        if not pids:
-            continue  # the engine is still starting after the last fault
         kind = draw.choice(kinds)
         try:
-            os.kill(draw.choice(pids), FAULTS[kind])
-        except ProcessLookupError:
-            continue
+            if kind in PROCESSES:
+                pids = await asyncio.to_thread(_pids, PROCESSES[kind])
+            else:
+                pids = await handle.shard_pids.remote()
+            os.kill(draw.choice(pids), FAULTS.get(kind, signal.SIGKILL))
+        except (ProcessLookupError, IndexError, RayError, RayServeException):
+            continue  # it is still starting after the last fault
         report.faults.append((time.monotonic(), kind))
+
+
+def _pids(title: str) -> list[int]:
+    """Of processes of this run."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 async def run(arguments: argparse.Namespace, url: str, wanted: list[str]) -> Report:
@@ -184,6 +230,7 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
         max_model_len=1024,
         num_blocks=4000,
         tensor_parallel_size=arguments.tensor_parallel_size,
+        num_replicas=arguments.replicas,
         heartbeat_timeout_s=arguments.heartbeat_timeout,
         max_restarts=10_000,
     )
@@ -216,7 +263,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="output length of a stream")
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--interval", type=float, default=15, help="seconds between faults")
-    parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
+    parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS | PROCESSES)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument(
+        "--resume", type=float, default=0, help="share of clients that go on by themselves"
+    )
     parser.add_argument("--hostile", action="store_true", help="break nothing, but bother")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--heartbeat-timeout", type=float, default=5)
@@ -230,7 +281,10 @@ def main() -> None:
     time.sleep(2)
     counts = {kind: sum(k == kind for _, k in report.faults) for kind in arguments.faults}
     print(f"{report.streams} streams ended, {len(report.faults)} faults: {counts}")
-    print(f"streams with another text: {len(report.wrong)}, errors: {len(report.errors)}")
+    print(
+        f"streams with another text: {len(report.wrong)}, errors: {len(report.errors)}; "
+        f"{report.resumed} times a client went on where its stream broke"
+    )
     if arguments.hostile:
         print_gaps(report)
     if len(report.pauses) > 1:
@@ -240,7 +294,9 @@ def main() -> None:
     print(f"blocks held at the end: {held}")
     print(f"left behind: {left or 'nothing'}")
     is_idle = not (report.faults or arguments.hostile)
-    if report.wrong or report.errors or held or left or is_idle:
+    # Streams of who does not go on are lost with their replica or proxy, and say so.
+    may_break = arguments.resume < 1 and PROCESSES.keys() & set(arguments.faults)
+    if report.wrong or (report.errors and not may_break) or held or left or is_idle:
         raise SystemExit(f"failed: {report.errors[:3]}")
 
 

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deployments.builder import app
+    from deployments.door.application import door
 
-__all__ = ["app"]
+__all__ = ["app", "door"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from deployments.builder import app
 
         return app
+    if name == "door":
+        from deployments.door.application import door
+
+        return door
     raise AttributeError(f"module 'deployments' has no attribute {name!r}")

@@ -134,7 +134,12 @@ class AppArgs(DeploymentArgs, ServiceArgs):
     model: str = Field(
         "manta-demo", min_length=1, description="Checkpoint directory or Hugging Face hub id."
     )
-    num_replicas: int = Field(1, ge=1, description="Engines; with max_replicas, the fewest.")
+    num_replicas: int = Field(
+        1,
+        ge=0,
+        description="Engines; with max_replicas, the fewest: with 0, the first request starts one, "
+        "and waits for it.",
+    )
     max_replicas: int | None = Field(
         None, ge=1, description="Scale with the engines' load between num_replicas and this."
     )
@@ -160,6 +165,8 @@ class AppArgs(DeploymentArgs, ServiceArgs):
                 f"max_replicas ({self.max_replicas}) must be at least num_replicas "
                 f"({self.num_replicas})"
             )
+        if self.num_replicas == 0 and self.max_replicas is None:
+            raise ValueError("num_replicas: 0 needs max_replicas")
         return self
 
     @classmethod

@@ -30,9 +30,14 @@ def engine_load(stats: dict[str, Any]) -> dict[str, float]:
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """Serve's policy hook: enough replicas to bring the sum of loads down to the target each."""
+    """Serve's policy hook: enough replicas to bring the sum of loads down to the target each.
+
+    Who waits at a proxy, where there is no replica, is no replica's load yet, but needs one.
+    """
     loads = (context.aggregated_metrics or {}).get(_METRIC, {})
     wanted = math.ceil(sum(loads.values()) / TARGET_LOAD)
+    if context.total_num_requests:
+        wanted = max(wanted, 1)
     bounded = min(
         max(wanted, context.capacity_adjusted_min_replicas),
         context.capacity_adjusted_max_replicas,

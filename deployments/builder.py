@@ -4,9 +4,10 @@ import os
 from typing import Any
 
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from deployments import ray_private
+from deployments.api.errors import RETRY_AFTER_S
 from deployments.api.keys import KEYS_VARIABLE
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
@@ -48,6 +49,9 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
         placement_group_bundles=group_bundles(args, _REPLICA_CPUS),
         placement_group_strategy="PACK",
         max_ongoing_requests=args.max_ongoing_requests,
+        # Who waits for a replica waits at a proxy.
+        max_queued_requests=args.max_queued_requests or -1,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         health_check_period_s=2,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,

@@ -1,10 +1,11 @@
 """The private names of Ray that Manta uses, and what happens where they are missing.
 
-Everything else here is Ray's public API. These names were checked against Ray 2.60; with another
-version, or without HAProxy, applications are built without the ingress router, and Serve balances
-requests by load and session alone.
+Everything else here is Ray's public API. Where one of the names is missing, as in a later version
+perhaps, or without HAProxy, applications are built without the ingress router, and Serve balances
+requests by load and session alone; the log names what is missing.
 """
 
+import importlib
 import logging
 from typing import Any
 
@@ -13,7 +14,18 @@ from ray.serve import Application
 
 logger = logging.getLogger("ray.serve")
 
-_CHECKED_VERSION = "2.60."
+# What routing by prompts needs, by where it is imported from. Made for Ray 2.60.
+_NEEDED = (
+    "ray.serve:Application._with_ingress_request_router",
+    "ray.serve.handle:DeploymentHandle._init",
+    "ray.serve.handle:DeploymentHandle.broadcast",
+    "ray.serve.handle:DeploymentHandle.choose_replica",
+    "ray.serve._private.common:ReplicaID.to_full_id_str",
+    "ray.serve.request_router:RunningReplica.backend_http_endpoint",
+    "ray.serve._private.constants:RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY",
+    "ray.serve._private.constants:RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE",
+    "ray.serve._private.constants:SERVE_SESSION_ID",
+)
 _VARIABLES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY")
 
 
@@ -43,16 +55,30 @@ def can_route_by_body() -> bool:
             " and ".join(f"{name}=1" for name in _VARIABLES),
         )
         return False
-    if ray.__version__.startswith(_CHECKED_VERSION) and hasattr(
-        Application, "_with_ingress_request_router"
-    ):
-        return True
-    logger.warning(
-        "Routing by cached prefixes needs Ray %sx, this is %s; requests are balanced by load.",
-        _CHECKED_VERSION,
-        ray.__version__,
-    )
-    return False
+    if missing := missing_names():
+        logger.warning(
+            "Requests go to replicas by load and session alone: Ray %s lacks %s, which routing by "
+            "cached prefixes needs.",
+            ray.__version__,
+            ", ".join(missing),
+        )
+    return not missing
+
+
+def missing_names() -> list[str]:
+    """What this Ray lacks of what routing by prompts needs."""
+    return [name for name in _NEEDED if not _exists(name)]
+
+
+def _exists(name: str) -> bool:
+    module, _, path = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def routers_see_keys() -> bool:

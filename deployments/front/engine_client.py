@@ -235,6 +235,7 @@ class EngineClient:
         try:
             hello = await read_message(reader)
             self.limits = RequestLimits(**hello["hello"]["limits"])
+            self.metrics.startup_s = hello["hello"].get("startup_s", {})
             self._adopt(writer)
             while True:
                 message = await read_message(reader)

@@ -158,9 +158,9 @@ class Front:
         record = RequestRecord(len(prompt_token_ids), params.max_tokens)
         options.records.append(record)
         options = replace(options, stream=stream)
-        tokens = _parted(
-            self.client.generate(prompt_token_ids, params, seed, options, record), options
-        )
+        tokens = self.client.generate(prompt_token_ids, params, seed, options, record)
+        if options.position:
+            tokens = _parted(tokens, options)
         held: list[TokenLogprobs] = []  # of tokens whose text is held back
         async with aclosing(tokens):
             async for delta in tokens:

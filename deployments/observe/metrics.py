@@ -97,6 +97,7 @@ class Metrics(Collector):
         self.key_tokens = Counter[tuple[str, str]]()  # (name of a key, which tokens)
         self.http = Counter[tuple[str, str, str]]()  # (method, handler, status as 2xx)
         self.engine_starts = 0
+        self.startup_s: dict[str, float] = {}  # of the last engine, by phase
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -197,6 +198,14 @@ class Metrics(Collector):
         starts = CounterMetricFamily("manta:engine_starts", "Engines that came up.")
         starts.add_metric([], self.engine_starts)
         yield starts
+        phases = GaugeMetricFamily(
+            "manta:engine_startup_seconds",
+            "How long the last engine took to come up, by phase.",
+            labels=("phase",),
+        )
+        for phase, seconds in self.startup_s.items():
+            phases.add_metric([phase], seconds)
+        yield phases
         http = CounterMetricFamily(
             "http_requests", "HTTP requests.", labels=("method", "handler", "status")
         )

@@ -20,7 +20,14 @@ HEARTBEAT_S = 0.5
 class EngineLoop:
     """Runs one engine for one front."""
 
-    def __init__(self, engine: "Engine", address: str) -> None:
+    def __init__(
+        self, engine: "Engine", address: str, startup_s: dict[str, float] | None = None
+    ) -> None:
+        """
+        Args:
+            startup_s: how long what came before the engine took.
+        """
+        self._startup_s = {**(startup_s or {}), **engine.runner.startup_s}
         self._engine = engine
         self._cache_changes = engine.scheduler.pool.changes = []
         self._socket = MessageSocket(address)
@@ -28,10 +35,11 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
-        # What has been loaded stays: to look through it at every collection takes a step's time.
+        # What has been loaded stays: to look through it at every collection takes a step\'s time.
         gc.collect()
         gc.freeze()
-        self._socket.send({"hello": {"limits": asdict(self._engine.limits)}})
+        hello = {"limits": asdict(self._engine.limits), "startup_s": self._startup_s}
+        self._socket.send({"hello": hello})
         try:
             while True:
                 timeout = 0.0 if self._engine.has_work else HEARTBEAT_S

@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -68,10 +69,12 @@ class EngineShard:
 
     def lead(self, config: EngineConfig, front_address: str) -> None:
         """Rank 0: load, gather the followers, and serve the front until it hangs up."""
+        begin = time.monotonic()
         from engine.engine import Engine
 
+        startup_s = {"imports": time.monotonic() - begin}
         engine = Engine(config, self._leader, show_progress=True)
-        EngineLoop(engine, front_address).run()
+        EngineLoop(engine, front_address, startup_s).run()
 
     def follow(self, config: EngineConfig, rank: int, address: "GroupAddress") -> None:
         """Any other rank: load, and execute the leader's plans until it hangs up."""

@@ -43,6 +43,7 @@ class ShardGroup:
         self._bundles = bundles
         self._shards: list[Any] = []
         self._processes: list[tuple[str, int]] = []
+        self._placed_s = 0.0  # how long it took until the shards' processes were there
         self._restarts: deque[float] = deque()
         self._supervisor: asyncio.Task[None] | None = None
         self.failure: str | None = None  # set once it will not be restarted any more
@@ -112,10 +113,14 @@ class ShardGroup:
         try:
             async with startup:
                 ends = await self._start()
+            is_told = False
             while True:
                 done, _ = await asyncio.wait(
                     ends, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED
                 )
+                if self._client.is_connected and not is_told:
+                    is_told = True
+                    self._tell_startup()
                 if done:
                     end = done.pop()
                     return _describe(None if end.cancelled() else end.exception())
@@ -134,9 +139,11 @@ class ShardGroup:
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
         config, size = self._args.engine_config, self._args.num_ranks
+        began = time.monotonic()
         address = await self._client.listen()
         self._shards = [self._new_shard(rank) for rank in range(size)]
         self._processes = await asyncio.gather(*(s.process.remote() for s in self._shards))
+        self._placed_s = time.monotonic() - began
         leader, *followers = self._shards
         group_address = await leader.open_group.remote(size)
         calls = [leader.lead.remote(config, address)]
@@ -153,6 +160,12 @@ class ShardGroup:
                 self._bundles, placement_group_bundle_index=rank
             ),
         ).remote()
+
+    def _tell_startup(self) -> None:
+        phases = self._client.metrics.startup_s
+        phases["process"] = self._placed_s
+        told = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases.items())
+        logger.info("The engine has come up: %s", told)
 
     async def _show_stacks(self) -> None:
         """Have every shard say in its log what it is doing; who is stopped does not."""

@@ -1,6 +1,7 @@
 """Turns step plans into tokens on one rank's device."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -61,12 +62,16 @@ class ModelRunner:
             config.deterministic,
             config.quantization,
         )
+        begin = time.monotonic()
         self.ops = select_ops(self.device, needs)
+        self.startup_s = {"kernels": time.monotonic() - begin}  # by phase
         self.max_len = config.max_model_len or shape.max_position
         self.vocab_size = shape.vocab_size
         self.eos_token_ids = eos_token_ids
         meter = MemoryMeter(self.device)
+        begin = time.monotonic()
         weights = self._load(shape, directory, meter, show_progress)
+        self.startup_s["weights"] = time.monotonic() - begin
         self.cache_layout = KVCacheLayout.of(
             shape, self.ranks.tensor, config.block_size, self.cache_dtype
         )
@@ -82,7 +87,9 @@ class ModelRunner:
         )
         self.host_cache = new_host_cache(config, self.cache_layout, self.device)
         watch = watch_compilation(self.device)
+        begin = time.monotonic()
         self.memory = self._open(meter, weights)
+        self.startup_s["cache"] = time.monotonic() - begin  # and rehearsal, on a GPU
         watch.start_serving()
         # Kernels that were compiled while requests were waiting; there should be none.
         self.late_compilations = watch.late

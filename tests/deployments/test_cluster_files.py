@@ -103,4 +103,7 @@ def test_kuberay_gets_a_sound_service() -> None:
 def test_images_have_the_installed_ray() -> None:
     docker = load(ROOT / "cluster.yaml")["docker"]
     images = [docker[name] for name in ("head_image", "worker_image", "image")]
+    stages = re.findall(r"^FROM (\S+) AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert [stage for _, stage in stages] == ["cpu", "cuda"]
+    images.append(stages[1][0])
     assert all(f":{ray.__version__}-" in image for image in images)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -238,3 +239,22 @@ def test_routers_see_keys_where_haproxy_is_told_so(monkeypatch: pytest.MonkeyPat
     assert not ray_private.routers_see_keys()
     monkeypatch.setattr("ray.serve._private.constants.SERVE_SESSION_ID", "Authorization")
     assert ray_private.routers_see_keys()
+
+
+def test_this_ray_has_all_that_routing_needs_and_another_is_told_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    constants = "ray.serve._private.constants"
+    assert ray_private.missing_names() == []
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    monkeypatch.setattr(f"{constants}.RAY_SERVE_ENABLE_HA_PROXY", True)
+    monkeypatch.setattr(f"{constants}.RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY", False)
+    with caplog.at_level("WARNING", "ray.serve"):
+        assert not ray_private.can_route_by_body()
+    assert "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1" in caplog.text
+    monkeypatch.setattr(f"{constants}.RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY", True)
+    assert ray_private.can_route_by_body()
+    monkeypatch.delattr("ray.serve._private.common.ReplicaID.to_full_id_str")
+    with caplog.at_level("WARNING", "ray.serve"):
+        assert not ray_private.can_route_by_body()
+    assert "lacks ray.serve._private.common:ReplicaID.to_full_id_str" in caplog.text

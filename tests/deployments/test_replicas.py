@@ -1,6 +1,7 @@
 """Several replicas: load spreads, numbers follow it, updates and departures cost no request."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from ray import serve
 
 from deployments import app
 from deployments.args import AppArgs
+from deployments.door.application import DoorArgs, door
 from tests.deployments.conftest import wait_until
 
 APP = "replicas"
@@ -118,6 +120,20 @@ def test_the_number_of_replicas_follows_the_engines_load(url: str, tiny_model: P
     asyncio.run(run())
 
 
+def test_the_first_request_starts_a_replica_and_the_last_leaves_none(
+    url: str, tiny_model: Path
+) -> None:
+    deploy(tiny_model, num_replicas=0, max_replicas=1, upscale_delay_s=0, downscale_delay_s=1)
+    assert num_running() == 0
+    body = {"prompt": "ab", "max_tokens": 3}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200 and num_running() == 1
+    phases = httpx.get(f"{url}/metrics").text
+    for phase in ("process", "imports", "kernels", "weights", "cache"):
+        assert f'manta:engine_startup_seconds{{phase="{phase}"}}' in phases
+    wait_until(lambda: num_running() == 0, 90, "none is left")
+
+
 def test_a_session_stays_on_its_replica(url: str, tiny_model: Path) -> None:
     """Seen by the prefix cache: the second request of a session finds the first one's blocks."""
     deploy(tiny_model, num_replicas=2)
@@ -142,5 +158,19 @@ def test_one_cluster_serves_several_models(url: str, cluster: str, tiny_model: P
         for base, name in ((url, "tiny"), (f"{cluster}/other", "other")):
             models = httpx.get(f"{base}/v1/models").json()["data"]
             assert [model["id"] for model in models] == [name]
+        args_of_door = DoorArgs(routes=["/replicas", "/other"], proxy=cluster)
+        serve.run(door(args_of_door), name="door", route_prefix="/door")
+        address = f"{cluster}/door/v1"
+        models = httpx.get(f"{address}/models").json()["data"]
+        assert {model["id"] for model in models} == {"tiny", "other"}
+        for name in ("tiny", "other"):
+            body = {"model": name, "prompt": "ab", "max_tokens": 3, "stream": True}
+            with httpx.stream("POST", f"{address}/completions", json=body) as answer:
+                lines = [line for line in answer.iter_lines() if line.startswith("data: ")]
+            assert json.loads(lines[0][6:])["model"] == name and lines[-1] == "data: [DONE]"
+        body = {"model": "third", "prompt": "ab"}
+        unknown = httpx.post(f"{address}/completions", json=body)
+        assert unknown.status_code == 404 and "'other'" in unknown.json()["error"]["message"]
     finally:
         serve.delete("other")
+        serve.delete("door")
