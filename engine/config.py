@@ -129,7 +129,7 @@ class EngineConfig(StrictModel):
         "the same. suffix: what followed the same tokens before, in this text or recent outputs; "
         "ngram: in this text alone; grammar: what structured outputs leave no choice about, as the "
         "others do too. auto: suffix where a token comes out the same whatever shares its step, "
-        "which holds in float32; else off.",
+        "as on a CPU and in float32; else off.",
     )
     num_speculative_tokens: int = Field(
         16,

@@ -120,6 +120,7 @@ class Ops:
     """
 
     name: str
+    is_invariant: bool = False  # a token has the same bits, whatever else is in its step
     attention: Attention = reference.attention
     sampling: Sampling = reference
     new_recorder: Callable[[], Recorder] | None = None  # where launching is worth saving

@@ -1,5 +1,7 @@
 """Which ops a device gets. The rooms are entered here only, and only when they are needed."""
 
+from dataclasses import replace
+
 import torch
 
 from kernels.ops import REFERENCE, CompilationWatch, Ops
@@ -16,7 +18,10 @@ def select_ops(device: torch.device, attention: AttentionNeeds | None = None) ->
             raise ValueError(f"attention_backend: {attention.backend!r} is for GPUs; leave it out")
         from kernels.cpu.ops import cpu_ops
 
-        return cpu_ops()
+        ops = cpu_ops()
+        if attention is not None and attention.head_dim % 16:  # torch attends
+            return replace(ops, is_invariant=False)
+        return ops
     if device.type == "cuda":
         from kernels.cuda.ops import cuda_ops
 

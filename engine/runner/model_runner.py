@@ -49,10 +49,6 @@ class ModelRunner:
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         shape.check_divisible(self.ranks.tensor.size)
-        # Whether a token comes out of a step of many as it does of one of its own, but for rounding
-        # that hardly ever matters.
-        exact_dtypes = self.dtype is self.cache_dtype is torch.float32
-        self.is_exact = config.deterministic or (exact_dtypes and not config.quantization)
         needs = AttentionNeeds(
             config.attention_backend,
             self.dtype,
@@ -113,6 +109,18 @@ class ModelRunner:
             show_progress,
         )
         return max(meter.in_use() - before, 0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a token comes out of a step of many as it does of one of its own.
+
+        In float32 but for rounding that hardly ever matters. More than two ranks add up their parts
+        in an order that depends on how many tokens there are.
+        """
+        exact_dtypes = self.dtype is self.cache_dtype is torch.float32
+        if self._config.deterministic or (exact_dtypes and not self._config.quantization):
+            return True
+        return self.ops.is_invariant and self.model.is_recordable and self.ranks.tensor.size <= 2
 
     def __str__(self) -> str:
         counts = " + ".join(map(str, self.num_blocks))

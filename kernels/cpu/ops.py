@@ -23,6 +23,7 @@ def cpu_ops() -> Ops:
     attention, layers = CpuAttention(library), CpuLayers(library)
     return Ops(
         name=f"cpu-{build.instruction_set()}",
+        is_invariant=True,
         attention=attention,
         sampling=CpuSampling(library),
         new_recorder=partial(CpuRecorder, library),
