@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -27,6 +28,23 @@ if not torch.cuda.is_available():
 # A shell that runs the tests in the background has Ctrl-C ignored, also by the servers they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests of these files and directories start Ray, whose processes want a machine for themselves.
+_WITH_RAY = re.compile(
+    r"tests/cli/|tests/docs/test_code_blocks|tests/deployments/test_"
+    r"(batch|chaos|door|haproxy|metrics|nodes|recovery|replicas|serve_run|shard_group)"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` a file's tests share a worker, and all that start Ray do."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        has_ray = _WITH_RAY.match(file) or "cluster" in getattr(item, "fixturenames", ())
+        group = "ray" if has_ray else file
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 CheckpointFactory = Callable[..., Path]
 Edit = Callable[[dict[str, Any]], object]

@@ -67,7 +67,8 @@ class Chat:
             params = _with_calls(front, request, params, tools)
         prompt = await _encode(front, request, params)
         is_shaped = has_form or forced_prefix is not None
-        if is_shaped:
+        is_in_channel = tools is not None and tools.has_channels and forced_prefix is None
+        if is_shaped and not is_in_channel:
             prompt += _beginning(front, prompt, forced_prefix)
         prompt = front.truncate(prompt, params)
         if not is_shaped:
@@ -157,7 +158,7 @@ def _with_calls(
         return constrain(params, call_grammar(front, tools, forced, is_forced=True).forced())
     if form is not None:
         return constrain(params, call_grammar(front, tools, offered).or_form(form, is_single))
-    if any(tool.function.strict for tool in offered):
+    if any(tool.function.strict for tool in offered) and not tools.has_channels:
         marks = front.reasoning.marks if front.reasoning is not None else ()
         thoughts = list(front.special_tokens(marks).values())
         grammar = call_grammar(front, tools, offered).among_text(is_single, thoughts)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine import LLM
 from engine.checkpoint import CheckpointError
 from engine.generation_config import EmbeddingConfig, embedding_config
 from engine.sampling_params import SamplingParams
@@ -71,6 +72,33 @@ def test_only_vectors_of_all_tokens_need_all_of_them_computed(
                 (output,) = run(engine, [Request(f"{name}{attempt}", [5] * 50, params, 0)])
                 cached[name] = output.num_cached_tokens
     assert cached["last"] == cached["logits"] > 0 == cached["mean"] == cached["cls"]
+
+
+def test_llm_embeds(byte_model: Path) -> None:
+    oracle = load_oracle(byte_model)
+    units = [expected(oracle, prompt, "mean") for prompt in PROMPTS[:3]]
+    units = [unit / unit.norm() for unit in units]
+    llm = LLM(str(byte_model), device="cpu", num_threads=1, num_blocks=64, dtype="float32")
+    try:
+        outputs = llm.embed(PROMPTS[:3], "mean", use_tqdm=False)
+        with pytest.raises(ValueError, match="not made for embeddings"):
+            llm.embed(PROMPTS[:3])
+    finally:
+        llm.close()
+    for output, unit, prompt in zip(outputs, units, PROMPTS, strict=False):
+        found = torch.tensor(output.outputs.embedding)
+        torch.testing.assert_close(found, unit, atol=2e-4, rtol=1e-3)
+        assert output.prompt_token_ids == prompt
+
+
+def test_llm_scores_by_the_angle() -> None:
+    llm = LLM("manta-demo", device="cpu", num_threads=1, num_blocks=64)
+    try:
+        scores = llm.score("apple", ["apple", "river stone"], "last", use_tqdm=False)
+    finally:
+        llm.close()
+    same, other = (output.outputs.score for output in scores)
+    assert same == pytest.approx(1, abs=1e-3) and other < 0.99
 
 
 def test_what_makes_no_sense_is_refused() -> None:
