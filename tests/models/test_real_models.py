@@ -15,7 +15,7 @@ from engine.checkpoint import resolve
 from engine.models.hf_config import read_hf_config
 from engine.models.reader import open_tensors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PROSE = Path(__file__).parent.parent.parent / "LICENSE"
 QUESTIONS = """What is the capital of France? Who wrote Hamlet? What is 2 + 2? Name three colours.

@@ -76,6 +76,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "gptj": dict(rotary_dim=8),
     "dots1": dict(n_shared_experts=1),
     "gemma3n_text": dict(num_kv_shared_layers=0, layer_types=None),
+    "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "dbrx": dict(
         d_model=64,
         n_heads=4,
