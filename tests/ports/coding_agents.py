@@ -41,12 +41,12 @@ def watch_requests() -> list[dict[str, Any]]:
 
 
 def with_long_window(directory: Path) -> Path:
-    """The demo model, which answers shortly and takes long prompts."""
+    """The demo model for long prompts, at which it is at a loss: many tokens end its answers."""
     model = directory / "model"
     shutil.copytree(DEMO_MODEL, model)
     for name, change in (
         ("config.json", {"max_position_embeddings": _WINDOW}),
-        ("generation_config.json", {"max_new_tokens": 40}),
+        ("generation_config.json", {"eos_token_id": [2043, 2041, *range(300, 2000, 3)]}),
     ):
         path = model / name
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
