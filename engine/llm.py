@@ -36,7 +36,7 @@ from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.chat_template import check_variables
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import for_template
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, has_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -85,9 +85,7 @@ class LLM:
         self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
         self.engine = Engine(self.config, leader, show_progress=True)
         directory = checkpoint.resolve(self.config.model, self.config.revision)
-        self.tokenizer: Tokenizer | None = None  # dummy weights may come without one
-        if self.config.load_format != "dummy" or (directory / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer(directory)
+        self.tokenizer = Tokenizer(directory) if has_tokenizer(directory) else None
         self._embedding = embedding_config(directory)
         self._default_params = SamplingParams(**sampling_defaults(directory))
         self._seeds = random.Random(self.config.seed)
@@ -104,9 +102,9 @@ class LLM:
         return self._default_params
 
     def get_tokenizer(self) -> Tokenizer:
-        """Raises ValueError for dummy weights without one."""
+        """Raises ValueError for a checkpoint without one: its prompts are token ids."""
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json; give prompts as token ids")
+            raise ValueError("this checkpoint has no tokenizer; give prompts as token ids")
         return self.tokenizer
 
     def generate(

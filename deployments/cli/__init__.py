@@ -117,11 +117,19 @@ def bench(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Say what serving this takes, without loading it.")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]…", autocompletion=_complete_option),
+    ] = None,
+) -> None:
     """Say what this machine has, what Manta will use of it, and what would make it faster."""
     from deployments.cli.doctor import run
 
-    run()
+    run(model, options or [])
 
 
 def main() -> None:

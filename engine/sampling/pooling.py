@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.device.transfer import ToHost, to_device
-from engine.models.decoder import CausalLM
+from engine.models.shape import LanguageModel
 from engine.sampling_params import Pooling
 from engine.schedule.step import NewRow, ScheduledRow
 
@@ -22,7 +22,7 @@ class _Prompt:
 class PromptPooling:
     """Pools prompts as they are computed, in chunks. Every rank does, for all compute logits."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._prompts: dict[int, _Prompt] = {}
 

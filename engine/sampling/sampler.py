@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.device.tables import DeviceTables
 from engine.device.transfer import ToHost, to_device
-from engine.models.decoder import CausalLM
+from engine.models.shape import LanguageModel
 from engine.ranks.rank_group import RankGroup
 from engine.sampling.bans import AllowedTokens, BadWords
 from engine.sampling.bias import LogitBias
@@ -45,7 +45,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         tables: DeviceTables,
         vocab_size: int,
         eos_token_ids: frozenset[int],
