@@ -107,15 +107,15 @@ def encode_delta(delta: TokenDelta) -> list[Any]:
         delta.stop_token,
         delta.num_cached_tokens,
     ]
-    more = [delta.logprobs, delta.prompt_logprobs, delta.vector]
-    if more != [None, None, None]:
+    more = [delta.logprobs, delta.prompt_logprobs, delta.vector, delta.num_predicted]
+    if more != [None, None, None, (0, 0)]:
         fields += more
     return fields
 
 
 def decode_delta(fields: list[Any]) -> TokenDelta:
     request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *more = fields
-    own, of_prompt, vector = more or (None, None, None)
+    own, of_prompt, vector, num_predicted = more or (None, None, None, (0, 0))
     return TokenDelta(
         request_id=request_id,
         token_ids=token_ids,
@@ -125,6 +125,7 @@ def decode_delta(fields: list[Any]) -> TokenDelta:
         logprobs=_decode_logprobs(own),
         prompt_logprobs=_decode_logprobs(of_prompt),
         vector=vector,
+        num_predicted=(num_predicted[0], num_predicted[1]),
     )
 
 

@@ -93,6 +93,20 @@ class EngineConfig(StrictModel):
         description="Schedule step N + 1 while step N runs; default: on a GPU yes, on a CPU no, "
         "where host and device are the same cores.",
     )
+    speculation: Literal["auto", "off", "suffix", "ngram", "grammar"] = Field(
+        "auto",
+        description="Who guesses tokens ahead, so that a step checks several of a row; texts stay "
+        "the same. suffix: what followed the same tokens before, in this text or recent outputs; "
+        "ngram: in this text alone; grammar: what structured outputs leave no choice about, as the "
+        "others do too. auto: suffix where a token comes out the same whatever shares its step, "
+        "which holds in float32; else off.",
+    )
+    num_speculative_tokens: int = Field(
+        16,
+        ge=1,
+        le=256,
+        description="Most tokens guessed for a row in one step; how many are, follows the load.",
+    )
     enforce_eager: bool = Field(
         False,
         description="Launch the kernels of every step; else decoding is recorded and replayed, on "

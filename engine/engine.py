@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 from engine import checkpoint
@@ -16,7 +17,9 @@ from engine.schedule.block_pool import BlockHasher
 from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
-from engine.schedule.step import StepPlan, StepResult, TokenDelta
+from engine.schedule.step import StepResult, TokenDelta
+from engine.speculation.select import new_speculator
+from engine.text.tokenizer import Tokenizer
 
 # How long an engine with nothing else to do waits for what requests need before it looks around.
 _ANTECHAMBER_WAIT_S = 0.005
@@ -64,18 +67,29 @@ class Engine:
             block_size=config.block_size,
             eos_token_ids=sorted(runner.eos_token_ids),
         )
-        self.scheduler = Scheduler(config, blocks, self.limits.max_len, runner.eos_token_ids)
+        self.speculator = new_speculator(
+            config,
+            num_ahead=self.executor.max_in_flight - 1,
+            is_exact=runner.is_exact,
+            forced=lambda row, is_settled: runner.sampler.matchers.forced(row, is_settled),
+            encode=self._encode,
+        )
+        self.scheduler = Scheduler(
+            config, blocks, self.limits.max_len, runner.eos_token_ids, self.speculator
+        )
         grammars = CompiledGrammars(self._new_grammar_compiler, self.runner.sampler.matchers)
         self._antechamber = Antechamber([grammars])
+        self._tokenizer: Future[Tokenizer] | None = None  # from the first grammar on
         self._in_flight: deque[_InFlight] = deque()
         self.num_steps = 0
-        # When set to a deque, collects (step number, plan) of every launch.
-        self.step_log: deque[tuple[int, StepPlan]] | None = None
+        # When set to a deque, collects (step number, step) of every launch.
+        self.step_log: deque[tuple[int, Step]] | None = None
         self._speed = _Speed()
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
         self.limits.check(request.prompt_token_ids + request.output_token_ids, request.params)
+        self.limits.check_tokens("prediction", request.prediction_token_ids)
         if request.params.n != 1:
             raise ValueError(
                 f"n: a request has one output (got {request.params.n}); make one per choice"
@@ -92,7 +106,14 @@ class Engine:
     def _new_grammar_compiler(self) -> GrammarCompiler:
         directory = checkpoint.resolve(self.config.model, self.config.revision)
         eos = sorted(self.runner.eos_token_ids)
+        if self.speculator is not None:  # beside the compiler, which takes longer
+            self._tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer, directory)
         return GrammarCompiler(directory, self.runner.vocab_size, eos)
+
+    def _encode(self, text: str) -> list[int]:
+        """What a grammar demands, in tokens."""
+        assert self._tokenizer is not None
+        return self._tokenizer.result().encode(text, add_special_tokens=False)
 
     def _queue_ready(self) -> list[TokenDelta]:
         """Queue the requests that need nothing more; returns the endings of the refused."""
@@ -132,12 +153,15 @@ class Engine:
             self._in_flight.append(_InFlight(step, now, self.executor.launch(step.plan)))
             self.num_steps += 1
             if self.step_log is not None:
-                self.step_log.append((self.num_steps, step.plan))
+                self.step_log.append((self.num_steps, step))
         if not self._in_flight:
             return refused
         oldest = self._in_flight.popleft()
         result = oldest.wait()
-        self._speed.count_step(oldest.step.plan.num_tokens, oldest.launched_at)
+        plan = oldest.step.plan
+        seconds = self._speed.count_step(plan.num_tokens, oldest.launched_at)
+        if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
+            self.speculator.costs.count(plan.num_tokens, seconds)
         return refused + self.scheduler.update(oldest.step, result)
 
     def stats(self) -> dict[str, float]:
@@ -157,6 +181,7 @@ class Engine:
             "tokens_per_s": self._speed.tokens_per_s,
             "full_steps": self._speed.num_steps,
             **asdict(scheduler.stats),
+            **(self.speculator.stats() if self.speculator is not None else {}),
         }
 
     def close(self) -> None:
@@ -177,11 +202,12 @@ class _Speed:
         self.num_steps = 0  # that were full
         self._last_end = 0.0
 
-    def count_step(self, num_tokens: int, launched_at: float) -> None:
-        """A step has ended; it ran since its launch or since the one before it ended."""
+    def count_step(self, num_tokens: int, launched_at: float) -> float:
+        """A step has ended; it ran since its launch or since the one before it ended: seconds."""
         now = time.monotonic()
+        seconds = max(now - max(launched_at, self._last_end), 1e-9)
         if num_tokens >= self._FULL_STEP_TOKENS:
-            speed = num_tokens / max(now - max(launched_at, self._last_end), 1e-9)
             self.num_steps += 1
-            self.tokens_per_s += self._WEIGHT * (speed - self.tokens_per_s)
+            self.tokens_per_s += self._WEIGHT * (num_tokens / seconds - self.tokens_per_s)
         self._last_end = now
+        return seconds

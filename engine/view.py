@@ -10,8 +10,8 @@ from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, TypedDict
 
+from engine.schedule.scheduler import Step
 from engine.schedule.sequence import Sequence
-from engine.schedule.step import StepPlan
 
 if TYPE_CHECKING:  # imports torch, which a front that reads pictures never does
     from engine.engine import Engine
@@ -30,6 +30,8 @@ class RowView(TypedDict):
     num_tokens: int  # of prompt and output so far
     num_computed: int  # whose keys and values are in the cache
     num_cached: int  # of the prompt, found in the prefix cache when it entered
+    num_drafted: int  # tokens that were guessed for it
+    num_accepted: int  # of those, what came true
     cells: list[int]  # its block table
 
 
@@ -74,8 +76,8 @@ class Observer:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._plans: deque[tuple[int, StepPlan]] = deque(maxlen=MAX_STEPS)
-        engine.step_log = self._plans
+        self._steps: deque[tuple[int, Step]] = deque(maxlen=MAX_STEPS)
+        engine.step_log = self._steps
 
     def close(self) -> None:
         self._engine.step_log = None
@@ -88,8 +90,8 @@ class Observer:
         if per_cell > 1:
             starts = range(0, len(occupancy), per_cell)
             occupancy = "".join(max(occupancy[i : i + per_cell]) for i in starts)
-        steps = [_step(number, plan) for number, plan in self._plans]
-        self._plans.clear()
+        steps = [_step(number, step) for number, step in self._steps]
+        self._steps.clear()
         scheduler = engine.scheduler
         return {
             "time": time.monotonic(),
@@ -151,6 +153,8 @@ def _row(sequence: Sequence, per_cell: int) -> RowView:
         "num_tokens": sequence.num_tokens,
         "num_computed": sequence.num_computed,
         "num_cached": sequence.num_cached or 0,
+        "num_drafted": sequence.num_drafted,
+        "num_accepted": sequence.num_accepted,
         "cells": list(dict.fromkeys(b // per_cell for b in sequence.block_tables[0] if b >= 0)),
     }
 
@@ -163,6 +167,7 @@ def _waiting(sequence: Sequence) -> WaitingView:
     }
 
 
-def _step(number: int, plan: StepPlan) -> StepView:
-    chunks = [(row.request_id, row.row, row.num_tokens) for row in plan.scheduled[:MAX_ROWS]]
-    return {"step": number, "chunks": chunks}
+def _step(number: int, step: Step) -> StepView:
+    rows = zip(step.sequences, step.plan.rows, step.plan.lengths, strict=True)
+    chunks = [(sequence.id, row, num_tokens) for sequence, row, num_tokens in rows]
+    return {"step": number, "chunks": chunks[:MAX_ROWS]}

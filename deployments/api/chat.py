@@ -71,6 +71,7 @@ class Chat:
         if is_shaped and not is_in_channel:
             prompt += _beginning(front, prompt, forced_prefix)
         prompt = front.truncate(prompt, params)
+        options = replace(options, prediction=await _predicted(front, request, params))
         if not is_shaped:
             params = _with_limit(front, prompt, params, request.thinking_budget)
         check_prompt(front, prompt, params, "messages", options.known_tokens)
@@ -164,6 +165,19 @@ def _with_calls(
         grammar = call_grammar(front, tools, offered).among_text(is_single, thoughts)
         return constrain(params, grammar)
     return params
+
+
+async def _predicted(
+    front: Front, request: ChatCompletionRequest, params: SamplingParams
+) -> list[int]:
+    if request.prediction is None:
+        return []
+    try:
+        return await front.encode(
+            request.prediction.text, add_special_tokens=False, max_len=front.max_prompt_len(params)
+        )
+    except ValueError as error:
+        raise prompt_error(error, "prediction") from error
 
 
 async def _encode(

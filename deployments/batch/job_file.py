@@ -26,6 +26,8 @@ _FREE = {
     "gpu_memory_utilization",
     "enable_prefix_caching",
     "async_scheduling",
+    "speculation",
+    "num_speculative_tokens",
     "enforce_eager",
     "cuda_graph_sizes",
     "num_cpus_per_shard",

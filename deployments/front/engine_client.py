@@ -145,6 +145,7 @@ class EngineClient:
             priority=options.priority,
             cache_owner=options.cache_owner,
             flow=options.flow,
+            prediction_token_ids=options.prediction,
             weight=options.weight,
             output_token_ids=list(options.known_tokens),
         )
@@ -307,6 +308,7 @@ class EngineClient:
             if live.is_queued:
                 self._leave_queue(live)
                 live.record.num_cached = delta.num_cached_tokens
+            live.record.num_predicted = delta.num_predicted
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
                 live.record.finish_reason = delta.finish_reason

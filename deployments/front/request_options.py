@@ -16,6 +16,7 @@ class RequestOptions:
     flow: str = ""
     weight: float = 1.0
     timeout_s: float | None = None
+    prediction: list[int] = field(default_factory=list)  # tokens that the output may have
     # Of a stream that broke: output tokens that are there already, and up to where its client has
     # the text.
     known_tokens: tuple[int, ...] = ()

@@ -40,6 +40,14 @@ _LATENCY_S = (
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
 
+# By drafter, as `Speculator.stats` calls them.
+_DRAFTS = {
+    "drafts": "Rows and steps with drafts.",
+    "draft_tokens": "Tokens drafted.",
+    "accepted_tokens": "Drafted tokens that were right.",
+}
+
+
 class Buckets:
     """A histogram: how many observations are at most each bound, and their sum."""
 
@@ -144,6 +152,12 @@ class Metrics(Collector):
             ("num_preemptions", "Requests thrown out of the batch.", last["preemptions"]),
         ):
             yield self._counter(name, about, value)
+        for name, about in _DRAFTS.items():
+            prefix = f"{name}:"
+            by_drafter = Counter(
+                {key.removeprefix(prefix): last[key] for key in last if key.startswith(prefix)}
+            )
+            yield self._counter_by(f"vllm:spec_decode_num_{name}", about, ("drafter",), by_drafter)
         queue = SummaryMetricFamily(
             "vllm:request_queue_time_seconds", "Waiting for admission.", labels=list(self._labels)
         )

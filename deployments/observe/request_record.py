@@ -19,6 +19,7 @@ class RequestRecord:
     ended_at: float | None = None
     num_output: int = 0
     num_cached: int = 0
+    num_predicted: tuple[int, int] = (0, 0)  # tokens of its prediction that came, or did not
     finish_reason: str | None = None
 
     @property

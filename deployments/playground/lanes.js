@@ -61,7 +61,7 @@ export class Lanes {
   drawState(lane, request) {
     lane.node.classList.toggle("gone", !request);
     if (!request) return void (lane.id = null, lane.name.textContent = "–", lane.computed.style.width = lane.cached.style.width = "0");
-    const { id, num_tokens, num_computed, num_cached, num_prompt } = request;
+    const { id, num_tokens, num_computed, num_cached, num_prompt, num_drafted, num_accepted } = request;
     const share = (tokens) => `${((100 * tokens) / Math.max(num_tokens, 1)).toFixed(1)}%`;
     lane.id = id;
     lane.name.textContent = id;
@@ -69,7 +69,8 @@ export class Lanes {
     lane.computed.style.width = share(num_computed);
     lane.cached.style.width = share(num_cached);
     lane.button.title = lane.button.ariaLabel = `Request ${id}: ${num_computed} of ${num_tokens} tokens computed, `
-      + `prompt ${num_prompt}, of which ${num_cached} from the cache`;
+      + `prompt ${num_prompt}, of which ${num_cached} from the cache`
+      + (num_drafted ? `, ${num_accepted} of ${num_drafted} drafts accepted` : "");
   }
 }
 

@@ -1,5 +1,6 @@
 """The engine's side of the wire: take in requests, step, send tokens, until the front is gone."""
 
+import gc
 import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
+        # What has been loaded stays: to look through it at every collection takes a step's time.
+        gc.collect()
+        gc.freeze()
         self._socket.send({"hello": {"limits": asdict(self._engine.limits)}})
         try:
             while True:

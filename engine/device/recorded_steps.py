@@ -7,9 +7,11 @@ with rows that nobody reads. On a CPU, where padding costs more than recording, 
 recorded when it first comes.
 """
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,11 +72,12 @@ class RecordedSteps:
     def fits(self, num_rows: int) -> bool:
         return self._works and num_rows <= self.sizes[-1]
 
-    def run(self, rows: list[int], starts: list[int]) -> Tensor:
+    def run(self, rows: "array[int]", starts: "array[int]") -> Tensor:
         """Hidden states [N, hidden] of these rows' tokens, to be used before the next run."""
         size = self.sizes[bisect_left(self.sizes, len(rows))]
-        padding = size - len(rows)
-        inputs = [rows + [_PADDING] * padding, starts + [0] * padding]
+        inputs = np.zeros((2, size), np.int32)
+        inputs[:, : len(rows)] = rows, starts
+        inputs[0, len(rows) :] = _PADDING
         self._inputs[:, :size].copy_(to_device(inputs, torch.int32, self._device))
         if size not in self._recorded:
             return self._record(size)[: len(rows)]

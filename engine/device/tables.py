@@ -3,7 +3,7 @@
 import torch
 
 from engine.device.transfer import to_device
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import Drafts, NewBlock, NewRow
 
 
 class DeviceTables:
@@ -45,14 +45,21 @@ class DeviceTables:
         ints = [max(params.top_k, 0), new.seed]
         self.sampling_ints[:, row] = to_device(ints, torch.int64, self._device)
 
-    def append_blocks(self, scheduled: list[ScheduledRow]) -> None:
-        """The new blocks of all rows of a step, in one go."""
+    def write_drafts(self, drafts: list[Drafts]) -> None:
+        """Where the step reads its tokens, and writes those that it samples."""
         entries = [
-            (group, row.row, row.num_held_blocks + i, block)
-            for row in scheduled
-            for group, new_blocks in enumerate(row.new_blocks)
-            for i, block in enumerate(new_blocks)
+            (row, first + i, token)
+            for row, first, tokens in drafts
+            for i, token in enumerate(tokens)
         ]
         if entries:
-            *where, blocks = to_device([*zip(*entries, strict=True)], torch.int64, self._device)
+            rows, positions, tokens = to_device(
+                [*zip(*entries, strict=True)], torch.int64, self._device
+            )
+            self.token_ids[rows, positions] = tokens
+
+    def append_blocks(self, new: list[NewBlock]) -> None:
+        """The new blocks of all rows of a step, in one go."""
+        if new:
+            *where, blocks = to_device([*zip(*new, strict=True)], torch.int64, self._device)
             self.block_tables[tuple(where)] = blocks.int()

@@ -7,15 +7,19 @@ the copy is done.) On a CPU all of this costs nothing.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(
+    values: Sequence[object] | np.ndarray, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """A tensor of these numbers, there for whatever the stream runs next."""
-    if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    if isinstance(values, np.ndarray):
+        values = np.ascontiguousarray(values)  # torch would keep another order in memory
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 class ToHost:

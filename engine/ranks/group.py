@@ -5,6 +5,7 @@ ranks then share a torch.distributed process group for tensors, and each followe
 on which the leader sends it the plan of every step.
 """
 
+import pickle
 import secrets
 import socket
 import struct
@@ -87,8 +88,10 @@ class Leader:
 
     def send(self, message: Any) -> None:
         """Give every follower the same message, in the same order."""
-        for follower in self._followers:
-            follower.send(message)
+        if self._followers:
+            encoded = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+            for follower in self._followers:
+                follower.send_bytes(encoded)
 
     def close(self) -> None:
         """Followers end when their connection does."""

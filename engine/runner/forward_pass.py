@@ -13,7 +13,7 @@ from engine.device.recorded_steps import RecordedSteps, default_sizes
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
 from engine.models.shape import LanguageModel
-from engine.schedule.step import ScheduledRow
+from engine.schedule.step import StepPlan
 from kernels import Ops
 from kernels.types import KVCache, StepRows
 
@@ -75,11 +75,9 @@ class ForwardPass:
                 self._new_recorder(), self._sizes, self._decode, self._device
             )
 
-    def hidden_states(self, scheduled: Sequence[ScheduledRow]) -> Tensor:
+    def hidden_states(self, plan: StepPlan) -> Tensor:
         """[T, hidden] of a step's T tokens, in order; to be used before the next step."""
-        rows = [row.row for row in scheduled]
-        starts = [row.start for row in scheduled]
-        lengths = [row.num_tokens for row in scheduled]
+        rows, starts, lengths = plan.rows, plan.starts, plan.lengths
         if max(lengths) == 1 and self._recorded is not None and self._recorded.fits(len(rows)):
             return self._recorded.run(rows, starts)
         packed = to_device([*rows, *starts, 0, *accumulate(lengths)], torch.int32, self._device)

@@ -46,6 +46,9 @@ class ModelRunner:
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         shape.check_divisible(self.ranks.tensor.size)
+        # Whether a token comes out of a step of many as it does of one of its own, but for rounding
+        # that hardly ever matters.
+        self.is_exact = self.dtype is self.cache_dtype is torch.float32 and not config.quantization
         needs = AttentionNeeds(
             config.attention_backend,
             self.dtype,
@@ -162,6 +165,7 @@ class ModelRunner:
         for new in plan.new_rows:
             self.tables.enter(new)
             self.sampler.enter(new)
-        self.tables.append_blocks(plan.scheduled)
-        sampling = self.sampler.begin(plan.scheduled)
-        return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan.scheduled))
+        self.tables.append_blocks(plan.new_blocks)
+        self.tables.write_drafts(plan.drafts)
+        sampling = self.sampler.begin(plan)
+        return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan))

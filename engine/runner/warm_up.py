@@ -2,7 +2,7 @@
 
 from engine.config import EngineConfig
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, StepPlan
 
 # Everything that takes memory by row and vocabulary, which is much of what a step takes.
 _COSTLY = SamplingParams(
@@ -28,7 +28,7 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
     first_length = min(length + spare, max_len - 1)
     plans = []
     for params in (_COSTLY, _PLAIN):
-        plan = StepPlan([], [])
+        plan = StepPlan()
         for row in range(config.max_num_seqs):
             num_tokens = length if row else first_length
             plan.new_rows.append(
@@ -41,18 +41,9 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
                     seed=0,
                 )
             )
-            plan.scheduled.append(_scheduled(row, num_tokens))
+            plan.add(row, start=0, num_tokens=num_tokens, num_sampled=1)
         plans.append(plan)
-    return [*plans, StepPlan([], [_scheduled(row, 1) for row in range(config.max_num_seqs)])]
-
-
-def _scheduled(row: int, num_tokens: int) -> ScheduledRow:
-    return ScheduledRow(
-        request_id="",
-        row=row,
-        start=0,
-        num_tokens=num_tokens,
-        num_held_blocks=0,
-        new_blocks=[],
-        num_sampled=1,
-    )
+    decoding = StepPlan()
+    for row in range(config.max_num_seqs):
+        decoding.add(row, start=0, num_tokens=1, num_sampled=1)
+    return [*plans, decoding]

@@ -1,13 +1,13 @@
 """Log-probabilities from logits, of sampled tokens and of the prompt's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from engine.device.transfer import ToHost
 from engine.models.shape import LanguageModel
-from engine.schedule.step import NewRow, ScheduledRow, TokenLogprobs
+from engine.schedule.step import NewRow, StepPlan, TokenLogprobs
 from kernels import Ops
 
 # Positions whose logits are in memory at once: they are many times larger than hidden states.
@@ -40,15 +40,15 @@ class PromptLogprobs:
         if count is not None and len(new.token_ids) == new.num_prompt_tokens:
             self._prompts[new.row] = _Prompt(new.num_prompt_tokens, count)
 
-    def collect(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> None:
+    def collect(self, plan: StepPlan, hidden: Tensor) -> None:
         """Take what a step's hidden states [T, hidden] say about the tokens that follow them."""
         if not self._prompts:
             return
         first = 0  # index of the row's first hidden state
-        for row in scheduled:
+        for row in plan.scheduled:
             prompt = self._prompts.get(row.row)
             if prompt is not None:
-                end = min(row.start + row.num_tokens, prompt.length - 1)
+                end = min(row.end, prompt.length - 1)
                 for start in range(row.start, end, _SLICE):
                     stop = min(start + _SLICE, end)
                     own = hidden[first + start - row.start : first + stop - row.start]
@@ -58,7 +58,7 @@ class PromptLogprobs:
                     prompt.collected.append(take_logprobs(self._ops, logits, following, counts))
             first += row.num_tokens
 
-    def take(self, rows: Sequence[int]) -> "dict[int, list[PendingLogprobs]]":
+    def take(self, rows: Iterable[int]) -> "dict[int, list[PendingLogprobs]]":
         """Of those of the rows, which have been computed to their end, that want them; by index."""
         if not self._prompts:
             return {}

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.device.transfer import to_device
-from engine.sampling.processor import LogitsRows
+from engine.sampling.processor import LogitsRows, ranges
 from engine.schedule.step import NewRow
 from kernels import Ops
 
@@ -25,15 +26,15 @@ class Penalties:
         self._vocab_size = vocab_size
         self._ops = ops
         self._device = token_ids.device
-        # By row with penalties: the position before which all of its output is counted.
-        self._counted: dict[int, int] = {}
+        # By row: the position before which all of its output is counted; -1: it has no penalties.
+        self._counted = np.full(len(token_ids), -1)
         # Made when the first request wants them: [rows, V] int32, how often each token is in the
         # output, and [rows, 3] float32, the repetition, presence and frequency penalties.
         self._counts: Tensor | None = None
         self._penalties: Tensor | None = None
 
     def enter(self, new: NewRow) -> None:
-        self._counted.pop(new.row, None)
+        self._counted[new.row] = -1
         params = new.params
         if params.has_penalties:
             counts, penalties = self._tables()
@@ -55,9 +56,9 @@ class Penalties:
         return self._counts, self._penalties
 
     def applies_to(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
-        if not self._counted or self._counted.keys().isdisjoint(rows):
+        if self._counts is None:
             return []
-        return [i for i, row in enumerate(rows) if row in self._counted]
+        return np.flatnonzero(self._counted[rows] >= 0).tolist()
 
     def prepare(self, at: LogitsRows) -> None: ...
 
@@ -68,8 +69,8 @@ class Penalties:
         uncertain = self._count(at)
         token_ids = self._token_ids[at.row_index, : max(at.positions)]
         own = counts[at.row_index.unsqueeze(1), token_ids]
-        if uncertain:
-            index, rows, positions = self._tensor([*zip(*uncertain, strict=True)])
+        if uncertain is not None:
+            index, rows, positions = uncertain
             tokens = self._token_ids[rows, positions].unsqueeze(1)
             own.index_add_(0, index, (token_ids[index] == tokens).int())
         repetition, presence, frequency = penalties[at.row_index].unbind(1)
@@ -77,28 +78,28 @@ class Penalties:
             logits, token_ids, at.position, own, repetition, presence, frequency
         )
 
-    def _count(self, at: LogitsRows) -> list[tuple[int, int, int]]:
+    def _count(self, at: LogitsRows) -> Tensor | None:
         """Count the output before each row's first position of this step: it is the row's for good.
 
         Returns (logits row, row, position) of what else stands before later ones.
         """
-        certain, uncertain = [], []
-        first: dict[int, int] = {}
-        for i, (row, position) in enumerate(zip(at.rows, at.positions, strict=True)):
-            if row not in self._counted:
-                continue
-            if row not in first:
-                first[row] = position
-                certain += [(row, p) for p in range(self._counted[row], position)]
-                self._counted[row] = position
-            uncertain += [(i, row, p) for p in range(first[row], position)]
-        if certain:
+        rows, positions = np.array([at.rows, at.positions])
+        is_first = np.append(True, rows[1:] != rows[:-1])
+        firsts = np.flatnonzero(is_first)
+        first = positions[firsts][np.cumsum(is_first) - 1]
+        counted = self._counted[rows]
+        known, uncounted = ranges(
+            np.where(is_first & (counted >= 0), counted, positions), positions
+        )
+        self._counted[rows[firsts]] = np.where(counted[firsts] >= 0, positions[firsts], -1)
+        if len(known):
             assert self._counts is not None
-            rows, positions = self._tensor([*zip(*certain, strict=True)])
-            where = rows, self._token_ids[rows, positions]
+            own_rows, own_positions = self._tensor(np.stack((rows[known], uncounted)))
+            where = own_rows, self._token_ids[own_rows, own_positions]
             one = torch.ones((), dtype=torch.int32, device=self._device)
             self._counts.index_put_(where, one, accumulate=True)
-        return uncertain
+        later, uncertain = ranges(np.where(counted >= 0, first, positions), positions)
+        return self._tensor(np.stack((later, rows[later], uncertain))) if len(later) else None
 
-    def _tensor(self, values: Sequence[object]) -> Tensor:
+    def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:
         return to_device(values, torch.int64, self._device)

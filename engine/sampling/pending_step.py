@@ -1,5 +1,7 @@
 """What a step brings, while the device is still at it."""
 
+from itertools import accumulate, pairwise
+
 from engine.device.transfer import ToHost
 from engine.sampling.logprobs import PendingLogprobs
 from engine.schedule.step import StepResult, TokenLogprobs
@@ -45,7 +47,8 @@ class PendingStep:
             i: [position for part in parts for position in part.wait()]
             for i, parts in self._prompt_logprobs.items()
         }
-        tokens = iter(self._tokens.wait().tolist())
-        token_ids = [[next(tokens) for _ in range(count)] for count in self._num_sampled]
+        tokens: list[int] = self._tokens.wait().tolist()
+        ends = pairwise(accumulate(self._num_sampled, initial=0))
+        token_ids = [tokens[start:end] for start, end in ends]
         vectors = {i: vector.wait().tolist() for i, vector in self._vectors.items()}
         return StepResult(token_ids, logprobs, prompt_logprobs, vectors, self._errors)

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.device.transfer import ToHost, to_device
 from engine.models.shape import LanguageModel
 from engine.sampling_params import Pooling
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import NewRow, StepPlan
 
 
 @dataclass
@@ -32,12 +32,12 @@ class PromptPooling:
         if new.params.pooling is not None and len(new.token_ids) == new.num_prompt_tokens:
             self._prompts[new.row] = _Prompt(new.num_prompt_tokens, new.params.pooling)
 
-    def collect(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> None:
+    def collect(self, plan: StepPlan, hidden: Tensor) -> None:
         """Take what is wanted of a step's hidden states [T, hidden]."""
         if not self._prompts:
             return
         first = 0  # index of the row's first hidden state
-        for row in scheduled:
+        for row in plan.scheduled:
             prompt = self._prompts.get(row.row)
             if prompt is not None:
                 end = min(row.start + row.num_tokens, prompt.length)

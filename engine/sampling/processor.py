@@ -5,13 +5,22 @@ What a row wants is put on the device when it enters; what that depends on (toke
 tables there, so that a step that is planned ahead needs no token on the host.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from engine.schedule.step import NewRow
+
+
+def ranges(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all ranges starts[i] .. ends[i] - 1, end to end: (i of each, each)."""
+    lengths = ends - starts
+    index = np.repeat(np.arange(len(lengths)), lengths)
+    return index, np.arange(len(index)) - (np.cumsum(lengths) - ends)[index]
+
 
 R = TypeVar("R")
 C = TypeVar("C")
@@ -29,6 +38,8 @@ class LogitsRows:
     positions: list[int]
     row_index: Tensor  # rows on the device, [N] int64
     position: Tensor  # positions on the device, [N] int64
+    # By row: the tokens at all its positions but the last, which may turn out not to come.
+    drafts: Mapping[int, Sequence[int]]
 
 
 class LogitsProcessor(Protocol):

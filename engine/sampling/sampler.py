@@ -1,9 +1,10 @@
 """Hidden states to tokens: logits, what requests want done to them, a draw, log-probabilities."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,9 @@ from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logpr
 from engine.sampling.penalties import Penalties
 from engine.sampling.pending_step import PendingStep
 from engine.sampling.pooling import PromptPooling
-from engine.sampling.processor import LogitsProcessor, LogitsRows
+from engine.sampling.processor import LogitsProcessor, LogitsRows, ranges
 from engine.sampling.thinking import ThinkingLimits
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import NewRow, StepPlan
 from kernels import Ops
 
 
@@ -28,9 +29,8 @@ from kernels import Ops
 class SamplingStep:
     """What a step is going to sample: of N positions of the rows that sample."""
 
-    scheduled: Sequence[ScheduledRow]
-    sampling: list[ScheduledRow]
-    owners: list[int]  # index in `sampling` of each position's row
+    plan: StepPlan
+    owners: list[int]  # of each position, the index of its row among those that sample
     at: LogitsRows
     processed: list[int]  # positions whose logits are processed, by index
     processed_at: LogitsRows
@@ -82,64 +82,56 @@ class Sampler:
         if new.params.logprobs is not None:
             self._num_logprobs[new.row] = new.params.logprobs
 
-    def begin(self, scheduled: Sequence[ScheduledRow]) -> SamplingStep:
+    def begin(self, plan: StepPlan) -> SamplingStep:
         """The step is about to run, for rows that have entered."""
-        sampling = [row for row in scheduled if row.num_sampled]
-        owners = [i for i, row in enumerate(sampling) for _ in range(row.num_sampled)]
-        rows = [sampling[i].row for i in owners]
-        positions = [
-            position
-            for row in sampling
-            for position in range(row.end - row.num_sampled + 1, row.end + 1)
-        ]
+        num_sampled = np.asarray(plan.num_sampled)
+        ends = np.asarray(plan.starts) + np.asarray(plan.lengths)
+        entry, position = ranges(ends - num_sampled + 1, ends + 1)
+        where = np.stack((np.asarray(plan.rows)[entry], position))
+        drafts = {draft.row: draft.token_ids for draft in plan.drafts}
+        at = processed_at = self._logits_rows(where, drafts)
         processed: set[int] = set()
         for processor in self.processors:
-            processed.update(processor.applies_to(rows, positions))
-        at = processed_at = self._logits_rows(rows, positions)
+            processed.update(processor.applies_to(at.rows, at.positions))
         index = sorted(processed)
-        if 0 < len(index) < len(rows):
-            processed_at = self._logits_rows(
-                [rows[i] for i in index], [positions[i] for i in index]
-            )
+        if 0 < len(index) < len(at.rows):
+            processed_at = self._logits_rows(where[:, index], drafts)
         if index:
             for processor in self.processors:
                 processor.prepare(processed_at)
-        return SamplingStep(scheduled, sampling, owners, at, index, processed_at)
+        owners = np.cumsum(num_sampled > 0)[entry] - 1
+        return SamplingStep(plan, owners.tolist(), at, index, processed_at)
 
     def finish(self, step: SamplingStep, hidden: Tensor) -> PendingStep:
         """Sample from the step's hidden states [T, hidden].
 
         The tokens also go into the device's table, where the next step finds them.
         """
-        self._prompt_logprobs.collect(step.scheduled, hidden)
-        self._pooling.collect(step.scheduled, hidden)
-        if not step.sampling:
+        self._prompt_logprobs.collect(step.plan, hidden)
+        self._pooling.collect(step.plan, hidden)
+        if not step.owners:
             return PendingStep()
-        logits = self.logits(step.scheduled, hidden)
+        logits = self.logits(step.plan, hidden)
         tokens = self._sample(logits, step)
         if self.matchers.constrained(step.at.rows):
             tokens = self._world.broadcast(tokens)  # only the leader follows the grammars
         self._tables.token_ids[step.at.row_index, step.at.position] = tokens
-        brought = ToHost(tokens)
+        brought, plan = ToHost(tokens), step.plan
+        rows = list(compress(plan.rows, plan.num_sampled))
         return PendingStep(
             brought,
-            [row.num_sampled for row in step.sampling],
+            [count for count in plan.num_sampled if count],
             self._take_logprobs(logits, step, tokens),
-            self._prompt_logprobs.take([row.row for row in step.sampling]),
-            {step.owners[i]: why for i, why in self.matchers.accept(step.at.rows, brought).items()},
-            self._pooling.take([row.row for row in step.sampling]),
+            self._prompt_logprobs.take(rows),
+            {step.owners[i]: why for i, why in self.matchers.accept(step.at, brought).items()},
+            self._pooling.take(rows),
         )
 
-    def logits(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> Tensor:
+    def logits(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         """[N, vocab] at the N positions that are sampled, of a step's hidden states [T, hidden]."""
-        ends = accumulate(row.num_tokens for row in scheduled)
-        last = [
-            index
-            for row, end in zip(scheduled, ends, strict=True)
-            for index in range(end - row.num_sampled, end)
-        ]
-        if len(last) < len(hidden):
-            hidden = hidden[self._tensor(last)]
+        if sum(plan.num_sampled) < len(hidden):
+            ends = np.cumsum(plan.lengths)
+            hidden = hidden[self._tensor(ranges(ends - np.asarray(plan.num_sampled), ends)[1])]
         return self._model.logits(hidden)
 
     def _sample(self, logits: Tensor, step: SamplingStep) -> Tensor:
@@ -179,10 +171,12 @@ class Sampler:
             logits, tokens = logits[index], tokens[index]
         return [step.owners[i] for i in wanted], take_logprobs(self._ops, logits, tokens, counts)
 
-    def _logits_rows(self, rows: list[int], positions: list[int]) -> LogitsRows:
-        return LogitsRows(rows, positions, *self._tensor([rows, positions]))
+    def _logits_rows(self, where: np.ndarray, drafts: Mapping[int, Sequence[int]]) -> LogitsRows:
+        """Of rows and positions, [2, N]."""
+        (rows, positions), (row_index, position) = where.tolist(), self._tensor(where)
+        return LogitsRows(rows, positions, row_index, position, drafts)
 
-    def _tensor(self, values: Sequence[object]) -> Tensor:
+    def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:
         return to_device(values, torch.int64, self._device)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.sequence import Sequence
-from engine.schedule.step import BlockCopy
+from engine.schedule.step import BlockCopy, NewBlock
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,25 @@ class BlockTables:
                 table[done:end] = [-1] * (end - done)
                 sequence.num_given_back[i] = end
 
-    def extend(self, sequence: Sequence, num_blocks: int) -> list[list[int]]:
-        """Append so many blocks to each table; returns them."""
-        new = [pool.allocate(num_blocks) for pool in self.pools]
-        for table, blocks in zip(sequence.block_tables, new, strict=True):
-            table += blocks
+    def extend(self, sequence: Sequence, num_tokens: int) -> list[NewBlock]:
+        """Append the blocks that its next tokens take to each table; returns them."""
+        num_blocks = self.num_new(sequence, num_tokens)
+        new: list[NewBlock] = []
+        if num_blocks > 0:
+            for group, (pool, table) in enumerate(
+                zip(self.pools, sequence.block_tables, strict=True)
+            ):
+                blocks = enumerate(pool.allocate(num_blocks), len(table))
+                new += [NewBlock(group, sequence.row, index, block) for index, block in blocks]
+                table += [entry.block for entry in new[-num_blocks:]]
         return new
+
+    def cut(self, sequence: Sequence) -> None:
+        """Give back the blocks past its computed tokens, when fewer count than were planned."""
+        length = self.num_blocks(sequence.num_computed)
+        for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+            pool.free(table[length:])
+            del table[length:]
 
     def publish(self, sequence: Sequence) -> None:
         """Name the blocks that are full of known and computed tokens."""

@@ -1,7 +1,7 @@
 """What is asked of an engine, and what may be."""
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.errors import PromptTooLongError
@@ -25,6 +25,7 @@ class Request:
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
     cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
     flow: str = ""  # requests of one flow take turns with those of others
+    prediction_token_ids: list[int] = field(default_factory=list)  # how the output may go
     weight: float = 1.0  # of the flow, with the scheduling policy "fair"
 
 
@@ -42,6 +43,13 @@ class RequestLimits:
     def max_len(self) -> int:
         """Most tokens, prompt and output together, that fit the window and the empty pool."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
+
+    def check_tokens(self, name: str, token_ids: Iterable[int]) -> None:
+        """Raises ValueError for one that the model does not know."""
+        for token in token_ids:
+            if not 0 <= token < self.vocab_size:
+                known = f"0 to {self.vocab_size - 1}"
+                raise ValueError(f"{name}: token id {token} is outside the vocabulary ({known})")
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when the engine could never serve this request.
@@ -72,12 +80,7 @@ class RequestLimits:
             ("pooling", params.pooling.logits if params.pooling is not None else ()),
             ("thinking_limit", thinking.start + thinking.end if thinking is not None else ()),
         ):
-            out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]
-            if out_of_range:
-                raise ValueError(
-                    f"{name}: token id {out_of_range[0]} is outside the vocabulary "
-                    f"(0 to {self.vocab_size - 1})"
-                )
+            self.check_tokens(name, tokens)
         stops = set(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= set(self.eos_token_ids)

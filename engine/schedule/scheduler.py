@@ -12,8 +12,11 @@ full blocks published, at scheduling time: whoever gets them runs later.
 """
 
 import time
+from array import array
 from bisect import insort
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass
+from itertools import compress, pairwise
 
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockPool
@@ -21,14 +24,8 @@ from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
 from engine.schedule.shares import FairTurns
-from engine.schedule.step import (
-    NewRow,
-    ScheduledRow,
-    StepPlan,
-    StepResult,
-    TokenDelta,
-    TokenLogprobs,
-)
+from engine.schedule.speculation import Speculation
+from engine.schedule.step import NewRow, StepPlan, StepResult, TokenDelta, count_accepted
 from engine.schedule.turns import Turns
 
 # What a later turn counts for, with the policy "shortest": a prompt that is longer by n tokens is
@@ -38,10 +35,15 @@ _AGEING_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan, and who gets the tokens it brings: an id may have another owner by then."""
+    """A plan, and whose rows it computes: an id may have another owner when it has run."""
 
     plan: StepPlan
-    sampling: list[Sequence]
+    sequences: list[Sequence]
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        """Who gets the tokens that it brings."""
+        return list(compress(self.sequences, self.plan.num_sampled))
 
 
 @dataclass(slots=True)
@@ -66,6 +68,7 @@ class Scheduler:
         blocks: BlockTables,
         max_len: int,
         eos_token_ids: frozenset[int] = frozenset(),
+        speculation: Speculation | None = None,
     ) -> None:
         self.blocks = blocks
         self.stats = SchedulerStats()
@@ -82,6 +85,7 @@ class Scheduler:
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._max_len = max_len
         self._eos_token_ids = eos_token_ids
+        self.speculation = speculation
 
     @property
     def pool(self) -> BlockPool:
@@ -102,8 +106,11 @@ class Scheduler:
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         if num_tokens >= max_len:
             raise ValueError(f"request {request.id!r} has all its {max_len} tokens already")
+        stops = frozenset(request.params.stop_token_ids)
+        if not request.params.ignore_eos:
+            stops |= self._eos_token_ids
         turn = self._turns.take(request.flow)
-        sequence = Sequence(request, max_len, turn, self._rank(request, turn), held)
+        sequence = Sequence(request, max_len, stops, turn, self._rank(request, turn), held)
         self.sequences[request.id] = sequence
         self._wait(sequence)
         return sequence
@@ -133,18 +140,22 @@ class Scheduler:
 
         Rows that compute one token come first: attention has a kernel of its own for them.
         """
-        plan = StepPlan([], [])
         if self.waiting and (self._lacks_blocks or not self._free_rows):
             self._make_way()
+        step = Step(StepPlan(), [])
         preemptions = self.stats.preemptions
-        budget = self._schedule_running(plan, self._token_budget)
+        budget = self._schedule_running(step, self._token_budget)
         if self.stats.preemptions == preemptions:
-            self._schedule_waiting(plan, budget)
-        if not plan.scheduled:
+            self._schedule_waiting(step, budget)
+        if not step.sequences:
             return None
-        plan.copies.extend(self.blocks.take_copies())
-        plan.scheduled.sort(key=lambda row: row.num_tokens > 1)
-        return Step(plan, [self.sequences[r.request_id] for r in plan.scheduled if r.num_sampled])
+        step.plan.copies.extend(self.blocks.take_copies())
+        lengths = step.plan.lengths
+        if any(n < before for before, n in pairwise(lengths)):
+            order = sorted(range(len(lengths)), key=lambda i: lengths[i] > 1)
+            step.plan.put_in_order(order)
+            step.sequences[:] = [step.sequences[i] for i in order]
+        return step
 
     def _make_way(self) -> None:
         """For who is due to run, where others have more rows than they are due."""
@@ -152,29 +163,74 @@ class Scheduler:
         if victim is not None:
             self._preempt(victim)
 
-    def _schedule_running(self, plan: StepPlan, budget: int) -> int:
+    def _schedule_running(self, step: Step, budget: int) -> int:
         """Returns the budget that is left.
 
         The budget is at least the number of rows, and a token of it is kept for every row yet to
-        come, so none starves.
+        come, so none starves. Most rows go on by a token within a block that they hold: nothing
+        that they need can be lacking, so they come last, and all together.
         """
-        index = 0
-        while index < len(self.running):  # preemption shortens the list from its end
-            sequence = self.running[index]
-            index += 1
-            num_tokens = min(sequence.num_uncomputed, budget - (len(self.running) - index))
-            if num_tokens == 0 or sequence.num_tokens >= sequence.max_len:
+        block_size = self._block_size
+        easy: list[Sequence] = []
+        others: list[Sequence] = []
+        for sequence in self.running:
+            num_computed, num_tokens = sequence.num_computed, sequence.num_tokens
+            if num_tokens == num_computed or num_tokens >= sequence.max_len:
                 continue  # its last token is being sampled
+            if sequence.drafts:
+                continue  # how far it has come is known when they have been judged
+            if num_tokens == num_computed + 1 and num_computed % block_size:
+                easy.append(sequence)
+            else:
+                others.append(sequence)
+        num_left = len(easy) + len(others)
+        drafts: dict[Sequence, list[int]] = {}
+        if self.speculation is not None:
+            ready = [*easy, *(sequence for sequence in others if sequence.num_uncomputed == 1)]
+            drafts = self.speculation.propose(ready, budget - num_left)
+        if drafts:
+            easy = [sequence for sequence in easy if sequence not in drafts]
+            others = sorted({*others, *drafts}, key=_order)
+        preemptions = self.stats.preemptions
+        for sequence in others:
+            num_left -= 1
+            if sequence.row < 0:
+                continue  # preempted for one before it
+            num_tokens = min(sequence.num_uncomputed, budget - num_left)
+            drafted = drafts.get(sequence, [])[: budget - num_left - num_tokens]
+            if self.blocks.num_new(sequence, num_tokens + len(drafted)) > self._spare(num_left):
+                drafted = []
             if self._make_room(sequence, num_tokens):
-                self._plan_row(plan, sequence, num_tokens)
-                budget -= num_tokens
-        return budget
+                self._plan_row(step, sequence, num_tokens, drafted)
+                budget -= num_tokens + len(drafted)
+        if self.stats.preemptions != preemptions:
+            easy = [sequence for sequence in easy if sequence.row >= 0]
+        self._plan_easy(step, easy)
+        return budget - len(easy)
+
+    def _spare(self, num_rows: int) -> int:
+        """Blocks for drafts, which preempt nobody: a block is left for every row yet to come."""
+        return min(pool.num_free for pool in self.blocks.pools) - num_rows
+
+    def _plan_easy(self, step: Step, sequences: list[Sequence]) -> None:
+        """As `_plan_row`, for rows that sample a token and need no block for it."""
+        plan, ones = step.plan, array("i", [1]) * len(sequences)
+        step.sequences.extend(sequences)
+        plan.rows.extend([sequence.row for sequence in sequences])
+        plan.starts.extend([sequence.num_computed for sequence in sequences])
+        plan.lengths.extend(ones)
+        plan.num_sampled.extend(ones)
+        for sequence in sequences:
+            sequence.num_tokens += 1
+            sequence.num_computed += 1
+            if not sequence.num_computed % self._block_size:
+                self.blocks.publish(sequence)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Preempt the last in order until the next tokens of a running sequence have blocks.
 
-        Victims are later in the running list than `sequence`, so none is in the plan yet. False
-        when the sequence itself had to go.
+        Victims are later in the running list than `sequence`, or easy, so none is in the plan yet.
+        False when the sequence itself had to go.
         """
         self.blocks.trim(sequence)
         while not self.blocks.fit(self.blocks.num_new(sequence, num_tokens)):
@@ -190,7 +246,7 @@ class Scheduler:
         self._wait(sequence)
         self.stats.preemptions += 1
 
-    def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
+    def _schedule_waiting(self, step: Step, budget: int) -> None:
         while self.waiting and self._free_rows and budget > 0:
             sequence = self._turns.first(self.waiting)
             if sequence.num_pending > 0:
@@ -201,9 +257,9 @@ class Scheduler:
                 break
             self.waiting.remove(sequence)
             self._turns.leave(sequence.request.flow, sequence.turn)
-            self._admit(plan, sequence, cached)
+            self._admit(step.plan, sequence, cached)
             num_tokens = min(sequence.num_uncomputed, budget)
-            self._plan_row(plan, sequence, num_tokens)
+            self._plan_row(step, sequence, num_tokens)
             budget -= num_tokens
 
     def _admit(self, plan: StepPlan, sequence: Sequence, cached: list[list[int]]) -> None:
@@ -228,25 +284,22 @@ class Scheduler:
             )
         )
 
-    def _plan_row(self, plan: StepPlan, sequence: Sequence, num_tokens: int) -> None:
-        """Add a row to the plan and advance the sequence as if the step had run."""
-        num_held = len(sequence.block_tables[0])
-        new_blocks = self.blocks.extend(sequence, self.blocks.num_new(sequence, num_tokens))
-        start = sequence.num_computed
-        num_sampled = int(start + num_tokens == sequence.num_tokens)
-        plan.scheduled.append(
-            ScheduledRow(
-                request_id=sequence.id,
-                row=sequence.row,
-                start=start,
-                num_tokens=num_tokens,
-                num_held_blocks=num_held,
-                new_blocks=new_blocks,
-                num_sampled=num_sampled,
-            )
-        )
+    def _plan_row(
+        self, step: Step, sequence: Sequence, num_tokens: int, drafts: Listed[int] = ()
+    ) -> None:
+        """Add a row to the plan and advance the sequence as if the step had run.
+
+        Drafts are computed as if they were its next tokens, and after each of them one is sampled.
+        """
+        plan, start = step.plan, sequence.num_computed
+        num_sampled = int(start + num_tokens == sequence.num_tokens) + len(drafts)
+        num_tokens += len(drafts)
+        plan.new_blocks.extend(self.blocks.extend(sequence, num_tokens))
+        step.sequences.append(sequence)
+        plan.add(sequence.row, start, num_tokens, num_sampled, drafts)
+        sequence.drafts = drafts
         sequence.num_computed += num_tokens
-        sequence.num_pending += num_sampled
+        sequence.num_tokens += num_sampled
         self.blocks.publish(sequence)
 
     def update(self, step: Step, result: StepResult) -> list[TokenDelta]:
@@ -256,63 +309,66 @@ class Scheduler:
         """
         deltas = []
         for i, (sequence, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
-            if self.sequences.get(sequence.id) is not sequence:
+            if not sequence.is_live:
                 continue
-            sequence.num_pending -= 1
             if i in result.errors:
                 self._remove(sequence)
                 deltas.append(TokenDelta.failed(sequence.id, result.errors[i]))
                 continue
-            delta = self._take_in(
-                sequence, tokens, result.logprobs.get(i), result.prompt_logprobs.get(i)
-            )
-            if i in result.vectors:
-                delta = replace(delta, vector=result.vectors[i])
-            if delta.finish_reason is not None:
-                self._remove(sequence)
+            delta = self._take_in(sequence, tokens)
+            if result.logprobs and i in result.logprobs:
+                delta.logprobs = result.logprobs[i][: len(delta.token_ids)]
+            if result.prompt_logprobs and i in result.prompt_logprobs:
+                delta.prompt_logprobs = result.prompt_logprobs[i]
+            if result.vectors and i in result.vectors:
+                delta.vector = result.vectors[i]
             deltas.append(delta)
-            self.stats.output_tokens += len(delta.token_ids)
             self._turns.charge(sequence, num_output=len(delta.token_ids))
+        self.stats.output_tokens += sum([len(delta.token_ids) for delta in deltas])
         return deltas
 
-    def _take_in(
-        self,
-        sequence: Sequence,
-        tokens: list[int],
-        logprobs: list[TokenLogprobs] | None,
-        prompt_logprobs: list[TokenLogprobs] | None,
-    ) -> TokenDelta:
+    def _take_in(self, sequence: Sequence, tokens: list[int]) -> TokenDelta:
         """Append a row's tokens, up to one that ends the request."""
-        ending: tuple[str | None, int | None] = (None, None)
-        num_taken = 0
-        while num_taken < len(tokens) and ending[0] is None:
-            sequence.token_ids.append(tokens[num_taken])
-            ending = self._ending(sequence, tokens[num_taken])
-            num_taken += 1
-        self.blocks.publish(sequence)
-        return TokenDelta(
-            request_id=sequence.id,
-            token_ids=tokens[:num_taken],
-            finish_reason=ending[0],
-            stop_token=ending[1],
-            num_cached_tokens=sequence.num_cached or 0,
-            logprobs=None if logprobs is None else logprobs[:num_taken],
-            prompt_logprobs=prompt_logprobs,
-        )
+        if sequence.drafts and len(tokens) > 1:  # the step before theirs brings one
+            tokens = self._judge(sequence, tokens)
+        token_ids, stops, max_len = sequence.token_ids, sequence.stop_tokens, sequence.max_len
+        delta = TokenDelta(sequence.id, tokens, sequence.num_cached or 0)
+        delta.num_predicted = sequence.num_predicted
+        for i, token in enumerate(tokens):
+            token_ids.append(token)
+            if token in stops or len(token_ids) >= max_len:
+                delta.token_ids = tokens[: i + 1]
+                delta.finish_reason = "stop" if token in stops else "length"
+                if token in sequence.request.params.stop_token_ids:
+                    delta.stop_token = token
+                break
+        sequence.num_tokens += len(delta.token_ids) - 1  # one was expected
+        if len(token_ids) // self._block_size > sequence.num_published:
+            self.blocks.publish(sequence)
+        if delta.finish_reason is not None:
+            self._remove(sequence)
+        return delta
 
-    def _ending(self, sequence: Sequence, token: int) -> tuple[str | None, int | None]:
-        """(finish reason, stop token) if this token, its last, ends the request."""
-        params = sequence.request.params
-        if token in params.stop_token_ids:
-            return "stop", token
-        if token in self._eos_token_ids and not params.ignore_eos:
-            return "stop", None
-        if len(sequence.token_ids) >= sequence.max_len:
-            return "length", None
-        return None, None
+    def _judge(self, sequence: Sequence, sampled: list[int]) -> list[int]:
+        """The tokens that hold of those sampled after its drafts; of the other drafts no trace."""
+        drafts, sequence.drafts = sequence.drafts, ()
+        num_accepted = count_accepted(drafts, sampled)
+        num_rejected = len(drafts) - num_accepted
+        sequence.num_tokens -= len(drafts)
+        sequence.num_drafted += len(drafts)
+        sequence.num_accepted += num_accepted
+        if sequence.row >= 0 and num_rejected:
+            sequence.num_computed -= num_rejected
+            self.blocks.cut(sequence)
+        if self.speculation is not None:
+            self.speculation.judge(sequence, len(drafts), num_accepted)
+        return sampled[: num_accepted + 1]
 
     def _remove(self, sequence: Sequence) -> None:
         del self.sequences[sequence.id]
+        sequence.is_live = False
+        if self.speculation is not None:
+            self.speculation.end(sequence)
         if sequence.row >= 0:
             self._release(sequence)
         else:

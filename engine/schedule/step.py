@@ -1,8 +1,11 @@
 """A step is data: what the scheduler tells the model runners, and what comes back.
 
-Small, picklable, without tensors, so that the leader can send it to its followers as it is.
+Small, picklable, without tensors, so that the leader can send it to its followers as it is. What
+there is of every row lies in columns, arrays that cost next to nothing to make and to send.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,22 +24,27 @@ class NewRow:
     seed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """One request's share of a step: compute tokens start .. start + num_tokens - 1 of its row."""
 
-    request_id: str
     row: int
     start: int
     num_tokens: int
-    num_held_blocks: int  # length of its block tables before this step
-    new_blocks: list[list[int]]  # by cache group: appended to the block table in this step
     num_sampled: int  # of its last tokens, whose logits each yield the token that follows
 
     @property
     def end(self) -> int:
         """The position of the token after its last."""
         return self.start + self.num_tokens
+
+
+class NewBlock(NamedTuple):
+    """A block that a row's table gets in this step."""
+
+    group: int  # of layers that cache alike
+    row: int
+    place: int  # in the table
+    block: int
 
 
 class BlockCopy(NamedTuple):
@@ -47,15 +55,71 @@ class BlockCopy(NamedTuple):
     slot: int
 
 
+class Drafts(NamedTuple):
+    """Tokens that are not known to come, for a step to compute as if they were a row's last."""
+
+    row: int
+    position: int  # of the first
+    token_ids: Sequence[int]
+
+
+def _column() -> "array[int]":
+    return array("i")
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    new_rows: list[NewRow]
-    scheduled: list[ScheduledRow]
+    """Entry i of each column is of the i-th row that computes something, as in `ScheduledRow`."""
+
+    new_rows: list[NewRow] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)  # in this order, before all else
+    new_blocks: list[NewBlock] = field(default_factory=list)
+    rows: "array[int]" = field(default_factory=_column)
+    starts: "array[int]" = field(default_factory=_column)
+    lengths: "array[int]" = field(default_factory=_column)  # num_tokens
+    num_sampled: "array[int]" = field(default_factory=_column)
+    drafts: list[Drafts] = field(default_factory=list)
+
+    def add(
+        self,
+        row: int,
+        start: int,
+        num_tokens: int,
+        num_sampled: int,
+        drafts: Sequence[int] = (),
+    ) -> None:
+        """
+        Args:
+            drafts: the last of the tokens that it computes, which are not known to come; it samples
+                one more than these.
+        """
+        self.rows.append(row)
+        self.starts.append(start)
+        self.lengths.append(num_tokens)
+        self.num_sampled.append(num_sampled)
+        if drafts:
+            self.drafts.append(Drafts(row, start + num_tokens - len(drafts), drafts))
+
+    def put_in_order(self, order: list[int]) -> None:
+        """Entry order[i] of each column becomes the i-th."""
+        for column in (self.rows, self.starts, self.lengths, self.num_sampled):
+            column[:] = array("i", [column[i] for i in order])
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.scheduled)
+        return sum(self.lengths)
+
+    @property
+    def scheduled(self) -> list[ScheduledRow]:
+        """The columns row by row, for who is in no hurry."""
+        columns = zip(self.rows, self.starts, self.lengths, self.num_sampled, strict=True)
+        return [ScheduledRow(*entry) for entry in columns]
+
+
+def count_accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:
+    """How many drafts come true: the first ones that are what has been sampled in their places."""
+    pairs = enumerate(zip(drafts, sampled, strict=False))
+    return next((i for i, (draft, token) in pairs if draft != token), len(drafts))
 
 
 class TokenLogprobs(NamedTuple):
@@ -79,20 +143,22 @@ class StepResult:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True, kw_only=True)  # not frozen: there is one per row and step
+@dataclass(slots=True)  # not frozen: there is one per row and step
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 
     request_id: str
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int]
+    num_cached_tokens: int = 0
     finish_reason: str | None = None  # "stop", "length"; "error" with an error
     stop_token: int | None = None  # the token of stop_token_ids that ended it
-    num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
     vector: list[float] | None = None  # the prompt, pooled, if asked for
     error: str | None = None  # why the engine gives it up, and it alone
+    # Tokens of its prediction so far: those that came, and those that did not.
+    num_predicted: tuple[int, int] = (0, 0)
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":
-        return cls(request_id=request_id, finish_reason="error", error=error)
+        return cls(request_id, [], finish_reason="error", error=error)

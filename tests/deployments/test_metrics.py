@@ -21,9 +21,15 @@ Samples = dict[str, float]
 
 
 @pytest.fixture
-def fresh(tiny_model: Path) -> Iterator[LocalServer]:
+def fresh(tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[LocalServer]:
+    """Without drafts, so that each token comes with a step of its own."""
     with serve_locally(
-        model=str(tiny_model), served_model_name="tiny", num_blocks=32, block_size=8, max_num_seqs=4
+        model=str(tiny_model),
+        served_model_name="tiny",
+        num_blocks=32,
+        block_size=8,
+        max_num_seqs=4,
+        speculation=getattr(request, "param", "off"),
     ) as server:
         yield server
 
@@ -101,6 +107,21 @@ def test_preemptions_are_counted(fresh: LocalServer) -> None:
     """Two requests grow until the pool holds but one."""
     complete(fresh, prompt=["ab", "cd"], ignore_eos=True, max_tokens=150)
     assert scrape(fresh)["vllm:num_preemptions_total"] >= 1
+
+
+@pytest.mark.parametrize("fresh", ["suffix"], indirect=True)
+def test_drafts_are_counted_by_drafter(fresh: LocalServer) -> None:
+    """A random model repeats itself soon; whoever asks the same again is foretold all of it."""
+    for _ in range(2):
+        complete(fresh, prompt="abcabcabc", temperature=0, ignore_eos=True, max_tokens=60)
+    seen = scrape(fresh)
+    drafted, accepted = (
+        seen[f"vllm:spec_decode_num_{name}_tokens_total{{drafter=suffix}}"]
+        for name in ("draft", "accepted")
+    )
+    assert drafted >= accepted >= 20
+    assert 0 < seen["vllm:spec_decode_num_drafts_total{drafter=suffix}"] < drafted
+    assert seen["vllm:generation_tokens_total"] == 120
 
 
 def test_the_dashboard_shows_what_is_there(demo: LocalServer) -> None:

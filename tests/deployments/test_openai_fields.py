@@ -584,6 +584,37 @@ def test_effort_switches_thoughts_on_and_off_and_usage_counts_them(
     assert counts["none"] == 0 < 3 < counts["high"] < usage["completion_tokens"]
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_prediction_changes_how_soon_an_answer_comes_and_nothing_else(
+    demo: LocalServer, stream: bool
+) -> None:
+    words = "apple river stone window"
+    answers = []
+    for predicted in (None, words, "not at all what comes"):
+        with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none") as client:
+            answer: Any = client.chat.completions.create(
+                model="manta-demo",
+                messages=[{"role": "user", "content": f"Repeat these words: {words}"}],
+                temperature=0,
+                prediction={"type": "content", "content": predicted} if predicted else openai.omit,
+                stream=stream,
+                stream_options={"include_usage": True} if stream else openai.omit,
+            )
+            if stream:
+                chunks = list(answer)
+                said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+                usage = chunks[-1].usage
+            else:
+                said, usage = answer.choices[0].message.content, answer.usage
+        details = usage.completion_tokens_details
+        counts = details.accepted_prediction_tokens, details.rejected_prediction_tokens
+        answers.append((said, usage.completion_tokens, counts))
+    (plain, num_plain, none), (said, num, right), (other, num_other, wrong) = answers
+    assert plain == said == other == words
+    assert num_plain == num == num_other
+    assert none == (0, 0) and right[0] >= 3 and wrong[0] == 0 < wrong[1]
+
+
 def test_refusals_thoughts_and_lists_of_parts_are_text_of_the_conversation(
     demo: LocalServer,
 ) -> None:

@@ -8,7 +8,7 @@ cached under a wrong name or written by the wrong request is found out at once.
 import zlib
 from collections.abc import Sequence
 
-from engine.schedule.step import ScheduledRow, StepPlan, StepResult
+from engine.schedule.step import ScheduledRow, StepPlan, StepResult, count_accepted
 
 
 def next_token(tokens: Sequence[int], vocab_size: int) -> int:
@@ -59,17 +59,31 @@ class FakeDevice:
             self._tokens[new.row] = dict(enumerate(new.token_ids))
             self._tables[new.row] = [list(table) for table in new.block_tables]
             self._computed[new.row] = len(new.block_tables[0]) * self._block_size
+        drafts = {draft.row: draft for draft in plan.drafts}
+        for draft in plan.drafts:
+            self._tokens[draft.row].update(enumerate(draft.token_ids, draft.position))
+        for new_block in plan.new_blocks:
+            table = self._tables[new_block.row][new_block.group]
+            assert new_block.place == len(table), "the device's table has another length"
+            table.append(new_block.block)
         for row in plan.scheduled:
-            for table, blocks in zip(self._tables[row.row], row.new_blocks, strict=True):
-                assert row.num_held_blocks == len(table), "the device's table has another length"
-                table += blocks
             assert row.start == self._computed[row.row], "tokens are computed twice or left out"
             self._computed[row.row] += row.num_tokens
             for group in range(len(self._windows)):
                 for position in range(row.start, row.start + row.num_tokens):
                     slot = self._slot(row.row, group, position)
                     self._slots[slot] = self._prefix(row.row, position + 1)
-        return StepResult([self._sample(row) for row in plan.scheduled if self._reads(row)])
+        sampled = [self._sample(row) for row in plan.scheduled if self._reads(row)]
+        for row, tokens in zip([r for r in plan.scheduled if r.num_sampled], sampled, strict=True):
+            self._tokens[row.row].update(enumerate(tokens, row.end - row.num_sampled + 1))
+            own = drafts[row.row].token_ids if row.row in drafts else ()
+            assert row.num_sampled == len(own) + 1
+            num_rejected = len(own) - count_accepted(own, tokens)
+            if num_rejected:  # the blocks past its tokens are given back
+                self._computed[row.row] -= num_rejected
+                for table in self._tables[row.row]:
+                    del table[-(-self._computed[row.row] // self._block_size) :]
+        return StepResult(sampled)
 
     def _reads(self, row: ScheduledRow) -> bool:
         """After all writes of the step: what the row's tokens see is there. Whether it samples."""
@@ -83,9 +97,8 @@ class FakeDevice:
         return row.num_sampled > 0
 
     def _sample(self, row: ScheduledRow) -> list[int]:
-        token = next_token(self._prefix(row.row, row.end), self._vocab_size)
-        self._tokens[row.row][row.end] = token
-        return [token]
+        ends = range(row.end - row.num_sampled + 1, row.end + 1)
+        return [next_token(self._prefix(row.row, end), self._vocab_size) for end in ends]
 
     def content(self, block: int, group: int = 0) -> list[tuple[int, ...] | None]:
         """What a block holds: the prefix stored at each offset."""

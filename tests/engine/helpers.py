@@ -14,18 +14,22 @@ from engine.engine import Engine
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import NewRow, StepPlan
 
 BLOCK_SIZE = 16
 
 
 @contextmanager
 def new_engine(directory: Path, **config: Any) -> Iterator[Engine]:
-    """An engine of one checkpoint in fp32 on the CPU, unless `config` says otherwise."""
+    """An engine of one checkpoint in fp32 on the CPU, a token of a row in each step that decodes.
+
+    All unless `config` says otherwise.
+    """
     defaults = dict(
         dtype="float32",
         device="cpu",
         num_threads=1,
+        speculation="off",
         max_num_seqs=128,
         block_size=BLOCK_SIZE,
         num_blocks=1024,
@@ -98,15 +102,8 @@ def prompt_logits(runner: ModelRunner, tokens: list[int], block_table: list[int]
         params=SamplingParams(),
         seed=0,
     )
-    row = ScheduledRow(
-        request_id="",
-        row=0,
-        start=0,
-        num_tokens=len(tokens),
-        num_held_blocks=len(block_table),
-        new_blocks=[[]],
-        num_sampled=1,
-    )
+    plan = StepPlan()
+    plan.add(0, start=0, num_tokens=len(tokens), num_sampled=1)
     with torch.inference_mode():
         runner.tables.enter(new)
-        return runner.sampler.logits([row], runner.forward_pass.hidden_states([row]))[0]
+        return runner.sampler.logits(plan, runner.forward_pass.hidden_states(plan))[0]

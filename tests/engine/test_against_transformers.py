@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.models.registry import read_config
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import NewRow, ScheduledRow
+from engine.schedule.step import NewRow, StepPlan
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import (
@@ -101,20 +101,11 @@ def enter(runner: ModelRunner, sequences: list[list[int]]) -> None:
 
 def forward(runner: ModelRunner, *chunks: tuple[int, int, int]) -> Tensor:
     """Logits of the last token of each chunk (row, start, end), all in one step."""
-    scheduled = [
-        ScheduledRow(
-            request_id=str(row),
-            row=row,
-            start=start,
-            num_tokens=end - start,
-            num_held_blocks=-(-end // BLOCK_SIZE),
-            new_blocks=[[]],
-            num_sampled=1,
-        )
-        for row, start, end in chunks
-    ]
-    hidden = runner.forward_pass.hidden_states(scheduled)
-    return runner.sampler.logits(scheduled, hidden).float()
+    plan = StepPlan()
+    for row, start, end in chunks:
+        plan.add(row, start, num_tokens=end - start, num_sampled=1)
+    hidden = runner.forward_pass.hidden_states(plan)
+    return runner.sampler.logits(plan, hidden).float()
 
 
 LENGTHS = [1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 50, 97, 128]

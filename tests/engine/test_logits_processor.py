@@ -13,7 +13,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
-from engine.schedule.step import NewRow, ScheduledRow, StepPlan
+from engine.schedule.step import NewRow, StepPlan
 from kernels.reference import penalize
 from tests.checkpoints import VOCAB_SIZE, load_oracle
 from tests.conftest import CheckpointFactory
@@ -180,7 +180,7 @@ def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
         requests = ruled_requests(plain)
         texts = tokens_of(run(engine, requests))
         whole = [pair for pair in zip(requests, texts, strict=True) if len(pair[1]) == NUM_OUTPUT]
-        plan = StepPlan([], [])
+        plan = StepPlan()
         for row, (request, text) in enumerate(whole):
             tokens = request.prompt_token_ids + text
             new = NewRow(
@@ -191,20 +191,8 @@ def test_several_positions_of_a_row_are_sampled_as_if_one_by_one(
                 params=request.params,
                 seed=request.seed,
             )
-            # The last tokens stand in the row as drafts would: it has not been given them.
-            engine.runner.tables.enter(replace(new, token_ids=tokens))
-            engine.runner.sampler.enter(new)
-            plan.scheduled.append(
-                ScheduledRow(
-                    request_id=request.id,
-                    row=row,
-                    start=0,
-                    num_tokens=len(tokens) - 1,
-                    num_held_blocks=num_blocks,
-                    new_blocks=[[]],
-                    num_sampled=num_sampled,
-                )
-            )
+            plan.new_rows.append(new)
+            plan.add(row, 0, len(tokens) - 1, num_sampled, drafts=tokens[-num_sampled:-1])
         result = engine.runner.launch(plan).result()
     assert len(whole) > 10
     assert result.token_ids == [text[-num_sampled:] for _, text in whole]

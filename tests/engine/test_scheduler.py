@@ -54,8 +54,8 @@ def planned(step: Step | None) -> dict[str, tuple[int, int, bool]]:
     """{request id: (start, number of tokens, whether it samples)}"""
     assert step is not None
     return {
-        row.request_id: (row.start, row.num_tokens, row.num_sampled == 1)
-        for row in step.plan.scheduled
+        sequence.id: (row.start, row.num_tokens, row.num_sampled == 1)
+        for sequence, row in zip(step.sequences, step.plan.scheduled, strict=True)
     }
 
 

@@ -5,6 +5,7 @@ Pools are tiny, so that requests are preempted all the time, and prompts are dra
 vocabulary that they share prefixes all the time.
 """
 
+import random
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,7 @@ from engine.schedule.block_pool import BlockHasher
 from engine.schedule.block_tables import BlockTables, CacheGroup
 from engine.schedule.request import Request, RequestLimits
 from engine.schedule.scheduler import Scheduler, Step
-from engine.schedule.step import StepPlan
+from engine.schedule.sequence import Sequence
 from tests.engine.fake_device import FakeDevice, continuation
 
 VOCAB_SIZE = 8
@@ -65,6 +66,35 @@ REQUEST = st.builds(
 )
 
 
+class Drafts:
+    """Speculation that is right as often as it is told to be."""
+
+    def __init__(self, honesty: float) -> None:
+        self._honesty = honesty
+        self._rng = random.Random(honesty)
+
+    def propose(self, sequences: list[Sequence], budget: int) -> dict[Sequence, list[int]]:
+        drafts = {}
+        for sequence in sequences:
+            room = sequence.max_len - sequence.num_tokens - 1
+            count = min(self._rng.randint(0, 6), room, budget)
+            if count > 0:
+                assert sequence.num_uncomputed == 1 and not sequence.drafts
+                budget -= count
+                text = continuation(sequence.token_ids, VOCAB_SIZE, sequence.num_pending + count)
+                drafts[sequence] = [
+                    token if self._rng.random() < self._honesty else self._rng.randrange(VOCAB_SIZE)
+                    for token in text[sequence.num_pending :]
+                ]
+        return drafts
+
+    def judge(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafts
+        event(f"drafts accepted: {'all' if num_accepted == num_drafts else 'some or none'}")
+
+    def end(self, sequence: Sequence) -> None: ...
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         block_size=st.integers(1, 4),
@@ -76,6 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows=st.sampled_from([[None], [None], [3], [None, 3], [None, 1, 5]]),
         max_in_flight=st.sampled_from([1, 2, 3, 3]),
         policy=st.sampled_from(["fcfs", "fair", "priority", "shortest"]),
+        honesty=st.sampled_from([None, None, 0.0, 0.7, 1.0]),
         specs=st.lists(REQUEST, min_size=2, max_size=8),
     )
     def start(
@@ -89,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         windows: list[int | None],
         max_in_flight: int,
         policy: Literal["fcfs", "fair", "priority", "shortest"],
+        honesty: float | None,
         specs: list[Spec],
     ) -> None:
         config = EngineConfig(
@@ -111,7 +143,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cached: dict[bytes, bool] = {}  # as the changes have it
         most_blocks = self.blocks.most_blocks(MAX_MODEL_LEN)
         self.limits = RequestLimits(VOCAB_SIZE, MAX_MODEL_LEN, most_blocks, block_size)
-        self.scheduler = Scheduler(config, self.blocks, self.limits.max_len, frozenset([EOS]))
+        self.scheduler = Scheduler(
+            config,
+            self.blocks,
+            self.limits.max_len,
+            frozenset([EOS]),
+            None if honesty is None else Drafts(honesty),
+        )
         self.device = FakeDevice(block_size, VOCAB_SIZE, windows)
         self.max_in_flight = max_in_flight
         self.in_flight: deque[tuple[Step, str]] = deque()  # with what they said when made
@@ -169,7 +207,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         had_work = [
             request
             for request in scheduler.running
-            if request.num_uncomputed > 0 and request.num_tokens < request.max_len
+            if request.num_uncomputed > 0
+            and request.num_tokens < request.max_len
+            and not request.drafts
         ]
         queue = list(scheduler.waiting)
         preemptions = scheduler.stats.preemptions
@@ -178,8 +218,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.in_flight or not scheduler.sequences, "stuck: nothing runs, nothing will"
             return
         plan = step.plan
-        self._check_plan(plan)
-        planned = {row.request_id for row in plan.scheduled}
+        self._check_plan(step)
+        planned = {request.id for request in step.sequences}
         for request in had_work:
             assert request.id in planned or request in scheduler.waiting, "a request was left out"
         if scheduler.stats.preemptions == preemptions:
@@ -197,18 +237,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             event("prefix found")
         self.in_flight.append((step, repr(plan)))
 
-    def _check_plan(self, plan: StepPlan) -> None:
+    def _check_plan(self, step: Step) -> None:
+        plan = step.plan
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
         assert all(row.num_tokens > 0 for row in plan.scheduled)
         for rows in ([row.row for row in plan.scheduled], [new.row for new in plan.new_rows]):
             assert len(set(rows)) == len(rows)
         assert {new.row for new in plan.new_rows} <= {row.row for row in plan.scheduled}
-        for row in plan.scheduled:
-            request = self.scheduler.sequences[row.request_id]
+        for request, row in zip(step.sequences, plan.scheduled, strict=True):
             assert request.row == row.row
             assert row.start + row.num_tokens < request.max_len, "nobody will see the token"
-            known = len(request.token_ids) + request.num_pending - row.num_sampled
-            assert row.num_sampled == (row.start + row.num_tokens == known)
+            known, num_drafts = request.num_tokens - row.num_sampled, len(request.drafts)
+            assert row.num_sampled == num_drafts + (row.end - num_drafts == known)
+            assert not num_drafts or row.num_tokens == 1 + num_drafts
 
     def retire(self) -> None:
         step, as_made = self.in_flight.popleft()

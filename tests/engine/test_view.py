@@ -1,12 +1,13 @@
 """Pictures of an engine at work: true, bounded, and free of charge while nobody looks."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from engine.view import MAX_CELLS, Observer, Watch
 from tests.conftest import CheckpointFactory
-from tests.engine.helpers import BLOCK_SIZE, new_engine, new_requests
+from tests.engine.helpers import BLOCK_SIZE, new_engine, new_requests, run
 
 PREFIX = list(range(1, 2 * BLOCK_SIZE + 1))
 
@@ -35,6 +36,24 @@ def test_a_picture_shows_rows_queue_blocks_and_steps(checkpoints: CheckpointFact
         engine.abort("0"), engine.abort("1"), engine.abort("2")
         pool = recorder.draw()["pool"]
         assert set(pool) == {".", "c"} and pool.count("c") == 2
+
+
+def test_a_picture_shows_drafts_and_what_became_of_them(checkpoints: CheckpointFactory) -> None:
+    with new_engine(checkpoints("qwen3"), speculation="off") as engine:
+        request, guessed = (new_requests([[5, 6]], max_tokens=9)[0] for _ in range(2))
+        (output,) = run(engine, [request])
+        _, second, third, *_ = output.token_ids
+        guesses = [[second, third + 1]]
+        engine.scheduler.speculation = SimpleNamespace(
+            propose=lambda rows, budget: {rows[0]: guesses.pop(0)} if rows and guesses else {},
+            judge=lambda *_: None,
+            end=lambda _: None,
+        )
+        engine.add(guessed)
+        engine.step(), engine.step()
+        (row,) = Observer(engine).draw()["rows"]
+        assert (row["num_drafted"], row["num_accepted"]) == (2, 1)
+        assert row["num_tokens"] == 2 + 3
 
 
 def test_a_preempted_request_waits_as_such(checkpoints: CheckpointFactory) -> None:

@@ -102,8 +102,13 @@ def _usage(num_prompt: int, outputs: Sequence[Output | TextDelta]) -> dict[str, 
 def _whole_usage(
     chat: Chat, outputs: Sequence[Output | TextDelta], num_thinking: int
 ) -> dict[str, Any]:
-    """With how much of it was thought."""
-    details = {"reasoning_tokens": num_thinking}
+    """With how much of it was thought, and predicted."""
+    predicted = [record.num_predicted for record in chat.options.records]
+    details = {
+        "reasoning_tokens": num_thinking,
+        "accepted_prediction_tokens": sum(accepted for accepted, _ in predicted),
+        "rejected_prediction_tokens": sum(rejected for _, rejected in predicted),
+    }
     return _usage(len(chat.prompt), outputs) | {"completion_tokens_details": details}
 
 

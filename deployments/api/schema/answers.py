@@ -73,6 +73,11 @@ class ReasoningTokens(Answer):
     reasoning_tokens: int
 
 
+class CompletionTokens(ReasoningTokens):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
@@ -81,7 +86,7 @@ class Usage(Answer):
 
 
 class ChatUsage(Usage):
-    completion_tokens_details: ReasoningTokens
+    completion_tokens_details: CompletionTokens
 
 
 class PromptLogprob(Answer):

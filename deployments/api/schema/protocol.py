@@ -17,7 +17,7 @@ from deployments.api.schema.tools import AllowedTools, ToolChoice, names_of
 from deployments.api.scope import scope
 from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.text.chat_template import check_variables
-from engine.text.messages import Message, Tool
+from engine.text.messages import Message, TextPart, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
 from engine.text.tokenizer import Tokenizer
 
@@ -139,6 +139,19 @@ class StreamOptions(RequestModel):
     include_obfuscation: Unserved = None
 
 
+class Prediction(RequestModel):
+    """Text that much of the answer is thought to repeat, such as a file that is to be changed."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 def _sampling(name: str) -> Any:
     """The sampling parameter of that name, as everywhere."""
     return SamplingParams.model_fields[name]
@@ -244,7 +257,9 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     function_call: Annotated[None, NotServed("none", "auto")] = None
     functions: Unserved = None
     modalities: Annotated[None, NotServed(["text"])] = None
-    prediction: Unserved = None
+    prediction: Prediction | None = Field(
+        None, description="How the answer may go: it comes sooner where it does."
+    )
     thinking_token_budget: int | None = Field(
         None, ge=0, lt=2**31, description="Tokens after which thoughts are made to end."
     )

@@ -1,0 +1,45 @@
+"""What a step costs, as a function of its tokens: measured, while it serves."""
+
+import numpy as np
+
+_WEIGHT = 0.2  # of a new measurement
+_MOST = 3.0  # times what was expected; more is some accident
+_MAX_AGE = 512  # steps after which a size that has not come again counts as unknown
+
+
+class StepCosts:
+    """Seconds of steps that decode, by their number of tokens.
+
+    Sizes between two that are known lie on the line between them. What lies outside is guessed
+    low: a larger step to cost no more than the largest, a smaller one as much less as it is
+    smaller. So it is tried sooner or later, and then known.
+    """
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._seconds: dict[int, float] = {}
+        self._counted_at: dict[int, int] = {}
+
+    def count(self, num_tokens: int, seconds: float) -> None:
+        """A step has taken so long."""
+        self._num_steps += 1
+        known = self._seconds.get(num_tokens)
+        if known is None or self._counted_at[num_tokens] < self._num_steps - _MAX_AGE:
+            self._seconds[num_tokens] = seconds
+        else:
+            self._seconds[num_tokens] += _WEIGHT * (min(seconds, _MOST * known) - known)
+        self._counted_at[num_tokens] = self._num_steps
+        if self._num_steps % _MAX_AGE == 0:
+            self._forget()
+
+    def _forget(self) -> None:
+        oldest = self._num_steps - _MAX_AGE
+        for num_tokens in [n for n, at in self._counted_at.items() if at < oldest]:
+            del self._seconds[num_tokens], self._counted_at[num_tokens]
+
+    def of(self, num_tokens: np.ndarray) -> np.ndarray:
+        """Seconds of steps of so many tokens, [N]; all alike until the first has been counted."""
+        if not self._seconds:
+            return np.ones(len(num_tokens))
+        sizes = sorted(self._seconds)
+        return np.interp(num_tokens, [0, *sizes], [0.0, *(self._seconds[n] for n in sizes)])

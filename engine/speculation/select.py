@@ -1,0 +1,36 @@
+"""Which drafters an engine has."""
+
+from collections.abc import Callable
+
+from engine.config import EngineConfig
+from engine.speculation.drafter import Drafter
+from engine.speculation.grammar import GrammarDrafter
+from engine.speculation.ngram import NgramDrafter
+from engine.speculation.prediction import PredictionDrafter
+from engine.speculation.speculator import Speculator
+from engine.speculation.suffix import SuffixDrafter
+
+
+def new_speculator(
+    config: EngineConfig,
+    num_ahead: int,
+    is_exact: bool,
+    forced: Callable[[int, bool], tuple[int, str]],
+    encode: Callable[[str], list[int]],
+) -> Speculator | None:
+    """As the configuration says; None where nothing is to be guessed.
+
+    Args:
+        num_ahead: see `Speculator`.
+        is_exact: whether a token that is computed beside others comes out as it does alone: else
+            only who asks for it gets drafts, for they could change texts.
+        forced, encode: see `GrammarDrafter`.
+    """
+    if config.speculation == "off" or (config.speculation == "auto" and not is_exact):
+        return None
+    drafters: list[Drafter] = [PredictionDrafter(), GrammarDrafter(forced, encode)]
+    if config.speculation == "ngram":
+        drafters.append(NgramDrafter())
+    elif config.speculation != "grammar":
+        drafters.append(SuffixDrafter())
+    return Speculator(drafters, config.num_speculative_tokens, num_ahead)

@@ -1,0 +1,422 @@
+"""Drafts: they never change a text, whoever makes them, and are taken where they pay."""
+
+import random
+from collections.abc import Iterator
+from collections.abc import Sequence as Listed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.engine import Engine
+from engine.schedule.request import Request
+from engine.schedule.sequence import Sequence
+from engine.schedule.step import TokenLogprobs, count_accepted
+from engine.speculation.costs import StepCosts
+from engine.speculation.drafter import Draft, Drafter
+from engine.speculation.grammar import GrammarDrafter
+from engine.speculation.ngram import NgramDrafter
+from engine.speculation.prediction import PredictionDrafter
+from engine.speculation.speculator import Speculator
+from engine.speculation.suffix import SuffixDrafter
+from engine.speculation.texts import TextIndex
+from tests.engine.helpers import new_engine, new_requests, run, tokens_of
+from tests.engine.test_commands import engine_of
+
+# --- The same text ----------------------------------------------------------------------------
+
+
+class Liar:
+    """Knows how every text goes on, and lies now and then."""
+
+    name = "liar"
+
+    def __init__(self, texts: dict[str, list[int]], honesty: float, rng: random.Random) -> None:
+        self._texts, self._honesty, self._rng = texts, honesty, rng
+
+    def draft(self, sequence: Sequence, limit: int) -> Draft:
+        position = len(sequence.token_ids)
+        truth = self._texts[sequence.id][position : position + limit]
+        truth += [self._rng.randrange(3, 259) for _ in range(limit - len(truth))]
+        tokens = [
+            t if self._rng.random() < self._honesty else self._rng.randrange(259) for t in truth
+        ]
+        count = self._rng.randint(0, limit)
+        return Draft(tokens[:count], [0.9] * count)
+
+    def end(self, sequence: Sequence) -> None: ...
+
+
+def speculate(engine: Engine, *drafters: Drafter, max_drafts: int = 6) -> Speculator:
+    """Have an engine take all drafts that it can: nothing tells it what steps cost."""
+    speculator = Speculator(drafters, max_drafts, num_ahead=0)
+    engine.scheduler.speculation = speculator
+    return speculator
+
+
+@dataclass
+class Arrival:
+    request: Request
+    step: int  # before which it comes
+    abort_after: int | None  # tokens received
+
+
+@dataclass
+class Received:
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    ending: tuple[str | None, int | None] = (None, None)
+
+
+FORMS: list[dict[str, Any]] = [
+    {"regex": "(yes|no), my lord( and master)*[.]"},
+    {"json": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
+              "required": ["a", "b"]}},
+]  # fmt: skip
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    rules: dict[str, Any] = {"temperature": rng.choice([0.0, 0.7, 1.2])}
+    for name, values in {
+        "top_k": [20],
+        "top_p": [0.9],
+        "repetition_penalty": [1.3],
+        "frequency_penalty": [0.6],
+        "presence_penalty": [-0.4],
+        "logit_bias": [{70: 3.0, 80: -5.0}],
+        "bad_words_token_ids": [[[60, 61], [90]]],
+        "logprobs": [0, 3],
+    }.items():
+        if rng.random() < 0.25:
+            rules[name] = rng.choice(values)
+    if rng.random() < 0.25:
+        rules.pop("bad_words_token_ids", None)
+        rules["structured_outputs"] = rng.choice(FORMS)
+    else:
+        rules["stop_token_ids"] = rng.sample(range(3, 259), rng.choice([0, 5]))
+        rules["ignore_eos"] = rng.random() < 0.5
+        rules["min_tokens"] = rng.choice([0, 0, 6])
+    return SamplingParams(max_tokens=rng.randint(6, 40), **rules)
+
+
+def random_arrivals(rng: random.Random, count: int) -> list[Arrival]:
+    common = [rng.randrange(3, 259) for _ in range(40)]
+    arrivals = []
+    for i in range(count):
+        prompt = common[: rng.randrange(41)] + [rng.randrange(3, 259) for _ in range(3)]
+        output: list[int] = []
+        request = Request(str(i), prompt, random_params(rng), rng.randrange(99), "", output)
+        abort_after = rng.randint(1, 9) if rng.random() < 0.15 else None
+        arrivals.append(Arrival(request, rng.randint(0, 12), abort_after))
+    return arrivals
+
+
+def play(engine: Engine, arrivals: Listed[Arrival]) -> list[Received]:
+    """Run it all; every step checks the pool, and at the end nothing is left."""
+    received = {arrival.request.id: Received() for arrival in arrivals}
+    step = 0
+    while step <= 12 or engine.has_work:
+        for arrival in arrivals:
+            if arrival.step == step:
+                engine.add(arrival.request)
+        for delta in engine.step():
+            own = received[delta.request_id]
+            assert delta.error is None and own.ending[0] is None
+            own.token_ids += delta.token_ids
+            own.logprobs += delta.logprobs or []
+            own.ending = delta.finish_reason, delta.stop_token
+        for arrival in arrivals:
+            own = received[arrival.request.id]
+            if own.ending[0] is None and len(own.token_ids) >= (arrival.abort_after or 1000):
+                engine.abort(arrival.request.id)
+                own.ending = "abort", None
+                del own.token_ids[arrival.abort_after :], own.logprobs[arrival.abort_after :]
+        engine.scheduler.assert_invariants()
+        step += 1
+    assert all(pool.num_free == pool.num_blocks for pool in engine.scheduler.blocks.pools)
+    return list(received.values())
+
+
+def assert_same(received: list[Received], expected: list[Received]) -> None:
+    for own, other in zip(received, expected, strict=True):
+        if "abort" not in (own.ending[0], other.ending[0]):
+            assert (own.token_ids, own.ending) == (other.token_ids, other.ending)
+        count = min(len(own.token_ids), len(other.token_ids))  # one may have ended just in time
+        assert own.token_ids[:count] == other.token_ids[:count]
+        assert bool(own.logprobs) == bool(other.logprobs)
+        for logprobs, others in zip(own.logprobs, other.logprobs, strict=False):
+            assert logprobs.rank == others.rank
+            np.testing.assert_allclose(logprobs.logprobs, others.logprobs, atol=1e-4)
+
+
+POOLS: list[dict[str, Any]] = [
+    dict(async_scheduling=False),
+    dict(async_scheduling=True, block_size=4, num_blocks=40, max_num_batched_tokens=128),
+    dict(async_scheduling=False, max_num_seqs=3, max_num_batched_tokens=16, block_size=4),
+    dict(async_scheduling=True, enable_prefix_caching=False, max_num_seqs=6, num_blocks=60),
+]
+
+
+@pytest.fixture(scope="module")
+def engines(byte_model: Path) -> Iterator[list[Engine]]:
+    """One for each of the pools, without speculation of its own."""
+    with ExitStack() as stack:
+        config = dict(speculation="off")
+        yield [stack.enter_context(new_engine(byte_model, **config | pool)) for pool in POOLS]
+
+
+SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 500))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_drafts_change_nothing(engines: list[Engine], seed: int) -> None:
+    """Tokens, endings and log-probabilities of random histories, by an engine without drafts."""
+    rng = random.Random(seed)
+    arrivals = random_arrivals(rng, 10)
+    engines[0].scheduler.speculation = None
+    expected = play(engines[0], arrivals)
+    texts = {
+        arrival.request.id: arrival.request.prompt_token_ids + own.token_ids
+        for arrival, own in zip(arrivals, expected, strict=True)
+    }
+    drafters: list[list[Drafter]] = [
+        [Liar(texts, honesty, rng)] for honesty in (0.0, 0.5, 0.9, 1.0)
+    ] + [[SuffixDrafter()], [NgramDrafter()]]
+    engine = engines[seed % len(engines)]
+    for chosen in rng.sample(drafters, 2):
+        speculator = speculate(engine, *chosen)
+        assert_same(play(engine, arrivals), expected)
+        assert not speculator._rows, "of requests that have ended nothing is kept"
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_ranks_accept_alike(byte_model: Path, async_scheduling: bool) -> None:
+    params = dict(max_tokens=24, temperature=1.0, frequency_penalty=0.3, ignore_eos=True)
+    prompts = [[5, 6, 7], [9] * 40, list(range(20, 50))]
+    with new_engine(byte_model, speculation="off") as engine:
+        expected = tokens_of(run(engine, new_requests(prompts, **params)))
+    texts = {str(i): prompts[i] + text for i, text in enumerate(expected)}
+    with engine_of(byte_model, 2, async_scheduling) as engine:
+        speculator = speculate(engine, Liar(texts, 0.8, random.Random(0)))
+        assert tokens_of(run(engine, new_requests(prompts, **params))) == expected
+        assert 0 < speculator.num_accepted["liar"] < speculator.num_draft_tokens["liar"]
+
+
+def test_stop_strings_and_choices_are_the_same() -> None:
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=40, stop=["stone", "\n"], n=3)
+    prompts = ["Repeat these words: apple river stone apple river stone apple", "1, 2, 3, 1, 2, 3"]
+    results = []
+    for speculation in ("off", "suffix"):
+        llm = LLM(
+            "manta-demo", dtype="float32", num_threads=1, num_blocks=64, max_model_len=256,
+            speculation=speculation,
+        )  # fmt: skip
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        results.append([[(o.text, o.token_ids, o.stop_reason) for o in r.outputs] for r in outputs])
+        llm.close()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("speculation", "dtype", "has_one"),
+    [
+        ("auto", "float32", True),
+        ("auto", "bfloat16", False),
+        ("suffix", "bfloat16", True),
+        ("off", "float32", False),
+    ],
+)
+def test_auto_is_on_where_it_changes_no_text(
+    byte_model: Path, speculation: str, dtype: str, has_one: bool
+) -> None:
+    with new_engine(byte_model, speculation=speculation, dtype=dtype) as engine:
+        assert (engine.speculator is not None) == has_one
+
+
+@pytest.mark.parametrize(
+    ("drafts", "sampled", "count"),
+    [([], [5], 0), ([5], [5, 6], 1), ([4, 6], [5, 6, 7], 0), ([5, 6, 8], [5, 6, 7, 8], 2)],
+)
+def test_drafts_are_accepted_up_to_the_first_that_differs(
+    drafts: list[int], sampled: list[int], count: int
+) -> None:
+    assert count_accepted(drafts, sampled) == count
+
+
+# --- Drafters ---------------------------------------------------------------------------------
+
+
+def sequence(tokens: list[int], num_prompt: int = 0, **fields: Any) -> Sequence:
+    params = SamplingParams()
+    request = Request("a", tokens[:num_prompt], params, 0, output_token_ids=tokens[num_prompt:])
+    for name, value in fields.items():
+        setattr(request, name, value)
+    return Sequence(request, 10_000, frozenset(), 0, (0, 0, 0))
+
+
+def test_a_text_goes_on_as_after_the_longest_agreement() -> None:
+    text = [*range(10), 50, 7, 8, 9, 60, *range(10)]
+    index = TextIndex(text)
+    index.catch_up()
+    assert index.draft(text, 3).token_ids == [50, 7, 8]
+    assert index.draft([7, 8, 9], 2).token_ids == [60, 0], "of equals the latest"
+    assert index.draft([8, 9], 2).token_ids == index.draft([1, 3, 5], 2).token_ids == []
+
+
+def test_what_repeats_itself_to_its_end_goes_on_repeating() -> None:
+    text = [9, *[1, 2, 3, 4] * 3]
+    index = TextIndex(text)
+    index.catch_up()
+    assert index.draft(text, 10).token_ids == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+
+
+def test_the_longer_the_agreement_the_surer() -> None:
+    index = TextIndex([*range(60), 99, *range(40, 60)])
+    index.catch_up()
+    few, many = (index.draft([*range(start, 60)], 2).confidences for start in (57, 10))
+    assert few[0] < few[1] < many[0] < many[1] < 1
+
+
+def test_outputs_are_shared_where_cached_blocks_are() -> None:
+    drafter = SuffixDrafter()
+    ended = sequence([1, 2, 3, 4, 5, 6, 7], num_prompt=3, cache_owner="me")
+    drafter.end(ended)
+    for owner, salt, drafts in (("me", "", [6, 7]), ("you", "", []), ("me", "salt", [])):
+        asking = sequence([30, 3, 4, 5], num_prompt=2, cache_owner=owner, cache_salt=salt)
+        assert drafter.draft(asking, 4).token_ids == drafts
+
+
+def test_what_is_kept_of_outputs_is_bounded() -> None:
+    drafter = SuffixDrafter()
+    for i in range(60):
+        text = [random.Random(i).randrange(1 << 20) for _ in range(3000)]
+        drafter.end(sequence(text, num_prompt=5, cache_owner=f"{i % 30}" if i < 40 else "one"))
+    shares = drafter._shared.values()
+    assert len(shares) == 16
+    assert sum(len(g.token_ids) for outputs in shares for g in outputs.generations) < 100_000
+
+
+def test_a_prediction_is_followed_from_its_beginning_and_found_again() -> None:
+    predicted = list(range(100, 120))
+    drafter = PredictionDrafter()
+    for output, drafts in (
+        ([], [100, 101]),
+        ([100], [101, 102]),
+        ([100, 7, 105, 106, 107], [108, 109]),
+        ([100, 7], []),
+    ):
+        asking = sequence([1, 2, *output], num_prompt=2, prediction_token_ids=predicted)
+        assert drafter.draft(asking, 2).token_ids == drafts
+        drafter.end(asking)
+
+
+def test_what_a_grammar_demands_is_a_draft_until_the_text_differs() -> None:
+    drafter = GrammarDrafter(lambda row, is_settled: (4, "abcd"), lambda text: list(text.encode()))
+    for since, drafts in (([], b"ab"), ([97], b"bc"), ([97, 98, 99], b"d"), ([98], b"")):
+        assert bytes(drafter.draft(sequence([1, 2, 3, 4, *since]), 2).token_ids) == drafts
+
+
+def test_grammars_need_fewer_steps_than_tokens(byte_model: Path) -> None:
+    form = {"regex": "(yes|no), my lord and master, as you have always said[.]"}
+    texts = []
+    for speculation in ("off", "grammar"):
+        with new_engine(byte_model, speculation=speculation) as engine:
+            (request,) = new_requests([[5, 6]], max_tokens=80, structured_outputs=form)
+            texts.append(tokens_of(run(engine, [request])))
+            steps = engine.num_steps
+    assert texts[0] == texts[1]
+    assert steps < len(texts[0][0]) / 3
+
+
+# --- How many ---------------------------------------------------------------------------------
+
+
+class Sure:
+    """Says the same of every text."""
+
+    name = "sure"
+
+    def __init__(self, count: int, confidence: float) -> None:
+        self._draft = Draft([7] * count, [confidence] * count)
+        self.num_asked = 0
+
+    def draft(self, sequence: Sequence, limit: int) -> Draft:
+        self.num_asked += 1
+        return Draft(self._draft.token_ids[:limit], self._draft.confidences[:limit])
+
+    def end(self, sequence: Sequence) -> None: ...
+
+
+def proposed(num_rows: int, drafter: Drafter, costs: dict[int, float], budget: int = 999) -> int:
+    """Drafts for rows of an engine whose steps cost so much, by their tokens."""
+    speculator = Speculator([drafter], max_drafts=8, num_ahead=0)
+    for num_tokens, seconds in costs.items():
+        speculator.costs.count(num_tokens, seconds)
+    rows = [sequence([1, 2, 3]) for _ in range(num_rows)]
+    return sum(map(len, speculator.propose(rows, budget).values()))
+
+
+def test_where_tokens_cost_nothing_all_drafts_are_taken() -> None:
+    assert proposed(2, Sure(8, 0.5), {1: 1.0, 64: 1.0}) == 16
+
+
+def test_where_steps_cost_what_their_tokens_do_nobody_is_asked() -> None:
+    drafter = Sure(8, 0.99)
+    assert proposed(32, drafter, {1: 1.0, 32: 32.0, 512: 512.0}) == 0
+    assert drafter.num_asked == 0
+
+
+def test_unsure_drafts_are_taken_where_a_step_is_cheap_only() -> None:
+    steps = {1: 1.0, 2: 1.1, 4: 1.3, 8: 1.7, 16: 2.5, 32: 4.1, 300: 31.0}
+    assert proposed(1, Sure(8, 0.9), steps) == 8
+    assert 0 < proposed(1, Sure(8, 0.5), steps) < 4
+    assert proposed(16, Sure(8, 0.3), steps) == 0
+
+
+def test_no_more_are_taken_than_the_budget_has() -> None:
+    assert proposed(4, Sure(8, 0.9), {}, budget=5) == 5
+    assert proposed(4, Sure(8, 0.9), {}, budget=0) == 0
+
+
+def test_a_row_whose_drafts_fail_gets_fewer() -> None:
+    speculator = Speculator([Sure(8, 0.9)], max_drafts=8, num_ahead=0)
+    for num_tokens in range(1, 20):
+        speculator.costs.count(num_tokens, 1 + 0.1 * num_tokens)
+    row = sequence([1, 2, 3])
+    first = len(speculator.propose([row], 999)[row])
+    for _ in range(20):
+        drafts = speculator.propose([row], 999).get(row, [])
+        if drafts:
+            speculator.judge(row, len(drafts), 0)
+    assert first > 5 and len(speculator.propose([row], 999).get(row, [])) <= 1
+    speculator.end(row)
+    assert len(speculator.propose([sequence([1, 2, 3])], 999).popitem()[1]) == first
+
+
+def test_a_row_that_would_sit_out_a_step_must_gain_more_than_that() -> None:
+    for confidence, count in ((0.3, 0), (0.9, 8)):
+        speculator = Speculator([Sure(9, confidence)], max_drafts=8, num_ahead=1)
+        assert sum(map(len, speculator.propose([sequence([1, 2, 3])], 99).values())) == count
+
+
+def test_sizes_that_were_not_measured_are_guessed_low() -> None:
+    costs = StepCosts()
+    assert costs.of(np.array([1, 9])).tolist() == [1, 1]
+    costs.count(4, 2.0)
+    costs.count(8, 3.0)
+    assert costs.of(np.array([2, 4, 6, 8, 99])).tolist() == [1.0, 2.0, 2.5, 3.0, 3.0]
+
+
+def test_costs_follow_the_machine_and_forget_what_does_not_come_again() -> None:
+    costs = StepCosts()
+    costs.count(8, 9.0)
+    for _ in range(2000):
+        costs.count(1, 1.0)
+    for _ in range(40):
+        costs.count(1, 2.0)
+    cost, larger = costs.of(np.array([1, 8]))
+    assert cost == pytest.approx(2.0, rel=0.01) and larger == cost
