@@ -62,6 +62,7 @@ def test_version_and_unknown_paths(demo: LocalServer) -> None:
 
 
 def test_whether_it_is_ready_and_how_much_it_has_to_do(demo: LocalServer) -> None:
+    assert httpx.head(demo.url).status_code == 200, "agents look whether somebody is there"
     for path in ("/ready", "/ping", "/health"):
         assert httpx.get(f"{demo.url}{path}").json() == {"status": "ok"}
     wait_until(demo.is_idle)

@@ -27,7 +27,7 @@ def routes() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     page = (ASSETS / "index.html").read_text(encoding="utf-8")
 
-    @router.get("/", response_model=None)
+    @router.api_route("/", methods=["GET", "HEAD"], response_model=None)  # clients look for both
     async def playground(request: Request) -> Response:
         """Links in the page are relative to where the application is mounted."""
         base = escape(request.scope.get("root_path", "").rstrip("/") + "/", quote=True)
