@@ -44,8 +44,8 @@ class ModelRunner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
         memory = DeviceMemory.of(self.device, self.ranks.world.size).total
-        memory = self.ranks.world.agree_on_minimum(memory)
-        self.config = config = config.on_device(self.device.type, memory)
+        config = config.on_device(self.device.type, self.ranks.world.agree_on_minimum(memory))
+        self.config = config
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         shape.check_divisible(self.ranks.tensor.size)
@@ -71,9 +71,12 @@ class ModelRunner:
         self.cache_layout = KVCacheLayout.of(
             shape, self.ranks.tensor, config.block_size, self.cache_dtype
         )
-        num_groups = len(self.cache_layout.groups)
         self.tables = DeviceTables(
-            config.step_size.rows, self.max_len, config.block_size, self.device, num_groups
+            config.step_size.rows,
+            self.max_len,
+            config.block_size,
+            self.device,
+            num_groups=len(self.cache_layout.groups),
         )
         self.sampler = Sampler(
             self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.ranks.world
@@ -87,8 +90,7 @@ class ModelRunner:
         self.memory = self._open(meter, weights)
         self.startup_s["cache"] = time.monotonic() - begin  # and rehearsal, on a GPU
         watch.start_serving()
-        # Kernels that were compiled while requests were waiting; there should be none.
-        self.late_compilations = watch.late
+        self.late_compilations = watch.late  # while requests were waiting; there should be none
         if show_progress:
             print(self, file=sys.stderr)
 
@@ -118,7 +120,7 @@ class ModelRunner:
         in an order that depends on how many tokens there are.
         """
         exact_dtypes = self.dtype is self.cache_dtype is torch.float32
-        if self._config.deterministic or (exact_dtypes and not self._config.quantization):
+        if self.config.deterministic or (exact_dtypes and not self.config.quantization):
             return True
         return self.ops.is_invariant and self.model.is_recordable and self.ranks.tensor.size <= 2
 
