@@ -71,12 +71,9 @@ class ModelRunner:
         self.cache_layout = KVCacheLayout.of(
             shape, self.ranks.tensor, config.block_size, self.cache_dtype
         )
+        num_groups = len(self.cache_layout.groups)
         self.tables = DeviceTables(
-            config.step_size.rows,
-            self.max_len,
-            config.block_size,
-            self.device,
-            num_groups=len(self.cache_layout.groups),
+            config.step_size.rows, self.max_len, config.block_size, self.device, num_groups
         )
         self.sampler = Sampler(
             self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.ranks.world
