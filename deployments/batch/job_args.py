@@ -48,7 +48,10 @@ class BatchArgs(DeploymentArgs):
 
 
 # Not the rows' seed: it follows from --seed and the row, else all rows would draw alike.
-_SAMPLING = {name: f for name, f in SamplingParams.model_fields.items() if name != "seed"}
+# The job has a seed of its own, and rows that want vectors say so themselves.
+_SAMPLING = {
+    name: f for name, f in SamplingParams.model_fields.items() if name not in ("seed", "pooling")
+}
 _ENGINE = DeploymentArgs.model_fields
 _JOB = {
     name: field

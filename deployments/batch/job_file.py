@@ -30,6 +30,7 @@ _FREE = {
     "num_speculative_tokens",
     "enforce_eager",
     "cuda_graph_sizes",
+    "cuda_graph_max_tokens",
     "num_cpus_per_shard",
     "heartbeat_timeout_s",
     "max_restarts",

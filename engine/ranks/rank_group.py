@@ -53,9 +53,9 @@ class RankGroup:
         """x [N, M] of every rank, side by side: [N, size * M]."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size, *x.shape)
+        parts = x.new_empty(self.size * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
-        return parts.transpose(0, 1).flatten(1)
+        return parts.view(self.size, *x.shape).transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)

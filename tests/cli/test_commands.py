@@ -57,7 +57,10 @@ def test_help_is_there_at_once_and_names_every_command() -> None:
     [
         ("manta d", {"doctor"}),
         ("manta serve Qwen/Qwen3-8B max_num", {"max_num_seqs=", "max_num_batched_tokens="}),
-        ("manta serve ./model quantization=", {"quantization=w8a8", "quantization=int4"}),
+        (
+            "manta serve ./model quantization=",
+            {f"quantization={x}" for x in ("w8a8", "int4", "fp8")},
+        ),
         ("manta serve ./model enable_prefix_caching=f", {"enable_prefix_caching=false"}),
         ("manta bench thr", {"throughput"}),
     ],

@@ -278,7 +278,8 @@ def test_every_argument_is_known_to_change_answers_or_not() -> None:
     assert BatchArgs.model_fields.keys() - job_file._FREE == {
         *("input", "rows_per_part", "sampling", "model", "revision", "served_model_name"),
         *("dtype", "quantization", "kv_cache_dtype", "attention_backend", "load_format"),
-        *("max_model_len", "seed", "tool_parser", "reasoning_parser"),
+        *("max_model_len", "seed", "tool_parser", "reasoning_parser", "deterministic"),
+        *("pooling", "reranker"),
     }
 
 

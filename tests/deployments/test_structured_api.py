@@ -389,7 +389,9 @@ def test_beside_tools_a_form_binds_the_answer_alone(marked_api: InProcessApi) ->
         kinds.add(bool(calls))
         if not calls and choice.finish_reason == "stop":
             jsonschema.validate(json.loads(choice.message.content), SCHEMA)
-        assert not (calls and choice.message.content) and (seed % 2 or len(calls) <= 1)
+        assert seed % 2 or len(calls) <= 1
+        if choice.finish_reason != "length":  # which may cut a call, and leave its beginning
+            assert not (calls and choice.message.content)
         for made in calls[: None if choice.finish_reason == "tool_calls" else -1]:
             schema = PARAMETERS[made.function.name]
             if made.function.name == "set_timer":  # which is strict
