@@ -386,7 +386,7 @@ def test_what_codex_sends(demo: LocalServer) -> None:
         "tool_choice": {"type": "function", "name": "get_weather", "namespace": "mcp"},
         "temperature": 0,
     }
-    answer = httpx.post(f"{demo.url}/v1/responses", json=body)
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-tools-left-out"] == "web_search"
     responses.Response.model_validate(answer.json())
@@ -394,9 +394,11 @@ def test_what_codex_sends(demo: LocalServer) -> None:
     assert (call["name"], call["namespace"]) == ("get_weather", "mcp")
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "7"}
     again = body | {"input": [QUESTION, call, result], "tool_choice": "none"}
-    assert httpx.post(f"{demo.url}/v1/responses", json=again).status_code == 200
+    assert httpx.post(f"{demo.url}/v1/responses", json=again, timeout=60).status_code == 200
     free = body | {"tool_choice": {"type": "custom", "name": "apply_patch"}, "stream": True}
-    text = httpx.post(f"{demo.url}/v1/responses", json=free | {"max_output_tokens": 400}).text
+    text = httpx.post(
+        f"{demo.url}/v1/responses", json=free | {"max_output_tokens": 400}, timeout=60
+    ).text
     events = [
         json.loads(line.removeprefix("data: "))
         for line in text.splitlines()
@@ -413,7 +415,7 @@ def test_what_codex_sends(demo: LocalServer) -> None:
     )
     output = {"type": "custom_tool_call_output", "call_id": item["call_id"], "output": "done"}
     again = body | {"input": [QUESTION, item, output], "tool_choice": "none"}
-    assert httpx.post(f"{demo.url}/v1/responses", json=again).status_code == 200
+    assert httpx.post(f"{demo.url}/v1/responses", json=again, timeout=60).status_code == 200
 
 
 def test_a_choice_among_allowed_tools(demo: LocalServer) -> None:
@@ -425,10 +427,10 @@ def test_a_choice_among_allowed_tools(demo: LocalServer) -> None:
         "tools": [{k: function[k] for k in ("type", "name")}],
     }
     body = {"input": "hi", "tools": [function, other], "tool_choice": choice, "temperature": 0}
-    answer = httpx.post(f"{demo.url}/v1/responses", json=body)
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body, timeout=60)
     assert [item["name"] for item in answer.json()["output"]] == ["get_weather"]
     choice["tools"] = [{"type": "function", "name": "missing"}]
-    refused = httpx.post(f"{demo.url}/v1/responses", json=body).json()["error"]
+    refused = httpx.post(f"{demo.url}/v1/responses", json=body, timeout=60).json()["error"]
     assert refused["param"] == "tool_choice" and "'missing'" in refused["message"]
 
 
@@ -514,7 +516,7 @@ def test_thoughts_survive_clients_that_send_back_only_what_is_encrypted(demo: Lo
         "include": ["reasoning.encrypted_content"],
         "temperature": 0,
     }
-    answer = httpx.post(f"{demo.url}/v1/responses", json=body).json()
+    answer = httpx.post(f"{demo.url}/v1/responses", json=body, timeout=60).json()
     thought, said = answer["output"]
     assert thought["content"][0]["text"] and answer["usage"]["output_tokens_details"]
     stripped = {k: v for k, v in thought.items() if k != "content"}
@@ -522,7 +524,7 @@ def test_thoughts_survive_clients_that_send_back_only_what_is_encrypted(demo: Lo
 
     def tokens(item: dict[str, Any]) -> int:
         items = [*body["input"], item, said, QUESTION]
-        again = httpx.post(f"{demo.url}/v1/responses", json=body | {"input": items})
+        again = httpx.post(f"{demo.url}/v1/responses", json=body | {"input": items}, timeout=60)
         return int(again.json()["usage"]["input_tokens"])
 
     assert tokens(stripped) == tokens(thought)
