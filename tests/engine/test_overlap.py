@@ -35,6 +35,7 @@ class FakeRunner:
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.num_blocks is not None
+        self.config = config.on_device("cpu", 0)
         self.vocab_size, self.max_len, self.is_exact = VOCAB_SIZE, MAX_MODEL_LEN, False
         self.num_blocks = [config.num_blocks]
         self.cache_layout = SimpleNamespace(cache_groups=lambda n: [CacheGroup(n[0])])

@@ -101,6 +101,9 @@ class ThreadedGroup(RankGroup):
         barrier.wait()
         return received
 
+    def agree_on_minimum(self, value: int) -> int:
+        return int(torch.stack(self.exchange(torch.tensor(value))).min())
+
     def all_reduce(self, x: Tensor) -> Tensor:
         return torch.stack(self.exchange(x)).sum(0)
 
