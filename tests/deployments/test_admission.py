@@ -117,15 +117,15 @@ def test_the_document_says_where_a_key_is_needed(guarded: LocalServer) -> None:
 def test_keys_from_the_environment_and_file_are_one_ring(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "keys").write_text("globex:two\n")
-    monkeypatch.setenv("MANTA_API_KEYS", "one, acme:three")
+    (tmp_path / "keys").write_text("globex:sk-2\n")
+    monkeypatch.setenv("MANTA_API_KEYS", "sk-1, acme:sk-3")
     ring = KeyRing.load(ServiceArgs(api_keys_file=str(tmp_path / "keys")))
     given = [
-        ring.find({"authorization": f"Bearer {key}"}) for key in ("one", "two", "three", "four", "")
+        ring.find({"authorization": f"Bearer {key}"}) for key in ("sk-1", "sk-2", "sk-3", "sk-4", "")
     ]
     assert given == ["key-1", "globex", "acme", None, None]
     assert ring.find({}) is None
-    assert not any(key in repr(vars(ring)) for key in ("one", "two", "three"))
+    assert not any(key in repr(vars(ring)) for key in ("sk-1", "sk-2", "sk-3"))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,9 @@ def test_keys_of_several_names_have_prefixes_of_their_own_by_default(
         await PlainTextResponse(scope().cache_owner)(*asgi)
 
     client = SimpleNamespace(metrics=Metrics("m", dict))
-    front: Any = SimpleNamespace(model_name="m", client=client, num_open=0, check_open=lambda: None)
+    front: Any = SimpleNamespace(
+        model_name="m", client=client, num_open=0, check_open=lambda: None, block_key=b"key"
+    )
     args = ServiceArgs(isolate_cache_by_key=isolate, request_log="off")
     gate = Gate(app, front, args, KeyRing(keys))
     http = httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://test")

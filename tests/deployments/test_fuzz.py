@@ -63,6 +63,7 @@ def make_sensible(case: Case) -> Case:
     if not isinstance(body, dict):
         return case
     body.pop("timeout", None)
+    body.pop("resume", None)
     body.pop("priority", None)
     if "model" in body:
         body["model"] = "manta-demo"
@@ -71,6 +72,9 @@ def make_sensible(case: Case) -> Case:
             {"role": "user", "content": message.get("content") or "hi"}
             for message in body["messages"]
         ]
+    if "prompt" in body:
+        body["prompt"] = "hi"
+        body.pop("min_tokens", None)
     if "messages" in body and "prompt" in body:
         del body["prompt"]
     for name in ("prompt", "tokens"):

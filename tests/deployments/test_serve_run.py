@@ -168,12 +168,12 @@ def test_a_serve_config_file_starts_it_and_ctrl_c_leaves_no_process(tmp_path: Pa
     [
         ("max_modl_len=5", "max_modl_len: unknown field, did you mean 'max_model_len'?"),
         ("block_size=zzz", "block_size: Input should be a valid integer"),
-        ("max_num_seqs=4096", "must be at least max_num_seqs"),
+        ("max_num_seqs=4096 max_num_batched_tokens=2048", "must be at least max_num_seqs"),
     ],
 )
 def test_a_bad_argument_prints_one_readable_line(tmp_path: Path, argument: str, says: str) -> None:
     log = tmp_path / "serve.log"
-    with running([*SERVE_RUN, "deployments:app", argument], log) as process:
+    with running([*SERVE_RUN, "deployments:app", *argument.split()], log) as process:
         assert process.wait(timeout=60) != 0
     output = log.read_text()
     assert says in output

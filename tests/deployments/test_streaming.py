@@ -15,7 +15,8 @@ from tests.deployments.in_process import InProcessApi, serve_in_process
 
 @pytest.fixture(scope="module")
 def api(tiny_model: Path) -> Iterator[InProcessApi]:
-    with serve_in_process(str(tiny_model), served_model_name="tiny") as api:
+    # Without drafts, which bring several tokens at once.
+    with serve_in_process(str(tiny_model), served_model_name="tiny", speculation="off") as api:
         yield api
 
 

@@ -42,9 +42,13 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[LocalServer]:
-    """The demo model with a pool small enough to fill."""
+    """The demo model with a pool small enough to fill, a token at a time."""
     with serve_locally(
-        num_blocks=192, block_size=16, max_num_seqs=16, max_num_batched_tokens=128
+        num_blocks=192,
+        block_size=16,
+        max_num_seqs=16,
+        max_num_batched_tokens=128,
+        speculation="off",
     ) as running:
         yield running
 
