@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import LLM, SamplingParams
+from engine.models.decoder import CausalLM
 from engine.schedule.request import Request
 
 _PROMPTS = ("Once upon a time", "The engine", "A block is", "Every request", "To serve a model")
@@ -32,6 +33,7 @@ def log_probabilities(model: str, texts: list[list[int]], **config: Any) -> Tens
     llm = LLM(model, enable_prefix_caching=False, **config)
     taken: list[Tensor] = []
     decoder = llm.engine.runner.model
+    assert isinstance(decoder, CausalLM)
 
     def keep(_module: nn.Module, _arguments: Any, hidden: Tensor) -> None:
         taken.append(decoder.logits(hidden).float().log_softmax(-1))

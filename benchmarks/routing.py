@@ -6,6 +6,9 @@ in which they were sent. Needs HAProxy, whose routers see the prompts. With --is
 has a key, and cached prefixes of its own; the routers do not see keys.
 
     python -m benchmarks.routing --tenants 12 --conversations 96
+
+Ray's variables set the scene: RAY_SERVE_INGRESS_ROUTER_REPLICAS_PER_NODE=2 makes two routers, and
+RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE is how much of a body they see, in bytes.
 """
 
 import argparse
@@ -50,8 +53,9 @@ class LeastLoadedRouter(PrefixRequestRouter):
 
     async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
         if pending_request is not None and pending_request.args:
-            prompt = pending_request.args[0]
-            pending_request.args = [RoutedPrompt((), prompt.num_tokens, prompt.block_size)]
+            balancer, prompt = pending_request.args
+            blind = RoutedPrompt((), prompt.num_tokens, prompt.block_size)
+            pending_request.args = [balancer, blind]
         return await super().choose_replicas(candidate_replicas, pending_request)
 
 
@@ -59,7 +63,7 @@ class RayPrefixRouter(PrefixCacheAffinityRouter):
     """Ray's own policy. It compares texts by their prefix: here, a text of the blocks' hashes."""
 
     def _extract_text_from_request(self, pending_request: Any) -> str:
-        return b"".join(pending_request.args[0].hashes).hex()
+        return b"".join(pending_request.args[1].hashes).hex()
 
 
 def policies() -> dict[str, RequestRouterConfig]:
@@ -69,6 +73,9 @@ def policies() -> dict[str, RequestRouterConfig]:
         "round-robin": router_config(RoundRobinRouter),
         "ray-prefix": router_config(RayPrefixRouter),
     }
+
+
+Usage = tuple[int, int, int]  # tokens of the prompt, found cached, of the output
 
 
 @dataclass
@@ -110,54 +117,82 @@ def make_conversations(arguments: argparse.Namespace, seed: int) -> list[Convers
     return conversations
 
 
-async def have(conversation: Conversation, http: httpx.AsyncClient, outcome: Outcome) -> None:
+class ChatProtocol:
+    path = "/v1/chat/completions"
+
+    def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        options = {"stream_options": {"include_usage": True}, "ignore_eos": True}
+        return {"messages": messages, "max_tokens": 24} | options
+
+    def read(self, event: dict[str, Any]) -> tuple[str, Usage | None]:
+        if event["choices"]:
+            return event["choices"][0]["delta"].get("content") or "", None
+        usage = event["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return "", (usage["prompt_tokens"], cached, usage["completion_tokens"])
+
+
+class ResponsesProtocol:
+    path = "/v1/responses"
+
+    def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        return {"input": messages, "max_output_tokens": 24}
+
+    def read(self, event: dict[str, Any]) -> tuple[str, Usage | None]:
+        if event["type"] == "response.output_text.delta":
+            return event["delta"], None
+        usage = event.get("response", {}).get("usage")
+        if usage is None:
+            return "", None
+        cached = usage["input_tokens_details"]["cached_tokens"]
+        return "", (usage["input_tokens"], cached, usage["output_tokens"])
+
+
+Protocol = ChatProtocol | ResponsesProtocol
+PROTOCOLS: dict[str, Protocol] = {"chat": ChatProtocol(), "responses": ResponsesProtocol()}
+
+
+async def have(
+    conversation: Conversation, protocol: Protocol, http: httpx.AsyncClient, outcome: Outcome
+) -> None:
     messages = []
     if conversation.system:
         messages.append({"role": "system", "content": conversation.system})
     for question in conversation.questions:
         messages.append({"role": "user", "content": question})
         outcome.sent.append((conversation.tenant, list(messages)))
-        body = {
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": 24,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        body = {"temperature": 0, "stream": True} | protocol.body(messages)
         start, answer, first = time.perf_counter(), "", 0.0
-        url = f"http://127.0.0.1:{_PORT}/v1/chat/completions"
+        url = f"http://127.0.0.1:{_PORT}{protocol.path}"
         headers = {"Authorization": f"Bearer key-of-{conversation.tenant}"}
         async with http.stream("POST", url, json=body, headers=headers) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
-                event = json.loads(line.removeprefix("data: "))
-                if event["choices"]:
-                    content = event["choices"][0]["delta"].get("content")
-                    if content and not first:
-                        first = time.perf_counter() - start
-                    answer += content or ""
-                else:
-                    usage = event["usage"]
+                text, usage = protocol.read(json.loads(line.removeprefix("data: ")))
+                if text and not first:
+                    first = time.perf_counter() - start
+                answer += text
+                if usage is not None:
+                    outcome.prompt_tokens += usage[0]
+                    outcome.cached += usage[1]
+                    outcome.output_tokens += usage[2]
         outcome.ttft.append(first)
-        outcome.cached += usage["prompt_tokens_details"]["cached_tokens"]
-        outcome.prompt_tokens += usage["prompt_tokens"]
-        outcome.output_tokens += usage["completion_tokens"]
         messages.append({"role": "assistant", "content": answer})
 
 
-async def run_clients(conversations: list[Conversation], num_clients: int) -> Outcome:
+async def run_clients(conversations: list[Conversation], arguments: argparse.Namespace) -> Outcome:
+    protocol = PROTOCOLS[arguments.protocol]
     outcome, todo = Outcome(), iter(conversations)
 
     async def client() -> None:
         async with httpx.AsyncClient(timeout=300) as http:
             for conversation in todo:
-                await have(conversation, http, outcome)
+                await have(conversation, protocol, http, outcome)
 
     start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(num_clients)))
+    await asyncio.gather(*(client() for _ in range(arguments.clients)))
     outcome.seconds = time.perf_counter() - start
     return outcome
 
@@ -193,9 +228,9 @@ def measure(name: str, arguments: argparse.Namespace) -> Outcome:
         num_cpus_per_shard=1,
     )
     serve.run(build(args, policies()[name]), name="app", route_prefix="/")
-    asyncio.run(run_clients(make_conversations(arguments, seed=1)[:8], arguments.clients))
+    asyncio.run(run_clients(make_conversations(arguments, seed=1)[:8], arguments))
     time.sleep(3)  # so that the warm-up is in everybody's reports
-    outcome = asyncio.run(run_clients(make_conversations(arguments, seed=0), arguments.clients))
+    outcome = asyncio.run(run_clients(make_conversations(arguments, seed=0), arguments))
     serve.delete("app")
     return outcome
 
@@ -213,6 +248,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=96)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--protocol", default="chat", choices=PROTOCOLS)
     parser.add_argument("--isolate", action="store_true", help="a key for every tenant")
     parser.add_argument("--policies", nargs="+", default=list(policies()), choices=policies())
     arguments = parser.parse_args()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.models.blocks.mlp import GatedMlpConfig
+from engine.models.config import ModelConfig
 from engine.models.registry import read_config
 
 
@@ -17,7 +18,6 @@ class DenseShape:
     num_kv_heads: int
     head_dim: int
     rms_eps: float
-    rope_theta: float
     max_position: int
     qk_norm: bool
     window: int | None
@@ -27,6 +27,7 @@ class DenseShape:
 def read_shape(directory: Path) -> DenseShape:
     """Of a checkpoint, or of a directory with nothing but a config.json."""
     config = read_config(directory)
+    assert isinstance(config, ModelConfig), "a family of our own blocks"
     layer = config.layers[0]
     attention, mlp = layer.attention, layer.mlp
     assert isinstance(mlp, GatedMlpConfig) and all(own == layer for own in config.layers)
@@ -39,7 +40,6 @@ def read_shape(directory: Path) -> DenseShape:
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
         rms_eps=config.rms_eps,
-        rope_theta=attention.rope.theta,
         max_position=config.max_position,
         qk_norm=attention.qk_norm,
         window=attention.window,

@@ -30,13 +30,24 @@ class DeploymentArgs(EngineConfig):
         description="How the model marks what it thinks, which becomes reasoning_content; auto: as "
         "its chat template does, if it does; none: it stays in the content.",
     )
+    pooling: Literal["auto", "last", "mean", "cls"] = Field(
+        "auto",
+        description="Which hidden states are a text's embedding; auto: as the checkpoint's config "
+        "of sentence-transformers says, and none without one.",
+    )
+    reranker: Literal["none", "qwen3"] = Field(
+        "none",
+        description="qwen3: scores are the probability that the model says yes, not no, when asked "
+        "in the words of Qwen's rerankers; none: the angle between embeddings.",
+    )
     num_cpus_per_shard: float = Field(
         1, gt=0, description="CPUs that Ray reserves for an engine on a CPU."
     )
-    heartbeat_timeout_s: float = Field(
-        120,
+    heartbeat_timeout_s: float | None = Field(
+        None,
         gt=0,
-        description="An engine silent for so long is dead; must exceed the longest step.",
+        description="An engine silent for so long is dead; must exceed the longest step. Default: "
+        "20 times that of the steps so far, between 30 and 120 seconds.",
     )
     startup_timeout_s: float = Field(
         1800, gt=0, description="An engine that takes longer to load is started anew."
@@ -72,6 +83,15 @@ class ServiceArgs(StrictModel):
     )
     max_request_bytes: int = Field(
         16 * 2**20, ge=1024, description="Largest request body; more is refused with 413."
+    )
+    files_directory: str | None = Field(
+        None,
+        min_length=1,
+        description="Where files and batches are kept: a directory, or a URI such as s3://… that "
+        "all replicas share. Without it there are none.",
+    )
+    max_file_bytes: int = Field(
+        200 * 2**20, ge=1024, description="Largest file; more is refused with 413."
     )
     max_messages: int = Field(4096, ge=1, description="Longest conversation, in messages.")
     allowed_origins: list[Origin] = Field(
@@ -128,6 +148,10 @@ class AppArgs(DeploymentArgs, ServiceArgs):
     max_ongoing_requests: int = Field(
         4096, ge=1, description="Requests a replica takes on at once, running and waiting."
     )
+
+    @property
+    def may_have_several_replicas(self) -> bool:
+        return self.num_replicas > 1 or self.max_replicas is not None
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "AppArgs":

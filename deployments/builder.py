@@ -36,7 +36,7 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
     args = with_device(args)
     if os.environ.get(KEYS_VARIABLE):  # replicas that cannot see them must not serve everyone
         args = args.model_copy(update={"require_api_key": True})
-    by_body = ray_private.can_route_by_body()
+    by_body = args.may_have_several_replicas and ray_private.can_route_by_body()
     options: dict[str, Any] = {"num_replicas": args.num_replicas}
     if args.max_replicas is not None:
         options = {"autoscaling_config": autoscaling_config(args)}
@@ -52,7 +52,7 @@ def build(args: AppArgs, routing: RequestRouterConfig) -> Application:
         health_check_period_s=2,
         health_check_timeout_s=_HEALTH_CHECK_TIMEOUT_S,
         **options,
-    ).bind(args)
+    ).bind(args, IngressRouter.name if by_body else None)  # type: ignore[attr-defined]
     if not by_body:
         return replicas
     router = IngressRouter.options(  # type: ignore[attr-defined]

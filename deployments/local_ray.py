@@ -12,9 +12,9 @@ from pathlib import Path
 HAPROXY = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1",
-    # Routers see the client's key, and no body that they would not read.
+    # Routers see the client's key, and of a body some sixty thousand tokens.
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "authorization",
-    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(2**20),
+    "RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE": str(2**18),
     # Half a request is given up.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
 }

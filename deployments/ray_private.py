@@ -14,6 +14,7 @@ from ray.serve import Application
 logger = logging.getLogger("ray.serve")
 
 _CHECKED_VERSION = "2.60."
+_VARIABLES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY")
 
 
 def haproxy_enabled() -> bool:
@@ -25,9 +26,22 @@ def haproxy_enabled() -> bool:
     return bool(RAY_SERVE_ENABLE_HA_PROXY)
 
 
-def can_route_by_body() -> bool:
-    """Whether an ingress router can be attached."""
+def _routers_see_bodies() -> bool:
     if not haproxy_enabled():
+        return False
+    from ray.serve._private.constants import RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY
+
+    return bool(RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY)
+
+
+def can_route_by_body() -> bool:
+    """Whether an ingress router can be attached and would see prompts; the log says why not."""
+    if not _routers_see_bodies():
+        logger.warning(
+            "Requests go to replicas by load and session alone. For routing by cached prefixes, "
+            "%s must be set on every node before `ray start`, and here.",
+            " and ".join(f"{name}=1" for name in _VARIABLES),
+        )
         return False
     if ray.__version__.startswith(_CHECKED_VERSION) and hasattr(
         Application, "_with_ingress_request_router"
@@ -49,6 +63,13 @@ def routers_see_keys() -> bool:
     from ray.serve._private.constants import SERVE_SESSION_ID
 
     return bool(SERVE_SESSION_ID.lower() == "authorization")
+
+
+def haproxy_room() -> int:
+    """Bytes of a request, head and body, to which HAProxy can add headers without doubt."""
+    from ray.serve._private.constants import RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE
+
+    return RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE // 2
 
 
 def with_ingress_router(application: Application, router: Application) -> Application:

@@ -3,19 +3,21 @@
 import asyncio
 import gc
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.util.placement_group import get_current_placement_group
 
-from deployments.api import build_api
+from deployments.application import build_application
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
 from deployments.front.front import Front
 from deployments.observe.ray_metrics import RayMetrics
 from deployments.observe.replica_watch import ReplicaWatch
-from deployments.routing.balancer import ReplicaReport, pack_hashes
+from deployments.peers import Peers, own_name
+from deployments.replica_reports import ReplicaReports
 from deployments.shards.shard_group import ShardGroup
 
 
@@ -24,23 +26,31 @@ from deployments.shards.shard_group import ShardGroup
 class Replica:
     """Sits in bundle 0 of its placement group, with rank 0 of its engine."""
 
-    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, args: AppArgs, ingress_router: str | None = None
+    ) -> None:
+        """
+        Args:
+            ingress_router: the deployment that routes by prompts, if one does.
+        """
         bundles = get_current_placement_group()
         assert bundles is not None, "the app builder gives every replica a placement group"
         self._args = args
         self._front = await asyncio.to_thread(Front, args)
         self._shards = ShardGroup(args, self._front.client, bundles)
-        self._num_reports = 0
-        if args.num_replicas > 1 or args.max_replicas is not None:
+        self._reports = ReplicaReports(self._front.client)
+        if args.may_have_several_replicas:
             self._front.watch = ReplicaWatch().pictures
         await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.warm_up))
-        self._metrics = asyncio.create_task(
-            RayMetrics(self._front.client.metrics).publish_forever()
-        )
+        metrics = RayMetrics(self._front.client.metrics)
+        self._tasks = [asyncio.create_task(metrics.publish_forever())]
+        if ingress_router is not None:
+            send = partial(Peers(ingress_router).ask, "take_report", own_name())
+            self._tasks.append(asyncio.create_task(self._reports.send_forever(send)))
         gc.freeze()  # or each of its passes stops all streams to look through what has been loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._front, self._args, tells_request_ids=False)
+        return build_application(self._front, self._args, tells_request_ids=False)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's numbers and this front's, for callers with a handle."""
@@ -52,21 +62,9 @@ class Replica:
         return {"replica": serve.get_replica_context().replica_tag, **self._front.client.watch()}
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Called by Serve every routing stats period; routers see the result."""
-        client = self._front.client
-        if not client.stats or client.limits is None:
-            return {}
-        self._num_reports += 1
-        report = ReplicaReport(
-            sequence=self._num_reports,
-            block_size=client.limits.block_size,
-            running=client.stats["running"],
-            waiting=client.stats["waiting"],
-            uncomputed_tokens=client.stats["uncomputed_tokens"],
-            tokens_per_s=client.stats["tokens_per_s"],
-            hashes=pack_hashes(client.cached_blocks),
-        )
-        return {"manta": asdict(report)}
+        """Called by Serve every routing stats period; routers that see no prompts see it."""
+        report = self._reports.load()
+        return {"manta": asdict(report)} if report else {}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve when the number of replicas follows their load."""
@@ -85,6 +83,7 @@ class Replica:
         self._shards.check()
 
     async def __del__(self) -> None:
-        self._metrics.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._shards.stop()
         await self._front.client.close()

@@ -107,14 +107,15 @@ def encode_delta(delta: TokenDelta) -> list[Any]:
         delta.stop_token,
         delta.num_cached_tokens,
     ]
-    if delta.logprobs is not None or delta.prompt_logprobs is not None:
-        fields += [delta.logprobs, delta.prompt_logprobs]
+    more = [delta.logprobs, delta.prompt_logprobs, delta.vector]
+    if more != [None, None, None]:
+        fields += more
     return fields
 
 
 def decode_delta(fields: list[Any]) -> TokenDelta:
-    request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *logprobs = fields
-    own, of_prompt = logprobs or (None, None)
+    request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *more = fields
+    own, of_prompt, vector = more or (None, None, None)
     return TokenDelta(
         request_id=request_id,
         token_ids=token_ids,
@@ -123,6 +124,7 @@ def decode_delta(fields: list[Any]) -> TokenDelta:
         num_cached_tokens=num_cached_tokens,
         logprobs=_decode_logprobs(own),
         prompt_logprobs=_decode_logprobs(of_prompt),
+        vector=vector,
     )
 
 

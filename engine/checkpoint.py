@@ -1,6 +1,13 @@
-"""Where a checkpoint's files are: a directory, or a snapshot of a Hugging Face hub repository."""
+"""Where a checkpoint's files are: a directory, a GGUF file, or a Hugging Face hub repository."""
 
+import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,7 @@ from engine.demo import DEMO_MODEL
 from engine.progress import Progress
 
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_DERIVED = "1"  # version of what is made of files
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
@@ -19,27 +27,86 @@ class CheckpointError(ValueError):
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint, downloaded if `model` is not a directory.
+    """The local directory of a checkpoint, downloaded if `model` is not on this machine.
 
-    "manta-demo" is the model that comes with the package.
+    "manta-demo" is the model that comes with the package. A GGUF file, or REPOSITORY:QUANTIZATION
+    for one on the hub, gets a directory with what its metadata say.
     """
     if model == "manta-demo":
         return DEMO_MODEL
     path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _directory_of_gguf(path)
     if path.is_dir():
         return path
     if path.is_absolute() or model.startswith((".", "~")):
-        raise CheckpointError(f"model: there is no directory {model!r}")
+        raise CheckpointError(f"model: there is no directory or GGUF file {model!r}")
+    repository, _, quantization = model.partition(":")
+    patterns = [f"*{quantization}*.gguf"] if quantization else _FILES
     try:
-        directory = snapshot_download(
-            model, revision=revision, allow_patterns=_FILES, tqdm_class=Progress
+        directory = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, tqdm_class=Progress
+            )
         )
-        return Path(directory)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"model: {model!r} is neither a directory nor a repository that the Hugging Face hub "
             f"let us download ({error})"
         ) from error
+
+    if not quantization:
+        return directory
+    files = sorted(directory.rglob(f"*{quantization}*.gguf"))
+    if not files:
+        raise CheckpointError(f"model: {repository!r} has no GGUF file of {quantization!r}")
+    return _directory_of_gguf(files[0])
+
+
+def _directory_of_gguf(file: Path) -> Path:
+    """A directory with a configuration and a tokenizer, made once from the file's metadata."""
+    part = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", file.name)
+    files = [file]
+    if part:
+        files = sorted(file.parent.glob(f"{part[1]}-*-of-{part[2]}.gguf"))
+        if len(files) != int(part[2]):
+            raise CheckpointError(f"{file}: {len(files)} of its {int(part[2])} parts are there")
+    return derived(files, "engine.models.gguf.convert")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "models"
+
+
+def derived(files: list[Path], module: str) -> Path:
+    """What `python -m MODULE FILE… DIRECTORY` makes of files: a directory, made once and kept.
+
+    Raises CheckpointError with the last line that it says.
+    """
+    identity = [module, _DERIVED]
+    for file in files:
+        state = file.stat()
+        identity.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
+    cache = _cache()
+    directory = cache / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
+    if directory.exists():
+        return directory
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", module, *map(str, files), str(made)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise CheckpointError(f"{files[0]} cannot be read: {reason}")
+        with suppress(OSError):  # another process was faster
+            made.rename(directory)
+    return directory
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:

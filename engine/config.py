@@ -78,9 +78,10 @@ class EngineConfig(StrictModel):
         description="Share of a GPU's memory for weights, activations, CUDA graphs and KV cache "
         "together; default 0.9. Measured by this engine's own peak, whatever else runs there.",
     )
-    scheduling_policy: Literal["fcfs", "priority", "shortest"] = Field(
+    scheduling_policy: Literal["fcfs", "fair", "priority", "shortest"] = Field(
         "fcfs",
-        description="Who is admitted first, and preempted last: fcfs as they come; priority by the "
+        description="Who is admitted first, and preempted last: fcfs as they come, API keys by "
+        "turns; fair by the tokens that keys have had, by their weights; priority by the "
         "requests' priority, smallest first; shortest by prompt length, where every later arrival "
         "counts as 32 tokens more, so that long prompts wait only so long.",
     )

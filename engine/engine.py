@@ -155,6 +155,7 @@ class Engine:
             "late_compilations": len(self.runner.late_compilations),
             "replayed_steps": self.runner.forward_pass.num_replays,
             "tokens_per_s": self._speed.tokens_per_s,
+            "full_steps": self._speed.num_steps,
             **asdict(scheduler.stats),
         }
 
@@ -173,6 +174,7 @@ class _Speed:
 
     def __init__(self) -> None:
         self.tokens_per_s = 1000.0  # until measured
+        self.num_steps = 0  # that were full
         self._last_end = 0.0
 
     def count_step(self, num_tokens: int, launched_at: float) -> None:
@@ -180,5 +182,6 @@ class _Speed:
         now = time.monotonic()
         if num_tokens >= self._FULL_STEP_TOKENS:
             speed = num_tokens / max(now - max(launched_at, self._last_end), 1e-9)
+            self.num_steps += 1
             self.tokens_per_s += self._WEIGHT * (speed - self.tokens_per_s)
         self._last_end = now

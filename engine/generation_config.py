@@ -1,8 +1,13 @@
-"""How a checkpoint wants to generate: what ends an output, and which sampling is recommended."""
+"""How a checkpoint wants to generate: what ends an output, and which sampling is recommended.
 
+Or to embed: which hidden states.
+"""
+
+import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -94,3 +99,33 @@ def sampling_defaults(directory: Path) -> dict[str, Any]:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(ignored.items()))
         logger.warning("generation_config.json recommends what is not obeyed here: %s", listed)
     return defaults
+
+
+PoolingKind = Literal["last", "mean", "cls"]
+_MODES: dict[str, PoolingKind] = {
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+}
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    kind: PoolingKind
+    normalizes: bool = True  # to length 1
+
+
+def embedding_config(directory: Path) -> EmbeddingConfig | None:
+    """None for one that is not made for it; raises CheckpointError for one that pools otherwise."""
+    path = directory / "modules.json"
+    if not path.exists():
+        return None
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    kinds = {str(m.get("type", "")).rsplit(".", 1)[-1]: m.get("path", "") for m in modules}
+    if "Pooling" not in kinds:
+        return None
+    modes = read_json(directory / kinds["Pooling"], "config.json")
+    wanted = [name for name, value in modes.items() if name.startswith("pooling_mode_") and value]
+    if len(wanted) != 1 or wanted[0] not in _MODES:
+        raise CheckpointError(f"{path.parent}: pools by {wanted}; known are {list(_MODES)}")
+    return EmbeddingConfig(_MODES[wanted[0]], "Normalize" in kinds)

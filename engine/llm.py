@@ -1,5 +1,6 @@
 """Offline generation in this process: `from engine import LLM`."""
 
+import math
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -11,17 +12,31 @@ from tqdm import tqdm
 from engine import checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.generation_config import sampling_defaults
-from engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from engine.generation_config import (
+    EmbeddingConfig,
+    PoolingKind,
+    embedding_config,
+    sampling_defaults,
+)
+from engine.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
 from engine.ranks.group import Leader
 from engine.runner.follower import spawn_followers
-from engine.sampling_params import MAX_SEED, SamplingParams
+from engine.sampling_params import MAX_SEED, Pooling, SamplingParams
 from engine.schedule.request import Request
 from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.chat_template import check_variables
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import for_template
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, has_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -51,6 +66,7 @@ class _Prompted:
     first_token_time: float = 0.0
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] | None = None
+    vector: list[float] | None = None
 
 
 class LLM:
@@ -69,9 +85,8 @@ class LLM:
         self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
         self.engine = Engine(self.config, leader, show_progress=True)
         directory = checkpoint.resolve(self.config.model, self.config.revision)
-        self.tokenizer: Tokenizer | None = None  # dummy weights may come without one
-        if self.config.load_format != "dummy" or (directory / "tokenizer.json").exists():
-            self.tokenizer = Tokenizer(directory)
+        self.tokenizer = Tokenizer(directory) if has_tokenizer(directory) else None
+        self._embedding = embedding_config(directory)
         self._default_params = SamplingParams(**sampling_defaults(directory))
         self._seeds = random.Random(self.config.seed)
         self._next_id = 0
@@ -87,9 +102,9 @@ class LLM:
         return self._default_params
 
     def get_tokenizer(self) -> Tokenizer:
-        """Raises ValueError for dummy weights without one."""
+        """Raises ValueError for a checkpoint without one: its prompts are token ids."""
         if self.tokenizer is None:
-            raise ValueError("this checkpoint has no tokenizer.json; give prompts as token ids")
+            raise ValueError("this checkpoint has no tokenizer; give prompts as token ids")
         return self.tokenizer
 
     def generate(
@@ -149,6 +164,52 @@ class LLM:
             )
             prompts.append(tokens)
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: PoolingKind | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The prompts as vectors.
+
+        Args:
+            pooling: default: as the checkpoint's config of sentence-transformers has it.
+        Raises:
+            ValueError: there is none, and no pooling is given; or as `generate`.
+        """
+        config = EmbeddingConfig(pooling) if pooling is not None else self._embedding
+        if config is None:
+            raise ValueError("this checkpoint is not made for embeddings; say which pooling to use")
+        params = SamplingParams(max_tokens=1, temperature=0, pooling=Pooling(kind=config.kind))
+        outputs = []
+        for output in self.generate(prompts, params, use_tqdm):
+            vector = output.vector or []
+            length = math.hypot(*vector) if config.normalizes else 1.0
+            embedding = EmbeddingOutput([x / max(length, 1e-12) for x in vector])
+            outputs.append(
+                EmbeddingRequestOutput(output.request_id, embedding, output.prompt_token_ids)
+            )
+        return outputs
+
+    def score(
+        self,
+        text_1: str | Sequence[str],
+        text_2: str | Sequence[str],
+        pooling: PoolingKind | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """The cosine of the angle between text_1, one or as many, and each of text_2."""
+        first, second = ([t] if isinstance(t, str) else list(t) for t in (text_1, text_2))
+        first = first * len(second) if len(first) == 1 else first
+        if len(first) != len(second):
+            raise ValueError(f"text_1: {len(first)} texts, but text_2 has {len(second)}")
+        found = [o.outputs.embedding for o in self.embed([*first, *second], pooling, use_tqdm)]
+        pairs = zip(found[: len(first)], found[len(first) :], strict=True)
+        return [
+            ScoringRequestOutput(str(i), ScoringOutput(_cosine(a, b)))
+            for i, (a, b) in enumerate(pairs)
+        ]
 
     def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Prompted:
         text, token_ids, salt = self._parse(prompt)
@@ -212,6 +273,7 @@ class LLM:
             one.num_cached_tokens = delta.num_cached_tokens
         if delta.prompt_logprobs is not None:
             one.prompt_logprobs = delta.prompt_logprobs
+        one.vector = delta.vector or one.vector
         choice.token_ids += delta.token_ids
         choice.logprobs += delta.logprobs or []
         reason: str | None = delta.finish_reason
@@ -242,6 +304,7 @@ class LLM:
             one.num_cached_tokens,
             RequestMetrics(one.arrival_time, one.first_token_time, time.monotonic()),
             prompt_logprobs,
+            vector=one.vector,
         )
 
     def _finish(
@@ -298,6 +361,11 @@ class _Progress:
         self._bar.set_postfix_str(
             f"prompt: {speeds[0]:.0f} tok/s, output: {speeds[1]:.0f} tok/s", refresh=False
         )
+
+
+def _cosine(first: Sequence[float], second: Sequence[float]) -> float:
+    product = sum(a * b for a, b in zip(first, second, strict=True))
+    return product / max(math.hypot(*first) * math.hypot(*second), 1e-12)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -53,3 +53,29 @@ class RequestOutput:
     # For each token of the prompt, if asked for; None for the first, which nothing precedes.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = True
+    vector: list[float] | None = None  # the prompt, pooled, if asked for
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    embedding: list[float]
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    score: float
+
+
+@dataclass(frozen=True)
+class ScoringRequestOutput:
+    request_id: str
+    outputs: ScoringOutput
+    finished: bool = True

@@ -1,7 +1,7 @@
 """How the tokens of one request are chosen, and when it ends."""
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +28,25 @@ class ThinkingLimit(StrictModel):
         description="What thoughts begin with; [] if they have.",
     )
     end: list[TokenId] = Field(min_length=1, max_length=64, description="What they end with.")
+
+
+class Pooling(StrictModel):
+    """What a prompt's hidden states become: one vector."""
+
+    kind: Literal["last", "mean", "cls"] = Field(
+        "last", description="Of the last token, of all, of the first."
+    )
+    logits: list[TokenId] = Field(
+        default_factory=list,
+        max_length=1024,
+        description="Not the last token's hidden state, but what it gives these tokens.",
+    )
+
+    @model_validator(mode="after")
+    def _logits_of_last(self) -> "Pooling":
+        if self.logits and self.kind != "last":
+            raise ValueError("logits: only of the last token")
+        return self
 
 
 class SamplingParams(StrictModel):
@@ -74,6 +93,9 @@ class SamplingParams(StrictModel):
     )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="The form of the text: a JSON schema, regex, choice or grammar."
+    )
+    pooling: Pooling | None = Field(
+        None, description="The prompt as a vector, which comes with the first token."
     )
     thinking_limit: ThinkingLimit | None = Field(
         None, description="Ends the model's thoughts after so many tokens."

@@ -35,6 +35,7 @@ class Attention(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of variable-length queries over the tokens before and at them.
 
@@ -46,6 +47,8 @@ class Attention(Protocol):
             window: a query sees itself and the window - 1 tokens before it, and blocks that lie
                 wholly before are never read; None sees all.
             softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
+            sinks: [H], the score of what each head may attend to in place of any token, as in
+                gpt-oss. No kernel has them: plain torch attends.
         Returns:
             [T, H, D], q's dtype; zeros for what only pads the batch.
         """

@@ -101,6 +101,7 @@ class PagedAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         out = torch.zeros_like(q)
         starts, block_size = inputs.query_starts.tolist(), cache.spec.block_size
@@ -124,7 +125,8 @@ class PagedAttention:
             if window is not None:
                 visible &= distance < window
             queries = q[start:end].transpose(0, 1).unsqueeze(0)
-            attended = _attend(queries, k.to(q.dtype), v.to(q.dtype), visible, scale, softcap)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            attended = _attend(queries, k, v, visible, scale, softcap, sinks)
             out[start:end] = attended[0].transpose(0, 1)
         return out
 
@@ -133,16 +135,28 @@ attention = PagedAttention()
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention of q [1, H, T, D] over k and v [1, K, context, D], where visible [T, context]."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, scale=scale, enable_gqa=True
         )
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-    scores = softcap * torch.tanh((q @ k.mT).float() * scale / softcap)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = (q @ k.mT).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sink), -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
     return weights.to(q.dtype) @ v
 
 

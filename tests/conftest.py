@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +29,25 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Tests of these files and directories start Ray, whose processes want a machine for themselves.
+_WITH_RAY = re.compile(
+    r"tests/cli/|tests/docs/test_code_blocks|tests/deployments/test_"
+    r"(batch|chaos|door|haproxy|metrics|nodes|recovery|replicas|serve_run|shard_group)"
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup` a file's tests share a worker, and all that start Ray do."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        has_ray = _WITH_RAY.match(file) or "cluster" in getattr(item, "fixturenames", ())
+        group = "ray" if has_ray else file
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 CheckpointFactory = Callable[..., Path]
+Edit = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +67,28 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def edited(checkpoints: CheckpointFactory, tmp_path: Path) -> Callable[..., Path]:
+    """edited(family, config=…, tensors=…): a copy of a checkpoint after functions changed it."""
+
+    def edit(family: str, config: Edit | None = None, tensors: Edit | None = None) -> Path:
+        directory = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(checkpoints(family), directory)
+        if config is not None:
+            content = json.loads((directory / "config.json").read_text())
+            config(content)
+            (directory / "config.json").write_text(json.dumps(content))
+        if tensors is not None:
+            from safetensors.torch import load_file, save_file
+
+            weights = load_file(directory / "model.safetensors")
+            tensors(weights)
+            save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        return directory
+
+    return edit
 
 
 @pytest.fixture(scope="session")

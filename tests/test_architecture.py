@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "deployments.shards": {"front"},
     "deployments.routing": {"api"},
     "deployments.api": {"front", "observe", "parsing"},
+    "deployments.files": {"api", "front", "observe", "batch"},
     "deployments.batch": {"api", "front", "observe", "shards"},
     "deployments.cli": set(),
     "kernels.cpu": set(),

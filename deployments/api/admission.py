@@ -1,6 +1,8 @@
 """What chat and text completions share on the way in and out."""
 
 import math
+import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,6 +31,8 @@ async def sampling_params(front: Front, request: GenerationRequest) -> SamplingP
     current.names = request.other_names() | current.names
     try:
         params = request.sampling_params(front.sampling_defaults)
+        if params.seed is None:  # drawn here, for ids of events tell it
+            params = params.model_copy(update={"seed": secrets.randbits(63)})
         return await front.in_tokens(params) if params.bad_words else params
     except ValidationError as error:
         raise validation_error(explain(error.errors())) from error
@@ -36,10 +40,16 @@ async def sampling_params(front: Front, request: GenerationRequest) -> SamplingP
         raise ApiError(400, str(error), "bad_words") from error
 
 
-def check_prompt(front: Front, prompt: list[int], params: SamplingParams, param: str) -> None:
-    """400 at the door for what the engine could never serve."""
+def check_prompt(
+    front: Front, prompt: list[int], params: SamplingParams, param: str, known: Sequence[int] = ()
+) -> None:
+    """400 at the door for what the engine could never serve.
+
+    Args:
+        known: tokens of the output that are there already.
+    """
     try:
-        front.check(prompt, params)
+        front.check([*prompt, *known] if known else prompt, params)
     except ValueError as error:
         raise prompt_error(error, param) from error
 
@@ -112,6 +122,7 @@ def request_options(front: Front, request: ServedRequest) -> RequestOptions:
         cache_owner=current.cache_owner,
         priority=request.priority,
         flow=current.flow,
+        weight=current.quota.weight,
         timeout_s=min(timeouts, default=None),
         records=current.records,
     )

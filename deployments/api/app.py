@@ -14,6 +14,7 @@ from deployments.api.origins import allow_origins
 from deployments.api.routes import (
     chat,
     completions,
+    embeddings,
     engine_events,
     messages,
     playground,
@@ -26,7 +27,7 @@ from deployments.front.front import Front
 from deployments.version import VERSION
 
 # Each has `routes(front)`: an endpoint is a file, and its name here.
-ROUTES = (chat, completions, responses, messages, tokens, server_info, engine_events)
+ROUTES = (chat, completions, responses, messages, embeddings, tokens, server_info, engine_events)
 
 
 def build_api(

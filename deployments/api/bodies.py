@@ -40,16 +40,24 @@ def read(model: type[M], body: bytes, max_bytes: int) -> M:
     Args:
         max_bytes: of the largest body that is allowed.
     """
-    if len(body) > _SMALL_BYTES:
-        _check_cost(body, max(max_bytes // _BYTES_PER_NUMBER, _LEAST_NUMBERS))
-    try:
-        content = from_json(body.removeprefix(_BYTE_ORDER_MARK))
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    content = parse(body, max_bytes)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         raise validation_error(explain(error.errors(include_url=False), content)) from error
+
+
+def parse(body: bytes, max_bytes: int, may_be_cut: bool = False) -> Any:
+    """The JSON, or what there is of it if it `may_be_cut`. Raises ApiError."""
+    if len(body) > _SMALL_BYTES:
+        _check_cost(body, max(max_bytes // _BYTES_PER_NUMBER, _LEAST_NUMBERS))
+    try:
+        body = body.removeprefix(_BYTE_ORDER_MARK)
+        if may_be_cut:  # perhaps within a character
+            return from_json(body.decode("utf-8", "ignore"), allow_partial="trailing-strings")
+        return from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
 
 def _check_cost(body: bytes, limit: int) -> None:
@@ -99,7 +107,10 @@ class BodyRoute(APIRoute):
 async def _read_body(model: type[M], http: Request) -> M:
     """Keeps nothing of the body, as `http.body()` would."""
     body = b"".join([chunk async for chunk in http.stream() if chunk])
-    limit = scope().service.max_request_bytes
+    current = scope()
+    if current.handed is not None and current.handed.request_type != model.__name__:
+        current.handed = None
+    limit = current.service.max_request_bytes
     if len(body) <= _SMALL_BYTES:
         return read(model, body, limit)
     return await off_loop(len(body), read, model, body, limit)

@@ -18,12 +18,14 @@ from deployments.api.admission import (
     sampling_params,
 )
 from deployments.api.errors import ApiError, validation_error
+from deployments.api.requests.resume import Resume, go_on
 from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.schema.tools import call_grammar, constrain, find_format, forced_tools
 from deployments.api.scope import scope
 from deployments.front.front import Front, TextDelta, TextStream
 from deployments.front.request_options import RequestOptions
+from deployments.off_loop import off_loop
 from deployments.parsing import THINK, Functions, OutputParser, Piece, ToolFormat
 from engine.sampling_params import SamplingParams, ThinkingLimit
 from engine.strict import explain
@@ -47,12 +49,15 @@ class Chat:
     options: RequestOptions
 
     @classmethod
-    async def start(cls, front: Front, request: ChatCompletionRequest) -> "Chat":
+    async def start(
+        cls, front: Front, request: ChatCompletionRequest, resume: Resume | None = None
+    ) -> "Chat":
         """Raises ApiError for a request that cannot be served."""
         check_model(front, request)
         check_queue(front, 1)
         options = request_options(front, request)
         params = await sampling_params(front, request)
+        params, options = await go_on(resume, front, params, options)
         tools = find_format(front) if request.offered_tools else None
         has_form = params.structured_outputs is not None
         forced_prefix: str | None = None
@@ -62,12 +67,13 @@ class Chat:
             params = _with_calls(front, request, params, tools)
         prompt = await _encode(front, request, params)
         is_shaped = has_form or forced_prefix is not None
-        if is_shaped:
+        is_in_channel = tools is not None and tools.has_channels and forced_prefix is None
+        if is_shaped and not is_in_channel:
             prompt += _beginning(front, prompt, forced_prefix)
         prompt = front.truncate(prompt, params)
         if not is_shaped:
             params = _with_limit(front, prompt, params, request.thinking_budget)
-        check_prompt(front, prompt, params, "messages")
+        check_prompt(front, prompt, params, "messages", options.known_tokens)
         check_queue(front, params.n, len(prompt) * params.n)
         scope().end_reading()
         head = {
@@ -152,7 +158,7 @@ def _with_calls(
         return constrain(params, call_grammar(front, tools, forced, is_forced=True).forced())
     if form is not None:
         return constrain(params, call_grammar(front, tools, offered).or_form(form, is_single))
-    if any(tool.function.strict for tool in offered):
+    if any(tool.function.strict for tool in offered) and not tools.has_channels:
         marks = front.reasoning.marks if front.reasoning is not None else ()
         thoughts = list(front.special_tokens(marks).values())
         grammar = call_grammar(front, tools, offered).among_text(is_single, thoughts)
@@ -163,12 +169,11 @@ def _with_calls(
 async def _encode(
     front: Front, request: ChatCompletionRequest, params: SamplingParams
 ) -> list[int]:
+    if (handed := scope().handed) is not None:
+        return handed.tokens
     try:
-        return await front.encode_chat(
-            [message.for_template() for message in request.messages],
-            max_len=front.max_prompt_len(params),
-            **request.template_options(),
-        )
+        size, max_len = sum(m.size for m in request.messages), front.max_prompt_len(params)
+        return await off_loop(size, request.encode, front.tokenizer, max_len)
     except ValueError as error:
         raise prompt_error(error, "messages") from error
 
@@ -199,7 +204,7 @@ def _end_of(front: Front, prompt: list[int]) -> str:
     return front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AnswerDelta:
     """What a step brought a choice, read."""
 

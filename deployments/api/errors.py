@@ -16,6 +16,7 @@ from deployments.front.engine_client import (
     RequestRefusedError,
     RequestTimeoutError,
 )
+from deployments.front.quotas import QuotaError
 from engine.sampling_params import SamplingParams
 from engine.strict import cut, explain, shown
 
@@ -82,6 +83,9 @@ class ApiError(Exception):
             case EngineUnavailableError():
                 retry = {"Retry-After": str(RETRY_AFTER_S)}
                 return cls(503, str(error), code="engine_unavailable", headers=retry)
+            case QuotaError():
+                retry = {"Retry-After": str(error.retry_after_s)}
+                return cls(429, str(error), code="rate_limit_exceeded", headers=retry)
             case RequestTimeoutError():
                 return cls(408, str(error), code="request_timeout", headers=_STAY)
         return cls(500, f"internal error: {type(error).__name__}")

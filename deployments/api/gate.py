@@ -11,13 +11,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
 from deployments.api.keys import KeyRing
-from deployments.api.origins import check_page
+from deployments.api.origins import check_page, check_upload
 from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
+from deployments.api.requests import handed_tokens
+from deployments.api.requests.handed_tokens import TokenSeal
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs
 from deployments.front.front import Front
 from deployments.front.places import Places
+from deployments.front.quotas import Quotas
 from engine.strict import shown
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -30,6 +33,9 @@ _MAX_BODIES = 16
 _BODY_S = 30.0
 _BODY_BYTES_PER_S = 16 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
+_FORM_BYTES = 64 * 1024  # of a form beside its file
+_TOO_LARGE = "request_too_large"
+_FROM_ROUTERS = handed_tokens.HEADER.encode()
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
 OPEN_PATHS = frozenset(
@@ -37,6 +43,21 @@ OPEN_PATHS = frozenset(
 )
 _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
 _ANTHROPIC = "/v1/messages/"
+# What OpenAI's clients ask for and is not here, by the beginning of its path.
+_ABSENT = {
+    **dict.fromkeys(
+        ("/v1/files", "/v1/batches"),
+        "this server keeps no files; deploy it with files_directory=… to have files and batches",
+    ),
+    **dict.fromkeys(
+        ("/v1/images", "/v1/audio", "/v1/videos", "/v1/moderations", "/v1/realtime"),
+        "models here read and write text",
+    ),
+    **dict.fromkeys(
+        ("/v1/assistants", "/v1/threads", "/v1/conversations", "/v1/vector_stores", "/v1/uploads"),
+        "use chat completions, responses or messages",
+    ),
+}
 
 
 class Gate:
@@ -58,6 +79,8 @@ class Gate:
         self._tells_ids = tells_ids
         self._front = front
         self._bodies = Places()  # of bytes
+        self._quotas = Quotas()
+        self._seal = TokenSeal(front.block_key)
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -91,6 +114,7 @@ class Gate:
             self._front.num_open -= 1
             current.end_reading()
             current.handler = str(getattr(http.get("route"), "path", "none"))
+            self._count_tokens(current)
             self._metrics.http[current.method, current.handler, current.status_class] += 1
             if current.error:
                 self._metrics.errors[current.error] += 1
@@ -101,14 +125,42 @@ class Gate:
         """Whatever goes wrong before an answer has begun becomes one in its API's shape."""
         try:
             self._admit(http, current)
-            if http["method"] in ("POST", "PUT", "PATCH"):
-                receive = _replay(await self._read_body(current, receive), receive)
-                _check_media_type(current.headers)
-            await self._app(http, receive, send)
+            self._check_present(_route_path(http))
+            if http["method"] not in ("POST", "PUT", "PATCH"):
+                await self._app(http, receive, send)
+                return
+            with self._quotas.request(current.tenant, current.quota):
+                if self._takes_file(http):
+                    check_upload(current.headers, self._service.allowed_origins)
+                    receive = _counted(receive, self._service.max_file_bytes)
+                else:
+                    receive = _replay(await self._read_body(current, receive), receive)
+                    _check_media_type(current.headers)
+                await self._app(http, receive, send)
         except Exception as error:
             answer = error_response(error)
             if current.status == 0:
                 await answer(http, receive, send)
+
+    def _check_present(self, path: str) -> None:
+        """Raises ApiError where somebody may look for what this server does not have."""
+        hint = next((hint for name, hint in _ABSENT.items() if path.startswith(name)), None)
+        has_files = self._service.files_directory is not None
+        if hint is not None and not (has_files and path.startswith(("/v1/files", "/v1/batches"))):
+            raise ApiError(404, f"there is no {path}: {hint}")
+
+    def _takes_file(self, http: Scope) -> bool:
+        """Whether the body is a form with a file, which is read as it comes and never held."""
+        return self._service.files_directory is not None and _route_path(http) == "/v1/files"
+
+    def _count_tokens(self, current: RequestScope) -> None:
+        tokens = self._metrics.key_tokens
+        for record in current.records:
+            self._quotas.take(current.tenant, current.quota, record.num_prompt + record.num_output)
+            if current.tenant:
+                tokens[current.tenant, "prompt"] += record.num_prompt
+                tokens[current.tenant, "cached"] += record.num_cached
+                tokens[current.tenant, "output"] += record.num_output
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
         """Raises ApiError unless the path is open or the key is ours, and whenever draining."""
@@ -129,6 +181,7 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         current.tenant = name
+        current.quota = self._keys.quota(name)
         current.flow = name if self._keys.has_several_names else current.request_id
         if self._isolates_cache:
             current.cache_owner = name
@@ -166,6 +219,8 @@ class Gate:
             raise fault
         body = b"".join(chunks)
         current.body = body[:MAX_BODY_BYTES]
+        if handed_tokens.HEADER in current.headers:
+            current.handed = self._seal.open(body, current.headers[handed_tokens.HEADER])
         return body
 
     def _body_fault(self, current: RequestScope, size: int, more: int) -> ApiError | None:
@@ -173,7 +228,7 @@ class Gate:
         limit = self._service.max_request_bytes
         if size > limit:
             message = f"the body is larger than {limit} bytes (max_request_bytes)"
-            return ApiError(413, message, code="request_too_large")
+            return ApiError(413, message, code=_TOO_LARGE)
         if not self._bodies.has_room(current.flow, more, limit * _MAX_BODIES):
             message = (
                 f"{self._bodies.taken} bytes of requests are being read, and there is no room for "
@@ -201,12 +256,30 @@ async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
         raise ApiError(408, error, code="request_timeout") from None
 
 
+def _counted(receive: Receive, limit: int) -> Receive:
+    """The same; raises ApiError for what is larger than a file and its form may be."""
+    size = 0
+
+    async def counted() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit + _FORM_BYTES:
+            raise ApiError(
+                413, f"the file is larger than {limit} bytes (max_file_bytes)", code=_TOO_LARGE
+            )
+        return message
+
+    return counted
+
+
 def _check_head(http: Scope) -> None:
     size = len(http["path"]) + len(http["query_string"])
-    size += sum(len(name) + len(value) for name, value in http["headers"])
+    own = ((name, value) for name, value in http["headers"] if name != _FROM_ROUTERS)
+    size += sum(len(name) + len(value) for name, value in own)
     if size > _MAX_HEAD_BYTES:
         message = f"the headers are {size} bytes; at most {_MAX_HEAD_BYTES} are taken"
-        raise ApiError(431, message, code="request_too_large")
+        raise ApiError(431, message, code=_TOO_LARGE)
 
 
 def _check_media_type(headers: Headers) -> None:

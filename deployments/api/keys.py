@@ -3,12 +3,21 @@
 import hashlib
 import hmac
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from deployments.args import ServiceArgs
+from deployments.front.quotas import Quota
+from engine.strict import explain
 
 KEYS_VARIABLE = "MANTA_API_KEYS"
+
+
+# After the key: keys themselves have "=" at their end, if at all.
+_OPTION = re.compile(r"([a-z_]+)=([^=]+)")
 
 
 class ApiKeysError(ValueError):
@@ -21,11 +30,15 @@ class KeyRing:
     def __init__(self, entries: list[str]) -> None:
         """
         Args:
-            entries: KEY or NAME:KEY each. Several keys may have one name, as while one replaces
-                another; a key without a name is called by its place in the list.
+            entries: KEY or NAME:KEY each, and behind it what the client may have, as in
+                "acme:sk-1 weight=2 max_concurrent=8". Several keys may have one name, as while one
+                replaces another, and one quota; a key without a name is called by its place in the
+                list.
         """
         self._names: list[tuple[bytes, str]] = []
+        self._quotas: dict[str, Quota] = {}
         for number, entry in enumerate(entries, start=1):
+            entry, quota = _quota(entry, number)
             name, colon, key = entry.partition(":")
             if not colon:
                 name, key = f"key-{number}", entry
@@ -34,7 +47,13 @@ class KeyRing:
                     f"API key {number}: should be KEY or NAME:KEY, and has an empty part or a name "
                     "that cannot be printed"
                 )
-            self._names.append((_digest(key.strip()), name.strip()))
+            name = name.strip()
+            self._names.append((_digest(key.strip()), name))
+            if self._quotas.setdefault(name, quota) != quota:
+                raise ApiKeysError(
+                    f"API key {number}: {name!r} has other limits with another key; give both the "
+                    "same"
+                )
 
     @classmethod
     def load(cls, args: ServiceArgs) -> "KeyRing":
@@ -66,6 +85,10 @@ class KeyRing:
     def has_several_names(self) -> bool:
         return len({name for _, name in self._names}) > 1
 
+    def quota(self, name: str) -> Quota:
+        """What the client of that name may have."""
+        return self._quotas.get(name, Quota())
+
     def find(self, headers: Mapping[str, str]) -> str | None:
         """The name of the key in a request's headers; None when it is none of ours.
 
@@ -82,6 +105,19 @@ class KeyRing:
             if hmac.compare_digest(digest, given) | hmac.compare_digest(digest, other):
                 found = name
         return found
+
+
+def _quota(entry: str, number: int) -> tuple[str, Quota]:
+    """(the entry without its limits, those); raises ApiKeysError."""
+    given: dict[str, str] = {}
+    while " " in entry and (option := _OPTION.fullmatch(entry.split()[-1])):
+        given[option[1]] = option[2]
+        entry = entry.removesuffix(option[0]).rstrip()
+    try:
+        return entry, Quota.model_validate(given)
+    except ValidationError as error:
+        faults = "; ".join(f"{name}: {fault}" for name, fault in explain(error.errors()))
+        raise ApiKeysError(f"API key {number}: {faults}") from None
 
 
 def _digest(key: str) -> bytes:

@@ -47,6 +47,24 @@ def check_page(headers: Headers, allowed: Collection[str]) -> None:
     )
 
 
+def check_upload(headers: Headers, allowed: Collection[str]) -> None:
+    """Raises ApiError for a form of a page that may not read the answer.
+
+    Browsers send forms anywhere without asking first, unlike JSON.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise ApiError(
+            415,
+            "a file is sent as multipart/form-data, with its purpose",
+            code="unsupported_media_type",
+        )
+    origin, host = headers.get("origin"), headers.get("host", "")
+    is_own = origin is not None and origin.partition("://")[2] == host
+    if not (origin is None or is_own or origin in allowed or "*" in allowed):
+        raise ApiError(403, f"pages of {origin} may not send files here", code="origin_not_allowed")
+
+
 def _is_private(host: str) -> bool:
     """Whether a host is an address, or a name that has no meaning outside of a network."""
     name = _PORT.sub("", host).removesuffix(".").lower()

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
 
+from deployments.api.requests.handed_tokens import HandedTokens
 from deployments.args import ServiceArgs
+from deployments.front.quotas import Quota
 from deployments.observe.request_record import RequestRecord
 
 
@@ -22,9 +24,11 @@ class RequestScope:
     is_anthropic: bool = False  # it has come to an endpoint of their API
     headers: Headers = field(default_factory=Headers)
     body: bytes = b""  # its beginning
+    handed: HandedTokens | None = None  # of its prompt, if a router has made them
     flow: str = ""  # requests of one take turns with those of others
     end_reading: Callable[[], None] = lambda: None  # called when the body is of no more use
     tenant: str = ""  # the name of its API key
+    quota: Quota = field(default_factory=Quota)
     cache_owner: str = ""  # the tenant, if its cached prefixes are its own
     # What the client calls parameters that have other names here, one after another: for errors.
     names: dict[str, str] = field(default_factory=dict)

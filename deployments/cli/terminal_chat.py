@@ -88,6 +88,7 @@ class Chat:
             "messages": [*system, *self._messages, question],
             "stream": True,
             "stream_options": {"include_usage": True},
+            "return_token_ids": True,  # by which a stream that breaks goes on at once
             **self._sampling,
         }
         if self._think:

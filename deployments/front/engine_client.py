@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deployments.args import AppArgs, DeploymentArgs
+from deployments.cached_blocks import CachedBlocks
+from deployments.front.heartbeat import Heartbeat
 from deployments.front.places import Places
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
 from deployments.front.request_options import RequestOptions
@@ -56,14 +59,16 @@ class _Live:
 class EngineClient:
     """Listens on a Unix socket for one engine at a time."""
 
-    def __init__(self, model_name: str = "") -> None:
+    def __init__(self, args: DeploymentArgs | None = None) -> None:
+        args = args or AppArgs()
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
-        self.metrics = Metrics(model_name, lambda: self.stats)
+        self.metrics = Metrics(args.model_name, lambda: self.stats)
+        self.heartbeat = Heartbeat(args, lambda: self.stats)
         self.queue = Places()  # of requests without a token yet
         self.queue_tokens = Places()  # of their prompts
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
-        self.cached_blocks: set[bytes] = set()  # hashes of the blocks in the engine's prefix cache
+        self.cached_blocks = CachedBlocks()  # a new one for every engine
         self.num_blamed = 0  # deaths of engines that are laid to a request
         self._live: dict[str, _Live] = {}
         self._ids = itertools.count()
@@ -75,7 +80,6 @@ class EngineClient:
         self._is_flush_due = False
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
-        self._last_beat = time.monotonic()
         self._watched_until = 0.0
 
     async def listen(self) -> str:
@@ -112,12 +116,10 @@ class EngineClient:
     def num_live(self) -> int:
         return len(self._live)
 
-    def is_silent(self, timeout_s: float) -> bool:
-        """Whether an engine is connected but has sent nothing for so long.
-
-        An engine sends a message every step and, when idle, every heartbeat.
-        """
-        return self._writer is not None and time.monotonic() - self._last_beat > timeout_s
+    @property
+    def is_silent(self) -> bool:
+        """Whether an engine is connected but has sent nothing for longer than it would."""
+        return self._writer is not None and self.heartbeat.is_silent
 
     async def generate(
         self,
@@ -143,6 +145,8 @@ class EngineClient:
             priority=options.priority,
             cache_owner=options.cache_owner,
             flow=options.flow,
+            weight=options.weight,
+            output_token_ids=list(options.known_tokens),
         )
         # Packed here, where it fails nobody else if it cannot be.
         live = _Live(request, encode_request(request), options.stream, record)
@@ -277,8 +281,8 @@ class EngineClient:
         self._stop_listening()
         self._writer = writer
         self._aborted = []
-        self.cached_blocks.clear()
-        self._last_beat = time.monotonic()
+        self.cached_blocks = CachedBlocks()
+        self.heartbeat.start()
         self.metrics.engine_starts += 1
         self._connected.set()
         for live in self._live.values():
@@ -287,21 +291,18 @@ class EngineClient:
         self._flush()
 
     def _take_in(self, message: Message) -> None:
-        self._last_beat = time.monotonic()
+        self.heartbeat.beat()
         self.stats = message["stats"]
         self.view = message.get("view", self.view)
-        for block_hash, cached in message["cache"]:
-            if cached:
-                self.cached_blocks.add(block_hash)
-            else:
-                self.cached_blocks.discard(block_hash)
+        for block_hash, is_cached in message["cache"]:
+            self.cached_blocks.note(block_hash, is_cached)
         for fields in message["deltas"]:
             delta = decode_delta(fields)
             live = self._live.get(delta.request_id)
             if live is None:
                 continue  # aborted while the step ran
             live.request.output_token_ids += delta.token_ids
-            self.metrics.count_tokens(live.record, len(delta.token_ids), self._last_beat)
+            self.metrics.count_tokens(live.record, len(delta.token_ids), self.heartbeat.last)
             self._quarantine.acquit(delta.request_id)
             if live.is_queued:
                 self._leave_queue(live)

@@ -16,9 +16,9 @@ from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.version import VERSION
 from engine import checkpoint
-from engine.generation_config import sampling_defaults
+from engine.generation_config import EmbeddingConfig, embedding_config, sampling_defaults
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import TokenLogprobs
+from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ from engine.text.tokenizer import Tokenizer
 _DRAIN_S = 0.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would double what making one costs
 class TextDelta:
     """What one engine step brought a request, as text."""
 
@@ -39,6 +39,7 @@ class TextDelta:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     token_ids: Sequence[int] = ()  # that the step brought, also where their text is held back
+    is_known: bool = False  # the client has it, of a stream that broke
 
 
 # Sending it True ends the request: its text is complete.
@@ -52,6 +53,7 @@ class Front:
         directory = checkpoint.resolve(args.model, args.revision)
         self.model = args.model
         self.model_name = args.model_name
+        self.block_key = args.block_key
         config = args.engine_config.model_dump_json()
         # Of what decides about an answer beside its request.
         self.fingerprint = f"fp_{hashlib.sha256(f'{VERSION} {config}'.encode()).hexdigest()[:12]}"
@@ -59,14 +61,17 @@ class Front:
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
+        self.embedding = embedding_config(directory)
+        if args.pooling != "auto":
+            self.embedding = EmbeddingConfig(args.pooling)
+        self.judges = args.reranker == "qwen3"
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
-        self.client = EngineClient(self.model_name)
+        self.client = EngineClient(args)
         # What is to be seen of every replica of this model; a replica among several asks them all.
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
         self.num_open = 0  # requests being answered
         self.is_draining = False
-        self._heartbeat_timeout_s = args.heartbeat_timeout_s
 
     def tokens_of(self, marks: Iterable[str]) -> frozenset[int]:
         """Those of the marks that are tokens."""
@@ -152,8 +157,9 @@ class Front:
         stream = stream or params.prompt_logprobs is not None
         record = RequestRecord(len(prompt_token_ids), params.max_tokens)
         options.records.append(record)
-        tokens = self.client.generate(
-            prompt_token_ids, params, seed, replace(options, stream=stream), record
+        options = replace(options, stream=stream)
+        tokens = _parted(
+            self.client.generate(prompt_token_ids, params, seed, options, record), options
         )
         held: list[TokenLogprobs] = []  # of tokens whose text is held back
         async with aclosing(tokens):
@@ -180,11 +186,27 @@ class Front:
                     logprobs,
                     delta.prompt_logprobs,
                     delta.token_ids,
+                    is_known=detokenizer.num_tokens <= options.position,
                 )
                 if is_complete:
                     record.finish_reason = "stop"
                 if is_complete or detokenizer.stop_string is not None:
                     return
+
+    async def embed(
+        self, prompt_token_ids: list[int], params: SamplingParams, options: RequestOptions
+    ) -> list[float]:
+        """The prompt as `params.pooling` has it; raises what `generate` does."""
+        record = RequestRecord(len(prompt_token_ids), params.max_tokens)
+        options.records.append(record)
+        options = replace(options, stream=False)
+        async with aclosing(
+            self.client.generate(prompt_token_ids, params, 0, options, record)
+        ) as deltas:
+            async for delta in deltas:
+                if delta.vector is not None:
+                    return delta.vector
+        raise EngineUnavailableError("the engine has started anew; try again")
 
     async def watch_own_engine(self) -> list[dict[str, Any]]:
         return [{"replica": "", **self.client.watch()}]
@@ -206,10 +228,29 @@ class Front:
         self.check_open()
         if not self.client.is_connected:
             raise EngineUnavailableError("the engine is being restarted")
-        if self.client.is_silent(self._heartbeat_timeout_s):
-            raise EngineUnavailableError(
-                f"the engine has been silent for more than {self._heartbeat_timeout_s:g} s"
-            )
+        if self.client.is_silent:
+            limit = self.client.heartbeat.timeout_s
+            raise EngineUnavailableError(f"the engine has been silent for more than {limit:.0f} s")
+
+
+async def _parted(
+    deltas: AsyncGenerator[TokenDelta], options: RequestOptions
+) -> AsyncGenerator[TokenDelta]:
+    """With the tokens that are there already before them, and none across `options.position`."""
+    num_tokens = len(options.known_tokens)
+    if num_tokens:
+        yield TokenDelta(request_id="", token_ids=list(options.known_tokens))
+    async with aclosing(deltas):
+        async for delta in deltas:
+            cut = options.position - num_tokens
+            num_tokens += len(delta.token_ids)
+            if 0 < cut < len(delta.token_ids):
+                ids, logprobs = delta.token_ids, delta.logprobs
+                first = replace(delta, token_ids=ids[:cut], finish_reason=None, stop_token=None)
+                yield replace(first, logprobs=logprobs and logprobs[:cut])
+                rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
+                delta = replace(rest, logprobs=logprobs and logprobs[cut:])
+            yield delta
 
 
 def _seed_of(params: SamplingParams) -> int:

@@ -14,6 +14,11 @@ class RequestOptions:
     cache_owner: str = ""
     priority: int = 0
     flow: str = ""
+    weight: float = 1.0
     timeout_s: float | None = None
+    # Of a stream that broke: output tokens that are there already, and up to where its client has
+    # the text.
+    known_tokens: tuple[int, ...] = ()
+    position: int = 0
     shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

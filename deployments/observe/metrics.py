@@ -86,6 +86,7 @@ class Metrics(Collector):
         self._max_tokens = Buckets(_TOKENS)
         self.finished = Counter[str]({"stop": 0, "length": 0, "abort": 0, "timeout": 0, "error": 0})
         self.errors = Counter[str]()  # by code, or status where there is none
+        self.key_tokens = Counter[tuple[str, str]]()  # (name of a key, which tokens)
         self.http = Counter[tuple[str, str, str]]()  # (method, handler, status as 2xx)
         self.engine_starts = 0
         self.registry = CollectorRegistry()
@@ -171,6 +172,14 @@ class Metrics(Collector):
         yield self._counter_by(
             "manta:request_errors", "Requests answered with an error.", ("code",), self.errors
         )
+        tokens = CounterMetricFamily(
+            "manta:key_tokens",
+            "Tokens by API key: of prompts, of those found cached, of outputs.",
+            labels=(*self._labels, "key", "kind"),
+        )
+        for of, count in self.key_tokens.items():
+            tokens.add_metric([*self._labels.values(), *of], count)
+        yield tokens
         starts = CounterMetricFamily("manta:engine_starts", "Engines that came up.")
         starts.add_metric([], self.engine_starts)
         yield starts

@@ -3,19 +3,17 @@
 import time
 from typing import Any
 
-from ray import serve
-from ray.serve.handle import DeploymentHandle
+from deployments.peers import Peers
 
 # Pages that watch at the same time share an answer that is not older than this, in seconds.
 _FRESH_S = 0.25
-_TIMEOUT_S = 2.0
 
 
 class ReplicaWatch:
     """Calls `watch` on every replica, this one included, through Serve."""
 
     def __init__(self) -> None:
-        self._handle: DeploymentHandle[Any] | None = None
+        self._replicas = Peers()
         self._asked_at = -_FRESH_S
         self._pictures: list[dict[str, Any]] = []
 
@@ -25,12 +23,7 @@ class ReplicaWatch:
         if now - self._asked_at < _FRESH_S:
             return self._pictures
         self._asked_at = now
-        if self._handle is None:
-            context = serve.get_replica_context()
-            self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        answers = await self._handle.broadcast("watch").results_async(
-            timeout_s=_TIMEOUT_S, return_exceptions=True
-        )
+        answers = await self._replicas.ask("watch")
         found = [answer for answer in answers if isinstance(answer, dict)]
         self._pictures = sorted(found, key=lambda picture: str(picture["replica"]))
         return self._pictures

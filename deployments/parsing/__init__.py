@@ -5,6 +5,7 @@ from deployments.parsing.functions import ANY, Functions
 from deployments.parsing.output import OutputParser
 from deployments.parsing.pieces import Arguments, CallStart, Content, Piece, Reasoning
 from deployments.parsing.reasoning import (
+    FINAL,
     REASONING_FORMATS,
     THINK,
     ReasoningFormat,
@@ -14,6 +15,7 @@ from deployments.parsing.tool_format import ToolFormat
 
 __all__ = [
     "ANY",
+    "FINAL",
     "FORMATS",
     "REASONING_FORMATS",
     "THINK",

@@ -1,6 +1,6 @@
 """What the parsers cut a text into."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -36,8 +36,10 @@ TextPiece = Content | Reasoning | Arguments
 Piece = TextPiece | CallStart
 
 
-def joined(pieces: Iterable[Piece]) -> list[Piece]:
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
     """The same with neighbours of one kind in one piece, and no empty ones."""
+    if len(pieces) == 1:  # nearly always
+        return [piece for piece in pieces if isinstance(piece, CallStart) or piece.text]
     result: list[Piece] = []
     for _, group in groupby(pieces, type):
         neighbours = list(group)

@@ -14,11 +14,13 @@ class ReasoningFormat:
     open: str
     close: str
     trace: str  # what in a chat template gives the format away
-    has_channels: bool = False  # the marks are harmony's, and the answer has some too
+    tokens: tuple[str, ...] = ()  # what of the marks may be special tokens, if it is not all of it
+    has_channels: bool = False  # all of an output has marks, which are harmony's
 
     @property
     def marks(self) -> tuple[str, ...]:
-        return self.open, self.close
+        """What may be special tokens of a tokenizer."""
+        return self.tokens or (self.open, self.close)
 
     def is_open(self, prompt_end: str) -> bool:
         """Whether the template has begun a block of thoughts for the model."""
@@ -27,13 +29,22 @@ class ReasoningFormat:
     def skip(self, prompt_end: str) -> str:
         """What a prompt goes on with so that the answer begins at once."""
         if self.has_channels:
-            return "<|channel|>final<|message|>"
+            return FINAL
         return f"\n{self.close}\n\n" if self.is_open(prompt_end) else ""
 
 
+FINAL = "<|channel|>final<|message|>"  # where harmony's answer begins
 THINK = ReasoningFormat("think", "<think>", "</think>", "</think>")
 HARMONY = ReasoningFormat(
-    "harmony", "<|channel|>analysis<|message|>", "<|end|>", "<|channel|>analysis", has_channels=True
+    "harmony",
+    "<|channel|>analysis<|message|>",
+    "<|end|>",
+    "<|channel|>analysis",
+    (
+        *("<|channel|>", "<|message|>", "<|end|>"),
+        *("<|start|>", "<|constrain|>", "<|call|>", "<|return|>"),
+    ),
+    has_channels=True,
 )
 # In the order in which templates are searched for their traces.
 REASONING_FORMATS: dict[str, ReasoningFormat] = {
@@ -42,7 +53,10 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
         HARMONY,
         ReasoningFormat("mistral", "[THINK]", "[/THINK]", "[THINK]"),
         ReasoningFormat("command", "<|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>"),
-        ReasoningFormat("gemma", "<|channel>thought\n", "<channel|>", "<|channel>"),
+        ReasoningFormat(
+            *("gemma", "<|channel>thought\n", "<channel|>", "<|channel>"),
+            ("<|channel>", "<channel|>"),
+        ),
         THINK,
     )
 }

@@ -1,6 +1,9 @@
 // The server's API, as any client sees it.
 
 const KEY = "manta-key";
+// How long an answer that broke is asked for, and how often.
+const GIVE_UP_MS = 60_000;
+const PAUSE_MS = 500;
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
@@ -15,18 +18,19 @@ export class ApiError extends Error {
   }
 }
 
-function headers(body) {
+function headers(body, lastId) {
   const all = {};
+  if (lastId) all["last-event-id"] = lastId;
   if (body) all["content-type"] = "application/json";
   if (key.get()) all.authorization = `Bearer ${key.get()}`;
   return all;
 }
 
 /** The response to GET, or to POST of `body`; throws ApiError unless it is a success. */
-export async function request(path, { body, signal } = {}) {
+export async function request(path, { body, signal, lastId } = {}) {
   const response = await fetch(path, {
     method: body ? "POST" : "GET",
-    headers: headers(body),
+    headers: headers(body, lastId),
     body: body && JSON.stringify(body),
     signal,
   });
@@ -41,6 +45,38 @@ export const getJson = async (path) => (await request(path)).json();
 
 /** Server-sent events as objects, until the stream ends; throws the error that a stream may carry. */
 export async function* events(response) {
+  for await (const [, event] of withIds(response)) if (event) yield event;
+}
+
+/** The events of an answer. One that breaks goes on where it was, from whichever server then answers. */
+export async function* answer(path, { body, signal }) {
+  let lastId = "";
+  let held = []; // what has come since the last id comes again
+  let cameAt = -Infinity;
+  for (;;) {
+    try {
+      const response = await request(path, { body, signal, lastId });
+      for await (const [id, event] of withIds(response)) {
+        cameAt = performance.now();
+        if (event) held.push(event);
+        if (event && lastId && !id) continue;
+        lastId = id || lastId;
+        yield* held;
+        held = [];
+        if (!event) return;
+      }
+      throw new TypeError("the answer has no end"); // as fetch throws for what breaks in the midst
+    } catch (error) {
+      const mayPass = error instanceof TypeError || error.status === 503;
+      if (!mayPass || performance.now() - cameAt > GIVE_UP_MS) throw error;
+      held = [];
+      await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+    }
+  }
+}
+
+/** [id, event] of each, and [ , null] for the end that answers have. */
+async function* withIds(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   try {
@@ -51,12 +87,15 @@ export async function* events(response) {
       const complete = buffer.split("\n\n");
       buffer = complete.pop();
       for (const item of complete) {
-        const data = item.startsWith("data: ") ? item.slice(6) : "";
-        if (data === "[DONE]") return;
-        if (!data) continue;
-        const event = JSON.parse(data);
+        const fields = Object.fromEntries(item.split("\n").map((line) => line.split(/: (.*)/s, 2)));
+        if (!fields.data) continue;
+        if (fields.data === "[DONE]") {
+          yield ["", null];
+          return;
+        }
+        const event = JSON.parse(fields.data);
         if (event.error) throw new ApiError(event.error.code ?? 500, event.error);
-        yield event;
+        yield [fields.id ?? "", event];
       }
     }
   } finally {

@@ -1,6 +1,6 @@
 // The conversation: what was said, what is being said.
 
-import { ApiError, events, request } from "./api.js";
+import { answer as answerEvents, ApiError } from "./api.js";
 import { $, el } from "./dom.js";
 import { refuse, requestFields, systemPrompt } from "./settings.js";
 import { AssistantTurn, speeds, toolTurn, userTurn } from "./turn.js";
@@ -104,8 +104,8 @@ async function stream(message, history) {
     };
     message.times = { sent: performance.now() };
     try {
-      const response = await request("v1/chat/completions", { body: message.body, signal: running.signal });
-      for await (const chunk of events(response)) take(message, chunk);
+      const sent = { body: message.body, signal: running.signal };
+      for await (const chunk of answerEvents("v1/chat/completions", sent)) take(message, chunk);
       return;
     } catch (error) {
       // A feature this server lacks is switched off, and the question asked again without it.

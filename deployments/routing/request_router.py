@@ -9,15 +9,16 @@ from typing import Any
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from deployments.routing.balancer import PrefixBalancer, RoutedPrompt, report_from_stats
+from deployments.routing.balancer import PrefixBalancer, ReplicaReport, RoutedPrompt
 
-# How often Serve asks the replicas for their reports; it gets no faster than this.
+# How often Serve asks the replicas for their load; it gets no faster than this.
 _REPORT_PERIOD_S = 1.0
 
 
 class PrefixRequestRouter(RequestRouter):
-    """Serve gives it the replicas and their reports, `PrefixBalancer` decides.
+    """Serve gives it the replicas, `PrefixBalancer` decides.
 
+    An ingress router brings its own balancer, which knows the replicas' caches, and the prompt.
     Serve's own proxy routes before it has read the body: load and session decide then.
     """
 
@@ -33,15 +34,18 @@ class PrefixRequestRouter(RequestRouter):
         if not candidate_replicas:
             return []
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        self._balancer.update(
-            {name: report_from_stats(r.routing_stats) for name, r in by_name.items()}
-        )
-        prompt, session = RoutedPrompt(), ""
+        balancer, prompt, session = self._balancer, RoutedPrompt(), ""
         if pending_request is not None:
             session = pending_request.metadata.session_id
-            if pending_request.args and isinstance(pending_request.args[0], RoutedPrompt):
-                prompt = pending_request.args[0]
-        chosen = self._balancer.choose(prompt, session)
+            match pending_request.args:
+                case [PrefixBalancer() as balancer, RoutedPrompt() as prompt]:
+                    pass
+        balancer.keep(by_name)
+        if balancer is self._balancer:
+            for name, replica in by_name.items():
+                if stats := (replica.routing_stats or {}).get("manta"):
+                    balancer.take_report(name, ReplicaReport(**stats))
+        chosen = balancer.choose(prompt, session)
         ranked = [[by_name[chosen]]]
         others = [replica for name, replica in by_name.items() if name != chosen]
         return [*ranked, others] if others else ranked

@@ -1,5 +1,6 @@
 """The process that owns a device: one tensor-parallel rank of an engine, as a Ray actor."""
 
+import faulthandler
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,10 @@ from engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from engine.ranks.group import GroupAddress
+
+
+# Makes a shard write the stacks of its threads into its log.
+STACKS_SIGNAL = signal.SIGUSR2
 
 
 def shard_resources(args: DeploymentArgs) -> dict[str, float]:
@@ -43,6 +48,7 @@ class EngineShard:
     """
 
     def __init__(self) -> None:
+        faulthandler.register(STACKS_SIGNAL, all_threads=True)
         # For chaos runs: an error at a random place of a step, as a device fault would raise it.
         if os.environ.get("MANTA_FAULT_INJECTION") == "1":
             signal.signal(signal.SIGUSR1, _raise_injected_fault)

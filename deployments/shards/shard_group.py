@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import (
 
 from deployments.args import DeploymentArgs
 from deployments.front.engine_client import EngineClient, EngineUnavailableError
-from deployments.shards.shard import EngineShard, shard_resources
+from deployments.shards.shard import STACKS_SIGNAL, EngineShard, shard_resources
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,6 +30,8 @@ logger = logging.getLogger("ray.serve")
 _WATCH_S = 0.5
 # Restarts are counted over this many seconds.
 _RESTART_WINDOW_S = 600.0
+# How long writing down stacks may take.
+_STACKS_S = 0.5
 
 
 class ShardGroup:
@@ -117,9 +119,11 @@ class ShardGroup:
                 if done:
                     end = done.pop()
                     return _describe(None if end.cancelled() else end.exception())
-                if self._client.is_silent(self._args.heartbeat_timeout_s):
-                    return f"no heartbeat for {self._args.heartbeat_timeout_s:g} s"
+                if self._client.is_silent:
+                    await self._show_stacks()
+                    return f"no heartbeat for {self._client.heartbeat.timeout_s:.0f} s"
                 if not self._client.is_connected and time.monotonic() > deadline:
+                    await self._show_stacks()
                     return too_late
         except Exception as error:
             return too_late if startup.expired() else _describe(error)
@@ -150,17 +154,26 @@ class ShardGroup:
             ),
         ).remote()
 
+    async def _show_stacks(self) -> None:
+        """Have every shard say in its log what it is doing; who is stopped does not."""
+        with suppress(Exception):
+            self._signal(STACKS_SIGNAL)
+            logger.warning("The shards' logs say where they are: look for 'Current thread'.")
+            await asyncio.sleep(_STACKS_S)
+
+    def _signal(self, number: int) -> None:
+        for node, pid in self._processes:
+            if node == ray.get_runtime_context().get_node_id():
+                with suppress(OSError):
+                    os.kill(pid, number)
+            else:
+                there = NodeAffinitySchedulingStrategy(node, soft=False)
+                _signal_process.options(scheduling_strategy=there).remote(pid, number)
+
     def _kill(self) -> None:
         """End all shards at once, also those that are stopped or stuck and hear nothing."""
         try:
-            for node, pid in self._processes:
-                if node == ray.get_runtime_context().get_node_id():
-                    with suppress(OSError):
-                        os.kill(pid, signal.SIGKILL)
-                else:
-                    _kill_process.options(
-                        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-                    ).remote(pid)
+            self._signal(signal.SIGKILL)
             for shard in self._shards:
                 ray.kill(shard)
         except Exception:
@@ -179,6 +192,6 @@ async def _completion(call: Any) -> None:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill_process(pid: int) -> None:
+def _signal_process(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.config import EngineConfig
-from engine.models.config import ModelConfig
+from engine.models.shape import ModelShape
 from engine.ranks.rank_group import RankGroup
 from engine.schedule.block_tables import CacheGroup, most_held
 from kernels import Ops
@@ -29,18 +29,18 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class KVCacheLayout:
-    groups: list[LayerGroup]  # as `ModelConfig.cache_groups` has them
+    groups: list[LayerGroup]  # as `ModelShape.cache_groups` has them
 
     @classmethod
     def of(
-        cls, config: ModelConfig, parallel: RankGroup, block_size: int, dtype: torch.dtype
+        cls, shape: ModelShape, parallel: RankGroup, block_size: int, dtype: torch.dtype
     ) -> "KVCacheLayout":
         groups = []
-        for layers in config.cache_groups():
-            attention = config.layers[layers[0]].attention
-            kv_heads = max(attention.num_kv_heads // parallel.size, 1)
-            spec = PagedKV(block_size, kv_heads, attention.head_dim, dtype)
-            groups.append(LayerGroup(spec, attention.window, layers))
+        caches = shape.caches(parallel.size)
+        for layers in shape.cache_groups(parallel.size):
+            cache = caches[layers[0]]
+            spec = PagedKV(block_size, cache.num_kv_heads, cache.head_dim, dtype)
+            groups.append(LayerGroup(spec, cache.window, layers))
         return cls(groups)
 
     def num_blocks(self, config: EngineConfig, num_bytes: int) -> list[int]:

@@ -23,13 +23,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layer.build(context) for layer in config.layers)
         self.norm = Norm(config.hidden_size)
         # Layers with the same rotary embedding share its table.
-        ropes = [(layer.attention.rope, layer.attention.head_dim) for layer in config.layers]
+        ropes = [layer.attention.rope for layer in config.layers]
         tables = {rope: f"cos_sin_{i}" for i, rope in enumerate(dict.fromkeys(ropes))}
-        for (rope, head_dim), name in tables.items():
-            table = rotary_table(rope, head_dim, max_model_len)
+        for rope, name in tables.items():
+            table = rotary_table(rope, max_model_len)
             self.register_buffer(name, table, persistent=False)
         self._tables = [tables[rope] for rope in ropes]
-        self._groups = {i: g for g, layers in enumerate(config.cache_groups()) for i in layers}
+        self._groups = {i: g for g, layers in enumerate(config.cache_groups(1)) for i in layers}
 
     def forward(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""
@@ -44,6 +44,8 @@ class Decoder(nn.Module):
 
 class CausalLM(nn.Module):
     """A decoder and its head. Parameters are uninitialized until loaded."""
+
+    is_recordable = True
 
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()

@@ -1,20 +1,19 @@
 """A model with its weights from safetensors files, each rank reading only its slices."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint import CheckpointError
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext, ShardedModule, Source
 from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM
+from engine.models.reader import TensorReader, open_tensors
+from engine.models.shape import LanguageModel, ModelShape
 from engine.models.weights import weight_format
 from engine.progress import Progress
 from engine.ranks.rank_group import RankGroup
@@ -23,91 +22,6 @@ from kernels import Ops
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_ROWS = 4096
-
-
-class SafetensorsReader:
-    """Slices of a checkpoint's tensors.
-
-    They are in model.safetensors, as for transformers; else each is in the file that the index
-    says; else in any *.safetensors.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        whole = directory / "model.safetensors"
-        file_names: dict[str, str] | None = None
-        if whole.exists():
-            paths = [whole]
-        elif index.exists():
-            try:
-                file_names = dict(json.loads(index.read_text())["weight_map"])
-                paths = [directory / name for name in sorted(set(file_names.values()))]
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-        else:
-            paths = sorted(directory.glob("*.safetensors"))
-        if not paths:
-            raise CheckpointError(
-                f"{directory} has no *.safetensors files; other formats are not read. Convert with "
-                "transformers: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
-            )
-        self._files = []
-        self._file_of = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="pt").__enter__()
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-            self._files.append(file)
-            for name in set(file.keys()):
-                if file_names is None or path == directory / file_names.get(name, ""):
-                    self._file_of[name] = file
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._file_of)
-
-    def read(self, source: Source) -> Tensor:
-        """The slice, from disk; raises CheckpointError when the tensor is missing or misshapen."""
-        if source.name not in self._file_of:
-            raise CheckpointError(f"the checkpoint has no tensor {source.name!r}")
-        tensor = self._file_of[source.name].get_slice(source.name)
-        shape = tuple(tensor.get_shape())
-        if shape != source.shape:
-            raise CheckpointError(
-                f"the checkpoint's {source.name} has shape {shape}, its config says {source.shape}"
-            )
-        cut = slice(source.start, source.end)
-        values: Tensor = tensor[cut] if source.dim == 0 else tensor[:, cut]
-        wanted = source.dtype
-        if wanted != values.dtype if wanted is not None else not values.is_floating_point():
-            raise CheckpointError(
-                f"the checkpoint's {source.name} is {values.dtype}, not "
-                f"{wanted or 'of a floating-point type'}"
-            )
-        return values
-
-    def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are the same, compared a few rows at a time."""
-        left, right = (self._file_of[n].get_slice(n) for n in (name, other))
-        num_rows = left.get_shape()[0]
-        return left.get_shape() == right.get_shape() and all(
-            torch.equal(left[i : i + _ROWS], right[i : i + _ROWS])
-            for i in range(0, num_rows, _ROWS)
-        )
-
-    def __enter__(self) -> "SafetensorsReader":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for file in self._files:
-            file.__exit__(kind, error, trace)
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, ShardedModule]]:
@@ -119,7 +33,7 @@ def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, ShardedModule]]:
 
 def load_model(
     config: EngineConfig,
-    model_config: ModelConfig,
+    shape: ModelShape,
     directory: Path,
     max_len: int,
     dtype: torch.dtype,
@@ -127,11 +41,31 @@ def load_model(
     ops: Ops,
     parallel: RankGroup,
     show_progress: bool = False,
-) -> CausalLM:
+) -> LanguageModel:
     """One rank's model with its weights, in the layout of the device's ops."""
+    if isinstance(shape, ModelConfig):
+        return _load_blocks(
+            config, shape, directory, max_len, dtype, device, ops, parallel, show_progress
+        )
+    from engine.models.transformers.load import load_module  # its modules take long
+
+    return load_module(config, shape, directory, dtype, device, ops, parallel)
+
+
+def _load_blocks(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    directory: Path,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    parallel: RankGroup,
+    show_progress: bool,
+) -> CausalLM:
     if model_config.tied_embeddings and config.load_format != "dummy":
         model_config = replace(model_config, tied_embeddings=not _has_own_head(directory))
-    weights = weight_format(read_json(directory, "config.json"), config.quantization)
+    weights = weight_format(directory, config.quantization)
     context = BuildContext(model_config.hidden_size, model_config.rms_eps, ops, parallel, weights)
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -154,7 +88,7 @@ def load_model(
 
 def _has_own_head(directory: Path) -> bool:
     """Whether there is a head other than the embedding: it counts, whatever the config says."""
-    with SafetensorsReader(directory) as reader:
+    with open_tensors(directory) as reader:
         return {_HEAD, _EMBEDDING} <= reader.names and not reader.equal(_HEAD, _EMBEDDING)
 
 
@@ -174,9 +108,8 @@ def load_weights(
     with `filled`, called with each module once it is, never more than one exists in two layouts.
     """
     modules = list(_sharded_modules(model))
-    used: set[str] = set()
     with (
-        SafetensorsReader(directory) as reader,
+        open_tensors(directory) as reader,
         Progress(
             total=sum(p.nbytes for _, module in modules for p in module.parameters(recurse=False)),
             desc="Loading weights",
@@ -185,29 +118,47 @@ def load_weights(
             disable=not show_progress,
         ) as progress,
     ):
-        for path, module in modules:
-            for name, parts in module.sources.items():
+        wanted = {
+            (module, name): [replace(part, name=part.full_name(path)) for part in parts]
+            for path, module in modules
+            for name, parts in module.sources.items()
+        }
+        _check(wanted.values(), reader, model.is_tied)
+        for _, module in modules:
+            for name in module.sources:
                 parameter = module.get_parameter(name)
-                sources = [replace(part, name=part.full_name(path)) for part in parts]
-                _fill(parameter, sources, reader)
-                used.update(source.name for source in sources)
+                _fill(parameter, wanted[module, name], reader)
                 progress.update(parameter.nbytes)
             filled(module)
-        leftover = {n for n in reader.names - used if not n.endswith(_IGNORED_SUFFIXES)}
-        # Files of tied models may repeat the embedding under the head's name.
-        if model.is_tied:
-            leftover.discard(_HEAD)
+
+
+def _check(wanted: Iterable[list[Source]], reader: TensorReader, is_tied: bool) -> None:
+    """Raises CheckpointError for what is missing, misshapen or left over, before any is read."""
+    names = reader.names
+    used = {_HEAD} if is_tied else set()  # files of tied models may repeat the embedding
+    for source in (source for sources in wanted for source in sources):
+        used.add(source.name)
+        if not _is_no_bias(source, names):
+            reader.check(source)
+    leftover = {name for name in names - used if not name.endswith(_IGNORED_SUFFIXES)}
     if leftover:
-        names = ", ".join(sorted(leftover)[:5])
-        raise CheckpointError(f"the checkpoint has tensors this model has no place for: {names}")
+        listed = ", ".join(sorted(leftover)[:5])
+        raise CheckpointError(f"the checkpoint has tensors this model has no place for: {listed}")
 
 
-def _fill(parameter: Tensor, sources: list[Source], reader: SafetensorsReader) -> None:
+def _is_no_bias(source: Source, names: set[str]) -> bool:
+    """Whether it is a bias that the checkpoint does not have: zeros, also for transformers."""
+    return source.name.endswith(".bias") and source.name not in names
+
+
+def _fill(parameter: Tensor, sources: list[Source], reader: TensorReader) -> None:
     offset, into = 0, sources[0].into_dim
     for source in sources:
-        tensor = reader.read(source)
-        size = tensor.shape[into]
-        parameter.narrow(into, offset, size).copy_(tensor)
+        size = source.cut_shape[into]
+        if _is_no_bias(source, reader.names):
+            parameter.narrow(into, offset, size).zero_()
+        else:
+            parameter.narrow(into, offset, size).copy_(reader.read(source))
         offset += size
     parameter.narrow(into, offset, parameter.shape[into] - offset).zero_()  # pads a vocabulary
 

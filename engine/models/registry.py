@@ -1,34 +1,38 @@
-"""Which family reads which checkpoint. A family is a file in `families` and a line here."""
+"""Who computes which checkpoint. A family of our own blocks is a file in `families` and a line."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from engine.checkpoint import CheckpointError, read_json
-from engine.models.config import ModelConfig
+from transformers import PreTrainedConfig
+
+from engine.models.config import ModelConfig, NotOfOurBlocksError
 from engine.models.families import llama, mistral, qwen2, qwen3
+from engine.models.hf_config import read_hf_config
+from engine.models.shape import ModelShape
 from engine.models.weights import weight_format
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], ModelConfig]] = {
-    "Qwen3ForCausalLM": qwen3.config,
-    "Qwen2ForCausalLM": qwen2.config,
-    "LlamaForCausalLM": llama.config,
-    "MistralForCausalLM": mistral.config,
+# By model_type, which decides in transformers too, whatever `architectures` says.
+FAMILIES: dict[str, Callable[[PreTrainedConfig], ModelConfig]] = {
+    "qwen3": qwen3.config,
+    "qwen2": qwen2.config,
+    "llama": llama.config,
+    "mistral": mistral.config,
 }
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """The shape of a checkpoint's model. Raises CheckpointError naming what is not supported."""
-    hf = read_json(directory, "config.json")
-    if not hf:
-        raise CheckpointError(f"{directory} has no config.json; is it a checkpoint directory?")
-    architecture = (hf.get("architectures") or ["(none)"])[0]
-    if architecture not in FAMILIES:
-        raise CheckpointError(
-            f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    weight_format(hf, quantization=None)  # refused before anything is built
-    try:
-        return FAMILIES[architecture](hf)
-    except KeyError as error:
-        raise CheckpointError(f"{directory}/config.json lacks {error}") from error
+def read_config(directory: Path, max_model_len: int | None = None) -> ModelShape:
+    """The shape of a checkpoint's model. Raises CheckpointError naming what is not supported.
+
+    Args:
+        max_model_len: see `read_hf_config`.
+    """
+    hf = read_hf_config(directory, max_model_len)
+    weight_format(directory, quantization=None)  # refused before anything is built
+    if hf.model_type in FAMILIES:
+        try:
+            return FAMILIES[hf.model_type](hf)
+        except NotOfOurBlocksError:
+            pass
+    from engine.models.transformers.config import TransformersShape  # its modules take long
+
+    return TransformersShape.of(hf)

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from engine import checkpoint
 from engine.config import EngineConfig
 from engine.device.select import select_device
 from engine.generation_config import eos_token_ids
-from engine.models.registry import read_config
 from engine.ranks.group import Follower, GroupAddress, Leader
 from engine.ranks.rank_group import Ranks
 from engine.runner.commands import Command, LaunchStep, Result
 from engine.runner.model_runner import ModelRunner
+from engine.runner.preflight import read_model
 from engine.schedule.step import StepPlan, StepResult
 
 
@@ -59,15 +58,9 @@ class Executor:
 
 def load_runner(config: EngineConfig, ranks: Ranks, show_progress: bool = False) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
-    directory = checkpoint.resolve(config.model, config.revision)
-    model_config = read_config(directory)
-    if config.max_model_len and config.max_model_len > model_config.max_position:
-        raise ValueError(
-            f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "
-            f"be at most {model_config.max_position}"
-        )
+    directory, shape = read_model(config)
     eos = eos_token_ids(directory)
-    return ModelRunner(config, model_config, directory, eos, ranks, show_progress)
+    return ModelRunner(config, shape, directory, eos, ranks, show_progress)
 
 
 def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:

@@ -12,7 +12,7 @@ from engine.device.kv_cache import KVCacheLayout
 from engine.device.recorded_steps import RecordedSteps, default_sizes
 from engine.device.tables import DeviceTables
 from engine.device.transfer import to_device
-from engine.models.decoder import CausalLM
+from engine.models.shape import LanguageModel
 from engine.schedule.step import ScheduledRow
 from kernels import Ops
 from kernels.types import KVCache, StepRows
@@ -24,7 +24,7 @@ class ForwardPass:
     def __init__(
         self,
         config: EngineConfig,
-        model: CausalLM,
+        model: LanguageModel,
         tables: DeviceTables,
         cache_layout: KVCacheLayout,
         ops: Ops,
@@ -36,7 +36,8 @@ class ForwardPass:
         self._ops = ops
         self._device = device
         self.kv_caches: list[KVCache] = []
-        self._new_recorder = None if config.enforce_eager else ops.new_recorder
+        records = model.is_recordable and not config.enforce_eager
+        self._new_recorder = ops.new_recorder if records else None
         # Whether `record` takes time and memory.
         self.records_ahead = self._new_recorder is not None and self._new_recorder().ahead
         self._sizes: Sequence[int] = range(1, config.max_num_seqs + 1)
@@ -112,5 +113,4 @@ class ForwardPass:
         )
         plan = self._ops.attention.plan
         planned = tuple(plan(own, spec) for own, spec in zip(step.attention, specs, strict=True))
-        hidden: Tensor = self.model(replace(step, attention=planned), self.kv_caches)
-        return hidden
+        return self.model(replace(step, attention=planned), self.kv_caches)

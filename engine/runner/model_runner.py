@@ -12,8 +12,8 @@ from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse, kv_cache_
 from engine.device.select import select_device
 from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
-from engine.models.config import ModelConfig
 from engine.models.loader import load_model
+from engine.models.shape import ModelShape
 from engine.ranks.rank_group import Ranks
 from engine.runner.forward_pass import ForwardPass
 from engine.runner.warm_up import warm_up_plans
@@ -32,7 +32,7 @@ class ModelRunner:
     def __init__(
         self,
         config: EngineConfig,
-        model_config: ModelConfig,
+        shape: ModelShape,
         directory: Path,
         eos_token_ids: frozenset[int] = frozenset(),
         ranks: Ranks | None = None,
@@ -43,25 +43,25 @@ class ModelRunner:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
         config.check_device(self.device.type)
-        self.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+        self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        shape.check_divisible(self.ranks.tensor.size)
         needs = AttentionNeeds(
             config.attention_backend,
             self.dtype,
             self.cache_dtype,
-            model_config.layers[0].attention.head_dim,
+            max(cache.head_dim for cache in shape.caches(self.ranks.tensor.size)),
             config.block_size,
         )
         self.ops = select_ops(self.device, needs)
-        self.max_len = config.max_model_len or model_config.max_position
-        self.vocab_size = model_config.vocab_size
+        self.max_len = config.max_model_len or shape.max_position
+        self.vocab_size = shape.vocab_size
         self.eos_token_ids = eos_token_ids
-        model_config.check_divisible(self.ranks.tensor.size)
         self._config = config
         meter = MemoryMeter(self.device)
-        weights = self._load(model_config, directory, meter, show_progress)
+        weights = self._load(shape, directory, meter, show_progress)
         self.cache_layout = KVCacheLayout.of(
-            model_config, self.ranks.tensor, config.block_size, self.cache_dtype
+            shape, self.ranks.tensor, config.block_size, self.cache_dtype
         )
         num_groups = len(self.cache_layout.groups)
         self.tables = DeviceTables(
@@ -83,13 +83,13 @@ class ModelRunner:
             print(self, file=sys.stderr)
 
     def _load(
-        self, model_config: ModelConfig, directory: Path, meter: MemoryMeter, show_progress: bool
+        self, shape: ModelShape, directory: Path, meter: MemoryMeter, show_progress: bool
     ) -> int:
         """Make the model; returns the bytes that its weights take."""
         before = meter.in_use()
         self.model = load_model(
             self._config,
-            model_config,
+            shape,
             directory,
             self.max_len,
             self.dtype,

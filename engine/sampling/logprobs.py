@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from engine.device.transfer import ToHost
-from engine.models.decoder import CausalLM
+from engine.models.shape import LanguageModel
 from engine.schedule.step import NewRow, ScheduledRow, TokenLogprobs
 from kernels import Ops
 
@@ -27,7 +27,7 @@ class PromptLogprobs:
     Every rank computes them, for all take part in computing logits.
     """
 
-    def __init__(self, token_ids: Tensor, model: CausalLM, ops: Ops) -> None:
+    def __init__(self, token_ids: Tensor, model: LanguageModel, ops: Ops) -> None:
         self._token_ids = token_ids  # the device's table
         self._model = model
         self._ops = ops

@@ -13,6 +13,7 @@ class PendingStep:
         num_sampled: how many of them each of these rows has.
         logprobs: which rows have some, by index, once for each position, and those of all.
         prompt_logprobs: parts of the prompt's, by index of the row.
+        vectors: the prompts', pooled, by index of the row.
         errors: why rows cannot go on, by their index.
     """
 
@@ -23,12 +24,14 @@ class PendingStep:
         logprobs: tuple[list[int], PendingLogprobs] | None = None,
         prompt_logprobs: dict[int, list[PendingLogprobs]] | None = None,
         errors: dict[int, str] | None = None,
+        vectors: dict[int, ToHost] | None = None,
     ) -> None:
         self._tokens = tokens
         self._num_sampled = num_sampled or []
         self._logprobs = logprobs
         self._prompt_logprobs = prompt_logprobs or {}
         self._errors = errors or {}
+        self._vectors = vectors or {}
 
     def result(self) -> StepResult:
         """What it has brought, once it has."""
@@ -44,4 +47,5 @@ class PendingStep:
         }
         tokens = iter(self._tokens.wait().tolist())
         token_ids = [[next(tokens) for _ in range(count)] for count in self._num_sampled]
-        return StepResult(token_ids, logprobs, prompt_logprobs, self._errors)
+        vectors = {i: vector.wait().tolist() for i, vector in self._vectors.items()}
+        return StepResult(token_ids, logprobs, prompt_logprobs, vectors, self._errors)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.device.tables import DeviceTables
 from engine.device.transfer import ToHost, to_device
-from engine.models.decoder import CausalLM
+from engine.models.shape import LanguageModel
 from engine.ranks.rank_group import RankGroup
 from engine.sampling.bans import AllowedTokens, BadWords
 from engine.sampling.bias import LogitBias
@@ -17,6 +17,7 @@ from engine.sampling.grammar.matcher import GrammarMask, GrammarMatchers
 from engine.sampling.logprobs import PendingLogprobs, PromptLogprobs, take_logprobs
 from engine.sampling.penalties import Penalties
 from engine.sampling.pending_step import PendingStep
+from engine.sampling.pooling import PromptPooling
 from engine.sampling.processor import LogitsProcessor, LogitsRows
 from engine.sampling.thinking import ThinkingLimits
 from engine.schedule.step import NewRow, ScheduledRow
@@ -44,7 +45,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: LanguageModel,
         tables: DeviceTables,
         vocab_size: int,
         eos_token_ids: frozenset[int],
@@ -69,12 +70,14 @@ class Sampler:
         ]
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
         self._prompt_logprobs = PromptLogprobs(token_ids, model, ops)
+        self._pooling = PromptPooling(model)
 
     def enter(self, new: NewRow) -> None:
         """A request enters a row; what the row held before is gone."""
         for processor in self.processors:
             processor.enter(new)
         self._prompt_logprobs.enter(new)
+        self._pooling.enter(new)
         self._num_logprobs.pop(new.row, None)
         if new.params.logprobs is not None:
             self._num_logprobs[new.row] = new.params.logprobs
@@ -109,6 +112,7 @@ class Sampler:
         The tokens also go into the device's table, where the next step finds them.
         """
         self._prompt_logprobs.collect(step.scheduled, hidden)
+        self._pooling.collect(step.scheduled, hidden)
         if not step.sampling:
             return PendingStep()
         logits = self.logits(step.scheduled, hidden)
@@ -123,6 +127,7 @@ class Sampler:
             self._take_logprobs(logits, step, tokens),
             self._prompt_logprobs.take([row.row for row in step.sampling]),
             {step.owners[i]: why for i, why in self.matchers.accept(step.at.rows, brought).items()},
+            self._pooling.take([row.row for row in step.sampling]),
         )
 
     def logits(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> Tensor:

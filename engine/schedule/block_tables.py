@@ -94,8 +94,8 @@ class BlockTables:
 
         They leave a token to compute, for its logits.
         """
-        if sequence.wants_prompt_logprobs:
-            return []  # needs the logits of all its tokens
+        if sequence.wants_all_of_prompt:
+            return []
         return self._names(sequence)[: (sequence.num_tokens - 1) // self._block_size]
 
     def _names(self, sequence: Sequence) -> list[bytes]:

@@ -25,6 +25,7 @@ class Request:
     priority: int = 0  # smaller is sooner, with the scheduling policy "priority"
     cache_owner: str = ""  # shares cached blocks with none of another; unlike the salt, not chosen
     flow: str = ""  # requests of one flow take turns with those of others
+    weight: float = 1.0  # of the flow, with the scheduling policy "fair"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class RequestLimits:
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
             ("bad_words_token_ids", itertools.chain(*params.bad_words_token_ids)),
+            ("pooling", params.pooling.logits if params.pooling is not None else ()),
             ("thinking_limit", thinking.start + thinking.end if thinking is not None else ()),
         ):
             out_of_range = [t for t in tokens if not 0 <= t < self.vocab_size]

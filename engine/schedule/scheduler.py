@@ -13,13 +13,14 @@ full blocks published, at scheduling time: whoever gets them runs later.
 
 import time
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.block_tables import BlockTables
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
+from engine.schedule.shares import FairTurns
 from engine.schedule.step import (
     NewRow,
     ScheduledRow,
@@ -74,7 +75,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._policy = config.scheduling_policy
         self._num_arrivals = 0
-        self._turns = Turns()
+        self._turns = FairTurns() if config.scheduling_policy == "fair" else Turns()
+        self._lacks_blocks = False  # for the first of those who wait
         self._block_size = config.block_size
         self._token_budget = config.max_num_batched_tokens
         self._free_rows = list(reversed(range(config.max_num_seqs)))
@@ -132,6 +134,8 @@ class Scheduler:
         Rows that compute one token come first: attention has a kernel of its own for them.
         """
         plan = StepPlan([], [])
+        if self.waiting and (self._lacks_blocks or not self._free_rows):
+            self._make_way()
         preemptions = self.stats.preemptions
         budget = self._schedule_running(plan, self._token_budget)
         if self.stats.preemptions == preemptions:
@@ -141,6 +145,12 @@ class Scheduler:
         plan.copies.extend(self.blocks.take_copies())
         plan.scheduled.sort(key=lambda row: row.num_tokens > 1)
         return Step(plan, [self.sequences[r.request_id] for r in plan.scheduled if r.num_sampled])
+
+    def _make_way(self) -> None:
+        """For who is due to run, where others have more rows than they are due."""
+        victim = self._turns.victim(self._turns.first(self.waiting), self.running)
+        if victim is not None:
+            self._preempt(victim)
 
     def _schedule_running(self, plan: StepPlan, budget: int) -> int:
         """Returns the budget that is left.
@@ -182,13 +192,14 @@ class Scheduler:
 
     def _schedule_waiting(self, plan: StepPlan, budget: int) -> None:
         while self.waiting and self._free_rows and budget > 0:
-            sequence = self.waiting[0]
+            sequence = self._turns.first(self.waiting)
             if sequence.num_pending > 0:
                 break  # preempted while its next token was being sampled: wait for that
             cached = self.blocks.find_cached(sequence)
-            if not self.blocks.can_admit(sequence, cached, self.running):
+            self._lacks_blocks = not self.blocks.can_admit(sequence, cached, self.running)
+            if self._lacks_blocks:
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
             self._turns.leave(sequence.request.flow, sequence.turn)
             self._admit(plan, sequence, cached)
             num_tokens = min(sequence.num_uncomputed, budget)
@@ -203,6 +214,7 @@ class Scheduler:
             self.stats.prompt_tokens += sequence.num_prompt
             self.stats.admitted += 1
             self.stats.queue_time_s += time.monotonic() - sequence.arrived_at
+        self._turns.charge(sequence, num_prompt=sequence.num_uncomputed)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_order)
         plan.new_rows.append(
@@ -254,10 +266,13 @@ class Scheduler:
             delta = self._take_in(
                 sequence, tokens, result.logprobs.get(i), result.prompt_logprobs.get(i)
             )
+            if i in result.vectors:
+                delta = replace(delta, vector=result.vectors[i])
             if delta.finish_reason is not None:
                 self._remove(sequence)
             deltas.append(delta)
             self.stats.output_tokens += len(delta.token_ids)
+            self._turns.charge(sequence, num_output=len(delta.token_ids))
         return deltas
 
     def _take_in(

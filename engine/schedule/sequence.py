@@ -43,9 +43,11 @@ class Sequence:
         return self.token_ids[self.num_prompt :]
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        """They come with the first output token; who has one has them already."""
-        wanted = self.request.params.prompt_logprobs is not None
+    def wants_all_of_prompt(self) -> bool:
+        """For what comes of all its tokens, with the first output; who has one has it already."""
+        params = self.request.params
+        wanted = params.prompt_logprobs is not None
+        wanted |= params.pooling is not None and params.pooling.kind != "last"
         return wanted and len(self.token_ids) == self.num_prompt
 
     @property

@@ -74,11 +74,12 @@ class StepResult:
     logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # one per token
     # Of rows whose prompt is computed: from its second token on.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    vectors: dict[int, list[float]] = field(default_factory=dict)  # the prompts', pooled
     # Why a row cannot go on; its tokens mean nothing.
     errors: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: there is one per row and step
 class TokenDelta:
     """What one step brought a request: its new tokens, and its ending if this was the last."""
 
@@ -89,6 +90,7 @@ class TokenDelta:
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] | None = None  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # with the first token, if asked for
+    vector: list[float] | None = None  # the prompt, pooled, if asked for
     error: str | None = None  # why the engine gives it up, and it alone
 
     @classmethod

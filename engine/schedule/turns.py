@@ -9,6 +9,8 @@ Cheng, 1996, with a clock that new flows move on too, so that they starve nobody
 
 from collections import Counter
 
+from engine.schedule.sequence import Sequence
+
 
 class Turns:
     """Hands out turns, the smallest first, and knows which is being served."""
@@ -37,3 +39,14 @@ class Turns:
         if self._num_waiting[flow] == 0:
             del self._num_waiting[flow]
             self._last.pop(flow, None)
+
+    def first(self, waiting: list[Sequence]) -> Sequence:
+        """Who of those who wait, in the policy's order, is to be admitted next."""
+        return waiting[0]
+
+    def charge(self, sequence: Sequence, num_prompt: int = 0, num_output: int = 0) -> None:
+        """A sequence has been served so many tokens; turns are not taken by tokens here."""
+
+    def victim(self, first: Sequence, running: list[Sequence]) -> Sequence | None:
+        """Who is to give up its row for the first of those who wait, if anybody is."""
+        return None

@@ -109,6 +109,26 @@ class ChatTemplates:
     def _render(
         self, source: str, messages: Any, tools: Any, variables: dict[str, Any], **options: bool
     ) -> str:
+        """Where a template takes no system message behind a user's, it is the user's.
+
+        At the beginning it would change the prefix of a prompt that is in the cache already.
+        """
+        try:
+            return self._render_as_given(source, messages, tools, variables, **options)
+        except jinja2.TemplateError:
+            roles = [message.get("role") for message in messages]
+            late = [role == "system" and "user" in roles[:i] for i, role in enumerate(roles)]
+            if not any(late):
+                raise
+        messages = [
+            message | {"role": "user"} if is_late else message
+            for message, is_late in zip(messages, late, strict=True)
+        ]
+        return self._render_as_given(source, messages, tools, variables, **options)
+
+    def _render_as_given(
+        self, source: str, messages: Any, tools: Any, variables: dict[str, Any], **options: bool
+    ) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, _ = render_jinja_template(

@@ -135,6 +135,12 @@ class Message(_Cacheable):
             raise ValueError("content: Field required")
         return self
 
+    @property
+    def size(self) -> int:
+        """In characters."""
+        parts = self.content if isinstance(self.content, list) else ()
+        return len(self.content or "") + sum(len(part.text) for part in parts)
+
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it: text in one string, and no newer role names."""
         content = self.content

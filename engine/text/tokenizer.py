@@ -13,10 +13,12 @@ from typing import Any
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from engine.checkpoint import CheckpointError, special_tokens, tokenizer_config
+from engine.checkpoint import CheckpointError, derived, special_tokens, tokenizer_config
 from engine.errors import PromptTooLongError
 from engine.text.chat_template import ChatTemplates
 
+# What transformers makes a tokenizer.json of: SentencePiece, Mistral's, tiktoken's, byte-level BPE.
+_OTHERS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
 # Characters that no text has for every token of it, unless it is of long runs of one character.
 _USUAL_TOKEN = 16
 
@@ -80,17 +82,28 @@ def _declared_tokens(
     return [AddedToken(**{name: t[name] for name in fields if name in t}) for t in tokens]
 
 
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).exists() for name in ("tokenizer.json", *_OTHERS))
+
+
+def _tokenizer_json(directory: Path) -> Path:
+    """The file, made of others by transformers where the checkpoint has none."""
+    path = directory / "tokenizer.json"
+    others = [directory / name for name in _OTHERS if (directory / name).exists()]
+    if path.exists():
+        return path
+    if not others:
+        raise CheckpointError(
+            f"{directory} has no tokenizer: neither tokenizer.json nor {', '.join(_OTHERS)}"
+        )
+    return derived(others, "engine.text.convert") / "tokenizer.json"
+
+
 class Tokenizer:
     """The tokenizer and chat templates of a checkpoint directory."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "tokenizer.json"
-        if not path.exists():
-            raise CheckpointError(
-                f"{directory} has no tokenizer.json. Make one with transformers: "
-                "AutoTokenizer.from_pretrained(…).save_pretrained(…)"
-            )
-        self.fast = FastTokenizer.from_file(str(path))
+        self.fast = FastTokenizer.from_file(str(_tokenizer_json(directory)))
         self.fast.no_truncation()
         self.fast.no_padding()
         config = tokenizer_config(directory)

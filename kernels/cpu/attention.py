@@ -58,11 +58,12 @@ class CpuAttention(PagedAttention):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         spec, block_tables = cache.spec, inputs.block_tables
         # Not a whole number of registers, or what models of today hardly want on a CPU.
-        if spec.head_dim % 16 != 0 or softcap is not None:
-            return super().attend(q, cache, inputs, scale, window, softcap)
+        if spec.head_dim % 16 != 0 or softcap is not None or sinks is not None:
+            return super().attend(q, cache, inputs, scale, window, softcap, sinks)
         q = q.contiguous()
         out = empty(q.shape, q.dtype)
         self._paged_attention(

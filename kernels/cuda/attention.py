@@ -47,7 +47,10 @@ class TritonAttention(PagedAttention):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        if sinks is not None:
+            return super().attend(q, cache, inputs, scale, window, softcap, sinks)
         q = q.contiguous()
         out = torch.empty_like(q)
         if inputs.num_decodes > 0:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.ops import Attention
 from kernels.types import AttentionInputs, AttentionNeeds, KVCache, PagedKV
 
@@ -85,7 +86,10 @@ class FlashAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        if sinks is not None:
+            return reference.attention.attend(q, cache, inputs, scale, window, softcap, sinks)
         first, plan = inputs.num_decodes, inputs.plan
         parts = []
         if first > 0:

@@ -18,7 +18,7 @@ import yaml
 from deployments import local_ray
 from deployments.cli.announce import _first_key, announce
 from engine import diagnosis as doctor
-from tests.deployments.conftest import demo, wait_until  # noqa: F401
+from tests.deployments.conftest import demo, free_port, wait_until  # noqa: F401
 from tests.deployments.local_server import LocalServer, serve_locally
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +101,25 @@ def test_serve_writes_the_config_that_serve_deploy_takes() -> None:
 def test_serve_refuses_bad_arguments_before_anything_starts(option: str, says: str) -> None:
     done = manta("serve", "manta-demo", option)
     assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["./nowhere"], "no directory or GGUF file './nowhere'"),
+        (["manta-demo", "max_model_len=1000000"], "is longer than the model's window"),
+        (["manta-demo", "tensor_parallel_size=3", "num_cpus_per_shard=0.1"], "cannot be split"),
+        (["manta-demo", "num_replicas=1000"], "num_replicas (1000) of 1 ranks"),
+    ],
+)
+def test_serve_refuses_what_an_engine_would_before_ray_starts(
+    options: list[str], says: str
+) -> None:
+    done = manta("serve", *options, "--port", str(free_port()))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and says in line
+    assert done.stdout == ""
 
 
 def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811
@@ -227,6 +246,16 @@ def test_doctor_names_devices_ops_and_reasons() -> None:
 
 
 @pytest.mark.parametrize("installed", [False, True])
+def test_doctor_says_what_serving_a_model_takes_without_loading_it() -> None:
+    text = manta("doctor", "manta-demo", "max_model_len=1024").stdout
+    assert "qwen3, computed by our own blocks" in text
+    assert "million in bfloat16" in text
+    assert "KiB per token" in text and "a sequence of 1024" in text
+    refused = manta("doctor", "manta-demo", "max_model_len=1000000")
+    assert refused.returncode == 1
+    assert "is longer than the model's window" in refused.stdout
+
+
 def test_doctor_names_the_attention_of_a_gpu_and_why(
     monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:

@@ -16,7 +16,7 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
-from deployments.api import build_api
+from deployments.application import build_application
 from deployments.args import AppArgs
 from deployments.front.front import Front
 from deployments.shards.engine_loop import EngineLoop
@@ -94,7 +94,7 @@ class _Server:
         address = await front.client.listen()
         engine = await asyncio.to_thread(self._start_engine, address)
         await front.client.wait_connected()
-        api = build_api(front, self._args)
+        api = build_application(front, self._args)
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"

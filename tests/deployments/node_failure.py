@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from deployments import app
 from deployments.args import AppArgs
+from deployments.cli.client import Client
 from tests.deployments.conftest import free_port, wait_until
 
 
@@ -51,6 +52,37 @@ class Load(threading.Thread):
                 self.results.append((time.monotonic(), good))
 
 
+class Stream(threading.Thread):
+    """Streams one request again and again, by a client that goes on where a stream breaks."""
+
+    def __init__(self, url: str, i: int, stop: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.texts: list[str] = []
+        self.num_asked = 0
+        self.error = ""
+        self._stop_asking = stop
+        self._client = Client(url)
+        self._body = {"prompt": f"stream {i}", "max_tokens": 300, "seed": i, "ignore_eos": True}
+        self._body |= {"stream": True, "return_token_ids": bool(i % 2)}
+        self._events = self._client._events
+        self._client._events = self._count  # type: ignore[method-assign]
+
+    def _count(self, *arguments: Any) -> Any:
+        self.num_asked += 1
+        return self._events(*arguments)
+
+    def ask(self) -> None:
+        events = self._client.stream("/v1/completions", self._body)
+        self.texts.append("".join(event["choices"][0]["text"] for event in events))
+
+    def run(self) -> None:
+        try:
+            while not self._stop_asking.is_set():
+                self.ask()
+        except Exception as error:
+            self.error = repr(error)
+
+
 def main(model: str) -> dict[str, Any]:
     port = free_port()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -67,7 +99,10 @@ def main(model: str) -> dict[str, Any]:
         serve.run(app(args), name="app", route_prefix="/")
         spread = len(nodes_in_use())
         clients = [Load(f"http://127.0.0.1:{port}", i, stop) for i in range(6)]
-        for client in clients:
+        streams = [Stream(f"http://127.0.0.1:{port}", i, stop) for i in range(6)]
+        for own in streams:
+            own.ask()  # undisturbed
+        for client in [*clients, *streams]:
             client.start()
         wait_until(lambda: all(len(c.results) >= 2 for c in clients), 60, "every client is served")
         killed_at = time.monotonic()
@@ -77,12 +112,15 @@ def main(model: str) -> dict[str, Any]:
         cluster.add_node(num_cpus=2)
         wait_until(lambda: num_running() == 2, 90, "the replica is replaced on the new node")
         stop.set()
-        for client in clients:
+        for client in [*clients, *streams]:
             client.join(60)
         results = sorted(result for client in clients for result in client.results)
         settled = noticed_at + 2
         return {
             "nodes_used": spread,
+            "errors": [own.error for own in streams if own.error],
+            "wrong": sum(text != own.texts[0] for own in streams for text in own.texts),
+            "gone_on": sum(own.num_asked - len(own.texts) for own in streams),
             "before": [good for at, good in results if at < killed_at].count(False),
             "failed": [good for at, good in results if killed_at <= at < settled].count(False),
             "served_while_down": [g for at, g in results if killed_at <= at < settled].count(True),

@@ -39,11 +39,12 @@ class ScriptedApi:
         self.says = ""
         self.num_made = 0  # tokens of the last request that the engine has made
         self.finish_reason: str | None = None  # on the last request's record
-        self._front = Front(AppArgs(model=str(directory), **args))
-        self._front.client.limits = RequestLimits(1000, 2000, 1000, 16)
-        self._front.client.generate = self._generate  # type: ignore[method-assign]
+        self.args = AppArgs(model=str(directory), **args)
+        self.front = Front(self.args)
+        self.front.client.limits = RequestLimits(1000, 2000, 1000, 16)
+        self.front.client.generate = self._generate  # type: ignore[method-assign]
         self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(build_api(self._front)), base_url="http://test"
+            transport=httpx.ASGITransport(build_api(self.front, self.args)), base_url="http://test"
         )
 
     async def _generate(
@@ -54,7 +55,7 @@ class ScriptedApi:
         options: RequestOptions,
         record: RequestRecord,
     ) -> AsyncGenerator[TokenDelta]:
-        tokens = [*self._front.tokenizer.encode(self.says), EOS][: params.max_tokens]
+        tokens = [*self.front.tokenizer.encode(self.says), EOS][: params.max_tokens]
         self.num_made = 0
         step = 1 if options.stream else len(tokens)
         try:
@@ -81,9 +82,9 @@ class ScriptedApi:
             (choice,) = answer.json()["choices"]
             return dict(choice)
         message: dict[str, Any] = {"content": ""}
-        for line in filter(None, answer.text.splitlines()):
-            if line == "data: [DONE]":
-                break
+        lines = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert lines.pop() == "data: [DONE]"
+        for line in lines:
             (choice,) = json.loads(line.removeprefix("data: "))["choices"]
             delta = choice["delta"]
             for name in delta.keys() & {"content", "reasoning_content"}:

@@ -24,9 +24,9 @@ from deployments.api.request_log import LOGGER
 from deployments.api.routes import engine_events
 from deployments.api.scope import scope
 from deployments.args import ServiceArgs
+from deployments.cached_blocks import short, split
 from deployments.front.places import Places
 from deployments.observe.metrics import Metrics
-from deployments.routing.balancer import pack_hashes, short
 from engine.schedule.block_pool import BlockHasher
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
@@ -173,7 +173,7 @@ def test_replicas_report_a_tenants_blocks_as_routers_name_them(guarded: LocalSer
         client.completions.create(model="manta-demo", prompt=prompt, max_tokens=1)
     names: list[bytes] = []
     BlockHasher(32, guarded.engine.config.block_key).extend(names, prompt)
-    reported = pack_hashes(guarded.front.client.cached_blocks)
+    reported = split(guarded.front.client.cached_blocks.names())
     assert len(names) == 2 and all(short(name) in reported for name in names)
 
 

@@ -22,9 +22,10 @@ from pydantic import ValidationError
 from deployments.api.bodies import read
 from deployments.api.errors import ApiError
 from deployments.api.schema import answers
+from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.openai_logprobs import chat_logprobs
-from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, ModelRequest
-from deployments.api.schema.response_request import ResponseRequest
+from deployments.api.schema.protocol import ChatCompletionRequest, ModelRequest
+from deployments.api.schema.responses.request import ResponseRequest
 from deployments.api.streaming import start_all
 from deployments.api.whole import _pieces
 from engine.sampling_params import SamplingParams

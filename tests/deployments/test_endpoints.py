@@ -276,8 +276,8 @@ def test_what_responses_do_not_have_is_refused_by_name(
 
 
 def test_thoughts_are_items_of_their_own() -> None:
-    from deployments.api.schema.response_output import ResponseOutput
-    from deployments.api.schema.response_tools import Toolbox
+    from deployments.api.schema.responses.output import ResponseOutput
+    from deployments.api.schema.responses.tools import Toolbox
     from deployments.parsing import Content, Reasoning
 
     output = ResponseOutput({}, Toolbox([]))

@@ -1,35 +1,48 @@
-"""Which prompts an ingress router reads before it has chosen a replica."""
+"""What an ingress router reads of the bodies that it sees, and what it hands on."""
 
 import asyncio
+import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from fastapi import Request
 
 from deployments import ray_private
 from deployments.api.keys import KeyRing
-from deployments.routing.balancer import RoutedPrompt
-from deployments.routing.ingress_router import PromptReader
+from deployments.api.requests.handed_tokens import HEADER, MAX_HEADER_BYTES, HandedTokens, TokenSeal
+from deployments.args import AppArgs
+from deployments.routing.prompt_reader import PromptReader, ReadBody
+from engine import checkpoint
+from engine.text.tokenizer import Tokenizer
+from tests.deployments.local_server import LocalServer
+from tests.deployments.scripted import ScriptedApi
 
-PROMPT = RoutedPrompt([b"hash"], 1, 1)
 KEYS = KeyRing(["acme:sk-acme"])
+ARGS = AppArgs()
+TOKENIZER = Tokenizer(checkpoint.resolve(ARGS.model))
+LONG = "Repeat these words: apple river stone. " * 24
+CHAT = {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": LONG}]}
+RESPONSE = {"instructions": LONG, "input": LONG}
+MESSAGES = {"max_tokens": 1, "system": LONG, "messages": CHAT["messages"][1:]}
+PATHS = {"messages": "/v1/chat/completions", "input": "/v1/responses", "prompt": "/v1/completions"}
 
 
-class Reading:
-    """Notes what is read; goes on when it may."""
-
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        self.may_go_on = threading.Event()
-        self.may_go_on.set()
-
-    def __call__(self, body: bytes) -> RoutedPrompt | None:
-        self.bodies.append(body)
-        assert self.may_go_on.wait(30)
-        return PROMPT
+def path_of(body: dict[str, Any]) -> str:
+    if "system" in body:
+        return "/v1/messages"
+    (path,) = (path for field, path in PATHS.items() if field in body)
+    return path
 
 
-def question(body: bytes = b"{}", **headers: str) -> Request:
+def reader(keys: KeyRing | None = None, room: int = 2**19) -> PromptReader:
+    return PromptReader(ARGS, TOKENIZER, keys, room)
+
+
+def question(body: bytes, **headers: str) -> Request:
     """From HAProxy, in two pieces."""
     pieces = [body[:1], body[1:]]
 
@@ -40,51 +53,185 @@ def question(body: bytes = b"{}", **headers: str) -> Request:
     return Request({"type": "http", "method": "POST", "headers": named}, receive)
 
 
+def read(body: dict[str, Any], size: int | None = None, **options: Any) -> ReadBody | None:
+    """
+    Args:
+        size: of HAProxy's buffer.
+    """
+    content = json.dumps(body, ensure_ascii=False).encode()
+    cut = {} if size is None else {"x_body_truncated": f"{size}/{len(content)}"}
+    return asyncio.run(reader(**options).read(question(content[:size], **cut)))
+
+
 @pytest.mark.parametrize(
     ("keys", "headers", "is_read"),
     [
         (KEYS, {"authorization": "Bearer sk-acme"}, True),
         (KEYS, {"authorization": "Bearer sk-other"}, False),
-        (KEYS, {}, False),
+        (KEYS, {"x_api_key": "sk-acme"}, True),
+        (KEYS, {}, True),  # its key may be in a header that HAProxy does not show
         (KeyRing([]), {}, True),
         (None, {}, True),
     ],
-    ids=["ours", "not-ours", "none", "no-keys", "keys-not-shown"],
+    ids=["ours", "not-ours", "anthropic", "none", "no-keys", "keys-not-shown"],
 )
-def test_without_a_key_nothing_is_read(
+def test_with_a_wrong_key_nothing_is_read(
     keys: KeyRing | None, headers: dict[str, str], is_read: bool
 ) -> None:
-    reading = Reading()
-    prompt = asyncio.run(PromptReader(reading, keys).prompt(question(**headers)))
-    assert prompt == (PROMPT if is_read else None)
-    assert reading.bodies == ([b"{}"] if is_read else [])
+    content = json.dumps(CHAT).encode()
+    found = asyncio.run(reader(keys).read(question(content, **headers)))
+    assert (found is not None) == is_read
 
 
 @pytest.mark.parametrize(
-    "request_",
-    [question(b"x" * (2**20 + 1)), question(b"{}", x_body_truncated="2/9")],
-    ids=["large", "truncated"],
+    "body",
+    [
+        CHAT,
+        MESSAGES,
+        RESPONSE,
+        {"input": CHAT["messages"]},
+        {"prompt": LONG},
+        {"prompt": [5, 6, 7] * 50},
+    ],
+    ids=["chat", "messages", "response", "response-items", "text", "tokens"],
 )
-def test_what_would_take_long_or_is_cut_is_not_read(request_: Request) -> None:
-    reading = Reading()
-    assert asyncio.run(PromptReader(reading, None).prompt(request_)) is None
-    assert reading.bodies == []
+def test_prompts_are_those_that_the_api_serves(body: dict[str, Any], demo: LocalServer) -> None:
+    found = read(body)
+    path = path_of(body)
+    limit = "max_output_tokens" if "input" in body else "max_tokens"
+    usage = httpx.post(f"{demo.url}{path}", json=body | {limit: 1}).json()["usage"]
+    num_tokens = usage.get("prompt_tokens") or usage["input_tokens"]
+    num_tokens += usage.get("cache_read_input_tokens", 0)  # which Anthropic counts apart
+    assert found is not None and found.prompt.num_tokens == num_tokens
+    assert len(found.prompt.hashes) == num_tokens // ARGS.block_size > 3
 
 
-def test_two_are_read_at_a_time_and_nobody_waits_for_them() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT,
+        {"model": "manta-demo", **CHAT},
+        MESSAGES,
+        {"messages": CHAT["messages"] * 4},
+        RESPONSE,
+        {"input": CHAT["messages"]},
+        {"prompt": LONG * 3},
+        {"prompt": "ä🦈" * 1000},
+    ],
+    ids=["chat", "model-first", "anthropic", "messages", "response", "items", "text", "characters"],
+)
+def test_what_is_cut_is_routed_by_its_beginning(body: dict[str, Any]) -> None:
+    whole = read(body)
+    assert whole is not None
+    full_size = len(json.dumps(body, ensure_ascii=False).encode())
+    for size in range(full_size * 5 // 8, full_size, full_size // 37):
+        found = read(body, size)
+        assert found is not None
+        hashes = list(found.prompt.hashes)
+        while hashes and hashes[-1] not in whole.prompt.hashes:
+            hashes.pop()  # which the cut went through, or the template's end
+        assert hashes == whole.prompt.hashes[: len(hashes)]
+        # Of half of the text, the blocks of nearly half of it.
+        assert len(hashes) >= len(whole.prompt.hashes) * 0.4
+        assert found.prompt.num_tokens == pytest.approx(whole.prompt.num_tokens, rel=0.25)
+        assert not found.headers
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tempo": 1},
+        {"prompt": [10**30]},
+        {"messages": []},
+        {"input": "on", "previous_response_id": "resp_1"},
+        {},
+    ],
+)
+def test_what_has_no_prompt_is_routed_by_load(body: dict[str, Any]) -> None:
+    assert read(body) is None
+
+
+def test_two_are_read_at_a_time_and_nobody_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on, num_reading = threading.Event(), threading.Semaphore(0)
+    really: Callable[..., Any] = TOKENIZER.encode
+
+    def encode(*args: Any, **options: Any) -> list[int]:
+        num_reading.release()
+        assert may_go_on.wait(30)
+        return really(*args, **options)
+
     async def run() -> None:
-        reading = Reading()
-        reader = PromptReader(reading, None)
-        reading.may_go_on.clear()
-        busy = [asyncio.create_task(reader.prompt(question())) for _ in range(2)]
-        while len(reading.bodies) < 2:
-            await asyncio.sleep(0.001)
-        assert await reader.prompt(question()) is None
-        reading.may_go_on.set()
-        assert await asyncio.gather(*busy) == [PROMPT, PROMPT]
-        assert await reader.prompt(question()) == PROMPT
+        content, own = b'{"prompt": "hi"}', reader()
+        busy = [asyncio.create_task(own.read(question(content))) for _ in range(2)]
+        for _ in busy:
+            assert await asyncio.to_thread(num_reading.acquire, timeout=30)
+        assert await own.read(question(content)) is None
+        may_go_on.set()
+        assert all(await asyncio.gather(*busy))
+        assert await own.read(question(content)) is not None
 
+    monkeypatch.setattr(TOKENIZER, "encode", encode)
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_handed_tokens_are_believed_of_one_body_from_who_has_the_secret() -> None:
+    seal, handed = TokenSeal(b"secret"), HandedTokens("Chat", [0, 1, 258, 151_643, 2**24 - 1])
+    value = seal.seal(b"body", handed)
+    assert value is not None and seal.open(b"body", value) == handed
+    assert seal.open(b"other", value) is None
+    assert TokenSeal(b"other").open(b"body", value) is None
+    assert seal.open(b"body", value.replace("Chat", "Response")) is None
+    for forged in ("", "Chat", "Chat !", "Chat AAAA", value[:-4], None):
+        assert seal.open(b"body", forged) is None
+    assert seal.seal(b"", HandedTokens("Chat", [2**24])) is None
+    assert seal.seal(b"", HandedTokens("Chat", [1] * MAX_HEADER_BYTES)) is None
+
+
+def test_headers_are_added_only_where_haproxy_has_room() -> None:
+    whole = read(CHAT)
+    assert whole is not None
+    size = len(json.dumps(CHAT).encode()) + len(whole.headers[HEADER])
+    for room, is_handed_on in ((size, True), (size - 1, False)):
+        found = read(CHAT, room=room)
+        assert found is not None and bool(found.headers) == is_handed_on
+
+
+@pytest.mark.parametrize(
+    "body",
+    [CHAT, MESSAGES, RESPONSE, {"prompt": LONG}],
+    ids=["chat", "messages", "response", "text"],
+)
+def test_a_prompt_is_tokenized_once(
+    body: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the router; the API takes no other text for it, though, and no other kind of request."""
+    api = ScriptedApi(tmp_path, [])
+    api.says = "hello"
+    tokenizer = api.front.tokenizer
+    own = PromptReader(api.args, tokenizer, None, 2**19)
+    content = json.dumps(body).encode()
+    found = asyncio.run(own.read(question(content)))
+    assert found is not None
+    texts: list[str] = []
+    really = tokenizer.encode
+
+    def encode(text: str, *args: Any, **options: Any) -> list[int]:
+        texts.append(text)
+        return really(text, *args, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    path = path_of(body)
+
+    def num_times(sent: bytes) -> int:
+        """How often the long text, or a part of it, is tokenized."""
+        texts.clear()
+        headers = found.headers | {"content-type": "application/json"}
+        answer = asyncio.run(api.http.post(path, content=sent, headers=headers))
+        assert answer.status_code == 200, answer.text
+        return sum(LONG[:50] in text for text in texts)
+
+    assert num_times(content) == 0
+    assert num_times(content + b" ") > 0
 
 
 def test_routers_see_keys_where_haproxy_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

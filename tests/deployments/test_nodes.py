@@ -17,3 +17,6 @@ def test_replicas_spread_over_nodes_and_the_loss_of_one_breaks_only_its_own(
     assert result["served_while_down"] > 0
     assert result["failed_later"] == 0
     assert result["served_later"] > 0
+    # Streams whose client knows how lose nothing: not those of the dead replica either.
+    assert (result["errors"], result["wrong"]) == ([], 0)
+    assert result["gone_on"] > 0

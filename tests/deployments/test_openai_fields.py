@@ -18,10 +18,11 @@ from openai.types.shared_params import response_format_json_schema
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from deployments.api.response_store import ResponseStore
-from deployments.api.schema.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
-from deployments.api.schema.response_items import InputItem, InputPart
-from deployments.api.schema.response_request import ResponseRequest, TextOptions
-from deployments.api.schema.response_tools import CustomTool, FunctionTool, NamespaceTool
+from deployments.api.schema.completion_request import CompletionRequest
+from deployments.api.schema.protocol import ChatCompletionRequest, StreamOptions
+from deployments.api.schema.responses.items import InputItem, InputPart
+from deployments.api.schema.responses.request import ResponseRequest, TextOptions
+from deployments.api.schema.responses.tools import CustomTool, FunctionTool, NamespaceTool
 from deployments.api.schema.structured import NamedSchema
 from deployments.api.schema.tools import NamedTool
 from engine.strict import explain

@@ -1,32 +1,25 @@
 """The routing policy alone, with a clock of the test's own."""
 
+import asyncio
 import pickle
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from deployments.args import AppArgs
+from deployments.cached_blocks import HASH_BYTES, CachedBlocks, short
+from deployments.front.engine_client import EngineClient
+from deployments.replica_reports import ReplicaReports
 from deployments.routing.balancer import (
-    HASH_BYTES,
     RUNNING_COST_TOKENS,
     PrefixBalancer,
     ReplicaReport,
     RoutedPrompt,
-    pack_hashes,
-    short,
 )
-from engine.schedule.block_pool import BlockHasher, BlockPool
-
-BLOCK = 16
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from engine.schedule.block_pool import BlockHasher
+from engine.schedule.request import RequestLimits
+from tests.deployments.routing_fleet import BLOCK, Clock, Fleet, report, tenants
 
 
 def blocks(prompt: str, count: int) -> list[bytes]:
@@ -34,18 +27,12 @@ def blocks(prompt: str, count: int) -> list[bytes]:
     return [short(f"{prompt}-{i}".encode().ljust(16)[:8] + bytes([i])) for i in range(count)]
 
 
-def report(
-    sequence: int = 1, cached: Sequence[bytes] = (), uncomputed: int = 0, running: int = 0
-) -> ReplicaReport:
-    return ReplicaReport(
-        sequence=sequence,
-        block_size=BLOCK,
-        running=running,
-        waiting=0,
-        uncomputed_tokens=uncomputed,
-        tokens_per_s=1000.0,
-        hashes=pack_hashes(cached),
-    )
+class Balancer(PrefixBalancer):
+    def update(self, reports: Mapping[str, ReplicaReport | None]) -> None:
+        """The replicas that there are, with what they say."""
+        self.keep(reports)
+        for name, said in reports.items():
+            assert said is None or self.take_report(name, said)
 
 
 @pytest.fixture
@@ -54,77 +41,127 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def balancer(clock: Clock) -> PrefixBalancer:
-    return PrefixBalancer(clock)
+def balancer(clock: Clock) -> Balancer:
+    return Balancer(clock)
 
 
-def test_without_replicas_there_is_an_error(balancer: PrefixBalancer) -> None:
+def test_without_replicas_there_is_an_error(balancer: Balancer) -> None:
     with pytest.raises(LookupError):
         balancer.choose()
 
 
-def test_a_prompt_goes_where_its_blocks_are(balancer: PrefixBalancer) -> None:
+def test_a_prompt_goes_where_its_blocks_are(balancer: Balancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(), "b": report(cached=prompt[:6]), "c": report(cached=prompt[:3])})
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
-def test_blocks_count_only_as_a_prefix(balancer: PrefixBalancer) -> None:
+def test_blocks_count_only_as_a_prefix(balancer: Balancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(cached=prompt[1:]), "b": report(cached=prompt[:2])})
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
-def test_blocks_are_found_by_who_does_not_know_their_owner(balancer: PrefixBalancer) -> None:
+def test_blocks_are_found_by_who_does_not_know_their_owner(balancer: Balancer) -> None:
     hasher, tokens = BlockHasher(BLOCK, b"key"), list(range(160))
     prompt: list[bytes] = []
     hasher.extend(prompt, tokens)
     cached: dict[str, list[bytes]] = {}
     for owner, num_tokens in (("acme", 96), ("globex", 48)):
         hasher.extend(cached.setdefault(owner, []), tokens[:num_tokens], owner=owner)
-    both = report(cached=cached["acme"] + cached["globex"])
-    assert len(both.hashes) == 6 * HASH_BYTES  # the blocks of both are one there
+    of_both = CachedBlocks()
+    for block in cached["acme"] + cached["globex"]:
+        of_both.note(block, True)
+    both = replace(report(), come=of_both.names())
+    assert len(both.come) == 6 * HASH_BYTES  # the blocks of both are one there
     balancer.update({"a": report(), "b": both, "c": report(cached=cached["globex"])})
     assert balancer.choose(RoutedPrompt([short(h) for h in prompt], 160, BLOCK)) == "b"
 
 
-def hits(isolate: bool) -> list[int]:
-    """Blocks that each prompt of six tenants, with long beginnings of their own, finds cached."""
-    clock, draw, hasher = Clock(), random.Random(0), BlockHasher(BLOCK, b"key")
-    balancer, found = PrefixBalancer(clock), []
-    pools = {name: BlockPool(400) for name in "abc"}
-    changes: dict[str, list[tuple[bytes, bool]]] = {name: [] for name in pools}
-    for name, pool in pools.items():
-        pool.changes = changes[name]
-    for sequence in range(60):
-        tenant = draw.randrange(6)
-        tokens = [tenant] * 96 + [draw.randrange(1000) for _ in range(64)]
-        plain: list[bytes] = []
-        hasher.extend(plain, tokens)
-        names: list[bytes] = []
-        hasher.extend(names, tokens, owner=f"tenant {tenant}" if isolate else "")
-        reports = {}
-        for name, changed in changes.items():
-            cached = [block for block, is_cached in dict(changed).items() if is_cached]
-            # Less of a difference than the blocks to find make.
-            reports[name] = report(sequence, cached, uncomputed=draw.randrange(96))
-        balancer.update(reports)
-        pool = pools[balancer.choose(RoutedPrompt([short(h) for h in plain], len(tokens), BLOCK))]
-        table = pool.lookup(names)
-        found.append(len(table))
-        pool.hold(table)
-        table += pool.allocate(len(names) - len(table))
-        for block, name in zip(table, names, strict=True):
-            pool.publish(block, name)
-        pool.free(table)
-        clock.now += 1.0
-    return found
-
-
 def test_tenants_apart_find_as_much_as_if_they_were_not() -> None:
-    together = hits(isolate=False)
-    assert sum(together) == 6 * (60 - 6)  # all but the first of each tenant
-    assert hits(isolate=True) == together
+    together = Fleet(replicas=3, num_blocks=400)
+    together.serve(tenants(60, 6))
+    assert together.num_hits == together.num_oracle_hits == 6 * (60 - 6)
+    apart = Fleet(replicas=3, num_blocks=400, isolate=True)
+    apart.serve(tenants(60, 6))
+    assert apart.num_hits == together.num_hits
+
+
+def test_routers_that_tell_each_other_find_as_much_as_one() -> None:
+    """Requests of a new tenant come in bursts, faster than reports, to either of two routers."""
+    fleet = Fleet(replicas=4, num_blocks=400, routers=2, seconds_between=0.25)
+    fleet.serve(tenant for tenant in range(20) for _ in range(8))
+    assert fleet.num_hits == fleet.num_oracle_hits == 6 * 20 * 7
+
+
+@pytest.mark.parametrize("skew", [0.0, 0.5, 1.0, 1.5])
+def test_tenants_find_their_blocks_however_unequal_they_are(skew: float) -> None:
+    """Their beginnings fill two thirds of the caches; a fixed home for each would overflow some."""
+    fleet = Fleet(replicas=4, num_blocks=44, loads=1)
+    fleet.serve(tenants(1000, 20, skew))
+    assert fleet.num_hits >= 0.95 * fleet.num_oracle_hits
+
+
+def test_reports_tell_what_has_changed() -> None:
+    client = EngineClient()
+    client.limits = RequestLimits(1000, 1000, 50_000, BLOCK)
+    client.stats = {"running": 1, "waiting": 0, "uncomputed_tokens": 0, "tokens_per_s": 1000.0}
+    reports, balancer = ReplicaReports(client), PrefixBalancer()
+
+    def note(first: int, last: int, is_cached: bool) -> None:
+        for i in range(first, last):
+            client.cached_blocks.note(i.to_bytes(16, "little"), is_cached)
+
+    def told() -> int:
+        """Bytes of names in the next report, which is understood."""
+        report = reports.changes()
+        assert report is not None and balancer.take_report("a", report)
+        return len(report.come) + len(report.gone)
+
+    note(0, 30_000, True)  # about a million tokens
+    assert told() == 30_000 * HASH_BYTES
+    assert told() == 0
+    note(30_000, 30_010, True)
+    note(0, 5, False)
+    note(5, 10, False)
+    note(5, 10, True)
+    reports.load()  # which Serve asks for, in between
+    assert told() == 15 * HASH_BYTES
+    balancer.keep("ab")
+    hashes = [short(i.to_bytes(16, "little")) for i in range(5, 30_010)]
+    assert balancer.choose(RoutedPrompt(hashes, 30_005 * BLOCK, BLOCK)) == "a"
+    # A router that has missed one says so, and what comes next is all there is.
+    missed = reports.changes()
+    assert missed is not None
+    late = reports.changes()
+    assert late is not None and not balancer.take_report("a", late)
+
+
+def test_all_is_told_anew_to_who_did_not_understand() -> None:
+    client = EngineClient()
+    client.limits = RequestLimits(1000, 1000, 100, BLOCK)
+    client.stats = {"running": 1, "waiting": 0, "uncomputed_tokens": 0, "tokens_per_s": 1000.0}
+    client.cached_blocks.note(b"0123456789abcdef", True)
+    reports, balancers = ReplicaReports(client), [PrefixBalancer(), PrefixBalancer()]
+    there = balancers[:1]  # the other one starts later
+    sent: list[ReplicaReport] = []
+
+    async def send(report: ReplicaReport) -> list[bool]:
+        sent.append(report)
+        return [balancer.take_report("a", report) for balancer in there]
+
+    async def run() -> None:
+        await reports.send(send)
+        await reports.send(send)
+        there.append(balancers[1])
+        await reports.send(send)
+        await reports.send(send)
+        client.cached_blocks = CachedBlocks()  # of a new engine
+        await reports.send(send)
+
+    asyncio.run(run())
+    assert [len(report.come) for report in sent] == [HASH_BYTES, 0, 0, HASH_BYTES, 0]
+    assert [report.follows is None for report in sent] == [True, False, False, True, True]
 
 
 def test_engines_and_routers_have_one_key() -> None:
@@ -133,14 +170,14 @@ def test_engines_and_routers_have_one_key() -> None:
     assert received.block_key == received.engine_config.block_key == args.block_key
 
 
-def test_load_outweighs_a_prefix_that_saves_less(balancer: PrefixBalancer) -> None:
+def test_load_outweighs_a_prefix_that_saves_less(balancer: Balancer) -> None:
     prompt = blocks("p", 10)
     busy = report(cached=prompt, uncomputed=1000)
     balancer.update({"busy": busy, "idle": report()})
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "idle"
 
 
-def test_a_prefix_outweighs_less_load_than_it_saves(balancer: PrefixBalancer) -> None:
+def test_a_prefix_outweighs_less_load_than_it_saves(balancer: Balancer) -> None:
     prompt = blocks("p", 100)
     busy = report(cached=prompt, running=10)
     assert 10 * RUNNING_COST_TOKENS < 1600
@@ -148,9 +185,7 @@ def test_a_prefix_outweighs_less_load_than_it_saves(balancer: PrefixBalancer) ->
     assert balancer.choose(RoutedPrompt(prompt, 1600, BLOCK)) == "busy"
 
 
-def test_what_was_just_sent_counts_before_it_is_reported(
-    balancer: PrefixBalancer, clock: Clock
-) -> None:
+def test_what_was_just_sent_counts_before_it_is_reported(balancer: Balancer, clock: Clock) -> None:
     prompt = blocks("p", 100)
     balancer.update({"a": report(), "b": report()})
     first = balancer.choose(RoutedPrompt(prompt, 1600, BLOCK))
@@ -167,19 +202,19 @@ def test_what_was_just_sent_counts_before_it_is_reported(
     assert balancer.choose(RoutedPrompt(prompt, 1600, BLOCK)) != first
 
 
-def test_a_burst_of_different_prompts_spreads_evenly(balancer: PrefixBalancer) -> None:
+def test_a_burst_of_different_prompts_spreads_evenly(balancer: Balancer) -> None:
     balancer.update({name: report() for name in "abcd"})
     chosen = [balancer.choose(RoutedPrompt(blocks(f"p{i}", 10), 160, BLOCK)) for i in range(40)]
     assert sorted(chosen.count(name) for name in "abcd") == [10, 10, 10, 10]
 
 
-def test_without_prompts_requests_spread_evenly(balancer: PrefixBalancer) -> None:
+def test_without_prompts_requests_spread_evenly(balancer: Balancer) -> None:
     balancer.update({name: report() for name in "abc"})
     chosen = [balancer.choose() for _ in range(30)]
     assert sorted(chosen.count(name) for name in "abc") == [10, 10, 10]
 
 
-def test_a_session_stays_until_its_replica_is_overloaded(balancer: PrefixBalancer) -> None:
+def test_a_session_stays_until_its_replica_is_overloaded(balancer: Balancer) -> None:
     balancer.update({name: report() for name in "abc"})
     home = balancer.choose(session="s")
     assert all(balancer.choose(session="s") == home for _ in range(20))
@@ -189,7 +224,7 @@ def test_a_session_stays_until_its_replica_is_overloaded(balancer: PrefixBalance
 
 
 def test_routers_that_never_met_agree_on_a_sessions_replica(clock: Clock) -> None:
-    routers = [PrefixBalancer(clock) for _ in range(2)]
+    routers = [Balancer(clock) for _ in range(2)]
     for router in routers:
         router.update({name: report() for name in "abcde"})
     for i in range(20):
@@ -197,7 +232,7 @@ def test_routers_that_never_met_agree_on_a_sessions_replica(clock: Clock) -> Non
         assert first == second
 
 
-def test_sessions_spread_over_replicas(balancer: PrefixBalancer, clock: Clock) -> None:
+def test_sessions_spread_over_replicas(balancer: Balancer, clock: Clock) -> None:
     balancer.update({name: report() for name in "abc"})
     homes = set()
     for i in range(20):
@@ -206,7 +241,7 @@ def test_sessions_spread_over_replicas(balancer: PrefixBalancer, clock: Clock) -
     assert homes == set("abc")
 
 
-def test_a_replica_that_is_gone_gets_nothing(balancer: PrefixBalancer) -> None:
+def test_a_replica_that_is_gone_gets_nothing(balancer: Balancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(cached=prompt), "b": report()})
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "a"
@@ -214,6 +249,6 @@ def test_a_replica_that_is_gone_gets_nothing(balancer: PrefixBalancer) -> None:
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
-def test_a_new_replica_without_a_report_takes_part(balancer: PrefixBalancer) -> None:
+def test_a_new_replica_without_a_report_takes_part(balancer: Balancer) -> None:
     balancer.update({"old": report(uncomputed=5000), "new": None})
     assert balancer.choose(RoutedPrompt(blocks("p", 4), 64, BLOCK)) == "new"

@@ -187,7 +187,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[MantaServe]]:
     with ExitStack() as stack:
         servers = []
         for port in (free_port(), free_port()):
-            command = [*MANTA_SERVE, *SMALL, "--haproxy", "--port", str(port)]
+            command = [*MANTA_SERVE, *SMALL, "--port", str(port)]
             log = directory / f"{port}.log"
             process = stack.enter_context(running(command, log, in_background=True))
             servers.append(MantaServe(process, command, f"http://127.0.0.1:{port}", log))
@@ -198,8 +198,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[MantaServe]]:
 def test_two_with_haproxy_fit_a_machine_and_are_closed_to_others(two: list[MantaServe]) -> None:
     for server in two:
         # Serve's own ports between replicas; they ask for Ray's token.
-        replicas = {f"ray::ServeReplica:manta:{name}" for name in ("Replica", "IngressRouter")}
-        assert open_to_others(family(server.process)) == replicas
+        assert open_to_others(family(server.process)) == {"ray::ServeReplica:manta:Replica"}
         for name in ("STATS", "METRICS"):
             port = int(server.environment[f"RAY_SERVE_HAPROXY_{name}_PORT"])
             assert {ip for ip, listening in _listening() if listening == port} == {"127.0.0.1"}

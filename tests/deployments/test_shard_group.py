@@ -1,14 +1,20 @@
 """An engine's supervision, without shards: whatever their start does, it goes on or says why."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from deployments.args import AppArgs
 from deployments.front.engine_client import EngineClient, EngineUnavailableError
+from deployments.front.heartbeat import Heartbeat
+from deployments.shards.shard import STACKS_SIGNAL
 from deployments.shards.shard_group import ShardGroup
+from tests.deployments.routing_fleet import Clock
 from tests.deployments.test_engine_client import FakeEngine, complete
 
 Start = Callable[[EngineClient], Awaitable[list[asyncio.Future[None]]]]
@@ -111,3 +117,74 @@ def test_deaths_that_are_laid_to_a_request_do_not_count() -> None:
         await client.close()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_shard_that_hangs_shows_its_stacks_before_it_is_killed() -> None:
+    class Signalled(FakeGroup):
+        signals: ClassVar[list[int]] = []
+
+        def _signal(self, number: int) -> None:
+            self.signals.append(number)
+
+    engines: list[FakeEngine] = []
+
+    async def fall_silent(client: EngineClient) -> list[asyncio.Future[None]]:
+        engines.append(await FakeEngine.connect(client))
+        return [asyncio.get_running_loop().create_future()]
+
+    async def main() -> None:
+        client = EngineClient(AppArgs(heartbeat_timeout_s=0.1))
+        group = Signalled(client, fall_silent, max_restarts=0)
+        with pytest.raises(EngineUnavailableError, match="no heartbeat"):
+            await group.start()
+            while True:
+                group.check()
+                await asyncio.sleep(0.05)
+        assert group.signals == [STACKS_SIGNAL, signal.SIGKILL]
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_stacks_name_where_every_thread_is() -> None:
+    code = """
+import signal, sys, threading, time
+from deployments.shards.shard import EngineShard
+EngineShard.__ray_metadata__.modified_class.__init__(type("Shard", (), {})())
+def where_it_hangs():
+    print("ready", flush=True)
+    time.sleep(60)
+threading.Thread(target=where_it_hangs, daemon=True).start()
+signal.pause()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as shard:
+        assert shard.stdout is not None and shard.stderr is not None
+        assert shard.stdout.readline() == "ready\n"
+        shard.send_signal(STACKS_SIGNAL)
+        for line in shard.stderr:
+            if "where_it_hangs" in line:
+                break
+        else:
+            raise AssertionError("its stacks do not say where it hangs")
+        shard.kill()
+
+
+def test_how_long_silence_is_borne_follows_the_steps() -> None:
+    clock, stats = Clock(), {"full_steps": 0, "tokens_per_s": 1000.0}
+    heart = Heartbeat(AppArgs(max_num_batched_tokens=2048), lambda: stats, clock)
+    assert heart.timeout_s == 120  # its first full step may take long
+    stats |= {"full_steps": 3, "tokens_per_s": 20_000.0}
+    assert heart.timeout_s == 30
+    stats["tokens_per_s"] = 1024.0
+    assert heart.timeout_s == 40
+    clock.now += 3
+    heart.beat()
+    clock.now += 59
+    assert heart.timeout_s == 60 and not heart.is_silent
+    clock.now += 2
+    assert heart.is_silent
+    stats["tokens_per_s"] = 10.0
+    assert heart.timeout_s == 120
+    assert Heartbeat(AppArgs(heartbeat_timeout_s=7), lambda: stats).timeout_s == 7

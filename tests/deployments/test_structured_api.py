@@ -372,6 +372,7 @@ def test_beside_tools_a_form_binds_the_answer_alone(marked_api: InProcessApi) ->
         messages=MESSAGES,
         tools=TOOLS,
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+        max_tokens=100,
     )
 
     async def ask() -> list[Any]:
@@ -386,7 +387,7 @@ def test_beside_tools_a_form_binds_the_answer_alone(marked_api: InProcessApi) ->
         (choice,) = answer.choices
         calls = choice.message.tool_calls or []
         kinds.add(bool(calls))
-        if not calls:
+        if not calls and choice.finish_reason == "stop":
             jsonschema.validate(json.loads(choice.message.content), SCHEMA)
         assert not (calls and choice.message.content) and (seed % 2 or len(calls) <= 1)
         for made in calls[: None if choice.finish_reason == "tool_calls" else -1]:

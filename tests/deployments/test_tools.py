@@ -9,6 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
+from deployments.parsing import REASONING_FORMATS
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
 from tests.deployments.scripted import ScriptedApi
@@ -265,6 +266,22 @@ def test_an_answer_comes_apart_streamed_or_not_and_whatever_its_marks_are(
 ) -> None:
     reason = "tool_calls" if calls else "stop"
     assert say(scripted, text) == (content, reasoning, calls, reason)
+
+
+@pytest.mark.parametrize("are_special", [False, True], ids=["text", "special"])
+@pytest.mark.parametrize("name", REASONING_FORMATS)
+def test_thoughts_come_apart_in_every_format(tmp_path: Path, name: str, are_special: bool) -> None:
+    """Also where nobody has offered tools, and the marks are no text."""
+    format = REASONING_FORMATS[name]
+    text = f"{format.open}Hm.{format.close}Yes."
+    if format.has_channels:
+        text = f"{format.open}Hm.{format.close}<|start|>assistant<|channel|>final<|message|>Yes."
+    special = list(format.marks) if are_special else []
+    api = ScriptedApi(tmp_path, special, reasoning_parser=name)
+    api.says = text
+    for stream in (False, True):
+        message = asyncio.run(api.chat(stream=stream))["message"]
+        assert (message["reasoning_content"].strip(), message["content"]) == ("Hm.", "Yes.")
 
 
 def test_marks_that_nobody_looks_for_are_left_out_as_other_special_tokens_are(

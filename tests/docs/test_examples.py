@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.deployments.conftest import demo  # noqa: F401
+from tests.deployments.cutting_proxy import cut_after
 from tests.deployments.local_server import LocalServer
 from tests.docs.blocks import ROOT
 
@@ -63,3 +64,11 @@ def test_an_agent_calls_tools_until_it_can_answer(run: Run, demo: LocalServer) -
     said = run("agent", "--url", demo.url, "What is the weather in Oslo?")
     assert "get_weather({'city': 'Oslo'}) -> {'temperature': 4" in said
     assert "4 degrees" in said.splitlines()[-1]
+
+
+def test_a_broken_stream_goes_on(run: Run, demo: LocalServer) -> None:  # noqa: F811
+    question = "Repeat these words: apple river stone cloud"
+    whole = run("resume", "--url", demo.url, question)
+    with cut_after(demo.url, 900, 0, 1200) as url:
+        assert run("resume", "--url", url, question) == whole
+    assert "apple river stone" in whole

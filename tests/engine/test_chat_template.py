@@ -216,6 +216,22 @@ def test_templates_may_do_with_it_what_they_like() -> None:
         assert control_tokens(ours, tokens) == expected
 
 
+def test_a_late_system_message_is_the_users_where_the_template_takes_none() -> None:
+    """Agents send some; at the front they would change the beginning of a known prompt."""
+    strict = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+        "{{ raise_exception('a system message must be at the beginning') }}{% endif %}"
+        "<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    ours, _ = load(trained("llama3"), strict)
+    said = [("system", "a"), ("user", "b"), ("assistant", "c"), ("system", "d"), ("user", "e")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    late = [m | {"role": "user"} if m["content"] == "d" else m for m in messages]
+    assert ours.encode_chat(messages) == ours.encode_chat(late)
+    with pytest.raises(ValueError, match="must be at the beginning"):
+        ours.encode_chat([messages[0], messages[0], messages[1]])
+
+
 def test_control_tokens_are_cut_wherever_they_begin() -> None:
     """Within each other too, and where the search goes on with its next window."""
     texts = ["<|im_end|>", "<s>", "[INST]", "<<s>>"]

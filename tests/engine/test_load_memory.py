@@ -25,6 +25,7 @@ from engine.ranks.rank_group import RankGroup
 from kernels import select_ops
 
 directory, quantization = Path(sys.argv[1]), sys.argv[2] or None
+shape = read_config(directory)
 device = torch.device("cpu")
 torch.set_num_threads(1)
 ops = select_ops(device)
@@ -41,7 +42,6 @@ def watch():
 watcher = threading.Thread(target=watch)
 watcher.start()
 config = EngineConfig(model=str(directory), quantization=quantization)
-shape = read_config(directory)
 model = loader.load_model(
     config, shape, directory, 64, torch.float32, device, ops, RankGroup()
 )

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM
 from engine.models.loader import load_dummy_weights, load_weights
+from engine.models.reader import SafetensorsReader
 from engine.models.registry import read_config
 from engine.models.weights.plain import PlainWeights
 from engine.ranks.rank_group import RankGroup, Ranks
@@ -26,8 +27,6 @@ from tests.checkpoints import load_oracle
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import prompt_logits
 
-Edit = Callable[[dict[str, Any]], object]
-
 
 def load(directory: Path, rank: int = 0, size: int = 1) -> CausalLM:
     config = read_config(directory)
@@ -36,26 +35,6 @@ def load(directory: Path, rank: int = 0, size: int = 1) -> CausalLM:
     model = CausalLM(config, 64, context)
     load_weights(model, directory, show_progress=False)
     return model
-
-
-@pytest.fixture
-def edited(checkpoints: CheckpointFactory, tmp_path: Path) -> Callable[..., Path]:
-    """edited(family, config=…, tensors=…): a copy of a checkpoint after functions changed it."""
-
-    def edit(family: str, config: Edit | None = None, tensors: Edit | None = None) -> Path:
-        directory = tmp_path / family
-        shutil.copytree(checkpoints(family), directory)
-        if config is not None:
-            content = json.loads((directory / "config.json").read_text())
-            config(content)
-            (directory / "config.json").write_text(json.dumps(content))
-        if tensors is not None:
-            weights = load_file(directory / "model.safetensors")
-            tensors(weights)
-            save_file(weights, directory / "model.safetensors", {"format": "pt"})
-        return directory
-
-    return edit
 
 
 # --- Broken checkpoints -----------------------------------------------------------------------
@@ -108,6 +87,37 @@ def test_tied_checkpoint_with_a_head_of_its_own_uses_it(edited: Callable[..., Pa
     with torch.inference_mode():
         expected = load_oracle(directory)(torch.tensor([tokens])).logits[0, -1]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_all_that_is_missing_is_found_before_anything_is_read(
+    edited: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(SafetensorsReader, "read", refuse)
+    for name in ("model.norm.weight", "model.layers.2.mlp.down_proj.weight"):
+        with pytest.raises(CheckpointError, match=f"no tensor '{name}'"):
+            load(edited("qwen3", tensors=lambda weights, name=name: weights.pop(name)))
+
+
+def test_weights_that_are_no_numbers_are_named(edited: Callable[..., Path]) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(weights: dict[str, Tensor]) -> None:
+        weights[name][3, 4] = torch.nan
+
+    with pytest.raises(CheckpointError, match=f"{name} has values that are no numbers"):
+        load(edited("qwen3", tensors=spoil))
+
+
+def test_an_index_points_to_files_beside_it(edited: Callable[..., Path]) -> None:
+    directory = edited("qwen3")
+    (directory / "model.safetensors").rename(directory.parent / "elsewhere.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"not beside it: '\.\./elsewhere"):
+        load(directory)
 
 
 def test_old_rotary_buffers_are_ignored(edited: Callable[..., Path]) -> None:
@@ -170,92 +180,19 @@ def test_other_files_beside_the_model_are_ignored(edited: Callable[..., Path]) -
 
 
 def test_missing_directory_and_missing_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no directory '\./nowhere'"):
+    with pytest.raises(CheckpointError, match=r"there is no directory or GGUF file '\./nowhere'"):
         resolve("./nowhere")
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json: is it a model"):
+        read_config(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"it is an adapter \(LoRA\); merge it"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
         read_config(tmp_path)
 
 
-# --- Refused by name --------------------------------------------------------------------------
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel.*Qwen3ForCausalLM"),
-    "no architecture": (dict(architectures=None), r"\(none\) is not supported"),
-    "rope type": (
-        dict(rope_parameters=dict(rope_type="yarn", factor=4.0)),
-        "rope_type 'yarn' is not supported; supported: default, linear, llama3",
-    ),
-    "old rope type": (
-        dict(rope_parameters=None, rope_scaling=dict(type="dynamic", factor=2.0)),
-        "rope_type 'dynamic'",
-    ),
-    "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-    "partial rotary among the rope parameters": (
-        dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
-        "partial_rotary_factor",
-    ),
-    "activation": (dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
-    "mlp bias": (dict(mlp_bias=True), "mlp_bias=True"),
-    "quantization": (
-        dict(quantization_config=dict(quant_method="gptq")),
-        "quantization_config=.*gptq",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_unsupported_config_is_refused_by_name(edited: Callable[..., Path], case: str) -> None:
-    values, message = REFUSED[case]
-    directory = edited("llama3", config=lambda config: config.update(values))
-    with pytest.raises(CheckpointError, match=message):
-        read_config(directory)
-
-
-def test_missing_config_field_is_named(edited: Callable[..., Path]) -> None:
-    directory = edited("qwen3", config=lambda config: config.pop("num_hidden_layers"))
-    with pytest.raises(CheckpointError, match="lacks 'num_hidden_layers'"):
-        read_config(directory)
-
-
-def test_old_config_spelling_means_the_same(edited: Callable[..., Path]) -> None:
-    """transformers before version 5 wrote rope_theta and rope_scaling, and torch_dtype."""
-
-    def age(config: dict[str, Any]) -> None:
-        rope = config.pop("rope_parameters")
-        config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = rope
-        config["torch_dtype"] = config.pop("dtype")
-
-    old, new = edited("llama3", config=age), edited("mistral")
-    assert read_config(old).layers[0].attention.rope.kind == "llama3"
-    assert read_config(old).layers[0].attention.rope.theta == 5000.0
-    assert read_config(old).dtype == read_config(new).dtype
-
-
-@pytest.mark.parametrize(
-    "family, values, windows",
-    [
-        ("qwen2", dict(use_sliding_window=True, max_window_layers=1), (None, 20, 20)),
-        ("qwen2", dict(use_sliding_window=False, max_window_layers=1), (None, None, None)),
-        ("mistral", dict(), (20, 20, 20)),
-        ("llama3", dict(), (None, None, None)),
-    ],
-)
-def test_old_configs_do_not_list_which_layers_slide(
-    edited: Callable[..., Path],
-    family: str,
-    values: dict[str, Any],
-    windows: tuple[int | None, ...],
-) -> None:
-    def age(config: dict[str, Any]) -> None:
-        config.pop("layer_types", None)
-        config.update(values, sliding_window=20)
-
-    layers = read_config(edited(family, config=age)).layers
-    assert tuple(layer.attention.window for layer in layers) == windows
+# --- What else is refused ---------------------------------------------------------------------
 
 
 def test_window_longer_than_the_models_is_refused(checkpoints: CheckpointFactory) -> None:

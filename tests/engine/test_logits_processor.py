@@ -222,7 +222,7 @@ def test_thoughts_are_ended_only_where_they_are_and_go_on(
         (dict(budget=4, start=[other], end=[other]), False),
         (dict(budget=4, start=text[:5], end=[other]), False),
         (dict(budget=6, end=text[2:4]), False),
-        (dict(budget=3, end=text[2:4]), False),  # as by itself
+        (dict(budget=3, end=text[3:5]), False),  # as by itself
     ]
     request = plain_requests()[0]
     with new_engine(checkpoints("qwen3")) as engine:

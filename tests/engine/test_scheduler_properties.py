@@ -75,7 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_host_blocks=st.sampled_from([0, 1, 3, 12]),
         windows=st.sampled_from([[None], [None], [3], [None, 3], [None, 1, 5]]),
         max_in_flight=st.sampled_from([1, 2, 3, 3]),
-        policy=st.sampled_from(["fcfs", "fcfs", "priority", "shortest"]),
+        policy=st.sampled_from(["fcfs", "fair", "priority", "shortest"]),
         specs=st.lists(REQUEST, min_size=2, max_size=8),
     )
     def start(
@@ -88,7 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_host_blocks: int,
         windows: list[int | None],
         max_in_flight: int,
-        policy: Literal["fcfs", "priority", "shortest"],
+        policy: Literal["fcfs", "fair", "priority", "shortest"],
         specs: list[Spec],
     ) -> None:
         config = EngineConfig(

@@ -89,6 +89,30 @@ def test_a_conversation(open_page: OpenPage, screenshot: Screenshot) -> None:
     expect(page.locator("#welcome")).to_be_visible()
 
 
+def test_an_answer_that_breaks_goes_on(open_page: OpenPage, server: LocalServer) -> None:
+    page = open_page()
+    heads: list[str] = []
+
+    def reply(route: Route) -> None:
+        heads.append(route.request.headers.get("last-event-id", ""))
+        body = route.request.post_data_json | {"temperature": 0}
+        if len(heads) > 1:
+            route.continue_(post_data=json.dumps(body))
+            return
+        whole = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).text.split(
+            "\n\n"
+        )
+        route.fulfill(
+            status=200, content_type="text/event-stream", body="\n\n".join(whole[:4]) + "\n\n"
+        )
+
+    page.route(CHAT, reply)
+    say(page, "Repeat these words: apple river stone")
+    answer = last_answer(page)
+    expect(answer.locator(".text")).to_have_text("apple river stone")
+    assert heads[0] == "" and heads[1].endswith((".3", ".4")) and len(heads) == 2
+
+
 def test_stop_keeps_what_has_come(open_page: OpenPage, server: LocalServer) -> None:
     page = open_page()
     page.route(CHAT, lambda route: route.continue_(post_data=json.dumps(

@@ -27,15 +27,17 @@ _TIMEOUT_S = 400
 _PROMPT = "Repeat these words: apple river stone"
 
 
-class _Requests(logging.Handler):
-    """What the server's request log says."""
+def watch_requests() -> list[dict[str, Any]]:
+    """What the server's request log says from now on."""
+    lines: list[dict[str, Any]] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[dict[str, Any]] = []
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(record.getMessage()))
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(json.loads(record.getMessage()))
+    logging.getLogger(LOGGER).addHandler(Handler())
+    logging.getLogger(LOGGER).setLevel(logging.INFO)
+    return lines
 
 
 def with_long_window(directory: Path) -> Path:
@@ -93,9 +95,7 @@ def _run(command: list[str], home: Path, settings: dict[str, str]) -> None:
 
 def main() -> int:
     bin, names = Path(sys.argv[1]).resolve(), sys.argv[2:]
-    log = _Requests()
-    logging.getLogger(LOGGER).addHandler(log)
-    logging.getLogger(LOGGER).setLevel(logging.INFO)
+    log = watch_requests()
     refused = 0
     with tempfile.TemporaryDirectory() as directory:
         model = with_long_window(Path(directory))
@@ -105,11 +105,11 @@ def main() -> int:
                 home = Path(directory) / name
                 home.mkdir()
                 {"claude": claude, "codex": codex}[name](server, bin, home)
-                for line in log.lines:
+                for line in log:
                     refused += line["status"] is not None and line["status"] >= 400
                     told = ("method", "path", "status", "error", "prompt_tokens", "cached_tokens")
                     print("  ", *(line.get(field) for field in told), line.get("finish_reasons"))
-                log.lines.clear()
+                log.clear()
     print(f"{refused} requests refused")
     return bool(refused)
 

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from deployments.api.admission import usage
 from deployments.api.bodies import BodyRoute
 from deployments.api.chat import AnswerDelta, Chat, read
+from deployments.api.requests.resume import event_id, given_resume
 from deployments.api.schema import answers
 from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.answers import documented
@@ -40,7 +41,7 @@ def routes(front: Front) -> APIRouter:
     async def create_chat_completion(request: ChatCompletionRequest) -> Response:
         if not request.stream:
             return await (await complete_chat(front, request)).response()
-        chat = await Chat.start(front, request)
+        chat = await Chat.start(front, request, given_resume(request.resume))
         return event_stream(await await_first(_events(chat)) if chat.has_grammar else _events(chat))
 
     return router
@@ -48,7 +49,7 @@ def routes(front: Front) -> APIRouter:
 
 async def complete_chat(front: Front, request: ChatCompletionRequest) -> Whole:
     """Raises ApiError for a request that cannot be served."""
-    chat = await Chat.start(front, request)
+    chat = await Chat.start(front, request, request.resume)
     said: list[list[Piece]] = [[] for _ in range(chat.params.n)]
     outputs = await collect_all(
         [
@@ -122,14 +123,41 @@ async def _heard(
             yield replace(step.delta, finish_reason=step.finish_reason)
 
 
-async def _events(chat: Chat) -> AsyncGenerator[str]:
-    """One text per step, however many events it has: each is one write."""
-    head = chat.head | {"object": "chat.completion.chunk"}
-    chunks = Chunks(head)
+class _ChatChunks(Chunks):
+    """A chat's events."""
 
-    def chunk(
+    def __init__(self, chat: Chat) -> None:
+        self.head = chat.head | {"object": "chat.completion.chunk"}
+        super().__init__(self.head)
+        self._chat = chat
+
+    def opening(self, num_choices: int) -> list[str]:
+        message = {"role": "assistant", "content": ""}
+        events = [self._chunk(index, message, None) for index in range(num_choices)]
+        if self._chat.request.return_token_ids:
+            prompt = {"choices": [], "prompt_token_ids": self._chat.prompt}
+            events.insert(0, event(self.head | prompt))
+        return events
+
+    def step(self, index: int, step: AnswerDelta) -> list[str]:
+        delta, events = step.delta, []
+        logprobs = _logprobs(self._chat, delta)
+        token_ids = list(delta.token_ids) if self._chat.request.return_token_ids else None
+        for piece in () if delta.is_known else step.pieces:
+            content = AnswerParser.delta(piece)
+            events.append(self._chunk(index, content, delta, logprobs, token_ids=token_ids))
+            logprobs = token_ids = None
+        is_rest = (logprobs is not None or token_ids is not None) and not delta.is_known
+        if is_rest or step.finish_reason is not None:
+            ending = step.finish_reason
+            events.append(self._chunk(index, {}, delta, logprobs, ending, token_ids))
+        return events
+
+    def _chunk(
+        self,
         index: int,
         content: dict[str, Any],
+        delta: TextDelta | None,
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
         token_ids: Sequence[int] | None = None,
@@ -140,40 +168,35 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
             "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
-        if finish_reason is not None:
-            choice["stop_reason"] = last[index].stop_reason
+        if finish_reason is not None and delta is not None:
+            choice["stop_reason"] = delta.stop_reason
         if token_ids is not None:
             choice["token_ids"] = token_ids
         counts = None
-        if chat.request.continuous_usage:
-            so_far = last.get(index)
-            counts = _usage(len(chat.prompt), [so_far] if so_far else [])
-        return chunks.event(choice, counts)
+        if self._chat.request.continuous_usage:
+            counts = _usage(len(self._chat.prompt), [delta] if delta else [])
+        return self.event(choice, counts)
 
+
+async def _events(chat: Chat) -> AsyncGenerator[str]:
+    """One text per step, however many events it has: each is one write."""
+    chunks = _ChatChunks(chat)
     streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
-    opening: dict[str, Any] = {"role": "assistant", "content": ""}
     last: dict[int, TextDelta] = {}
     thoughts: list[Piece] = []
     async with aclosing(merge(streams)) as steps:
         async for news in steps:
-            events = [] if last else [chunk(i, opening) for i in range(len(streams))]
-            if not last and chat.request.return_token_ids:
-                events.insert(0, event(head | {"choices": [], "prompt_token_ids": chat.prompt}))
+            is_first = not last and not chat.options.position
+            events = chunks.opening(len(streams)) if is_first else []
             for index, step in news:
                 last[index] = step.delta
-                logprobs = _logprobs(chat, step.delta)
-                token_ids = list(step.delta.token_ids) if chat.request.return_token_ids else None
-                for piece in step.pieces:
-                    content = AnswerParser.delta(piece)
-                    events.append(chunk(index, content, logprobs, token_ids=token_ids))
-                    logprobs = token_ids = None
-                    if isinstance(piece, Reasoning):
-                        thoughts.append(piece)
-                if logprobs is not None or token_ids is not None or step.finish_reason is not None:
-                    events.append(chunk(index, {}, logprobs, step.finish_reason, token_ids))
+                thoughts += [piece for piece in step.pieces if isinstance(piece, Reasoning)]
+                events += chunks.step(index, step)
             if events:
+                if len(streams) == 1:
+                    events[-1] = event_id(chat.params, last[0].num_tokens) + events[-1]
                 yield "".join(events)
     if chat.request.include_usage:
         outputs = [last[index] for index in range(len(streams))]
         counts = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
-        yield event(head | {"choices": [], "usage": counts})
+        yield event(chunks.head | {"choices": [], "usage": counts})

@@ -21,10 +21,11 @@ from deployments.api.admission import (
     usage,
 )
 from deployments.api.bodies import BodyRoute
+from deployments.api.requests.resume import event_id, given_resume, go_on
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
+from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
-from deployments.api.schema.protocol import CompletionRequest
 from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
@@ -44,6 +45,7 @@ class _Started:
 
     front: Front
     request: CompletionRequest
+    params: SamplingParams
     head: dict[str, Any]  # what all answers begin with
     prompts: list[list[int]]
     streams: list[AsyncGenerator[TextDelta]]
@@ -117,11 +119,14 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     check_queue(front, len(request.prompts))
     options = request_options(front, request)
     params = await sampling_params(front, request)
+    resume, num_prompts = given_resume(request.resume), len(request.prompts)
+    params, options = await go_on(resume, front, params, options, num_prompts)
+    handed = scope().handed if num_prompts == 1 else None
     prompts, texts = [], []
     for prompt in request.prompts:
-        tokens = await _encode(front, prompt, params) if isinstance(prompt, str) else prompt
+        tokens = handed.tokens if handed else await _encode(front, prompt, params)
         kept = front.truncate(tokens, params)
-        check_prompt(front, kept, params, "prompt")
+        check_prompt(front, kept, params, "prompt", options.known_tokens)
         prompts.append(kept)
         is_whole = isinstance(prompt, str) and len(kept) == len(tokens)
         if request.echo and not is_whole:
@@ -147,10 +152,12 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         if request.echo:
             choices = [_echo(str(text), deltas) for deltas in choices]
         streams += choices
-    return _Started(front, request, head, prompts, streams)
+    return _Started(front, request, params, head, prompts, streams)
 
 
-async def _encode(front: Front, prompt: str, params: SamplingParams) -> list[int]:
+async def _encode(front: Front, prompt: str | list[int], params: SamplingParams) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
     try:
         return await front.encode(prompt, max_len=front.max_prompt_len(params))
     except ValueError as error:
@@ -210,11 +217,13 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
                 prompt = started.prompts[index // num_choices]
                 token_ids = started.token_ids(prompt, delta, is_first=index not in last)
                 last[index] = delta
+                if delta.is_known and not delta.finish_reason:
+                    continue
                 if delta.text or delta.finish_reason or delta.logprobs or token_ids:
                     own = logprobs[index]
                     choice = {
                         "index": index,
-                        "text": delta.text,
+                        "text": "" if delta.is_known else delta.text,
                         "logprobs": own.take(delta) if own else None,
                         "finish_reason": delta.finish_reason,
                         **token_ids,
@@ -226,6 +235,8 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
                         counts = usage(len(prompt), delta.num_tokens, delta.num_cached_tokens)
                     events.append(chunks.event(choice, counts))
             if events:
+                if len(started.streams) == 1:
+                    events[-1] = event_id(started.params, delta.num_tokens) + events[-1]
                 yield "".join(events)
     if started.request.include_usage:
         outputs = [last[index] for index in range(len(started.streams))]

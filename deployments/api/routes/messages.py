@@ -11,9 +11,13 @@ from deployments.api.admission import check_model, max_counted_tokens, prompt_er
 from deployments.api.bodies import BodyRoute
 from deployments.api.chat import AnswerDelta, Chat, as_chat, read
 from deployments.api.errors import report
-from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
-from deployments.api.schema.message_output import MessageOutput
+from deployments.api.schema.message_output import (
+    AnthropicError,
+    Message,
+    MessageOutput,
+    TokensOfMessages,
+)
 from deployments.api.schema.message_request import (
     OTHER_NAMES,
     CountTokensRequest,
@@ -31,7 +35,7 @@ def routes(front: Front) -> APIRouter:
     @router.post(
         "/v1/messages",
         response_model=None,
-        responses=documented(answers.Message, streams=True, error=answers.AnthropicError),
+        responses=documented(Message, streams=True, error=AnthropicError),
     )
     async def create_message(request: MessagesRequest) -> Response:
         chat = await Chat.start(front, as_chat(request.to_chat, OTHER_NAMES))
@@ -51,7 +55,7 @@ def routes(front: Front) -> APIRouter:
     @router.post(
         "/v1/messages/count_tokens",
         response_model=None,
-        responses=documented(answers.TokensOfMessages, error=answers.AnthropicError),
+        responses=documented(TokensOfMessages, error=AnthropicError),
     )
     async def count_tokens(request: CountTokensRequest) -> Response:
         """The tokens of the prompt that the same request has."""

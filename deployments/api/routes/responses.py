@@ -14,9 +14,9 @@ from deployments.api.errors import ApiError, report
 from deployments.api.response_store import ResponseStore, StoredResponse
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
-from deployments.api.schema.response_items import InputItem, to_messages
-from deployments.api.schema.response_output import ResponseOutput
-from deployments.api.schema.response_request import ENCRYPTED, OTHER_NAMES, ResponseRequest
+from deployments.api.schema.responses.items import InputItem, to_messages
+from deployments.api.schema.responses.output import ResponseOutput
+from deployments.api.schema.responses.request import ENCRYPTED, OTHER_NAMES, ResponseRequest
 from deployments.api.schema.tools import left_out_header
 from deployments.api.scope import scope
 from deployments.api.streaming import await_first, event_stream, named_event

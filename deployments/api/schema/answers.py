@@ -38,17 +38,6 @@ def documented(
     }
 
 
-class AnthropicErrorDetail(Answer):
-    type: str
-    message: str
-
-
-class AnthropicError(Answer):
-    type: Literal["error"]
-    error: AnthropicErrorDetail
-    request_id: str
-
-
 class Health(Answer):
     status: Literal["ok"]
 
@@ -199,51 +188,54 @@ class Text(Answer):
     prompt: str
 
 
-class TextBlock(Answer):
-    type: Literal["text"]
+class PooledUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(Answer):
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: PooledUsage
+
+
+class Score(Answer):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class ScoreList(Answer):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PooledUsage
+
+
+class Document(Answer):
     text: str
 
 
-class ThinkingBlock(Answer):
-    type: Literal["thinking"]
-    thinking: str
-    signature: str
+class Ranked(Answer):
+    index: int
+    relevance_score: float
+    document: Document | None = None
 
 
-class ToolUseBlock(Answer):
-    type: Literal["tool_use"]
+class Ranking(Answer):
     id: str
-    name: str
-    input: dict[str, Any]
-
-
-class ThinkingTokens(Answer):
-    thinking_tokens: int
-
-
-class MessageUsage(Answer):
-    input_tokens: int
-    cache_read_input_tokens: int
-    cache_creation_input_tokens: int
-    output_tokens: int
-    output_tokens_details: ThinkingTokens
-
-
-class Message(Answer):
-    id: str
-    type: Literal["message"]
-    role: Literal["assistant"]
     model: str
-    content: list[Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Discriminator("type")]]
-    stop_reason: Literal[
-        "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
-    ]
-    stop_sequence: str | None
-    usage: MessageUsage
-
-
-class TokensOfMessages(Answer):
-    input_tokens: int
+    results: list[Ranked]
+    usage: PooledUsage
 
 
 class OutputText(Answer):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from deployments.parsing import ToolFormat
+from deployments.parsing import FINAL, ToolFormat
 from engine.structured_outputs import StructuredOutputs
 
 Form = dict[str, Any]
@@ -63,11 +63,13 @@ class CallGrammar:
         return _tag({"type": "sequence", "elements": elements})
 
     def or_form(self, wanted: StructuredOutputs, is_single: bool) -> Form:
-        """Calls and nothing else, or an answer of the wanted form."""
+        """Calls and nothing else, or an answer of the wanted form, in a channel if it has one."""
         call = self._one_of(self._calls, "")
         more = {"type": "sequence", "elements": [_text("\n"), call]}
         calls = [call] if is_single else [call, {"type": "star", "content": more}]
-        return _tag(_either([{"type": "sequence", "elements": calls}, _form_of(wanted)]))
+        begin = self._literal(FINAL) if self._format.has_channels else []
+        answer = {"type": "sequence", "elements": [*begin, _form_of(wanted)]}
+        return _tag(_either([{"type": "sequence", "elements": calls}, answer]))
 
     def _one_of(self, names: Iterable[str], begun: str) -> Form:
         """A call of one of these functions, without its beginning."""

@@ -18,6 +18,7 @@ from deployments.api.schema.turns import Turns
 from engine.sampling_params import SamplingParams
 from engine.text.messages import CalledFunction, Function, FunctionName, TextPart, Tool, ToolCall
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 # Of a chat, for errors.
 OTHER_NAMES = {
@@ -337,6 +338,9 @@ class MessagesRequest(SamplingFields, ServedRequest, CountTokensRequest):
     container: Unserved = None
     diagnostics: Unserved = None
     inference_geo: Unserved = None
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        return self.to_chat().encode(tokenizer, max_len)
 
     def _generation(self) -> dict[str, Any]:
         same = set(SamplingParams.model_fields) | set(ServedRequest.model_fields)

@@ -6,21 +6,20 @@ import msgpack
 from pydantic import (
     AfterValidator,
     BeforeValidator,
-    Discriminator,
     Field,
     StringConstraints,
-    Tag,
-    field_validator,
     model_validator,
 )
 
+from deployments.api.requests.resume import WhereToGoOn
 from deployments.api.schema.structured import FormFields
 from deployments.api.schema.tools import AllowedTools, ToolChoice, names_of
 from deployments.api.scope import scope
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams, TokenId
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from engine.text.chat_template import check_variables
 from engine.text.messages import Message, Tool
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(check_variables)]
 
@@ -77,14 +76,24 @@ class ServedRequest(ModelRequest):
         "limit still holds.",
     )
 
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        """The (first) prompt's tokens; raises ValueError where there are none, or too many."""
+        raise NotImplementedError
+
+
+Metadata = Annotated[
+    dict[
+        Annotated[str, StringConstraints(max_length=64)],
+        Annotated[str, StringConstraints(max_length=512)],
+    ],
+    Field(max_length=16),
+]
+
 
 class AgentRequest(ServedRequest):
     """What chats and responses have in common."""
 
-    metadata: dict[
-        Annotated[str, StringConstraints(max_length=64)],
-        Annotated[str, StringConstraints(max_length=512)],
-    ] = Field(default_factory=dict, max_length=16, description="More tags of the caller's own.")
+    metadata: Metadata = Field(default_factory=dict, description="More tags of the caller's own.")
     safety_identifier: str | None = Field(None, description="Another tag, which changes nothing.")
     prompt_cache_key: str | None = Field(
         None, description="The same: prefixes are found without it. To divide them: cache_salt."
@@ -152,12 +161,15 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     """What chat and text completions have in common: all sampling parameters, and these."""
 
     stream_options: StreamOptions | None = None
+    pooling: Unserved = Field(None, description="See /v1/embeddings.")
     return_token_ids: bool = Field(
         False, description="Choices have token_ids, and their prompt prompt_token_ids; as in vLLM."
     )
     return_tokens_as_token_ids: bool = Field(
         False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
     )
+
+    resume: WhereToGoOn = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> "GenerationRequest":
@@ -286,6 +298,10 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
             **self.chat_template_kwargs,
         }
 
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        messages = [message.for_template() for message in self.messages]
+        return tokenizer.encode_chat(messages, max_len=max_len, **self.template_options())
+
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         return super().sampling_params({"max_tokens": None} | defaults)
 
@@ -298,86 +314,3 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     def other_names(self) -> dict[str, str]:
         names = {"max_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
         return super().other_names() | names
-
-
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-
-
-def _kind_of_prompt(value: Any) -> str | None:
-    """Told by the first item, so that a long list is looked at once, as the kind that it is."""
-    if isinstance(value, str):
-        return "text"
-    if not isinstance(value, list) or not value:
-        return None
-    if isinstance(value[0], str):
-        return "texts"
-    return "lists of token ids" if isinstance(value[0], list) else "token ids"
-
-
-Prompt = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[list[str], Tag("texts")]
-    | Annotated[TokenIds, Tag("token ids")]
-    | Annotated[list[TokenIds], Tag("lists of token ids")],
-    Discriminator(
-        _kind_of_prompt,
-        custom_error_type="prompt",
-        custom_error_message="Input should be a text, a list of token ids, or a list of either",
-    ),
-]
-
-
-class CompletionRequest(GenerationRequest):
-    prompt: Prompt
-    max_tokens: int | None = Field(
-        16, ge=0, lt=2**31, description="0, with echo, is for scoring a prompt."
-    )
-    echo: bool = Field(False, description="Begin the text, and logprobs, with the prompt.")
-    best_of: int | None = Field(
-        None,
-        ge=1,
-        le=128,
-        description="Make so many choices, return the n most probable per token.",
-    )
-    suffix: Unserved = None
-
-    @field_validator("logprobs", mode="before")
-    @classmethod
-    def _false_is_no_number(cls, value: Any) -> Any:
-        return None if value is False else value
-
-    @model_validator(mode="after")
-    def _echo_and_best_of(self) -> "CompletionRequest":
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 leaves nothing to answer; it needs echo")
-        if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of: {self.best_of}, but it must be at least n ({self.n})")
-        if self.best_of is not None and self.best_of > self.n and self.stream:
-            raise ValueError("best_of: a stream cannot wait for the best; leave stream out")
-        if self.echo and self.logprobs is not None and self.stream and self.n > 1:
-            raise ValueError("n: 1 where a stream echoes the prompt with logprobs")
-        return self
-
-    @property
-    def num_choices(self) -> int:
-        """Choices to make for each prompt, of which n are returned."""
-        return self.best_of or self.n
-
-    def translated(self) -> dict[str, Any]:
-        values: dict[str, Any] = {"n": self.num_choices}
-        if self.max_tokens == 0:
-            values["max_tokens"] = 1  # an engine always samples; the token is not shown
-        if self.num_choices > self.n and self.logprobs is None:
-            values["logprobs"] = 0
-        if self.echo and self.logprobs is not None:
-            values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return values
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """One or many prompts as a list."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
 from engine.models.blocks.norm import Norm
 from engine.models.blocks.rotary import RopeConfig
+from engine.models.shape import LayerCache
 from kernels.types import AttentionInputs, KVCache
 
 
@@ -20,6 +21,9 @@ class AttentionConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
+
+    def cache(self, num_ranks: int) -> LayerCache:
+        return LayerCache(max(self.num_kv_heads // num_ranks, 1), self.head_dim, self.window)
 
     def check_divisible(self, num_ranks: int) -> None:
         """Raises ValueError for heads that cannot be split over so many ranks."""

@@ -1,10 +1,9 @@
 """Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024)."""
 
-from typing import Any
+from transformers import PreTrainedConfig
 
 from engine.models.config import ModelConfig, dense_config
 
 
-def config(hf: dict[str, Any]) -> ModelConfig:
-    bias = bool(hf.get("attention_bias", False))
-    return dense_config(hf, qkv_bias=bias, output_bias=bias)
+def config(hf: PreTrainedConfig) -> ModelConfig:
+    return dense_config(hf, qkv_bias=hf.attention_bias, output_bias=hf.attention_bias)

@@ -1,11 +1,11 @@
 """Qwen3 (Yang et al., 2025): each head's queries and keys are normed."""
 
-from typing import Any
+from transformers import PreTrainedConfig
 
-from engine.models.config import ModelConfig, dense_config
-from engine.models.families.qwen2 import qwen_windows
+from engine.models.config import ModelConfig, dense_config, sliding_windows
 
 
-def config(hf: dict[str, Any]) -> ModelConfig:
-    bias = bool(hf.get("attention_bias", False))
-    return dense_config(hf, windows=qwen_windows(hf), qk_norm=True, qkv_bias=bias, output_bias=bias)
+def config(hf: PreTrainedConfig) -> ModelConfig:
+    bias = hf.attention_bias
+    windows = sliding_windows(hf, hf.layer_types)
+    return dense_config(hf, windows=windows, qk_norm=True, qkv_bias=bias, output_bias=bias)

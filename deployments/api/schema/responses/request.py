@@ -17,13 +17,14 @@ from deployments.api.schema.protocol import (
     TemplateVariables,
     Verbosity,
 )
-from deployments.api.schema.response_items import InputItem, to_messages
-from deployments.api.schema.response_tools import AnyTool, Toolbox, full_name
+from deployments.api.schema.responses.items import InputItem, to_messages
+from deployments.api.schema.responses.tools import AnyTool, Toolbox, full_name
 from deployments.api.schema.structured import JsonObjectFormat, NamedSchema, TextFormat
 from deployments.api.schema.tools import AllowedTools, ToolChoice, named_tool
 from engine.sampling_params import SamplingParams
 from engine.text.messages import FunctionName, Message
 from engine.text.request_model import NotServed, RequestModel, Unserved
+from engine.text.tokenizer import Tokenizer
 
 # Of a chat, for errors.
 OTHER_NAMES = {
@@ -165,6 +166,11 @@ class ResponseRequest(SamplingFields, AgentRequest):
             **{name: getattr(self, name) for name in same},
             **cut,
         )
+
+    def encode(self, tokenizer: Tokenizer, max_len: int | None = None) -> list[int]:
+        if self.previous_response_id is not None:
+            raise ValueError("previous_response_id: what came before the input is not known here")
+        return self.to_chat().encode(tokenizer, max_len)
 
     def _choice(self) -> ToolChoice:
         choice = self.tool_choice

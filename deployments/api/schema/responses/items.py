@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from deployments.api.schema.response_tools import TEXT_ARGUMENT, full_name
+from deployments.api.schema.responses.tools import TEXT_ARGUMENT, full_name
 from deployments.api.schema.turns import Turns
 from engine.text.messages import (
     CacheBreakpoint,

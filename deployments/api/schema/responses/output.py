@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from deployments.api.errors import ApiError
-from deployments.api.schema.response_items import sealed
-from deployments.api.schema.response_tools import Toolbox, text_of
+from deployments.api.schema.responses.items import sealed
+from deployments.api.schema.responses.tools import Toolbox, text_of
 from deployments.parsing import Arguments, CallStart, Content, Piece, Reasoning
 
 Event = dict[str, Any]

@@ -1,0 +1,63 @@
+"""The prompt of a request's body, in whatever protocol it is, for who has nothing but the body."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from deployments.api.bodies import parse
+from deployments.api.errors import ApiError
+from deployments.api.schema.completion_request import CompletionRequest
+from deployments.api.schema.message_request import MessagesRequest
+from deployments.api.schema.protocol import (
+    ChatCompletionRequest,
+    ServedRequest,
+)
+from deployments.api.schema.responses.request import ResponseRequest
+from engine.text.tokenizer import Tokenizer
+
+# By the field that holds the prompt. Where several protocols have one field, the first that takes
+# the body has it: what they have in common they mean alike.
+PROTOCOLS: list[tuple[str, type[ServedRequest]]] = [
+    ("messages", ChatCompletionRequest),
+    ("messages", MessagesRequest),
+    ("input", ResponseRequest),
+    ("prompt", CompletionRequest),
+]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    tokens: list[int]
+    cache_salt: str
+    request_type: str
+
+
+def prompt_of(body: bytes, tokenizer: Tokenizer, max_bytes: int) -> Prompt | None:
+    """None for a body that no endpoint takes.
+
+    Of one that is cut, the prompt is what its beginning says, and right up to its last words.
+    """
+    try:
+        content = parse(body, max_bytes, may_be_cut=True)
+        for field, model in PROTOCOLS if isinstance(content, dict) else ():
+            for attempt in _attempts(content, field) if field in content else ():
+                with suppress(ValidationError):
+                    request = model.model_validate(attempt)
+                    tokens = request.encode(tokenizer)
+                    return Prompt(tokens, request.cache_salt, model.__name__)
+    except (ApiError, ValueError):
+        pass
+    return None
+
+
+def _attempts(content: dict[str, Any], field: str) -> Iterator[dict[str, Any]]:
+    """What may be valid of a body: its last part may not be, if it is cut."""
+    yield content
+    last = next(reversed(content))
+    if last != field:
+        yield {name: value for name, value in content.items() if name != last}
+    elif isinstance(content[field], list):
+        yield content | {field: content[field][:-1]}

@@ -1,0 +1,218 @@
+"""Batches: the requests of a file, answered a few at a time, and again where a server was killed.
+
+A batch is worked off in parts, each of which is written whole: whoever goes on with it does only
+what is not there yet. Its requests take turns with those of others as one client's, or come last
+where the server has priorities.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from deployments.api.errors import ApiError
+from deployments.batch.jsonl import JsonlFormat
+from deployments.batch.rows import Answer, Row, answer, row_seed
+from deployments.batch.storage import Location
+from deployments.files.store import FileStore, Record
+from deployments.front.engine_client import EngineUnavailableError
+from deployments.front.front import Front
+
+WINDOW_S = 24 * 3600
+UNFINISHED = ("validating", "in_progress")
+_ROWS_PER_PART = 64
+_RETRY_S = 2.0
+_LEASE_S = 60.0  # a batch whose runner has not been heard of for so long is anybody's
+_LOWEST_PRIORITY = 2**31 - 1
+
+logger = logging.getLogger(__name__)
+
+
+class BatchRunner:
+    """Works off the batches that come to this replica, and those that others have left."""
+
+    def __init__(self, front: Front, store: FileStore, retry_s: float = _RETRY_S) -> None:
+        self._front = front
+        self._store = store
+        self._retry_s = retry_s
+        self._format = JsonlFormat()
+        self._name = secrets.token_hex(8)  # in leases
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def start(self, directory: str, batch_id: str) -> None:
+        if batch_id not in self._tasks:
+            task = asyncio.create_task(self._run_safely(directory, batch_id))
+            self._tasks[batch_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(batch_id, None))
+
+    async def adopt_forever(self) -> None:
+        """Start whatever is unfinished and nobody's, now and from time to time."""
+        while True:
+            for directory, batch_id in await asyncio.to_thread(self._orphans):
+                self.start(directory, batch_id)
+            await asyncio.sleep(_LEASE_S / 2)
+
+    def _orphans(self) -> list[tuple[str, str]]:
+        found = []
+        for directory in self._store.tenants():
+            for record in self._store.all(directory, "batches"):
+                if record["status"] in UNFINISHED and self._is_free(record):
+                    found.append((directory, record["id"]))
+        return found
+
+    def _is_free(self, record: Record) -> bool:
+        owner, heard_at = record.get("_runner", ("", 0.0))
+        return owner == self._name or time.time() - heard_at > _LEASE_S
+
+    async def close(self) -> None:
+        """What is unfinished stays so, for the next one."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_safely(self, directory: str, batch_id: str) -> None:
+        try:
+            await self._run(directory, batch_id)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._update(directory, batch_id, is_left=True))
+            raise
+        except Exception as error:
+            logger.exception("batch %s failed", batch_id)
+            message = f"internal error: {type(error).__name__}"
+            with suppress(Exception):
+                await self._update(directory, batch_id, _failed(message))
+
+    async def _run(self, directory: str, batch_id: str) -> None:
+        record = await self._update(directory, batch_id)
+        source = self._store.source(directory, record["input_file_id"])
+        parts = await asyncio.to_thread(lambda: list(self._format.split(source, _ROWS_PER_PART)))
+        total = sum(num_rows for _, num_rows in parts)
+        if total == 0:
+            await self._update(directory, batch_id, _failed("the input file has no requests"))
+            return
+        counts = {"total": total, "completed": 0, "failed": 0}
+        if record["status"] == "validating":
+            started = {"status": "in_progress", "in_progress_at": int(time.time())}
+            await self._update(directory, batch_id, {**started, "request_counts": counts})
+        results = self._results(directory, batch_id)
+        first_row = 0
+        for number, (start, num_rows) in enumerate(parts):
+            record = await self._update(directory, batch_id)
+            if await self._is_cancelled(directory, batch_id) or _is_late(record):
+                break
+            if f"{number:08}.done" not in await asyncio.to_thread(results.names):
+                raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
+                done = await self._answer(record, raw, first_row)
+                await asyncio.to_thread(self._write, results, number, raw, *done)
+                counts = dict(record["request_counts"])
+                failed = sum(not _is_good(a) for a in done[1])
+                counts["failed"] += failed
+                counts["completed"] += num_rows - failed
+                await self._update(directory, batch_id, {"request_counts": counts})
+            first_row += num_rows
+        await self._finish(directory, batch_id, len(parts))
+
+    async def _answer(
+        self, record: Record, raw: list[bytes], first_row: int
+    ) -> tuple[list[Row], list[Answer]]:
+        rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
+        defaults = {"priority": _LOWEST_PRIORITY} if self._front.has_priorities else {}
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [
+                        group.create_task(answer(self._front, row, defaults, row_seed(0, i)))
+                        for i, row in enumerate(rows, start=first_row)
+                    ]
+                return rows, [task.result() for task in tasks]
+            except* EngineUnavailableError:
+                await asyncio.sleep(self._retry_s)
+
+    def _write(
+        self, results: Location, number: int, raw: list[bytes], rows: list[Row], said: list[Answer]
+    ) -> None:
+        """The part's good answers, its others, and last that it is done."""
+        for kind, wanted in (("output", True), ("error", False)):
+            chosen = [i for i, a in enumerate(said) if _is_good(a) == wanted]
+            if chosen:
+                content = self._format.encode(
+                    [raw[i] for i in chosen], [rows[i] for i in chosen], [said[i] for i in chosen]
+                )
+                results.write(f"{number:08}.{kind}", content)
+        results.write(f"{number:08}.done", b"")
+
+    async def _finish(self, directory: str, batch_id: str, num_parts: int) -> None:
+        record = await self._update(directory, batch_id)
+        ending = "expired" if _is_late(record) else "completed"
+        if await self._is_cancelled(directory, batch_id):
+            ending = "cancelled"
+        results = self._results(directory, batch_id)
+        told: dict[str, Any] = {}
+        for kind in ("output", "error"):
+            names = await asyncio.to_thread(results.names)
+            own = [f"{i:08}.{kind}" for i in range(num_parts) if f"{i:08}.{kind}" in names]
+            if own:
+                pieces: Iterator[bytes] = map(results.read, own)
+                name = f"{batch_id}_{kind}.jsonl"
+                made = await asyncio.to_thread(
+                    self._store.put, directory, pieces, name, "batch_output"
+                )
+                told[f"{kind}_file_id"] = made["id"]
+        told |= {"status": ending, f"{ending}_at": int(time.time())}
+        await self._update(directory, batch_id, told)
+        await asyncio.to_thread(results.filesystem.delete_dir, results.path)
+
+    async def _is_cancelled(self, directory: str, batch_id: str) -> bool:
+        return await asyncio.to_thread(self._store.is_cancelled, directory, batch_id)
+
+    def _results(self, directory: str, batch_id: str) -> Location:
+        place = self._store.place(directory, f"results/{batch_id}")
+        place.filesystem.create_dir(place.path, recursive=True)
+        return place
+
+    async def _update(
+        self, directory: str, batch_id: str, changes: Record | None = None, is_left: bool = False
+    ) -> Record:
+        """The record, as it is now and with these changes; and that it is being worked on.
+
+        Args:
+            is_left: it is not any longer.
+        """
+
+        def update() -> Record:
+            record = self._store.read(directory, "batches", batch_id)
+            assert record is not None, "batches are not deleted"
+            record |= (changes or {}) | {"_runner": (self._name, 0.0 if is_left else time.time())}
+            self._store.write(directory, record)
+            return record
+
+        return await asyncio.to_thread(update)
+
+
+def _is_late(record: Record) -> bool:
+    return bool(time.time() > record["expires_at"])
+
+
+def _is_good(answer: Answer) -> bool:
+    return answer.status == 200
+
+
+def _checked(row: Row, endpoint: str) -> Row:
+    if row.error is None and row.url != endpoint:
+        error = ApiError(400, f"url: {row.url!r}, but the batch's endpoint is {endpoint!r}", "url")
+        return replace(row, error=error)
+    return row
+
+
+def _failed(message: str) -> dict[str, Any]:
+    fault = {"code": "invalid_input", "message": message, "line": None, "param": None}
+    return {
+        "status": "failed",
+        "failed_at": int(time.time()),
+        "errors": {"object": "list", "data": [fault]},
+    }

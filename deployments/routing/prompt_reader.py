@@ -1,0 +1,94 @@
+"""Reads what is worth it of the bodies that a router sees, off the event loop."""
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from deployments.api.keys import KeyRing
+from deployments.api.requests.handed_tokens import HEADER, HandedTokens, TokenSeal
+from deployments.api.requests.protocols import prompt_of
+from deployments.args import AppArgs
+from deployments.cached_blocks import short
+from deployments.routing.balancer import RoutedPrompt
+from engine.schedule.block_pool import BlockHasher
+from engine.text.tokenizer import Tokenizer
+
+# HAProxy sends as much of a body as its buffer holds; this says how much, and of how much.
+_TRUNCATED = "x-body-truncated"
+# A prefix that is longer than some hundred thousand tokens is not looked for.
+_MAX_BYTES = 2**20
+# As many threads tokenize; more would keep each other, and the event loop, waiting. Who shows no
+# key may have one in a header that HAProxy does not show: they have one thread for them all.
+_MAX_READERS = 2
+_MAX_KEYLESS_READERS = 1
+
+
+@dataclass(frozen=True)
+class ReadBody:
+    prompt: RoutedPrompt
+    headers: dict[str, str]  # for the replica
+
+
+class PromptReader:
+    """
+    Args:
+        keys: those of the API; None where HAProxy does not show the client's.
+        room: bytes that fit HAProxy's buffer: of a body, and the headers that are added to it.
+    """
+
+    def __init__(
+        self, args: AppArgs, tokenizer: Tokenizer, keys: KeyRing | None, room: int
+    ) -> None:
+        self._hasher = BlockHasher(args.block_size, args.block_key)
+        self._seal = TokenSeal(args.block_key)
+        self._tokenizer = tokenizer
+        self._keys = keys
+        self._room = room
+        self._free = threading.Semaphore(_MAX_READERS)
+        self._free_keyless = threading.Semaphore(_MAX_KEYLESS_READERS)
+
+    async def read(self, request: Request) -> ReadBody | None:
+        """None, at once, for what is not worth it; and for what has no prompt."""
+        body = bytearray()
+        size = 0
+        async for chunk in request.stream():  # to its end: HAProxy listens only then
+            body += chunk[: _MAX_BYTES - len(body)]
+            size += len(chunk)
+        _, _, announced = request.headers.get(_TRUNCATED, "").partition("/")
+        size = max(size, int(announced) if announced.isdigit() else 0)
+        free = self._free
+        if self._keys and self._keys.find(request.headers) is None:
+            if "authorization" in request.headers:
+                return None
+            free = self._free_keyless
+        if not free.acquire(False):
+            return None
+        try:
+            return await asyncio.to_thread(self._read, bytes(body), size)
+        finally:
+            free.release()
+
+    def _read(self, body: bytes, size: int) -> ReadBody | None:
+        """
+        Args:
+            size: of the whole body, of which there may be less.
+        """
+        prompt = prompt_of(body, self._tokenizer, _MAX_BYTES)
+        if prompt is None:
+            return None
+        hashes: list[bytes] = []
+        sealed: str | None = None
+        try:
+            self._hasher.extend(hashes, prompt.tokens, prompt.cache_salt)
+            if size == len(body):
+                handed = HandedTokens(prompt.request_type, prompt.tokens)
+                sealed = self._seal.seal(body, handed)
+        except OverflowError:  # numbers that are no tokens
+            return None
+        has_room = sealed is not None and size + len(sealed) <= self._room
+        headers = {HEADER: sealed} if sealed is not None and has_room else {}
+        num_tokens = len(prompt.tokens) * size // max(len(body), 1)
+        names = [short(block_hash) for block_hash in hashes]
+        return ReadBody(RoutedPrompt(names, num_tokens, self._hasher.block_size), headers)

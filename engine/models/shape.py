@@ -1,0 +1,54 @@
+"""What the engine knows of a model before it is loaded, whoever computes it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels.types import KVCache, StepInputs
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What a rank's part of a layer keeps of each token."""
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it
+
+
+@dataclass(frozen=True)
+class ModelShape(ABC):
+    description: str  # who computes what, for people
+    vocab_size: int
+    max_position: int
+    dtype: str
+
+    @abstractmethod
+    def caches(self, num_ranks: int) -> Sequence[LayerCache]:
+        """Of each layer that attends, in order, on each of so many ranks."""
+
+    @abstractmethod
+    def check_divisible(self, num_ranks: int) -> None:
+        """Raises ValueError for a model that cannot be split over so many ranks."""
+
+    def cache_groups(self, num_ranks: int) -> list[list[int]]:
+        """Layers that cache alike, which share block tables; those that keep all tokens first."""
+        groups: dict[LayerCache, list[int]] = {}
+        for i, cache in enumerate(self.caches(num_ranks)):
+            groups.setdefault(cache, []).append(i)
+        return [groups[cache] for cache in sorted(groups, key=lambda own: own.window is not None)]
+
+
+class LanguageModel(Protocol):
+    """A loaded model over a paged KV cache."""
+
+    is_recordable: bool  # whether its decoding may be recorded and replayed
+
+    def __call__(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
+        """Hidden states [T, hidden] of a step; writes its keys and values."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] -> [N, vocab], in the model's dtype."""

@@ -1,0 +1,98 @@
+"""A module of transformers with its weights, checked against itself before it serves."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.checkpoint import CheckpointError
+from engine.config import EngineConfig
+from engine.models.reader import SafetensorsReader, open_tensors
+from engine.models.shape import ModelShape
+from engine.models.transformers.check import expected_logits, refuse_if_wrong
+from engine.models.transformers.config import TransformersShape
+from engine.models.transformers.interface import NAME
+from engine.models.transformers.model import TransformersModel
+from engine.models.transformers.pack import pack
+from engine.models.transformers.parallel import shard
+from engine.models.transformers.probe import model_class
+from engine.ranks.rank_group import RankGroup
+from kernels import Ops
+
+
+@torch.inference_mode()
+def load_module(
+    config: EngineConfig,
+    shape: ModelShape,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    parallel: RankGroup,
+) -> TransformersModel:
+    """One rank's model. Raises CheckpointError when it does not compute what transformers does.
+
+    Files are mapped: a rank takes memory for its parts only, in the layout of the device.
+    """
+    assert isinstance(shape, TransformersShape)
+    probed = shape.probed(parallel.size)
+    if config.load_format == "dummy":
+        module = _random_module(shape, dtype, config.seed)
+    else:
+        module = _read_module(shape, directory, dtype)
+    expected = expected_logits(module, shape.vocab_size)
+    shard(module, parallel)
+    pack(module, probed.read_weights, ops, config.quantization, device)
+    module.set_attn_implementation(NAME)
+    groups = {i: g for g, layers in enumerate(shape.cache_groups(parallel.size)) for i in layers}
+    windows = [cache.window for cache in probed.caches]
+    # As CUDA graphs, that is, and where no step waits for what experts were chosen.
+    has_experts = any("experts" in path for path, _ in module.named_modules())
+    is_recordable = device.type == "cuda" and module._can_compile_fullgraph and not has_experts
+    model = TransformersModel(
+        module, windows, [groups[i] for i in range(len(groups))], ops, dtype, is_recordable
+    )
+    refuse_if_wrong(model, expected, shape, parallel.size, ops, device, dtype, config.quantization)
+    return model
+
+
+def _read_module(shape: TransformersShape, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    loader: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": directory, "use_safetensors": True}
+    with open_tensors(directory) as tensors:
+        if not isinstance(tensors, SafetensorsReader):  # values that transformers has not read
+            values = {name: tensors.values(name).to(dtype) for name in tensors.names}
+            source = {"pretrained_model_name_or_path": None, "state_dict": values}
+            loader = model_class(shape.hf)
+    try:
+        module, info = loader.from_pretrained(
+            **source,
+            config=shape.hf,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of whatever kind transformers' are
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory}: transformers cannot load it: {reason}") from error
+    missing = {name for name in info["missing_keys"] if not name.endswith(".bias")}
+    for what, names in (
+        ("lacks tensors", missing),
+        ("has tensors this model has no place for", info["unexpected_keys"]),
+        ("has tensors of other shapes than its config says", info["mismatched_keys"]),
+    ):
+        if names:
+            raise CheckpointError(
+                f"the checkpoint {what}: {', '.join(map(str, sorted(names)[:5]))}"
+            )
+    return module
+
+
+def _random_module(shape: TransformersShape, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    module: Any = AutoModelForCausalLM.from_config(
+        shape.hf, dtype=dtype, attn_implementation="eager"
+    )
+    return module.eval()

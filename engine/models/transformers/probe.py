@@ -1,0 +1,232 @@
+"""What a module of transformers does, found by running it without weights ("meta" tensors)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental import _config as meta
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from engine.checkpoint import CheckpointError
+from engine.models.shape import LayerCache
+from engine.models.transformers.interface import NAME, MaskFunction, attention_by
+from engine.models.transformers.parallel import shard
+from engine.ranks.rank_group import RankGroup
+
+# Tokens of the probe, a number that nothing else has, and distances at which masks are looked at.
+_TOKENS, _FAR = 11, 1 << 20
+_ALL_NONZERO = {"meta_nonzero_assume_all_nonzero": True}
+_NO_INTERFACE = "the attention of {} does not go through transformers' interface"
+# What may be said to an attention function without changing what it is to compute.
+_HARMLESS = frozenset(
+    (
+        *("dropout", "training", "is_causal", "position_ids", "position_embeddings"),
+        *("use_cache", "cache", "past_key_values", "cache_position", "return_dict"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "sliding_window"),
+        *("num_items_in_batch", "logits_to_keep", "layer_type", "layer_idx", "token_type_ids"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Probed:
+    caches: tuple[LayerCache, ...]  # one for each time that the model attends
+    vocab_size: int
+    has_sinks: bool
+    read_weights: frozenset[str]  # paths of linear maps whose weights others read as well
+
+
+class UnservedError(CheckpointError):
+    """The module does what a paged cache and packed tokens do not allow."""
+
+
+def probe(hf: PreTrainedConfig, num_ranks: int = 1) -> Probed:
+    """Run the model on nothing, as one of so many ranks. Raises UnservedError with the reason."""
+    model = empty_model(hf)
+    shard(model, RankGroup(0, num_ranks), is_probe=True)
+    watched = _watch_linears(model)
+    try:
+        records, logits = _run(model, "meta")
+    except CheckpointError:
+        raise
+    except Exception:  # of whatever kind; some must have values, if only to loop over experts
+        _fill_with_zeros(model)
+        try:
+            records, logits = _run(model, "cpu")
+        except CheckpointError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UnservedError(
+                f"{type(model).__name__} cannot be run on packed tokens: {reason}"
+            ) from error
+    if not records.caches:
+        raise UnservedError(_NO_INTERFACE.format(type(model).__name__))
+    read = frozenset(path for path, module in watched.items() if module.was_read)
+    return Probed(tuple(records.caches), logits.shape[-1], records.has_sinks, read)
+
+
+def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, Tensor]":
+    records, counting = _Records(), _CountsTokens()
+    tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device=device)
+    # Experts are looked up by what is not zero, of which without values all is.
+    nonzero = meta.patch(_ALL_NONZERO)  # type: ignore[attr-defined]
+    with torch.inference_mode(), attention_by(records), nonzero, counting:
+        output = model.base_model(
+            input_ids=tokens,
+            position_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            use_cache=False,
+        )
+        logits = model.get_output_embeddings()(output.last_hidden_state)
+    if counting.seen:
+        raise UnservedError(f"{type(model).__name__} counts the positions of tokens by itself")
+    return records, logits
+
+
+def _fill_with_zeros(model: nn.Module) -> None:
+    """Values for all parameters, in hardly any memory."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+def model_class(hf: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Raises UnservedError when it cannot be one that we serve."""
+    if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnservedError(f"model_type {hf.model_type} generates no text")
+    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)]
+    if found._is_stateful:
+        raise UnservedError(f"{found.__name__} keeps states that are no keys and values")
+    kinds = set(getattr(hf.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise UnservedError(
+            f"{found.__name__} has layers of kinds that are not served: {sorted(others)}"
+        )
+    return found
+
+
+def empty_model(hf: PreTrainedConfig) -> PreTrainedModel:
+    """The model without memory. Raises UnservedError as `model_class`."""
+    name = model_class(hf).__name__
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                hf, attn_implementation=NAME, experts_implementation="batched_mm"
+            )
+    except Exception as error:
+        if error.args == (NAME,):  # it has a class for each implementation
+            raise UnservedError(_NO_INTERFACE.format(name)) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UnservedError(f"transformers cannot build {name}: {reason}") from error
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise UnservedError(f"{name} has no decoder and head that can be told apart")
+    return model.eval()
+
+
+class _Records:
+    """Notes what each call of attention needs. Implements `Attends`."""
+
+    def __init__(self) -> None:
+        self.caches: list[LayerCache] = []
+        self.has_sinks = False
+        self._masks: dict[int, tuple[Tensor, MaskFunction]] = {}  # by the mask's id
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        name = type(module).__name__
+        self.has_sinks |= options.pop("s_aux", None) is not None
+        for given in ("scaling", "softcap"):
+            options.pop(given, None)
+        unknown = {key for key, value in options.items() if value is not None} - _HARMLESS
+        if unknown or options.get("is_causal") is False:
+            raise UnservedError(
+                f"{name} attends in a way of its own: {sorted(unknown) or 'not causal'}"
+            )
+        if mask is not None and id(mask) not in self._masks:
+            raise UnservedError(f"{name} changes its mask")
+        if q.shape[0] != 1 or not q.shape[2] == k.shape[2] == v.shape[2] == _TOKENS:
+            raise UnservedError(f"{name} attends to other than the sequence's tokens")
+        if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+            raise UnservedError(f"{name} has {q.shape[1]}, {k.shape[1]} and {v.shape[1]} heads")
+        window = options.get("sliding_window")
+        if mask is not None:
+            window = _window(self._masks[id(mask)][1])
+        head_dim = max(q.shape[-1], v.shape[-1])
+        self.caches.append(LayerCache(k.shape[1], head_dim, window))
+        return q.new_empty(1, _TOKENS, q.shape[1], v.shape[-1])
+
+    def mask(self, function: MaskFunction, device: torch.device) -> Tensor:
+        mask = torch.empty(1, 1, _TOKENS, _TOKENS, dtype=torch.bool, device=device)
+        self._masks[id(mask)] = mask, function
+        return mask
+
+
+def _window(function: MaskFunction) -> int | None:
+    """How far back tokens see; None: all. Raises UnservedError for other shapes."""
+    zero = torch.zeros((), dtype=torch.int64)
+    distance = torch.arange(-8, _FAR)
+    widths = set()
+    for query in (2 * _FAR, 2 * _FAR + 12345):
+        position = torch.tensor(query)
+        visible = torch.as_tensor(function(zero, zero, position, position - distance))
+        visible = visible.expand(distance.shape)
+        width = int(visible.sum())
+        if width == 0 or visible[:8].any() or not visible[8 : 8 + width].all():
+            raise UnservedError("its mask is neither causal nor a sliding window")
+        widths.add(width)
+    if len(widths) > 1:
+        raise UnservedError("its mask is in chunks")
+    return None if width == _FAR else width
+
+
+class _CountsTokens(TorchDispatchMode):
+    """Notices who numbers the tokens of a step, which are of several texts."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket is torch.ops.aten.arange and out.numel() == _TOKENS:
+            self.seen = True
+        return out
+
+
+class _WatchedLinear(nn.Linear):
+    was_read = False
+
+    def __getattr__(self, name: str) -> Any:  # parameters are found here
+        if name == "weight":
+            self.was_read = True
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._parameters["weight"], self._parameters["bias"])  # type: ignore[arg-type]
+
+
+def _watch_linears(model: nn.Module) -> dict[str, _WatchedLinear]:
+    watched: dict[str, _WatchedLinear] = {}
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _WatchedLinear
+            assert isinstance(module, _WatchedLinear)
+            watched[path] = module
+    return watched

@@ -1,0 +1,89 @@
+"""What an engine would refuse before it reads a weight: `python -m engine.runner.preflight`.
+
+Settings come as JSON on the standard input; a fault goes in one line to the standard error. A
+process of its own, for whoever asks need not load torch.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint
+from engine.config import EngineConfig
+from engine.device.kv_cache import KVCacheLayout
+from engine.device.memory import available_bytes
+from engine.device.select import select_device
+from engine.models.reader import open_tensors
+from engine.models.registry import read_config
+from engine.models.shape import ModelShape
+from engine.ranks.rank_group import RankGroup
+
+
+def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
+    """The checkpoint's directory and its model. Raises ValueError for what does not fit it."""
+    directory = checkpoint.resolve(config.model, config.revision)
+    shape = read_config(directory, config.max_model_len)
+    if config.max_model_len and config.max_model_len > shape.max_position:
+        raise ValueError(
+            f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "
+            f"be at most {shape.max_position}"
+        )
+    shape.check_divisible(config.num_ranks)
+    return directory, shape
+
+
+def describe(config: EngineConfig) -> dict[str, str]:
+    """What serving it would take, by topic. Raises ValueError for what would be refused."""
+    directory, shape = read_model(config)
+    device = select_device(config.device)
+    config.check_device(device.type)
+    dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
+    cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
+    bits = {None: 8 * dtype.itemsize, "w8a8": 8, "int4": 4.5}[config.quantization]
+    ranks = RankGroup(0, config.num_ranks)
+    layout = KVCacheLayout.of(shape, ranks, config.block_size, cache_dtype)
+    max_len = config.max_model_len or shape.max_position
+    per_token = sum(
+        group.block_bytes / config.block_size for group in layout.groups if group.window is None
+    )
+    sequence = sum(
+        group.block_bytes / config.block_size * min(group.window or max_len, max_len)
+        for group in layout.groups
+    )
+    found = {"Model": shape.description}
+    left = available_bytes()
+    if config.load_format != "dummy":
+        with open_tensors(directory) as tensors:
+            weights = tensors.num_values * bits / 8 / config.num_ranks
+        name = config.quantization or str(dtype).removeprefix("torch.")
+        found["Weights"] = f"{tensors.num_values / 1e6:.0f} million in {name}: {_size(weights)}"
+        left -= int(weights)
+    found["KV cache"] = (
+        f"{per_token / 1024:.1f} KiB per token, {_size(sequence)} for a sequence of {max_len}"
+    )
+    if device.type == "cpu":
+        fitting = max(left, 0) // 2 / max(sequence, 1)
+        found["Room"] = (
+            f"for {fitting:.1f} such sequences beside the weights, of {_size(left)} free"
+        )
+    return found
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = EngineConfig.model_validate_json(sys.stdin.read())
+    try:
+        config.check_device(select_device(config.device).type)
+        read_model(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A prompt's hidden states as one vector, which comes with the first sampled token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.device.transfer import ToHost, to_device
+from engine.models.shape import LanguageModel
+from engine.sampling_params import Pooling
+from engine.schedule.step import NewRow, ScheduledRow
+
+
+@dataclass
+class _Prompt:
+    length: int
+    pooling: Pooling
+    vector: Tensor | None = None  # so far
+
+
+class PromptPooling:
+    """Pools prompts as they are computed, in chunks. Every rank does, for all compute logits."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._prompts: dict[int, _Prompt] = {}
+
+    def enter(self, new: NewRow) -> None:
+        """A request enters a row; one that comes with output has had its vector."""
+        self._prompts.pop(new.row, None)
+        if new.params.pooling is not None and len(new.token_ids) == new.num_prompt_tokens:
+            self._prompts[new.row] = _Prompt(new.num_prompt_tokens, new.params.pooling)
+
+    def collect(self, scheduled: Sequence[ScheduledRow], hidden: Tensor) -> None:
+        """Take what is wanted of a step's hidden states [T, hidden]."""
+        if not self._prompts:
+            return
+        first = 0  # index of the row's first hidden state
+        for row in scheduled:
+            prompt = self._prompts.get(row.row)
+            if prompt is not None:
+                end = min(row.start + row.num_tokens, prompt.length)
+                self._add(prompt, hidden[first : first + end - row.start], row.start, end)
+            first += row.num_tokens
+
+    def _add(self, prompt: _Prompt, states: Tensor, start: int, end: int) -> None:
+        """The states of tokens start .. end - 1."""
+        match prompt.pooling.kind:
+            case "last" if end == prompt.length:
+                prompt.vector = self._of_last(prompt.pooling, states[-1:])
+            case "cls" if start == 0:
+                prompt.vector = states[0].float()
+            case "mean":
+                total = states.float().sum(0)
+                prompt.vector = total if prompt.vector is None else prompt.vector + total
+                if end == prompt.length:
+                    prompt.vector = prompt.vector / prompt.length
+
+    def _of_last(self, pooling: Pooling, state: Tensor) -> Tensor:
+        if not pooling.logits:
+            return state[0].float()
+        index = to_device(pooling.logits, torch.int64, state.device)
+        return self._model.logits(state)[0, index].float()
+
+    def take(self, rows: Sequence[int]) -> dict[int, ToHost]:
+        """Of those of the rows, which have been computed to their end, that want one; by index."""
+        vectors: dict[int, ToHost] = {}
+        for i, row in enumerate(rows if self._prompts else ()):
+            prompt = self._prompts.pop(row, None)
+            if prompt is not None and prompt.vector is not None:
+                vectors[i] = ToHost(prompt.vector)
+        return vectors

@@ -1,0 +1,225 @@
+"""Files and batches, with the real `openai` client."""
+
+import io
+import json
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from deployments.files.batches import BatchRunner
+from deployments.files.store import FileStore
+from tests.deployments.conftest import wait_until
+from tests.deployments.local_server import LocalServer, serve_locally
+
+CHAT = "/v1/chat/completions"
+OPTIONS: dict[str, Any] = {
+    **{"max_model_len": 256, "num_blocks": 256, "max_num_seqs": 16, "request_log": "off"}
+}
+
+
+def line(number: int, **body: Any) -> dict[str, Any]:
+    words = ["apple", "river", "stone", "sea"]
+    message = {"role": "user", "content": f"Repeat these words: {words[number % 4]}"}
+    base = {"model": "manta-demo", "messages": [message], "temperature": 0}
+    return {"custom_id": f"row-{number}", "method": "POST", "url": CHAT, "body": base | body}
+
+
+def jsonl(*lines: Any) -> bytes:
+    return "".join(f"{json.dumps(one)}\n" for one in lines).encode()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    directory = tmp_path_factory.mktemp("files")
+    with serve_locally(files_directory=str(directory), **OPTIONS) as server:
+        yield server
+
+
+def run_batch(client: openai.OpenAI, content: bytes, **options: Any) -> Any:
+    """The batch once it has ended."""
+    file = client.files.create(file=("in.jsonl", io.BytesIO(content)), purpose="batch")
+    batch = client.batches.create(
+        **({"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"} | options)
+    )
+
+    def has_ended() -> bool:
+        return client.batches.retrieve(batch.id).status not in ("validating", "in_progress")
+
+    wait_until(has_ended, what="the batch ends")
+    return client.batches.retrieve(batch.id)
+
+
+def lines_of(client: openai.OpenAI, file_id: str | None) -> dict[str, Any]:
+    assert file_id is not None
+    lines = map(json.loads, client.files.content(file_id).text.splitlines())
+    return {one["custom_id"]: one for one in lines}
+
+
+def test_a_file_is_kept_as_it_was_sent(server: LocalServer) -> None:
+    content = bytes(range(256)) * 8000  # more than a piece
+    with server.client() as client:
+        file = client.files.create(file=("../../evil\n.bin", content), purpose="user_data")
+        assert (file.bytes, file.purpose, file.status) == (len(content), "user_data", "processed")
+        assert client.files.content(file.id).content == content
+        assert client.files.retrieve(file.id) == file
+        assert file.id in {one.id for one in client.files.list(purpose="user_data")}
+        assert not list(client.files.list(purpose="batch_output"))
+        assert client.files.delete(file.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.files.content(file.id)
+
+
+def test_a_batch_is_answered_line_by_line(server: LocalServer) -> None:
+    wrong = line(7) | {"url": "/v1/completions", "body": {"prompt": "a"}}
+    lines = [*map(line, range(5)), line(5, temperature=-1), line(6, stream=True), wrong, "no"]
+    with server.client() as client:
+        batch = run_batch(client, jsonl(*lines), metadata={"night": "1"})
+        assert batch.status == "completed" and batch.metadata == {"night": "1"}
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (9, 5, 4)
+        output = lines_of(client, batch.output_file_id)
+        assert list(output) == [f"row-{i}" for i in range(5)]
+        bodies = [one["response"]["body"] for one in output.values()]
+        said = [body["choices"][0]["message"]["content"].strip() for body in bodies]
+        assert said == ["apple", "river", "stone", "sea", "apple"]
+        errors = lines_of(client, batch.error_file_id)
+        assert errors["row-5"]["response"]["status_code"] == 400
+        assert errors["row-6"]["response"]["body"]["error"]["param"] == "stream"
+        assert "endpoint" in errors["row-7"]["error"]["message"] and None in errors
+        assert batch.id in {one.id for one in client.batches.list()}
+    wait_until(server.is_idle)
+
+
+def test_a_batch_without_requests_fails(server: LocalServer) -> None:
+    with server.client() as client:
+        batch = run_batch(client, b"\n\n")
+    assert batch.status == "failed" and "no requests" in batch.errors.data[0].message
+
+
+def test_a_stopped_server_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
+    lines = [line(i, max_tokens=3) for i in range(200)]
+    place: dict[str, Any] = {"files_directory": str(tmp_path), **OPTIONS}
+    with serve_locally(**place) as server, server.client() as client:
+        file = client.files.create(file=("in.jsonl", jsonl(*lines)), purpose="batch")
+        batch_id = client.batches.create(
+            input_file_id=file.id, endpoint=CHAT, completion_window="24h"
+        ).id
+        wait_until(lambda: any(tmp_path.rglob("*.done")), what="a part is done")
+    num_done = len(list(tmp_path.rglob("*.done")))
+    assert 0 < num_done < 4, "of four parts"
+    with serve_locally(**place) as server, server.client() as client:
+        wait_until(lambda: client.batches.retrieve(batch_id).status == "completed")
+        assert sum(server.front.client.metrics.finished.values()) == 200 - 64 * num_done
+        batch = client.batches.retrieve(batch_id)
+        assert batch.request_counts is not None and batch.request_counts.completed == 200
+        assert len(lines_of(client, batch.output_file_id)) == 200
+
+
+def test_what_a_killed_server_has_left_is_taken_over(tmp_path: Path) -> None:
+    """Once nobody has been heard to work on it for a while, and not before."""
+    store = FileStore(str(tmp_path))
+    runner = BatchRunner(None, store)  # type: ignore[arg-type]
+    base = {"object": "batch", "status": "in_progress", "created_at": 0}
+    for name, held in (("a", ["other", time.time()]), ("b", ["other", time.time() - 100])):
+        store.write("of-ann", {"id": f"batch-{name * 24}", "_runner": held, **base})
+    store.write("of-ann", {"id": f"batch-{'c' * 24}", **base, "status": "completed"})
+    assert runner._orphans() == [("of-ann", f"batch-{'b' * 24}")]
+
+
+def test_what_is_cancelled_keeps_what_is_done(server: LocalServer) -> None:
+    lines = [line(i, max_tokens=30, ignore_eos=True) for i in range(300)]
+    with server.client() as client:
+        file = client.files.create(file=("in.jsonl", jsonl(*lines)), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        assert client.batches.cancel(batch.id).status == "cancelling"
+        wait_until(lambda: client.batches.retrieve(batch.id).status == "cancelled")
+        counts = client.batches.retrieve(batch.id).request_counts
+    assert counts is not None and counts.completed < 300
+
+
+def test_names_lead_nowhere(server: LocalServer) -> None:
+    for name in ("..%2f..%2fetc%2fpasswd", "file-..", "file-" + "0" * 24, "batch-" + "0" * 24):
+        for path in (f"files/{name}", f"files/{name}/content", f"batches/{name}"):
+            assert httpx.get(f"{server.url}/v1/{path}").status_code == 404
+    with server.client() as client, pytest.raises(openai.BadRequestError) as refused:
+        client.batches.create(input_file_id="../x", endpoint=CHAT, completion_window="24h")
+    assert refused.value.param == "input_file_id"
+
+
+def test_what_is_no_form_or_too_large_is_refused(tmp_path: Path) -> None:
+    limit = 2**20
+    with serve_locally(files_directory=str(tmp_path), max_file_bytes=limit, **OPTIONS) as server:
+        url = f"{server.url}/v1/files"
+        assert httpx.post(url, json={"purpose": "batch"}).status_code == 415
+        file = {"file": ("a", b"a")}
+        assert httpx.post(url, files=file).json()["error"]["param"] == "purpose"
+        form = {"purpose": "batch"}
+        page = httpx.post(url, files=file, data=form, headers={"Origin": "https://evil.example"})
+        assert page.status_code == 403
+        own = httpx.post(url, files=file, data=form, headers={"Origin": server.url})
+        assert own.status_code == 200
+        large = httpx.post(url, files={"file": ("a", b"a" * 2 * limit)}, data=form)
+        assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+        assert len(httpx.get(url).json()["data"]) == 1
+
+
+def test_a_large_file_is_never_in_memory(tmp_path: Path) -> None:
+    size = 100 * 2**20
+    with serve_locally(files_directory=str(tmp_path), **OPTIONS) as server:
+        tracemalloc.start()
+        try:
+            with open("/dev/zero", "rb") as zeros:
+                content = io.BufferedReader(_Limited(zeros, size))
+                file = {"file": ("zeros", content)}
+                sent = httpx.post(
+                    f"{server.url}/v1/files", files=file, data={"purpose": "batch"}, timeout=120
+                )
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert sent.status_code == 200 and sent.json()["bytes"] == size
+    assert peak < size / 4
+
+
+class _Limited(io.RawIOBase):
+    """The beginning of a file."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file = file
+        self._left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._file.read(min(len(buffer), self._left))
+        buffer[: len(piece)] = piece
+        self._left -= len(piece)
+        return len(piece)
+
+
+def test_what_is_anothers_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_API_KEYS", "ann:one,bob:two")
+    with serve_locally(files_directory=str(tmp_path), **OPTIONS) as server:
+        ann, bob = (server.client(api_key=key) for key in ("one", "two"))
+        with ann, bob:
+            file = ann.files.create(file=("in", jsonl(line(0))), purpose="batch")
+            assert not list(bob.files.list())
+            for ask in (bob.files.retrieve, bob.files.content, bob.files.delete):
+                with pytest.raises(openai.NotFoundError):
+                    ask(file.id)
+            with pytest.raises(openai.BadRequestError):
+                bob.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+            assert [one.id for one in ann.files.list()] == [file.id]
+
+
+def test_without_a_place_for_them_there_are_none(demo: LocalServer) -> None:
+    with demo.client() as client, pytest.raises(openai.NotFoundError) as missing:
+        client.files.create(file=("a", b"a"), purpose="batch")
+    assert "files_directory" in missing.value.message
