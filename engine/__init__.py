@@ -6,6 +6,8 @@ Names are imported on first use: the serving front needs the configuration class
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine.device.threads import spin_briefly
+
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.llm import LLM
@@ -30,6 +32,9 @@ _HOME = {
     "SamplingParams": "engine.sampling_params",
     "StructuredOutputs": "engine.structured_outputs",
 }
+
+
+spin_briefly()  # before anything here imports torch
 
 
 def __getattr__(name: str) -> Any:

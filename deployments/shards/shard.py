@@ -11,7 +11,6 @@ import ray
 from deployments.args import DeploymentArgs
 from deployments.shards.engine_loop import EngineLoop
 from engine.config import EngineConfig
-from engine.device.threads import spin_briefly
 
 if TYPE_CHECKING:
     from engine.ranks.group import GroupAddress
@@ -51,7 +50,6 @@ class EngineShard:
 
     def __init__(self) -> None:
         faulthandler.register(STACKS_SIGNAL, all_threads=True)
-        spin_briefly()  # the front and Ray's own processes run on the same cores
         # For chaos runs: an error at a random place of a step, as a device fault would raise it.
         if os.environ.get("MANTA_FAULT_INJECTION") == "1":
             signal.signal(signal.SIGUSR1, _raise_injected_fault)

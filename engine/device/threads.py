@@ -5,16 +5,15 @@ from pathlib import Path
 
 _CPUS = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def spin_briefly() -> None:
     """Let OpenMP threads that wait for others sleep after microseconds, not milliseconds.
 
-    A thread that spins keeps its core from the one it waits for, when another process has taken
-    that one's: with one more busy process on two cores, the demo model generates three times as
-    fast this way. Alone on the machine, threads that need to be woken cost up to a tenth. So this
-    is for engines beside others, as under Ray. GNU's OpenMP reads the variable when torch is first
-    imported; before that is the time to call. What the user has set stays.
+    The kernels have threads of their own, which do; torch's are OpenMP's, and would keep cores from
+    them, and from other processes, after each of its operators. GNU's OpenMP reads the variable
+    when torch is first imported; before that is the time to call. What the user has set stays.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "200"
@@ -49,15 +48,39 @@ def _siblings(cpu: int) -> str:
 
 
 def _cgroup_cpus() -> float | None:
-    """The container's CPU limit, from cgroup v2 or v1; None without one."""
+    """The tightest CPU limit on this process, from cgroup v2 or v1; None without one."""
+    limits = [limit for group in _cgroups() if (limit := _limit(group)) is not None]
+    return min(limits, default=None)
+
+
+def _cgroups() -> list[Path]:
+    """Where limits may stand: the process' own group and those around it, as far as it sees them.
+
+    A container mostly sees its own as the root.
+    """
+    groups = [_CGROUP, _CGROUP / "cpu"]
     try:
-        limit, period = (_CGROUP / "cpu.max").read_text().split()
+        lines = _OWN_CGROUPS.read_text().splitlines()  # "0::/user.slice/a", "4:cpu,cpuacct:/a"
+    except OSError:
+        return groups
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            root = _CGROUP / "cpu" if controllers else _CGROUP
+            own = root / path.lstrip("/")
+            groups += [own, *(group for group in own.parents if root in group.parents)]
+    return groups
+
+
+def _limit(group: Path) -> float | None:
+    try:
+        limit, period = (group / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError):
         pass
     try:
-        limit = (_CGROUP / "cpu/cpu.cfs_quota_us").read_text()
-        period = (_CGROUP / "cpu/cpu.cfs_period_us").read_text()
+        limit = (group / "cpu.cfs_quota_us").read_text()
+        period = (group / "cpu.cfs_period_us").read_text()
         return int(limit) / int(period) if int(limit) > 0 else None
     except (OSError, ValueError):
         return None

@@ -21,6 +21,31 @@ constexpr int REGISTERS = 4, MAX_ROWS = 2;
 #endif
 constexpr int64_t COLUMNS = REGISTERS * WIDTH;  // outputs side by side
 
+// Keeps the compiler from moving what makes v behind what follows, and so from running out of
+// registers.
+template <class V>
+inline void pin(V& v) {
+#if defined(MANTA_EMULATED_WIDTH)
+    (void)v;
+#elif defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
+// total = fma(x, weight, total), pinned.
+inline void add_product(Floats& total, Floats x, Floats weight) {
+#if defined(MANTA_AVX2)  // which has no register left for the compiler to move things about
+    asm("vfmadd231ps %2, %1, %0" : "+x"(total) : "x"(x), "x"(weight));
+#else
+    total = fma(x, weight, total);
+    pin(total);
+#endif
+}
+
 // ---- instructions ----
 
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || \
@@ -95,37 +120,39 @@ struct DotFloat {
     static Ints part(const int32_t* groups, int n, int) {
         return load_bits<Ints>(groups + n * WIDTH);
     }
-    static Floats add(Floats total, Ints x, Ints weight) {
-        return fma((Floats)x, (Floats)weight, total);
+    static void add(Floats& total, Ints x, Ints weight) {
+        add_product(total, (Floats)x, (Floats)weight);
+    }
+};
+
+// Of 16 bits each, widened: a group's COLUMNS first inputs lie before the second ones. Activations
+// are floats.
+template <class T>
+struct DotWidened : DotFloat {
+    static constexpr int PARTS = 2;
+    static Ints part(const int32_t* groups, int n, int part) {
+        return (Ints)load(reinterpret_cast<const T*>(groups) + part * COLUMNS + n * WIDTH);
     }
 };
 
 #if defined(MANTA_BFLOAT16_DOT)
 struct DotBFloat16 : DotFloat {
-    static Floats add(Floats total, Ints x, Ints weight) { return dot_bfloat16(total, x, weight); }
+    static void add(Floats& total, Ints x, Ints weight) {
+        total = dot_bfloat16(total, x, weight);
+        pin(total);
+    }
 };
 #else
-struct DotBFloat16 : DotFloat {  // activations are floats
-    static constexpr int PARTS = 2;
-    static Ints part(const int32_t* groups, int n, int part) {
-        const Ints pairs = load_bits<Ints>(groups + n * WIDTH);
-        return part == 0 ? pairs << 16 : pairs & (int32_t)0xFFFF0000;
-    }
-};
+using DotBFloat16 = DotWidened<BFloat16>;
 #endif
-
-struct DotHalf : DotFloat {  // activations are floats; COLUMNS first inputs, then the second ones
-    static constexpr int PARTS = 2;
-    static Ints part(const int32_t* groups, int n, int part) {
-        const Half* halves = reinterpret_cast<const Half*>(groups);
-        return (Ints)load(halves + part * COLUMNS + n * WIDTH);
-    }
-};
 
 #if defined(MANTA_BYTE_DOT)
 struct DotInt8 : DotFloat {
     using Total = Ints;
-    static Ints add(Ints total, Ints x, Ints weight) { return dot_bytes(total, x, weight); }
+    static void add(Ints& total, Ints x, Ints weight) {
+        total = dot_bytes(total, x, weight);
+        pin(total);
+    }
 };
 #else
 struct DotInt8 {
@@ -134,7 +161,10 @@ struct DotInt8 {
     static Ints part(const int32_t* groups, int n, int part) {
         return byte_pair(load_bits<Ints>(groups + n * WIDTH), part);
     }
-    static Ints add(Ints total, Ints x, Ints weight) { return total + multiply_pairs(x, weight); }
+    static void add(Ints& total, Ints x, Ints weight) {
+        total += multiply_pairs(x, weight);
+        pin(total);
+    }
 };
 #endif
 

@@ -10,8 +10,19 @@ namespace manta {
 namespace {
 
 template <class T>
-using DotOf = std::conditional_t<std::is_same_v<T, float>, DotFloat,
-                                 std::conditional_t<std::is_same_v<T, Half>, DotHalf, DotBFloat16>>;
+using DotOf =
+    std::conditional_t<std::is_same_v<T, float>, DotFloat,
+                       std::conditional_t<std::is_same_v<T, Half>, DotWidened<Half>, DotBFloat16>>;
+
+// `count` times COLUMNS pairs to as many first values, then the second ones.
+void part_pairs(int64_t count, int32_t* packed) {
+    parallel_for(count, 2 * COLUMNS, [=](int64_t i) {
+        uint16_t pairs[2 * COLUMNS], parted[2 * COLUMNS];
+        std::memcpy(pairs, packed + i * COLUMNS, sizeof pairs);
+        for (int64_t j = 0; j < 2 * COLUMNS; ++j) parted[j % 2 * COLUMNS + j / 2] = pairs[j];
+        std::memcpy(packed + i * COLUMNS, parted, sizeof parted);
+    });
+}
 
 // Activations as the parts of groups that a Dot multiplies: as they are, or as floats.
 template <class Dot, class T>
@@ -51,22 +62,14 @@ void linear(const T* x, const int32_t* packed, const T* bias, T* out, int64_t ro
 // Outputs per panel of packed weights, which are filled up to a multiple of it.
 MANTA_API int64_t manta_panel_columns() { return manta::COLUMNS; }
 
-// weight [outputs, depth] groups of 32 bits to packed [panels, depth, COLUMNS].
-MANTA_API void manta_pack_weight(const int32_t* weight, int64_t outputs, int64_t depth,
+// weight [outputs, depth] groups of 32 bits to packed [panels, depth, COLUMNS]; `dtype` is that of
+// the layer, or float32 for groups that are to stay together.
+MANTA_API void manta_pack_weight(int dtype, const int32_t* weight, int64_t outputs, int64_t depth,
                                  int32_t* packed) {
-    manta::pack_panels(weight, outputs, depth, packed);
-}
-
-// The same for half, as DotHalf reads them.
-MANTA_API void manta_pack_half(const int32_t* weight, int64_t outputs, int64_t depth,
-                               int32_t* packed) {
-    using namespace manta;
-    pack_panels(weight, outputs, depth, packed);
-    parallel_for((outputs + COLUMNS - 1) / COLUMNS * depth, 2 * COLUMNS, [=](int64_t i) {
-        uint16_t pairs[2 * COLUMNS], apart[2 * COLUMNS];
-        std::memcpy(pairs, packed + i * COLUMNS, sizeof pairs);
-        for (int64_t j = 0; j < 2 * COLUMNS; ++j) apart[j % 2 * COLUMNS + j / 2] = pairs[j];
-        std::memcpy(packed + i * COLUMNS, apart, sizeof apart);
+    manta::dispatch(dtype, [=](auto t) {
+        manta::pack_panels(weight, outputs, depth, packed);
+        if constexpr (manta::DotOf<decltype(t)>::PARTS == 2)
+            manta::part_pairs((outputs + manta::COLUMNS - 1) / manta::COLUMNS * depth, packed);
     });
 }
 

@@ -16,8 +16,7 @@ from kernels.types import Linear
 
 _SIZES = [c_int64] * 3  # rows, inputs, outputs
 _SIGNATURES = {
-    "pack_weight": [c_void_p, c_int64, c_int64, c_void_p],
-    "pack_half": [c_void_p, c_int64, c_int64, c_void_p],
+    "pack_weight": [c_int, c_void_p, c_int64, c_int64, c_void_p],
     "pack_int4": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
     # dtype, x, what the weight is made of, bias, out
     "linear": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
@@ -104,9 +103,13 @@ class LinearPacker:
         weight = weight.contiguous()
         size = self._num_panels(outputs) * self._columns * inputs
         packed = huge_pages.empty((size,), weight.dtype)
-        half = weight.dtype == torch.float16
-        pack = self._library.manta_pack_half if half else self._library.manta_pack_weight
-        pack(weight.data_ptr(), outputs, inputs * weight.itemsize // 4, packed.data_ptr())
+        self._library.manta_pack_weight(
+            DTYPES.get(weight.dtype, DTYPES[torch.float32]),  # bytes stay four by four
+            weight.data_ptr(),
+            outputs,
+            inputs * weight.itemsize // 4,
+            packed.data_ptr(),
+        )
         return packed
 
     def _pack_int8(self, weight: Tensor, bias: Tensor | None) -> Linear:

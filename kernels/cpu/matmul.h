@@ -35,6 +35,9 @@ template <class Dot, int ROWS>
 void multiply_rows(const int32_t* x, int64_t x_stride, const int32_t* weight, int64_t depth,
                    bool first, Ahead ahead, float* sums) {
     typename Dot::Total totals[ROWS][REGISTERS];
+    const int32_t* inputs[ROWS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) inputs[m] = x + m * x_stride;
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
@@ -51,10 +54,9 @@ void multiply_rows(const int32_t* x, int64_t x_stride, const int32_t* weight, in
                 columns[n] = Dot::part(weight + k * COLUMNS, n, part);
 #pragma GCC unroll 8
             for (int m = 0; m < ROWS; ++m) {
-                const Ints inputs = broadcast(x[m * x_stride + k * Dot::PARTS + part]);
+                const Ints input = broadcast(inputs[m][k * Dot::PARTS + part]);
 #pragma GCC unroll 4
-                for (int n = 0; n < REGISTERS; ++n)
-                    totals[m][n] = Dot::add(totals[m][n], inputs, columns[n]);
+                for (int n = 0; n < REGISTERS; ++n) Dot::add(totals[m][n], input, columns[n]);
             }
         }
     }

@@ -87,7 +87,11 @@ inline Floats load(const float* p) { return load_bits<Floats>(p); }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 inline UInts load_shorts(const void* p) {
+#if defined(MANTA_AVX2)  // which GCC would take two halves for
+    return (UInts)_mm256_cvtepu16_epi32(load_bits<__m128i>(static_cast<const char*>(p)));
+#else
     return __builtin_convertvector(load_bits<Shorts>(static_cast<const char*>(p)), UInts);
+#endif
 }
 inline Floats load(const BFloat16* p) { return (Floats)(load_shorts(p) << 16); }
 

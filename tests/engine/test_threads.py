@@ -19,6 +19,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
     monkeypatch.setattr(threads, "_CPUS", tmp_path)
     monkeypatch.setattr(threads, "_CGROUP", tmp_path)
+    monkeypatch.setattr(threads, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     return tmp_path
 
@@ -49,11 +50,32 @@ def test_cgroup_v1(machine: Path, quota: str, expected: int) -> None:
     assert threads.num_compute_threads() == expected
 
 
+@pytest.mark.parametrize(
+    ("own", "limited", "file", "text", "expected"),
+    [
+        ("0::/batch/job\n", "batch/job", "cpu.max", "200000 100000", 2),
+        ("0::/batch/job\n", "batch", "cpu.max", "300000 100000", 3),
+        ("3:cpu,cpuacct:/job\n2:memory:/x\n", "cpu/job", "cpu.cfs_quota_us", "200000", 2),
+        ("3:cpuset:/job\n", "cpu/job", "cpu.cfs_quota_us", "200000", 4),
+        ("0::/nowhere\n", ".", "cpu.max", "max 100000", 4),
+    ],
+)
+def test_limits_of_the_groups_around(
+    machine: Path, own: str, limited: str, file: str, text: str, expected: int
+) -> None:
+    """On a host, and in containers that see the host's groups."""
+    (machine / "own").write_text(own)
+    (machine / limited).mkdir(parents=True, exist_ok=True)
+    (machine / limited / file).write_text(text + "\n")
+    (machine / limited / "cpu.cfs_period_us").write_text("100000")
+    assert threads.num_compute_threads() == expected
+
+
 def test_ranks_share_the_cores(machine: Path) -> None:
     assert [threads.num_compute_threads(ranks) for ranks in (1, 2, 3, 16)] == [4, 2, 1, 1]
 
 
-SPIN_BRIEFLY = "from engine.device.threads import spin_briefly; spin_briefly(); import torch"
+SPIN_BRIEFLY = "import engine, torch"
 
 
 @pytest.mark.parametrize(("own", "expected"), [({}, "200"), ({"GOMP_SPINCOUNT": "7"}, "7")])

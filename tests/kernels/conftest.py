@@ -9,7 +9,7 @@ import torch
 from kernels import Ops, select_ops
 from kernels.cpu import build
 
-# Of a level that is only tested: see tests/kernels/test_cpu_levels.py.
+# A library to test instead: of another level, or compiled by hand.
 if library := os.environ.get("MANTA_TEST_LIBRARY"):
     build.load_library = lambda: ctypes.CDLL(library)  # type: ignore[assignment]
 
