@@ -36,15 +36,9 @@ _WITH_RAY = re.compile(
 )
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n 2` the tests of a file share a worker, and so do all that start Ray."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "ray" if _WITH_RAY.match(nodeid) else nodeid.partition("::")[0]
-
-    return Scheduling(config, log)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if _WITH_RAY.match(item.nodeid):
+        item.add_marker("ray")
 
 
 CheckpointFactory = Callable[..., Path]

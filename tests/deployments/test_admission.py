@@ -121,7 +121,8 @@ def test_keys_from_the_environment_and_file_are_one_ring(
     monkeypatch.setenv("MANTA_API_KEYS", "sk-1, acme:sk-3")
     ring = KeyRing.load(ServiceArgs(api_keys_file=str(tmp_path / "keys")))
     given = [
-        ring.find({"authorization": f"Bearer {key}"}) for key in ("sk-1", "sk-2", "sk-3", "sk-4", "")
+        ring.find({"authorization": f"Bearer {key}"})
+        for key in ("sk-1", "sk-2", "sk-3", "sk-4", "")
     ]
     assert given == ["key-1", "globex", "acme", None, None]
     assert ring.find({}) is None
