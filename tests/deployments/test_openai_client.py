@@ -55,7 +55,7 @@ def test_chat_streams_the_same_answer_in_pieces(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     pieces = [c.choices[0].delta.content for c in chunks if c.choices]
     assert "".join(piece or "" for piece in pieces) == "apple river stone"
-    assert len([piece for piece in pieces if piece]) > 2
+    assert len([piece for piece in pieces if piece]) > 1
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens > 3

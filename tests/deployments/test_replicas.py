@@ -115,7 +115,14 @@ def test_the_number_of_replicas_follows_the_engines_load(url: str, tiny_model: P
             await until(lambda: num_running() >= 2, "a second replica under load")
         await until(lambda: num_running() == 1, "back to one when idle")
 
-    deploy(tiny_model, max_num_seqs=8, max_replicas=3, upscale_delay_s=0.5, downscale_delay_s=1)
+    deploy(
+        tiny_model,
+        max_num_seqs=8,
+        max_replicas=3,
+        upscale_delay_s=0.5,
+        downscale_delay_s=1,
+        speculation="off",
+    )
     assert num_running() == 1
     asyncio.run(run())
 
