@@ -105,7 +105,7 @@ class Chat:
         options = replace(
             self.options,
             stream=self.options.stream or ends_early,
-            shown_tokens=self.front.tokens_of(marks),
+            shown_tokens=frozenset(self.front.special_tokens(marks).values()),
         )
         return self.front.generate_choices(self.prompt, self.params, options)
 

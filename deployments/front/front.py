@@ -73,11 +73,6 @@ class Front:
         self.num_open = 0  # requests being answered
         self.is_draining = False
 
-    def tokens_of(self, marks: Iterable[str]) -> frozenset[int]:
-        """Those of the marks that are tokens."""
-        ids = map(self.tokenizer.fast.token_to_id, marks)
-        return frozenset(token for token in ids if token is not None)
-
     def special_tokens(self, marks: Iterable[str]) -> dict[str, int]:
         """Those of the marks that are special tokens, which have no text of their own."""
         ids = {mark: self.tokenizer.fast.token_to_id(mark) for mark in marks}
