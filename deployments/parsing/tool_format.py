@@ -47,7 +47,11 @@ class ToolFormat:
     inner_marks: ClassVar[tuple[str, ...]] = ()
     has_channels: ClassVar[bool] = False  # whether all of an output is as harmony has it
     is_bare: ClassVar[bool] = False  # whether an object without an opener may be a call too
-    prefix: ClassVar[str]  # how all calls begin: the prompt ends with it when a call is forced
+
+    @property
+    def prefix(self) -> str:
+        """How all calls begin: the prompt ends with it when a call is forced."""
+        return "".join(self.openers)
 
     @property
     def marks(self) -> tuple[str, ...]:

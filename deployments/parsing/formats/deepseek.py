@@ -15,7 +15,6 @@ class DeepSeek(ToolFormat):
     openers = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
     closers = ("```", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
     inner_marks = (_SEPARATOR,)
-    prefix = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
 
     def read_marked(self, source: Source, reader: CallReader) -> Reading[None]:
         name = yield from source.all_of(WORD, MAX_NAME)

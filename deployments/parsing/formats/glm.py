@@ -16,7 +16,6 @@ class Glm(ToolFormat):
     openers = ("<tool_call>",)
     closers = ("</tool_call>",)
     inner_marks = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    prefix = "<tool_call>"
 
     def read_marked(self, source: Source, reader: CallReader) -> Reading[None]:
         name = yield from source.all_of(WORD, MAX_NAME)

@@ -18,7 +18,6 @@ class Phi4(_JsonArray):
     name = "phi4"
     trace = "<|tool|>"
     openers = ("<|tool_call|>",)
-    prefix = "<|tool_call|>"
     closers = ("<|/tool_call|>",)
 
 
@@ -26,14 +25,12 @@ class Granite(_JsonArray):
     name = "granite"
     trace = "<|tool_call|>"
     openers = ("<|tool_call|>",)
-    prefix = "<|tool_call|>"
 
 
 class Hunyuan(_JsonArray):
     name = "hunyuan"
     trace = "<tool_calls>"
     openers = ("<tool_calls>",)
-    prefix = "<tool_calls>"
     closers = ("</tool_calls>",)
 
 
@@ -41,6 +38,5 @@ class Command(_JsonArray):
     name = "command"
     trace = "<|START_ACTION|>"
     openers = ("<|START_ACTION|>",)
-    prefix = "<|START_ACTION|>"
     closers = ("<|END_ACTION|>",)
     keys = ("tool_name", "parameters")

@@ -14,7 +14,6 @@ class Mistral(ToolFormat):
     trace = "[TOOL_CALLS]"
     openers = ("[TOOL_CALLS]",)
     inner_marks = ("[CALL_ID]", "[ARGS]")
-    prefix = "[TOOL_CALLS]"
 
     def written(self, function: dict[str, Any]) -> Parts:
         begin = f'{self.prefix}[{{"name": "{function["name"]}", "arguments": '
