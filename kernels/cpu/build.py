@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels of this directory, once per machine or for a wheel, and loads them.
+"""Compiles the C++ kernels of this directory, once per machine, and loads them.
 
 They are plain C functions, called through ctypes: nothing but a C++ compiler is needed, and the
 binary depends on neither torch's nor Python's version. Every level of instructions has a library of
@@ -26,7 +26,6 @@ from pathlib import Path
 from kernels.cache import cache_directory
 
 _SOURCE_DIR = Path(__file__).parent
-_PACKAGED = _SOURCE_DIR / "lib"  # of a wheel: every level's library
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,6 @@ _FLAGS = (
     "-Wno-psabi",
     "-pthread",
 )
-# A library for other machines finds of a C++ compiler's own libraries only what it brings.
-_PORTABLE = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 _logger = logging.getLogger(__name__)
 
 
@@ -84,11 +81,10 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The kernels, of the wheel or compiled if need be; None, after one warning, without either."""
+    """The kernels, compiled if need be; None, after one warning, where that fails."""
     name = instruction_set()
-    packaged = _PACKAGED / f"{name}.so"
     try:
-        return ctypes.CDLL(str(packaged if packaged.exists() else _build(name)))
+        return ctypes.CDLL(str(_build(name)))
     except (BuildError, OSError) as error:
         _logger.warning(
             "CPU kernels are not available, so attention and sampling run in plain torch, about "
@@ -96,11 +92,6 @@ def load_library() -> ctypes.CDLL | None:
             error,
         )
         return None
-
-
-def is_packaged() -> bool:
-    """Whether this installation needs no compiler."""
-    return (_PACKAGED / f"{instruction_set()}.so").exists()
 
 
 def instruction_set() -> str:
@@ -158,14 +149,6 @@ def _build(name: str) -> Path:
     return library
 
 
-def build_all(directory: Path) -> None:
-    """All levels of this architecture, for machines without a compiler: what a wheel holds."""
-    directory.mkdir(parents=True, exist_ok=True)
-    portable = _PORTABLE if sys.platform == "linux" else ()
-    for level in _levels():
-        compile_library(find_compiler(), level.flags, directory / f"{level.name}.so", portable)
-
-
 def find_compiler() -> str:
     for name in filter(None, (os.environ.get("CXX"), "g++", "c++")):
         path = shutil.which(name)
@@ -186,9 +169,7 @@ def _lock(path: Path) -> Iterator[None]:
         yield  # closing the file releases the lock
 
 
-def compile_library(
-    compiler: str, flags: tuple[str, ...], library: Path, link_flags: tuple[str, ...] = ()
-) -> None:
+def compile_library(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     """All kernels, with a level's flags."""
     sources = sorted(_SOURCE_DIR.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -200,7 +181,7 @@ def compile_library(
         with ThreadPoolExecutor(min(len(commands), os.cpu_count() or 1)) as pool:
             list(pool.map(_run, commands))
         linked = Path(scratch) / library.name
-        _run([compiler, "-shared", "-pthread", *link_flags, *map(str, objects), "-o", str(linked)])
+        _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(linked)])
         os.replace(linked, library)
 
 
