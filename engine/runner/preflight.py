@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
 from engine.device.memory import available_bytes
 from engine.device.select import select_device
+from engine.models.config import ModelConfig
 from engine.models.reader import open_tensors
 from engine.models.registry import read_config
 from engine.models.shape import ModelShape
@@ -31,6 +32,10 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
             f"be at most {shape.max_position}"
         )
     shape.check_divisible(config.num_ranks)
+    if config.deterministic and not isinstance(shape, ModelConfig):
+        raise ValueError(
+            f"deterministic: only models of our own blocks are, not this: {shape.description}"
+        )
     return directory, shape
 
 

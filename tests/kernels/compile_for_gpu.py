@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import Ops
+from kernels.cuda import linear
 from kernels.cuda.compile_watch import CompileWatch
 from kernels.cuda.ops import triton_ops
 from kernels.types import AttentionInputs, KVCache, PagedKV, StepRows
@@ -91,7 +92,11 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     ops.rms_norm(x, weight, 1e-6)
     ops.add_rms_norm(x, x, weight, 1e-6)
     ops.silu_and_mul(torch.empty(tokens, 6144, dtype=BF16))
-    DETERMINISTIC.pack_linear(torch.empty(4096, 1024, dtype=BF16), None, None)(x)
+    weight_of_layer = torch.zeros(4096, 1024, dtype=BF16)
+    DETERMINISTIC.pack_linear(weight_of_layer, None, None)(x)
+    OPS.pack_linear(weight_of_layer, None, "int4")(x)
+    if FP8 in CACHES:
+        linear.round_rows(x)
     kv_cache = new_cache(32, 128, cache)
     norm, at = torch.empty(128, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
     qkv = torch.empty(tokens, 4096, dtype=BF16)
@@ -151,6 +156,7 @@ if __name__ == "__main__":
     attend(*ATTENTION[0], ops=DETERMINISTIC)
     for cache in CACHES:
         run_the_rest(5, cache)
+    run_the_rest(50, BF16)  # as many rows take other tiles
     watch.start_serving()
     for shape in ATTENTION:
         for lengths in ((1, 1, 1), (7, 7, 7), (16, 16, 16), (17, 2048, 16), (3, 999, 0), (4, 9, 1)):
