@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.generation_config import (
@@ -84,7 +84,7 @@ class LLM:
         leader = Leader(self.config.num_ranks)
         self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
         self.engine = Engine(self.config, leader, show_progress=True)
-        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        directory = directory_of(self.config)
         self.tokenizer = Tokenizer(directory) if has_tokenizer(directory) else None
         self._embedding = embedding_config(directory)
         self._default_params = SamplingParams(**sampling_defaults(directory))
