@@ -60,7 +60,8 @@ class Sampler:
         self._world = world
         self._device = token_ids.device
         self.matchers = GrammarMatchers(vocab_size, self._device)
-        # The order is vLLM's: what is allowed, then biases and bans, then penalties.
+        # The order is vLLM's: what is allowed, then biases and bans, then penalties. The end of
+        # thinking is last: whatever else is wanted gives way to it.
         self.processors: list[LogitsProcessor] = [
             GrammarMask(self.matchers, world.rank, self._device, ops),
             AllowedTokens(vocab_size, self._device, ops),
