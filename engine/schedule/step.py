@@ -159,6 +159,13 @@ class TokenDelta:
     # Tokens of its prediction so far: those that came, and those that did not.
     num_predicted: tuple[int, int] = (0, 0)
 
+    def take_from(self, result: StepResult, row: int) -> None:
+        """What else a step has brought the row."""
+        if row in result.logprobs:
+            self.logprobs = result.logprobs[row][: len(self.token_ids)]
+        self.prompt_logprobs = result.prompt_logprobs.get(row)
+        self.vector = result.vectors.get(row)
+
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":
         return cls(request_id, [], finish_reason="error", error=error)
