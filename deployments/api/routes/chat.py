@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deployments.api.admission import usage
+from deployments.api.admission import metrics, usage
 from deployments.api.bodies import BodyRoute
 from deployments.api.chat import AnswerDelta, Chat, read
 from deployments.api.requests.resume import event_id, given_resume
@@ -78,6 +78,7 @@ def _answer(
             for index, (pieces, output) in enumerate(zip(said, outputs, strict=True))
         ],
         "usage": _whole_usage(chat, outputs, num_thinking),
+        **metrics(chat.request, chat.options),
     }
     if chat.request.return_token_ids:
         answer["prompt_token_ids"] = chat.prompt
@@ -201,7 +202,9 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
                 if len(streams) == 1:
                     events[-1] = event_id(chat.params, last[0].num_tokens) + events[-1]
                 yield "".join(events)
+    ending = metrics(chat.request, chat.options)
     if chat.request.include_usage:
         outputs = [last[index] for index in range(len(streams))]
-        counts = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
-        yield event(chunks.head | {"choices": [], "usage": counts})
+        ending["usage"] = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
+    if ending:
+        yield event(chunks.head | {"choices": []} | ending)

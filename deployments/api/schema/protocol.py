@@ -182,6 +182,11 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
     )
 
+    return_metrics: bool = Field(
+        False,
+        description="The answer, or a last chunk, has metrics: how long it waited, its speed, what "
+        "was cached and guessed; of one output, null with several.",
+    )
     resume: WhereToGoOn = None
 
     @model_validator(mode="after")
