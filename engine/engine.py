@@ -24,6 +24,8 @@ from engine.text.tokenizer import Tokenizer
 
 # How long an engine with nothing else to do waits for what requests need before it looks around.
 _ANTECHAMBER_WAIT_S = 0.005
+# Tokens to compute are counted in every step for so many requests, of more every so many seconds.
+_FEW, _COUNT_S = 32, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class Engine:
         self._speed = _Speed()
         self._num_computed = 0  # tokens of all steps
         self._is_profiling = False
+        self._uncomputed = 0.0, 0  # when it was counted, and how many tokens
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
@@ -146,7 +149,18 @@ class Engine:
         return bool(self.scheduler.sequences or self._in_flight or self._antechamber)
 
     def step(self) -> list[TokenDelta]:
-        """Launch what can be launched, retire the oldest step in flight, return its tokens."""
+        """Launch what can be launched, retire the oldest step in flight, return its tokens.
+
+        What it raises, or an interrupt, may have kept a step from running, whose blocks have their
+        names already. So then nothing is taken for cached any more.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self.scheduler.blocks.forget_cached()
+            raise
+
+    def _step(self) -> list[TokenDelta]:
         refused = self._queue_ready()
         while len(self._in_flight) < self.executor.max_in_flight:
             step = self.scheduler.schedule()
@@ -176,7 +190,7 @@ class Engine:
             "waiting": len(scheduler.waiting) + len(self._antechamber),
             "deferred": len(self._antechamber),
             "computed_tokens": self._num_computed,
-            "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.sequences.values()),
+            "uncomputed_tokens": self._count_uncomputed(),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
             "host_blocks": scheduler.pool.host.num_slots,
@@ -205,6 +219,13 @@ class Engine:
         failure = self.executor.run(Profile(starts))()
         if failure is not None:
             raise OSError(failure)
+
+    def _count_uncomputed(self) -> int:
+        """Of few in every step; of thousands that wait ten times a second, for steps are short."""
+        sequences, now = self.scheduler.sequences, time.monotonic()
+        if len(sequences) < _FEW or now - self._uncomputed[0] > _COUNT_S:
+            self._uncomputed = now, sum(s.num_uncomputed for s in sequences.values())
+        return self._uncomputed[1]
 
     def close(self) -> None:
         """Stop what runs beside this thread: other ranks, the device thread."""

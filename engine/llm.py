@@ -31,7 +31,7 @@ from engine.outputs import (
 )
 from engine.progress import PromptProgress
 from engine.ranks.group import Leader
-from engine.runner.follower import spawn_followers
+from engine.runner.local_followers import LocalFollowers
 from engine.sampling_params import MAX_SEED, Pooling, SamplingParams
 from engine.schedule.request import Request
 from engine.schedule.step import TokenDelta, TokenLogprobs
@@ -84,8 +84,12 @@ class LLM:
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig(model=str(model), **config)
         leader = Leader(self.config.num_ranks)
-        self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
-        self.engine = Engine(self.config, leader, show_progress=True)
+        self._followers = LocalFollowers(self.config, leader)
+        try:
+            self.engine = Engine(self.config, leader, show_progress=True)
+        except BaseException:
+            self._followers.close(patience_s=0)
+            raise
         directory = checkpoint.resolve(self.config.model, self.config.revision)
         self.tokenizer = Tokenizer(directory) if has_tokenizer(directory) else None
         self._embedding = embedding_config(directory)
@@ -97,8 +101,7 @@ class LLM:
     def close(self) -> None:
         """End the other ranks' processes. The weights go with the object."""
         self.engine.close()
-        for follower in self._followers:
-            follower.wait()
+        self._followers.close()
 
     def start_profile(self) -> None:
         """Record what every rank does from now on; raises ValueError without profile_directory."""

@@ -55,6 +55,12 @@ class _Live:
     record: RequestRecord
     is_queued: bool = True  # no token has come yet
     arrived: asyncio.Queue[TokenDelta | Exception] = field(default_factory=asyncio.Queue)
+    predicted_before: tuple[int, int] = (0, 0)  # by engines before this one
+
+    def count_predicted(self, delta: TokenDelta) -> None:
+        accepted, rejected = self.predicted_before
+        accepted += delta.num_predicted[0]
+        self.record.num_predicted = accepted, rejected + delta.num_predicted[1]
 
 
 class EngineClient:
@@ -256,7 +262,7 @@ class EngineClient:
                 message = await read_message(reader)
                 if self._writer is not writer:
                     break  # given up meanwhile: its requests are another engine's now
-                self._take_in(message)
+                self._receive(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -306,10 +312,11 @@ class EngineClient:
         self._connected.set()
         for live in self._live.values():
             live.packed = encode_request(live.request)
+            live.predicted_before = live.record.num_predicted
         self._quarantine.restart(self._live)
         self._flush()
 
-    def _take_in(self, message: Message) -> None:
+    def _receive(self, message: Message) -> None:
         self.heartbeat.beat()
         self.metrics.count_step(self.stats, message["stats"])
         self.stats = message["stats"]
@@ -327,7 +334,7 @@ class EngineClient:
             if live.is_queued:
                 self._leave_queue(live)
                 live.record.num_cached = delta.num_cached_tokens
-            live.record.num_predicted = delta.num_predicted
+            live.count_predicted(delta)
             if delta.waits:
                 live.record.waits += delta.waits
             if delta.finish_reason is not None:

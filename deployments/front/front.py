@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -52,7 +51,7 @@ TextStream = AsyncGenerator[TextDelta, bool | None]
 
 
 class Front:
-    """Serves one model by one engine. Knows nothing of HTTP or of how engines are started."""
+    """Serves one model by one engine, however that is started, until it drains."""
 
     def __init__(self, args: DeploymentArgs) -> None:
         directory = checkpoint.resolve(args.model, args.revision)
@@ -133,15 +132,17 @@ class Front:
         options: RequestOptions,
     ) -> list[TextStream]:
         """The texts of a request's n choices, each as `generate` has it."""
+        assert params.seed is not None  # the request has been admitted with one
         return [
-            self.generate(prompt_token_ids, own.model_copy(update={"seed": seed}), options)
-            for own, seed in params.choices(_seed_of(params))
+            self.generate(prompt_token_ids, own, seed, options)
+            for own, seed in params.choices(params.seed)
         ]
 
     async def generate(
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
+        seed: int,
         options: RequestOptions,
     ) -> TextStream:
         """The text of one request; at least one delta, the last one with a finish_reason.
@@ -151,7 +152,6 @@ class Front:
         no engine, RequestTimeoutError when its time is up, RequestFailedError when the engine
         fails at it. The caller has passed it to `in_tokens` and `check`.
         """
-        seed = _seed_of(params)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params, options.shown_tokens)
         # A stop string is found only in the text, and logprobs come token by token.
         stream = options.stream or bool(params.stop) or params.logprobs is not None
@@ -181,7 +181,7 @@ class Front:
                 is_complete = yield TextDelta(
                     text,
                     detokenizer.num_tokens,
-                    delta.num_cached_tokens,
+                    record.num_cached,
                     reason,
                     stop_reason,
                     logprobs,
@@ -252,7 +252,3 @@ async def _parted(
                 rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
                 delta = replace(rest, logprobs=logprobs and logprobs[cut:])
             yield delta
-
-
-def _seed_of(params: SamplingParams) -> int:
-    return params.seed if params.seed is not None else secrets.randbits(63)

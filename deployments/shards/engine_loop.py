@@ -36,7 +36,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
-        # What has been loaded stays: to look through it at every collection takes a step\'s time.
+        # What has been loaded stays: to look through it at every collection takes a step's time.
         gc.collect()
         gc.freeze()
         hello = {"limits": asdict(self._engine.limits), "startup_s": self._startup_s}
@@ -46,11 +46,12 @@ class EngineLoop:
                 timeout = 0.0 if self._engine.has_work else HEARTBEAT_S
                 errors = []
                 for message in self._socket.receive(timeout):
-                    errors += self._take_in(message)
+                    errors += self._accept(message)
                 deltas = self._engine.step() if self._engine.has_work else []
                 message = {
                     "deltas": [encode_delta(d) for d in deltas if d.error is None],
-                    "errors": errors + [(d.request_id, d.error) for d in deltas if d.error],
+                    "errors": errors
+                    + [(d.request_id, d.error) for d in deltas if d.error is not None],
                     "stats": self._engine.stats(),
                     "cache": self._cache_changes,
                 }
@@ -66,7 +67,7 @@ class EngineLoop:
             self._socket.close()
             self._engine.close()
 
-    def _take_in(self, message: Message) -> list[tuple[str, str | None]]:
+    def _accept(self, message: Message) -> list[tuple[str, str | None]]:
         """Returns (request id, reason) for what the engine refuses, without one where it fails.
 
         What is done for one request fails that request alone.

@@ -298,8 +298,8 @@ OTHERWISE: dict[ToolParserName, list[tuple[str, int]]] = {
     "minimax_m2": [
         (
             '<minimax:tool_call>\n<invoke name="weather">\n'
-            '<parameter name="city">Paris</parameter>\n</invoke>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
-            "</invoke>\n</minimax:tool_call>",
+            '<parameter name="city">Paris</parameter>\n</invoke>\n<invoke name="weather">\n'
+            '<parameter name="city">Paris</parameter>\n</invoke>\n</minimax:tool_call>',
             2,
         )
     ],

@@ -22,6 +22,8 @@ import yaml
 from deployments import ray_private
 from tests.deployments.conftest import free_port, wait_until
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).resolve().parents[2]
 SERVE_RUN = [str(Path(sys.executable).parent / "serve"), "run"]
 MANTA_SERVE = [sys.executable, "-c", "from deployments.cli import main; main()", "serve"]

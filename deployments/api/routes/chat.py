@@ -69,7 +69,7 @@ def _answer(
         "choices": [
             {
                 "index": index,
-                "message": AnswerParser.message(pieces),
+                "message": AnswerParser.message(_told(chat, pieces)),
                 "logprobs": _logprobs(chat, output),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
@@ -113,6 +113,13 @@ def _whole_usage(
     return _usage(len(chat.prompt), outputs) | {"completion_tokens_details": details}
 
 
+def _told(chat: Chat, pieces: list[Piece]) -> list[Piece]:
+    """All that the client wants of them."""
+    if chat.request.include_reasoning:
+        return pieces
+    return [piece for piece in pieces if not isinstance(piece, Reasoning)]
+
+
 async def _count_thoughts(chat: Chat, said: Iterable[Piece]) -> int:
     return await chat.count_tokens(
         "".join(piece.text for piece in said if isinstance(piece, Reasoning))
@@ -149,7 +156,7 @@ class _ChatChunks(Chunks):
         delta, events = step.delta, []
         logprobs = _logprobs(self._chat, delta)
         token_ids = list(delta.token_ids) if self._chat.request.return_token_ids else None
-        for piece in () if delta.is_known else step.pieces:
+        for piece in () if delta.is_known else _told(self._chat, step.pieces):
             content = AnswerParser.delta(piece)
             events.append(self._chunk(index, content, delta, logprobs, token_ids=token_ids))
             logprobs = token_ids = None

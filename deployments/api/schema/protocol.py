@@ -271,6 +271,9 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     reasoning_effort: Effort = Field(
         None, description="none: no thoughts. Templates that know of more are told which."
     )
+    include_reasoning: bool = Field(
+        True, description="False: thoughts are counted, and left out of the answer; as in vLLM."
+    )
     verbosity: Verbosity = None
     web_search_options: Unserved = None
 

@@ -17,6 +17,8 @@ from engine.models.transformers.model import TransformersModel
 from engine.models.transformers.pack import pack
 from engine.models.transformers.parallel import shard
 from engine.models.transformers.probe import model_class
+from engine.models.weights import weight_format
+from engine.models.weights.plain import PlainWeights
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
 
@@ -36,6 +38,8 @@ def load_module(
     Files are mapped: a rank takes memory for its parts only, in the layout of the device.
     """
     assert isinstance(shape, TransformersShape)
+    if not isinstance(weight_format(directory, config.quantization), PlainWeights):
+        raise CheckpointError(f"{directory}: only our own blocks compute weights of this format")
     probed = shape.probed(parallel.size)
     if config.load_format == "dummy":
         module = _random_module(shape, dtype, config.seed)
