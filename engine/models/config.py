@@ -10,7 +10,7 @@ from engine.models.blocks.attention import AttentionConfig
 from engine.models.blocks.layer import LayerConfig, MlpConfig
 from engine.models.blocks.mlp import GatedMlpConfig
 from engine.models.blocks.rotary import RopeConfig
-from engine.models.hf_config import longest_text
+from engine.models.hf_config import is_classifier, longest_text
 from engine.models.shape import LayerCache, ModelShape
 
 
@@ -81,6 +81,7 @@ def dense_config(
         vocab_size=hf.vocab_size,
         max_position=longest_text(hf),
         dtype=str(hf.dtype).removeprefix("torch."),
+        num_labels=hf.num_labels if is_classifier(hf) else None,
         hidden_size=hf.hidden_size,
         rms_eps=hf.rms_norm_eps,
         tied_embeddings=hf.tie_word_embeddings,

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from engine.checkpoint import CheckpointError
 from engine.models.config import ModelConfig, NotOfOurBlocksError
 from engine.models.families import llama, mistral, qwen2, qwen3
-from engine.models.hf_config import read_hf_config
+from engine.models.hf_config import is_classifier, read_hf_config
 from engine.models.shape import ModelShape
 from engine.models.weights import weight_format
 
@@ -33,6 +34,11 @@ def read_config(directory: Path, max_model_len: int | None = None) -> ModelShape
             return FAMILIES[hf.model_type](hf)
         except NotOfOurBlocksError:
             pass
+    if is_classifier(hf):
+        raise CheckpointError(
+            f"config.json: architectures={hf.architectures}: classifiers are served where our own "
+            f"blocks compute them ({', '.join(FAMILIES)}), and this is no such model"
+        )
     from engine.models.transformers.config import TransformersShape  # its modules take long
 
     return TransformersShape.of(hf)

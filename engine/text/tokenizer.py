@@ -116,6 +116,11 @@ class Tokenizer:
         others = {token.content for token in tokens} - special
         self._pieces = _Pieces(self.fast, special)
         self.chat_templates = ChatTemplates(directory, config, named, special, others)
+        self.info: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # where the checkpoint names none
+            **config,
+            "chat_template": self.chat_templates.source(),
+        }
 
     @property
     def chat_template(self) -> str | None:

@@ -53,6 +53,13 @@ def test_models_by_name(demo: LocalServer) -> None:
     assert e.value.code == "model_not_found" and "'org/other'" in e.value.message
 
 
+def test_tokenizer_info_is_the_checkpoints(demo: LocalServer) -> None:
+    told = httpx.get(f"{demo.url}/tokenizer_info").json()
+    answers.TokenizerInfo.model_validate(told, strict=True)
+    assert told["eos_token"] == "<|im_end|>" and told["tokenizer_class"]
+    assert told["chat_template"] == demo.front.tokenizer.chat_templates.source()
+
+
 def test_version_and_unknown_paths(demo: LocalServer) -> None:
     answers.Version.model_validate(httpx.get(f"{demo.url}/version").json())
     unknown = httpx.get(f"{demo.url}/v1/engines")
