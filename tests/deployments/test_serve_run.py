@@ -180,6 +180,24 @@ def test_a_bad_argument_prints_one_readable_line(tmp_path: Path, argument: str, 
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("model=./nowhere", "no directory or GGUF file './nowhere'"),
+        ("tensor_parallel_size=3 num_cpus_per_shard=0.1", "cannot be split over 3 ranks"),
+        ("num_replicas=1000", "num_replicas (1000) of 1 ranks"),
+    ],
+)
+def test_serve_run_refuses_before_ray_starts(tmp_path: Path, argument: str, says: str) -> None:
+    log = tmp_path / "serve.log"
+    command = [*SERVE_RUN, "--address", "local", "deployments:app", *argument.split()]
+    with running(command, log) as process:
+        assert process.wait(timeout=60) == 1
+    *_, line = log.read_text().splitlines()
+    assert line.startswith("error: ") and says in line
+    assert "Started a local Ray instance" not in log.read_text()
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[MantaServe]]:
     """Both with HAProxy, and in the background of a script."""
