@@ -181,6 +181,13 @@ class EngineConfig(StrictModel):
         description="Steps with prompts are recorded as CUDA graphs too, for a ladder of sizes up "
         "to so many tokens; 0: none. Default on a GPU: 2048.",
     )
+    profile_directory: str | None = Field(
+        None,
+        min_length=1,
+        description="Where POST /start_profile and /stop_profile (of a server), and "
+        "start_profile and stop_profile of LLM, leave what every rank has done between them, by "
+        "torch's profiler, on the rank's machine. Without it there are no profiles.",
+    )
     seed: int = Field(0, description="Seeds dummy weights and, in LLM, requests without a seed.")
     _block_key: bytes = PrivateAttr(default_factory=lambda: secrets.token_bytes(16))
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.ranks.group import Leader
+from engine.runner.commands import Profile
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
@@ -67,6 +68,7 @@ class Engine:
             num_blocks=blocks.most_blocks(runner.max_len),
             block_size=config.block_size,
             eos_token_ids=sorted(runner.eos_token_ids),
+            num_labels=runner.num_labels,
         )
         self.speculator = new_speculator(
             config,
@@ -86,6 +88,8 @@ class Engine:
         # When set to a deque, collects (step number, step) of every launch.
         self.step_log: deque[tuple[int, Step]] | None = None
         self._speed = _Speed()
+        self._num_computed = 0  # tokens of all steps
+        self._is_profiling = False
         self._uncomputed = 0.0, 0  # when it was counted, and how many tokens
 
     def add(self, request: Request) -> None:
@@ -172,6 +176,7 @@ class Engine:
         oldest = self._in_flight.popleft()
         result = oldest.wait()
         plan = oldest.step.plan
+        self._num_computed += plan.num_tokens
         seconds = self._speed.count_step(plan.num_tokens, oldest.launched_at)
         if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
             self.speculator.costs.count(plan.num_tokens, seconds)
@@ -183,6 +188,8 @@ class Engine:
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting) + len(self._antechamber),
+            "deferred": len(self._antechamber),
+            "computed_tokens": self._num_computed,
             "uncomputed_tokens": self._count_uncomputed(),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
@@ -198,6 +205,20 @@ class Engine:
             **asdict(scheduler.stats),
             **(self.speculator.stats() if self.speculator is not None else {}),
         }
+
+    def profile(self, starts: bool) -> None:
+        """Start to record what every rank does, or end and write it down.
+
+        Raises ValueError where that makes no sense, OSError where it cannot be written.
+        """
+        if self.config.profile_directory is None:
+            raise ValueError("this engine has no profile_directory, where profiles would go")
+        if starts == self._is_profiling:
+            raise ValueError(f"a profile is {'on its way already' if starts else 'not on its way'}")
+        self._is_profiling = starts
+        failure = self.executor.run(Profile(starts))()
+        if failure is not None:
+            raise OSError(failure)
 
     def _count_uncomputed(self) -> int:
         """Of few in every step; of thousands that wait ten times a second, for steps are short."""

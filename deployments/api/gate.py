@@ -284,6 +284,9 @@ def _check_head(http: Scope) -> None:
 
 def _check_media_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    if not (kind or has_body or "origin" in headers):
+        return  # no JSON because there is nothing, and no page has sent it
     if kind != "application/json":
         message = (
             "the body must be JSON, sent with content-type: application/json "

@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ class EngineClient:
         args = args or AppArgs()
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
-        self.metrics = Metrics(args.model_name, lambda: self.stats)
+        self.metrics = Metrics(args, lambda: self.stats)
         self.heartbeat = Heartbeat(args, lambda: self.stats)
         self.queue = Places()  # of requests without a token yet
         self.queue_tokens = Places()  # of their prompts
@@ -87,6 +88,7 @@ class EngineClient:
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
         self._watched_until = 0.0
+        self._profiled: deque[asyncio.Future[str | None]] = deque()
 
     async def listen(self) -> str:
         """Expect an engine; returns the address of the socket, which is gone once it has come.
@@ -208,6 +210,19 @@ class EngineClient:
             self._writer.write(pack({"watch": _WATCH_S}))
         return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
 
+    async def profile(self, starts: bool) -> str | None:
+        """Start or end a profile of the engine; returns why not, if it could not be.
+
+        Raises EngineUnavailableError while there is none.
+        """
+        if self._writer is None:
+            raise EngineUnavailableError("there is no engine to profile")
+        answer = asyncio.get_running_loop().create_future()
+        self._profiled.append(answer)
+        self._writer.write(pack({"profile": starts}))
+        failure: str | None = await asyncio.shield(answer)
+        return failure
+
     def fail(self, error: EngineUnavailableError) -> None:
         """End every live request with an error, and refuse new ones: no engine will come."""
         self._failure = error
@@ -266,6 +281,8 @@ class EngineClient:
         self._writer = None
         self.stats, self.view = {}, None
         self._watched_until = 0.0
+        while self._profiled:
+            self._profiled.popleft().set_result("the engine has gone, and its profile with it")
         self._connected.clear()
         culprit = self._quarantine.blame()
         if culprit is not None:
@@ -301,6 +318,7 @@ class EngineClient:
 
     def _receive(self, message: Message) -> None:
         self.heartbeat.beat()
+        self.metrics.count_step(self.stats, message["stats"])
         self.stats = message["stats"]
         self.view = message.get("view", self.view)
         for block_hash, is_cached in message["cache"]:
@@ -317,7 +335,10 @@ class EngineClient:
                 self._leave_queue(live)
                 live.record.num_cached = delta.num_cached_tokens
             live.count_predicted(delta)
+            if delta.waits:
+                live.record.waits += delta.waits
             if delta.finish_reason is not None:
+                live.record.num_drafted = delta.num_drafted
                 del self._live[delta.request_id]
                 live.record.finish_reason = delta.finish_reason
             if live.stream:
@@ -327,6 +348,8 @@ class EngineClient:
                 live.arrived.put_nowait(whole)
         for request_id, reason in message["errors"]:
             self._end(request_id, _refusal(reason))
+        if "profiled" in message and self._profiled:
+            self._profiled.popleft().set_result(message["profiled"])
         self._flush()  # somebody's turn may have come
 
     async def close(self) -> None:

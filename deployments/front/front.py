@@ -15,7 +15,12 @@ from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.version import VERSION
 from engine.checkpoint import directory_of
-from engine.generation_config import EmbeddingConfig, embedding_config, sampling_defaults
+from engine.generation_config import (
+    EmbeddingConfig,
+    classifier_config,
+    embedding_config,
+    sampling_defaults,
+)
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.detokenizer import Detokenizer
@@ -63,6 +68,7 @@ class Front:
         self.embedding = embedding_config(directory)
         if args.pooling != "auto":
             self.embedding = EmbeddingConfig(args.pooling)
+        self.classifier = classifier_config(directory)
         self.judges = args.reranker == "qwen3"
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"

@@ -32,6 +32,7 @@ class EngineLoop:
         self._cache_changes = engine.scheduler.pool.changes = []
         self._socket = MessageSocket(address)
         self._watch = Watch(engine)
+        self._profiled: list[str | None] = []  # to be told
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
@@ -54,6 +55,8 @@ class EngineLoop:
                     "stats": self._engine.stats(),
                     "cache": self._cache_changes,
                 }
+                if self._profiled:
+                    message["profiled"] = self._profiled.pop(0)
                 if (picture := self._watch.picture()) is not None:
                     message["view"] = picture
                 self._socket.send(message)
@@ -82,4 +85,14 @@ class EngineLoop:
             self._engine.abort(request_id)
         if "watch" in message:
             self._watch.renew(message["watch"])
+        if "profile" in message:
+            self._profiled.append(self._profile(message["profile"]))
         return errors
+
+    def _profile(self, starts: bool) -> str | None:
+        """Why there is no profile, if there is none."""
+        try:
+            self._engine.profile(starts)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None

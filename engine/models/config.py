@@ -11,7 +11,7 @@ from engine.models.blocks.attention import AttentionConfig, AttentionOptions
 from engine.models.blocks.layer import NORMS_BEFORE, LayerConfig, LayerNorms, MlpConfig
 from engine.models.blocks.mlp import GatedMlpConfig
 from engine.models.blocks.rotary import RopeConfig
-from engine.models.hf_config import longest_text
+from engine.models.hf_config import is_classifier, longest_text
 from engine.models.rewrite import UNCHANGED, Rewrites, rotary_order
 from engine.models.shape import LayerCache, ModelShape
 
@@ -95,6 +95,7 @@ def dense_config(
         vocab_size=hf.vocab_size,
         max_position=longest_text(hf),
         dtype=str(hf.dtype).removeprefix("torch."),
+        num_labels=hf.num_labels if is_classifier(hf) else None,
         hidden_size=hf.hidden_size,
         rms_eps=hf.rms_norm_eps,
         tied_embeddings=hf.tie_word_embeddings,

@@ -89,6 +89,11 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return torch.float32
 
 
+def is_classifier(hf: PreTrainedConfig) -> bool:
+    """Whether its head is for the labels of whole texts, as reward models have it."""
+    return any(name.endswith("ForSequenceClassification") for name in hf.architectures or ())
+
+
 def longest_text(hf: PreTrainedConfig) -> int:
     """The window in tokens. Raises CheckpointError when the configuration names none."""
     text = hf.get_text_config()

@@ -6,6 +6,7 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
+from engine.checkpoint import CheckpointError
 from engine.models.config import ModelConfig, NotOfOurBlocksError
 from engine.models.families import (
     ernie4_5,
@@ -22,7 +23,7 @@ from engine.models.families import (
     qwen3,
     smollm3,
 )
-from engine.models.hf_config import read_hf_config
+from engine.models.hf_config import is_classifier, read_hf_config
 from engine.models.shape import ModelShape
 from engine.models.weights import weight_format
 
@@ -69,6 +70,11 @@ def read_config(
             return FAMILIES[hf.model_type](hf)
         except NotOfOurBlocksError:
             pass
+    if is_classifier(hf):
+        raise CheckpointError(
+            f"config.json: architectures={hf.architectures}: classifiers are served where our own "
+            f"blocks compute them ({', '.join(FAMILIES)}), and this is no such model"
+        )
     from engine.models.transformers.config import TransformersShape  # its modules take long
 
     return TransformersShape.of(hf)

@@ -55,8 +55,6 @@ class SchedulerStats:
     restored_tokens: int = 0  # of all that were found cached, those from host memory
     output_tokens: int = 0
     preemptions: int = 0
-    admitted: int = 0
-    queue_time_s: float = 0.0  # of all admitted requests together
 
 
 class Scheduler:
@@ -126,6 +124,7 @@ class Scheduler:
         return 0, turn, self._num_arrivals
 
     def _wait(self, sequence: Sequence) -> None:
+        sequence.waits_since = time.monotonic()
         insort(self.waiting, sequence, key=_order)
         self._turns.wait(sequence.request.flow)
 
@@ -269,8 +268,7 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self.stats.cached_tokens += sequence.num_computed
             self.stats.prompt_tokens += sequence.num_prompt
-            self.stats.admitted += 1
-            self.stats.queue_time_s += time.monotonic() - sequence.arrived_at
+        sequence.waits.append(time.monotonic() - sequence.waits_since)
         self._turns.charge(sequence, num_prompt=sequence.num_uncomputed)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_order)
@@ -335,6 +333,8 @@ class Scheduler:
         num_before = len(token_ids)
         delta = TokenDelta(sequence.id, tokens, sequence.num_cached or 0)
         delta.num_predicted = sequence.num_predicted
+        if sequence.waits:
+            delta.waits, sequence.waits = sequence.waits, []
         for token in tokens:
             token_ids.append(token)
             if token in stops or len(token_ids) >= max_len:
@@ -347,6 +347,7 @@ class Scheduler:
         if len(token_ids) // self._block_size > sequence.num_published:
             self.blocks.publish(sequence)
         if delta.finish_reason is not None:
+            delta.num_drafted = (sequence.num_drafted, sequence.num_accepted)
             self._remove(sequence)
         return delta
 

@@ -158,6 +158,8 @@ class TokenDelta:
     error: str | None = None  # why the engine gives it up, and it alone
     # Tokens of its prediction so far: those that came, and those that did not.
     num_predicted: tuple[int, int] = (0, 0)
+    waits: Sequence[float] = ()  # how long it has waited for a row since its last tokens, seconds
+    num_drafted: tuple[int, int] = (0, 0)  # tokens guessed, and those that were right; at its end
 
     def take_from(self, result: StepResult, row: int) -> None:
         """What else a step has brought the row."""

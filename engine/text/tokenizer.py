@@ -125,6 +125,11 @@ class Tokenizer:
         self.chat_templates = ChatTemplates(
             read_templates(directory, config), config, named, special, others
         )
+        self.info: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # where the checkpoint names none
+            **config,
+            "chat_template": self.chat_templates.source(),
+        }
 
     @property
     def chat_template(self) -> str | None:

@@ -53,6 +53,13 @@ def test_models_by_name(demo: LocalServer) -> None:
     assert e.value.code == "model_not_found" and "'org/other'" in e.value.message
 
 
+def test_tokenizer_info_is_the_checkpoints(demo: LocalServer) -> None:
+    told = httpx.get(f"{demo.url}/tokenizer_info").json()
+    answers.TokenizerInfo.model_validate(told, strict=True)
+    assert told["eos_token"] == "<|im_end|>" and told["tokenizer_class"]
+    assert told["chat_template"] == demo.front.tokenizer.chat_templates.source()
+
+
 def test_version_and_unknown_paths(demo: LocalServer) -> None:
     answers.Version.model_validate(httpx.get(f"{demo.url}/version").json())
     unknown = httpx.get(f"{demo.url}/v1/engines")
@@ -318,7 +325,7 @@ def test_the_document_names_every_route_and_its_errors(demo: LocalServer) -> Non
     described = {r.path_format for r in routes if isinstance(r, APIRoute) and r.include_in_schema}
     assert set(document["paths"]) == described
     for route in routes:
-        if isinstance(route, APIRoute) and "POST" in route.methods:
+        if isinstance(route, APIRoute) and route.body_field is not None:
             assert isinstance(route, BodyRoute), f"{route.path}: its body's cost has no bound"
             assert not any(route.path.startswith(absent) for absent in ABSENT), route.path
     for path, operations in document["paths"].items():
