@@ -81,6 +81,10 @@ class NoRecorder:
         return run(), lambda: None
 
 
+def _no_linear(weight: Tensor, *_: object) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.empty(len(x), len(weight), device=META)
+
+
 def prepare_nothing(
     step: StepRows, token_table: Tensor, block_tables: Tensor, block_size: int
 ) -> StepInputs:
@@ -96,6 +100,7 @@ def no_ops(*_: Any) -> Ops:
         REFERENCE,
         name="nothing",
         attention=NoAttention(),
+        pack_linear=_no_linear,
         sampling=NoSampling(),
         new_recorder=NoRecorder,
         prepare_step=prepare_nothing,

@@ -5,10 +5,12 @@ message takes about 27 µs one way like this, against 542 µs through a Ray stre
 socket tells at once when the other side is gone. One message carries all that happened in an engine
 step, for all requests together.
 
-Front to engine:   {"add": [[id, packed request], …], "abort": [id, …], "watch": seconds}
+Front to engine:   {"add": [[id, packed request], …], "abort": [id, …], "watch": seconds,
+                   "profile": whether it starts or ends}
 Engine to front:   {"hello": {…}} once, then per step {"deltas": […], "errors": [[id, reason], …],
                    "stats": {…}, "cache": [[block hash, whether it is cached now], …]}, and with
-                   "view": {…}, an engine.view.EngineView, in some of them while a watch lasts
+                   "view": {…}, an engine.view.EngineView, in some of them while a watch lasts,
+                   and "profiled": why not, or null, once a profile has started or ended
 """
 
 import asyncio
@@ -99,6 +101,10 @@ def decode_request(packed: bytes) -> Request:
     return Request(**values | {"params": pickle.loads(values["params"])})
 
 
+# What few deltas have, as they do not have it.
+_MOSTLY = [None, None, None, (0, 0), (), (0, 0)]
+
+
 def encode_delta(delta: TokenDelta) -> list[Any]:
     fields: list[Any] = [
         delta.request_id,
@@ -107,26 +113,24 @@ def encode_delta(delta: TokenDelta) -> list[Any]:
         delta.stop_token,
         delta.num_cached_tokens,
     ]
-    more = [delta.logprobs, delta.prompt_logprobs, delta.vector, delta.num_predicted]
-    if more != [None, None, None, (0, 0)]:
+    more = [
+        *(delta.logprobs, delta.prompt_logprobs, delta.vector),
+        *(delta.num_predicted, delta.waits, delta.num_drafted),
+    ]
+    if more != _MOSTLY:
         fields += more
     return fields
 
 
 def decode_delta(fields: list[Any]) -> TokenDelta:
     request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *more = fields
-    own, of_prompt, vector, num_predicted = more or (None, None, None, (0, 0))
-    return TokenDelta(
-        request_id=request_id,
-        token_ids=token_ids,
-        finish_reason=finish_reason,
-        stop_token=stop_token,
-        num_cached_tokens=num_cached_tokens,
-        logprobs=_decode_logprobs(own),
-        prompt_logprobs=_decode_logprobs(of_prompt),
-        vector=vector,
-        num_predicted=(num_predicted[0], num_predicted[1]),
-    )
+    delta = TokenDelta(request_id, token_ids, num_cached_tokens, finish_reason, stop_token)
+    if more:
+        own, of_prompt, delta.vector, predicted, delta.waits, drafted = more
+        delta.logprobs, delta.prompt_logprobs = map(_decode_logprobs, (own, of_prompt))
+        delta.num_predicted = (predicted[0], predicted[1])
+        delta.num_drafted = (drafted[0], drafted[1])
+    return delta
 
 
 def _decode_logprobs(positions: list[Any] | None) -> list[TokenLogprobs] | None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.ranks.group import Leader
+from engine.runner.commands import Profile
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
@@ -23,6 +24,8 @@ from engine.text.tokenizer import Tokenizer
 
 # How long an engine with nothing else to do waits for what requests need before it looks around.
 _ANTECHAMBER_WAIT_S = 0.005
+# Tokens to compute are counted in every step for so many requests, of more every so many seconds.
+_FEW, _COUNT_S = 32, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Engine:
             num_blocks=blocks.most_blocks(runner.max_len),
             block_size=config.block_size,
             eos_token_ids=sorted(runner.eos_token_ids),
+            num_labels=runner.num_labels,
         )
         self.speculator = new_speculator(
             config,
@@ -84,6 +88,9 @@ class Engine:
         # When set to a deque, collects (step number, step) of every launch.
         self.step_log: deque[tuple[int, Step]] | None = None
         self._speed = _Speed()
+        self._num_computed = 0  # tokens of all steps
+        self._is_profiling = False
+        self._uncomputed = 0.0, 0  # when it was counted, and how many tokens
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
@@ -103,7 +110,7 @@ class Engine:
             self.scheduler.add(request)
 
     def _new_grammar_compiler(self) -> GrammarCompiler:
-        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        directory = directory_of(self.config)
         eos = sorted(self.runner.eos_token_ids)
         if self.speculator is not None:  # beside the compiler, which takes longer
             self._tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer, directory)
@@ -142,7 +149,18 @@ class Engine:
         return bool(self.scheduler.sequences or self._in_flight or self._antechamber)
 
     def step(self) -> list[TokenDelta]:
-        """Launch what can be launched, retire the oldest step in flight, return its tokens."""
+        """Launch what can be launched, retire the oldest step in flight, return its tokens.
+
+        What it raises, or an interrupt, may have kept a step from running, whose blocks have their
+        names already. So then nothing is taken for cached any more.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self.scheduler.blocks.forget_cached()
+            raise
+
+    def _step(self) -> list[TokenDelta]:
         refused = self._queue_ready()
         while len(self._in_flight) < self.executor.max_in_flight:
             step = self.scheduler.schedule()
@@ -158,6 +176,7 @@ class Engine:
         oldest = self._in_flight.popleft()
         result = oldest.wait()
         plan = oldest.step.plan
+        self._num_computed += plan.num_tokens
         seconds = self._speed.count_step(plan.num_tokens, oldest.launched_at)
         if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
             self.speculator.costs.count(plan.num_tokens, seconds)
@@ -169,7 +188,9 @@ class Engine:
         return {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting) + len(self._antechamber),
-            "uncomputed_tokens": sum(r.num_uncomputed for r in scheduler.sequences.values()),
+            "deferred": len(self._antechamber),
+            "computed_tokens": self._num_computed,
+            "uncomputed_tokens": self._count_uncomputed(),
             "num_blocks": scheduler.pool.num_blocks,
             "free_blocks": scheduler.pool.num_free,
             "host_blocks": scheduler.pool.host.num_slots,
@@ -184,6 +205,27 @@ class Engine:
             **asdict(scheduler.stats),
             **(self.speculator.stats() if self.speculator is not None else {}),
         }
+
+    def profile(self, starts: bool) -> None:
+        """Start to record what every rank does, or end and write it down.
+
+        Raises ValueError where that makes no sense, OSError where it cannot be written.
+        """
+        if self.config.profile_directory is None:
+            raise ValueError("this engine has no profile_directory, where profiles would go")
+        if starts == self._is_profiling:
+            raise ValueError(f"a profile is {'on its way already' if starts else 'not on its way'}")
+        self._is_profiling = starts
+        failure = self.executor.run(Profile(starts))()
+        if failure is not None:
+            raise OSError(failure)
+
+    def _count_uncomputed(self) -> int:
+        """Of few in every step; of thousands that wait ten times a second, for steps are short."""
+        sequences, now = self.scheduler.sequences, time.monotonic()
+        if len(sequences) < _FEW or now - self._uncomputed[0] > _COUNT_S:
+            self._uncomputed = now, sum(s.num_uncomputed for s in sequences.values())
+        return self._uncomputed[1]
 
     def close(self) -> None:
         """Stop what runs beside this thread: other ranks, the device thread."""

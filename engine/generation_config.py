@@ -1,10 +1,12 @@
 """How a checkpoint wants to generate: what ends an output, and which sampling is recommended.
 
-Or to embed: which hidden states.
+Or to embed: which hidden states. Or to classify: which labels.
 """
 
 import json
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,3 +131,37 @@ def embedding_config(directory: Path) -> EmbeddingConfig | None:
     if len(wanted) != 1 or wanted[0] not in _MODES:
         raise CheckpointError(f"{path.parent}: pools by {wanted}; known are {list(_MODES)}")
     return EmbeddingConfig(_MODES[wanted[0]], "Normalize" in kinds)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    labels: list[str]
+    activation: Literal["softmax", "sigmoid", "none"]
+
+    def probabilities(self, logits: Sequence[float]) -> list[float]:
+        """What the labels' logits mean: scores as they are, where that is what was trained."""
+        if self.activation == "none":
+            return list(logits)
+        if self.activation == "sigmoid":
+            return [0.5 + 0.5 * math.tanh(logit / 2) for logit in logits]
+        shares = [math.exp(logit - max(logits)) for logit in logits]
+        return [share / sum(shares) for share in shares]
+
+
+def classifier_config(directory: Path) -> ClassifierConfig | None:
+    """None for a model of another kind. What labels mean is as vLLM takes problem_type."""
+    content = read_json(directory, "config.json")
+    architectures = content.get("architectures") or ()
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return None
+    names = content.get("id2label") or {
+        i: f"LABEL_{i}" for i in range(content.get("num_labels", 2))
+    }
+    labels = [str(names[i]) for i in sorted(names, key=int)]
+    one_of_them: Literal["softmax", "sigmoid"] = "softmax" if len(labels) > 1 else "sigmoid"
+    match content.get("problem_type"):
+        case "regression":
+            return ClassifierConfig(labels, "none")
+        case "multi_label_classification":
+            return ClassifierConfig(labels, "sigmoid")
+    return ClassifierConfig(labels, one_of_them)

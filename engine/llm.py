@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.generation_config import (
     EmbeddingConfig,
     PoolingKind,
+    classifier_config,
     embedding_config,
     sampling_defaults,
 )
 from engine.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -28,8 +29,9 @@ from engine.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
+from engine.progress import PromptProgress
 from engine.ranks.group import Leader
-from engine.runner.follower import spawn_followers
+from engine.runner.local_followers import LocalFollowers
 from engine.sampling_params import MAX_SEED, Pooling, SamplingParams
 from engine.schedule.request import Request
 from engine.schedule.step import TokenDelta, TokenLogprobs
@@ -82,11 +84,16 @@ class LLM:
     def __init__(self, model: str, **config: Any) -> None:
         self.config = EngineConfig(model=str(model), **config)
         leader = Leader(self.config.num_ranks)
-        self._followers = spawn_followers(self.config, leader) if leader.size > 1 else []
-        self.engine = Engine(self.config, leader, show_progress=True)
-        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        self._followers = LocalFollowers(self.config, leader)
+        try:
+            self.engine = Engine(self.config, leader, show_progress=True)
+        except BaseException:
+            self._followers.close(patience_s=0)
+            raise
+        directory = directory_of(self.config)
         self.tokenizer = Tokenizer(directory) if has_tokenizer(directory) else None
         self._embedding = embedding_config(directory)
+        self._classifier = classifier_config(directory)
         self._default_params = SamplingParams(**sampling_defaults(directory))
         self._seeds = random.Random(self.config.seed)
         self._next_id = 0
@@ -94,8 +101,15 @@ class LLM:
     def close(self) -> None:
         """End the other ranks' processes. The weights go with the object."""
         self.engine.close()
-        for follower in self._followers:
-            follower.wait()
+        self._followers.close()
+
+    def start_profile(self) -> None:
+        """Record what every rank does from now on; raises ValueError without profile_directory."""
+        self.engine.profile(True)
+
+    def stop_profile(self) -> None:
+        """Write it to profile_directory."""
+        self.engine.profile(False)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors recommend (generation_config.json), else the usual defaults."""
@@ -192,6 +206,31 @@ class LLM:
             )
         return outputs
 
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], use_activation: bool = True, use_tqdm: bool = True
+    ) -> list[ClassificationRequestOutput]:
+        """What a classifier gives each of its labels.
+
+        Args:
+            use_activation: False: the logits as they are, of a reward model for example.
+        Raises:
+            ValueError: the model is no classifier; or as `generate`.
+        """
+        config = self._classifier
+        if config is None:
+            raise ValueError("this checkpoint is no classifier: its head writes words")
+        params = SamplingParams(max_tokens=1, temperature=0, pooling=Pooling(kind="labels"))
+        outputs = []
+        for output in self.generate(prompts, params, use_tqdm):
+            logits = output.vector or []
+            probs = config.probabilities(logits) if use_activation else logits
+            outputs.append(
+                ClassificationRequestOutput(
+                    output.request_id, ClassificationOutput(probs), output.prompt_token_ids
+                )
+            )
+        return outputs
+
     def score(
         self,
         text_1: str | Sequence[str],
@@ -246,7 +285,7 @@ class LLM:
     def _run(self, prompted: list[_Prompted], use_tqdm: bool) -> list[RequestOutput]:
         by_id = {choice.request.id: (one, choice) for one in prompted for choice in one.choices}
         finished: dict[str, RequestOutput] = {}
-        with _Progress(len(prompted), disable=not use_tqdm) as progress:
+        with PromptProgress(len(prompted), disable=not use_tqdm) as progress:
             try:
                 for _, choice in by_id.values():
                     self.engine.add(choice.request)
@@ -255,8 +294,9 @@ class LLM:
                         output = self._advance(*by_id[delta.request_id], delta)
                         if output is not None:
                             finished[output.request_id] = output
-                            progress.count_finished(output)
-                    progress.show_speed(self.engine)
+                            progress.count_finished()
+                    stats = self.engine.scheduler.stats
+                    progress.show_speed(stats.prompt_tokens, stats.output_tokens)
             finally:  # an interrupt in a notebook must not leave requests behind
                 for request_id in by_id:
                     self.engine.abort(request_id)
@@ -333,34 +373,6 @@ class LLM:
         if self.tokenizer is None:
             return None
         return self.tokenizer.token_bytes(token).decode(errors="replace")
-
-
-class _Progress:
-    """A tqdm bar of finished prompts with the current token rates."""
-
-    def __init__(self, total: int, disable: bool) -> None:
-        self._bar = tqdm(total=total, desc="Processed prompts", disable=disable)
-        self._start = time.monotonic()
-        self._first: tuple[int, int] | None = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def count_finished(self, output: RequestOutput) -> None:
-        self._bar.update()
-
-    def show_speed(self, engine: Engine) -> None:
-        stats = engine.scheduler.stats
-        counts = (stats.prompt_tokens, stats.output_tokens)
-        first = self._first = self._first or counts
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        speeds = [(now - then) / seconds for now, then in zip(counts, first, strict=True)]
-        self._bar.set_postfix_str(
-            f"prompt: {speeds[0]:.0f} tok/s, output: {speeds[1]:.0f} tok/s", refresh=False
-        )
 
 
 def _cosine(first: Sequence[float], second: Sequence[float]) -> float:

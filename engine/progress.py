@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from tqdm import tqdm
 from tqdm.asyncio import tqdm_asyncio  # what the hub's client asks for, and no slower
 
 # Seconds between the lines of a log.
@@ -55,3 +56,30 @@ class Progress(tqdm_asyncio):  # type: ignore[type-arg]  # not subscriptable whe
         else:
             line += f"{size(self.n)} {self.unit}"
         return line
+
+
+class PromptProgress:
+    """A tqdm bar of finished prompts with the current token rates."""
+
+    def __init__(self, total: int, disable: bool) -> None:
+        self._bar = tqdm(total=total, desc="Processed prompts", disable=disable)
+        self._start = time.monotonic()
+        self._first: tuple[int, ...] = ()
+
+    def __enter__(self) -> "PromptProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def count_finished(self) -> None:
+        self._bar.update()
+
+    def show_speed(self, *counts: int) -> None:
+        """Of the tokens of prompts and outputs that there have been so far."""
+        first = self._first = self._first or counts
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        speeds = [(now - then) / seconds for now, then in zip(counts, first, strict=True)]
+        self._bar.set_postfix_str(
+            f"prompt: {speeds[0]:.0f} tok/s, output: {speeds[1]:.0f} tok/s", refresh=False
+        )

@@ -33,8 +33,10 @@ class ThinkingLimit(StrictModel):
 class Pooling(StrictModel):
     """What a prompt's hidden states become: one vector."""
 
-    kind: Literal["last", "mean", "cls"] = Field(
-        "last", description="Of the last token, of all, of the first."
+    kind: Literal["last", "mean", "cls", "labels"] = Field(
+        "last",
+        description="Of the last token, of all, of the first; or of the last token what a "
+        "classifier's head gives each label.",
     )
     logits: list[TokenId] = Field(
         default_factory=list,

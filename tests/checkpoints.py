@@ -49,8 +49,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def make_checkpoint(
     directory: Path, family: str, max_shard_size: str = "5GB", **overrides: Any
 ) -> Path:
-    """Write a random model of a family; one seed, so the same every time."""
+    """Write a random model of a family; one seed, so the same every time.
+
+    With num_labels among the overrides, it is a classifier.
+    """
     model_class, config_class, own = FAMILIES[family]
+    if "num_labels" in overrides or "id2label" in overrides:
+        model_class = model_class.replace("ForCausalLM", "ForSequenceClassification")
     torch.manual_seed(hash_name(family))
     config = getattr(transformers, config_class)(**(_COMMON | own | overrides))
     model = getattr(transformers, model_class)(config)
@@ -66,8 +71,10 @@ def hash_name(name: str) -> int:
     return sum(ord(letter) * 31**i for i, letter in enumerate(name)) % 2**31
 
 
-def load_oracle(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+def load_oracle(
+    directory: Path, dtype: torch.dtype = torch.float32, kind: str = "CausalLM"
+) -> PreTrainedModel:
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
         directory, dtype=dtype, attn_implementation="eager"
     )
     return model.eval()

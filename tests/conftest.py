@@ -11,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -29,15 +28,13 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests of these files start Ray, whose processes want a machine for themselves.
-_WITH_RAY = re.compile(
-    r"tests/cli/|tests/docs/test_code_blocks|tests/deployments/test_"
-    r"(batch|chaos|door|haproxy|metrics|nodes|openai_client|recovery|replicas|serve_run|shard_group)"
-)
+# A cluster in this process, and one of jobs. Tests that start Ray want a machine for themselves;
+# those that have one of these fixtures are marked for it here, others say so.
+_WITH_RAY = {"cluster", "jobs"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if _WITH_RAY.match(item.nodeid):
+    if _WITH_RAY.intersection(getattr(item, "fixturenames", ())):
         item.add_marker("ray")
 
 

@@ -131,10 +131,12 @@ def faults(modules: dict[str, Module]) -> list[str]:
     return found
 
 
-def main() -> int:
-    modules = read_house()
+def figures(modules: dict[str, Module]) -> str:
+    """In Markdown."""
+    table = ["| room | files | lines |", "|---|---|---|"]
     for room, files in sorted(rooms(modules).items()):
-        print(f"{room:<36} {len(files):3} files {sum(f.num_lines for f in files):6} lines")
+        num_lines = sum(f.num_lines for f in files)
+        table.append(f"| `{room.replace('.', '/')}/` | {len(files)} | {num_lines:,} |")
     functions = [
         (lines, f"{module.name}.{name}")
         for module in modules.values()
@@ -142,13 +144,25 @@ def main() -> int:
         for name, lines in module.functions.items()
     ]
     largest = max((m for m in modules.values() if not m.is_triton), key=lambda m: m.num_lines)
+    num_lines, longest = max(functions)
     chain = longest_chain(modules, "engine")
-    print(f"\nlines: {sum(module.num_lines for module in modules.values())}")
-    print(f"largest file: {largest.path.relative_to(ROOT)}, {largest.num_lines} lines")
-    print("longest function: {1}, {0} lines".format(*max(functions)))
-    print(f"longest chain of imports in engine: {len(chain)}: {' > '.join(chain)}")
+    return "\n".join(
+        [
+            *table,
+            "",
+            f"{sum(m.num_lines for m in modules.values()):,} lines of Python. The largest file "
+            f"is {largest.path.relative_to(ROOT)}, {largest.num_lines} lines; the longest "
+            f"function {longest}, {num_lines} lines. The longest chain of imports in `engine/` has "
+            f"{len(chain)} files: {' > '.join(chain)}.",
+        ]
+    )
+
+
+def main() -> int:
+    modules = read_house()
+    print(figures(modules))
     over = faults(modules)
-    print("\n".join(["", "over the marks:", *over]) if over else "nothing is over its mark")
+    print("\n".join(["", "over the marks:", *over]) if over else "\nnothing is over its mark")
     return bool(over)
 
 

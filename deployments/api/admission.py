@@ -128,6 +128,14 @@ def request_options(front: Front, request: ServedRequest) -> RequestOptions:
     )
 
 
+def metrics(request: GenerationRequest, options: RequestOptions) -> dict[str, Any]:
+    """How the request went, if it wants to know."""
+    if not request.return_metrics:
+        return {}
+    is_one = len(options.records) == 1
+    return {"metrics": options.records[0].metrics() if is_one else None}
+
+
 def usage(num_prompt: int, num_output: int, num_cached: int) -> dict[str, Any]:
     return {
         "prompt_tokens": num_prompt,

@@ -13,6 +13,7 @@ from deployments.api.keys import KeyRing
 from deployments.api.origins import allow_origins
 from deployments.api.routes import (
     chat,
+    classify,
     completions,
     embeddings,
     engine_events,
@@ -27,7 +28,10 @@ from deployments.front.front import Front
 from deployments.version import VERSION
 
 # Each has `routes(front)`: an endpoint is a file, and its name here.
-ROUTES = (chat, completions, responses, messages, embeddings, tokens, server_info, engine_events)
+ROUTES = (
+    *(chat, completions, responses, messages, embeddings, classify),
+    *(tokens, server_info, engine_events),
+)
 
 
 def build_api(

@@ -128,6 +128,7 @@ class Chat:
                     tool.function.model_dump() for tool in self.request.offered_tools
                 ),
                 reasoning=reasoning,
+                num_called=sum(len(message.tool_calls) for message in self.request.messages),
             )
         )
 

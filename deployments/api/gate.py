@@ -44,7 +44,7 @@ OPEN_PATHS = frozenset(
 _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
 _ANTHROPIC = "/v1/messages/"
 # What OpenAI's clients ask for and is not here, by the beginning of its path.
-_ABSENT = {
+ABSENT = {
     **dict.fromkeys(
         ("/v1/files", "/v1/batches"),
         "this server keeps no files; deploy it with files_directory=… to have files and batches",
@@ -144,7 +144,7 @@ class Gate:
 
     def _check_present(self, path: str) -> None:
         """Raises ApiError where somebody may look for what this server does not have."""
-        hint = next((hint for name, hint in _ABSENT.items() if path.startswith(name)), None)
+        hint = next((hint for name, hint in ABSENT.items() if path.startswith(name)), None)
         has_files = self._service.files_directory is not None
         if hint is not None and not (has_files and path.startswith(("/v1/files", "/v1/batches"))):
             raise ApiError(404, f"there is no {path}: {hint}")
@@ -284,6 +284,9 @@ def _check_head(http: Scope) -> None:
 
 def _check_media_type(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    if not (kind or has_body or "origin" in headers):
+        return  # no JSON because there is nothing, and no page has sent it
     if kind != "application/json":
         message = (
             "the body must be JSON, sent with content-type: application/json "

@@ -15,6 +15,7 @@ _FREE = {
     "output",  # the same place may have several names
     "num_replicas",
     "device",
+    "profile_directory",
     "num_threads",
     "max_num_seqs",
     "max_num_batched_tokens",

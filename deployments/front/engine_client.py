@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +55,12 @@ class _Live:
     record: RequestRecord
     is_queued: bool = True  # no token has come yet
     arrived: asyncio.Queue[TokenDelta | Exception] = field(default_factory=asyncio.Queue)
+    predicted_before: tuple[int, int] = (0, 0)  # by engines before this one
+
+    def count_predicted(self, delta: TokenDelta) -> None:
+        accepted, rejected = self.predicted_before
+        accepted += delta.num_predicted[0]
+        self.record.num_predicted = accepted, rejected + delta.num_predicted[1]
 
 
 class EngineClient:
@@ -63,7 +70,7 @@ class EngineClient:
         args = args or AppArgs()
         self.limits: RequestLimits | None = None  # from the first hello
         self.stats: dict[str, Any] = {}
-        self.metrics = Metrics(args.model_name, lambda: self.stats)
+        self.metrics = Metrics(args, lambda: self.stats)
         self.heartbeat = Heartbeat(args, lambda: self.stats)
         self.queue = Places()  # of requests without a token yet
         self.queue_tokens = Places()  # of their prompts
@@ -81,6 +88,7 @@ class EngineClient:
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
         self._watched_until = 0.0
+        self._profiled: deque[asyncio.Future[str | None]] = deque()
 
     async def listen(self) -> str:
         """Expect an engine; returns the address of the socket, which is gone once it has come.
@@ -202,6 +210,19 @@ class EngineClient:
             self._writer.write(pack({"watch": _WATCH_S}))
         return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
 
+    async def profile(self, starts: bool) -> str | None:
+        """Start or end a profile of the engine; returns why not, if it could not be.
+
+        Raises EngineUnavailableError while there is none.
+        """
+        if self._writer is None:
+            raise EngineUnavailableError("there is no engine to profile")
+        answer = asyncio.get_running_loop().create_future()
+        self._profiled.append(answer)
+        self._writer.write(pack({"profile": starts}))
+        failure: str | None = await asyncio.shield(answer)
+        return failure
+
     def fail(self, error: EngineUnavailableError) -> None:
         """End every live request with an error, and refuse new ones: no engine will come."""
         self._failure = error
@@ -241,7 +262,7 @@ class EngineClient:
                 message = await read_message(reader)
                 if self._writer is not writer:
                     break  # given up meanwhile: its requests are another engine's now
-                self._take_in(message)
+                self._receive(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
@@ -260,6 +281,8 @@ class EngineClient:
         self._writer = None
         self.stats, self.view = {}, None
         self._watched_until = 0.0
+        while self._profiled:
+            self._profiled.popleft().set_result("the engine has gone, and its profile with it")
         self._connected.clear()
         culprit = self._quarantine.blame()
         if culprit is not None:
@@ -289,11 +312,13 @@ class EngineClient:
         self._connected.set()
         for live in self._live.values():
             live.packed = encode_request(live.request)
+            live.predicted_before = live.record.num_predicted
         self._quarantine.restart(self._live)
         self._flush()
 
-    def _take_in(self, message: Message) -> None:
+    def _receive(self, message: Message) -> None:
         self.heartbeat.beat()
+        self.metrics.count_step(self.stats, message["stats"])
         self.stats = message["stats"]
         self.view = message.get("view", self.view)
         for block_hash, is_cached in message["cache"]:
@@ -309,8 +334,11 @@ class EngineClient:
             if live.is_queued:
                 self._leave_queue(live)
                 live.record.num_cached = delta.num_cached_tokens
-            live.record.num_predicted = delta.num_predicted
+            live.count_predicted(delta)
+            if delta.waits:
+                live.record.waits += delta.waits
             if delta.finish_reason is not None:
+                live.record.num_drafted = delta.num_drafted
                 del self._live[delta.request_id]
                 live.record.finish_reason = delta.finish_reason
             if live.stream:
@@ -320,6 +348,8 @@ class EngineClient:
                 live.arrived.put_nowait(whole)
         for request_id, reason in message["errors"]:
             self._end(request_id, _refusal(reason))
+        if "profiled" in message and self._profiled:
+            self._profiled.popleft().set_result(message["profiled"])
         self._flush()  # somebody's turn may have come
 
     async def close(self) -> None:

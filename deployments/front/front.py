@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -15,12 +14,17 @@ from deployments.observe.request_record import RequestRecord
 from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.version import VERSION
-from engine import checkpoint
-from engine.generation_config import EmbeddingConfig, embedding_config, sampling_defaults
+from engine.checkpoint import directory_of
+from engine.generation_config import (
+    EmbeddingConfig,
+    classifier_config,
+    embedding_config,
+    sampling_defaults,
+)
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.detokenizer import Detokenizer
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import load_tokenizer
 
 # How long proxies may take to pass on the end of an answer.
 _DRAIN_S = 0.5
@@ -47,23 +51,24 @@ TextStream = AsyncGenerator[TextDelta, bool | None]
 
 
 class Front:
-    """Serves one model by one engine. Knows nothing of HTTP or of how engines are started."""
+    """Serves one model by one engine, however that is started, until it drains."""
 
     def __init__(self, args: DeploymentArgs) -> None:
-        directory = checkpoint.resolve(args.model, args.revision)
+        directory = directory_of(args)
         self.model = args.model
         self.model_name = args.model_name
         self.block_key = args.block_key
         config = args.engine_config.model_dump_json()
         # Of what decides about an answer beside its request.
         self.fingerprint = f"fp_{hashlib.sha256(f'{VERSION} {config}'.encode()).hexdigest()[:12]}"
-        self.tokenizer = Tokenizer(directory)
+        self.tokenizer = load_tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
         self.embedding = embedding_config(directory)
         if args.pooling != "auto":
             self.embedding = EmbeddingConfig(args.pooling)
+        self.classifier = classifier_config(directory)
         self.judges = args.reranker == "qwen3"
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
@@ -97,6 +102,8 @@ class Front:
 
     async def in_tokens(self, params: SamplingParams) -> SamplingParams:
         """The parameters as `generate` takes them; raises ValueError when no engine does."""
+        if params.stop and not self.tokenizer.knows_text:
+            raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
         size = sum(map(len, params.bad_words))
         return await off_loop(size, params.in_tokens, self.tokenizer.encode_bad_words)
 
@@ -127,15 +134,17 @@ class Front:
         options: RequestOptions,
     ) -> list[TextStream]:
         """The texts of a request's n choices, each as `generate` has it."""
+        assert params.seed is not None  # the request has been admitted with one
         return [
-            self.generate(prompt_token_ids, own.model_copy(update={"seed": seed}), options)
-            for own, seed in params.choices(_seed_of(params))
+            self.generate(prompt_token_ids, own, seed, options)
+            for own, seed in params.choices(params.seed)
         ]
 
     async def generate(
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
+        seed: int,
         options: RequestOptions,
     ) -> TextStream:
         """The text of one request; at least one delta, the last one with a finish_reason.
@@ -145,7 +154,6 @@ class Front:
         no engine, RequestTimeoutError when its time is up, RequestFailedError when the engine
         fails at it. The caller has passed it to `in_tokens` and `check`.
         """
-        seed = _seed_of(params)
         detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params, options.shown_tokens)
         # A stop string is found only in the text, and logprobs come token by token.
         stream = options.stream or bool(params.stop) or params.logprobs is not None
@@ -175,7 +183,7 @@ class Front:
                 is_complete = yield TextDelta(
                     text,
                     detokenizer.num_tokens,
-                    delta.num_cached_tokens,
+                    record.num_cached,
                     reason,
                     stop_reason,
                     logprobs,
@@ -246,7 +254,3 @@ async def _parted(
                 rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
                 delta = replace(rest, logprobs=logprobs and logprobs[cut:])
             yield delta
-
-
-def _seed_of(params: SamplingParams) -> int:
-    return params.seed if params.seed is not None else secrets.randbits(63)

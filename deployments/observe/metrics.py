@@ -7,7 +7,7 @@ because those take a lock, and a call per label, for every observation.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -16,10 +16,10 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
-    SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 
+from deployments.args import DeploymentArgs
 from deployments.observe.request_record import RequestRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,6 +37,8 @@ _LATENCY_S = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0),
     *(240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+_STEP_TOKENS = (1.0, *(float(8 * 2**power) for power in range(12)))
+_PREEMPTIONS = (1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0)
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 
 
@@ -77,19 +79,27 @@ class Metrics(Collector):
     """One front's metrics, and its engine's.
 
     Args:
+        args: what the engine has been told.
         engine_stats: gives the engine's latest numbers, or {} while there is none.
     """
 
-    def __init__(self, model_name: str, engine_stats: Callable[[], dict[str, Any]]) -> None:
-        self._labels = {"model_name": model_name, "engine": "0"}
+    def __init__(self, args: DeploymentArgs, engine_stats: Callable[[], dict[str, Any]]) -> None:
+        self._args = args
+        self._labels = {"model_name": args.model_name, "engine": "0"}
         self._engine_stats = engine_stats
         self._last_stats: dict[str, Any] = {}
         self.ttft = Buckets(_TTFT_S)
         self.itl = Buckets(_ITL_S)
         self._latency = Buckets(_LATENCY_S)
         self._mean_itl = Buckets(_ITL_S)
+        self._queue_time = Buckets(_LATENCY_S)
+        self._prefill_time = Buckets(_LATENCY_S)
+        self._inference_time = Buckets(_LATENCY_S)
         self._decode_time = Buckets(_LATENCY_S)
+        self._preemptions = Buckets(_PREEMPTIONS)
+        self._step_tokens = Buckets(_STEP_TOKENS)
         self._num_prompt = Buckets(_TOKENS)
+        self._num_prefilled = Buckets(_TOKENS)
         self._num_output = Buckets(_TOKENS)
         self._max_tokens = Buckets(_TOKENS)
         self.finished = Counter[str]({"stop": 0, "length": 0, "abort": 0, "timeout": 0, "error": 0})
@@ -101,6 +111,12 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
+
+    def count_step(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """The engine has told of its numbers again: once a step, and now and then while idle."""
+        num_tokens = after.get("computed_tokens", 0) - before.get("computed_tokens", 0)
+        if num_tokens:
+            self._step_tokens.observe(num_tokens)
 
     def count_tokens(self, record: RequestRecord, num_tokens: int, now: float) -> None:
         """A step has brought a request tokens."""
@@ -121,11 +137,16 @@ class Metrics(Collector):
         self._num_output.observe(record.num_output)
         if record.max_tokens is not None:
             self._max_tokens.observe(record.max_tokens)
-        if record.first_token_at is not None:
-            decode_s = record.last_token_at - record.first_token_at
-            self._decode_time.observe(decode_s)
+        if record.ttft_s is not None:
+            prefill_s = max(record.ttft_s - record.queue_s, 0.0)
+            self._queue_time.observe(record.queue_s)
+            self._prefill_time.observe(prefill_s)
+            self._decode_time.observe(record.decode_s)
+            self._inference_time.observe(prefill_s + record.decode_s)
+            self._preemptions.observe(max(len(record.waits) - 1, 0))
+            self._num_prefilled.observe(record.num_prompt - record.num_cached)
             if record.num_output > 1:
-                self._mean_itl.observe(decode_s / (record.num_output - 1))
+                self._mean_itl.observe(record.decode_s / (record.num_output - 1))
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -140,7 +161,15 @@ class Metrics(Collector):
         stats = self._engine_stats()
         self._last_stats = last = stats or self._last_stats
         yield self._gauge("num_requests_running", "Requests in the batch.", stats.get("running", 0))
-        yield self._gauge("num_requests_waiting", "Requests queued.", stats.get("waiting", 0))
+        waiting, deferred = stats.get("waiting", 0), stats.get("deferred", 0)
+        yield self._gauge("num_requests_waiting", "Requests queued.", waiting)
+        yield self._by(
+            GaugeMetricFamily,
+            "vllm:num_requests_waiting_by_reason",
+            "capacity: for room in the batch; deferred: for what they need, as a grammar.",
+            "reason",
+            {"capacity": waiting - deferred, "deferred": deferred},
+        )
         used = 1 - stats["free_blocks"] / stats["num_blocks"] if stats else 0.0
         yield self._gauge("kv_cache_usage_perc", "Share of the KV cache held, 1 is full.", used)
         if not last:
@@ -150,6 +179,7 @@ class Metrics(Collector):
             ("generation_tokens", "Tokens generated.", last["output_tokens"]),
             ("prefix_cache_queries", "Prompt tokens looked up.", last["prompt_tokens"]),
             ("prefix_cache_hits", "Prompt tokens found in the cache.", last["cached_tokens"]),
+            ("prompt_tokens_cached", "The same.", last["cached_tokens"]),
             ("num_preemptions", "Requests thrown out of the batch.", last["preemptions"]),
         ):
             yield self._counter(name, about, value)
@@ -158,12 +188,31 @@ class Metrics(Collector):
             by_drafter = Counter(
                 {key.removeprefix(prefix): last[key] for key in last if key.startswith(prefix)}
             )
-            yield self._counter_by(f"vllm:spec_decode_num_{name}", about, ("drafter",), by_drafter)
-        queue = SummaryMetricFamily(
-            "vllm:request_queue_time_seconds", "Waiting for admission.", labels=list(self._labels)
+            name = f"vllm:spec_decode_num_{name}"
+            yield self._by(CounterMetricFamily, name, about, "drafter", by_drafter)
+        sources = {"local_cache_hit": last["cached_tokens"]}
+        sources["local_compute"] = last["prompt_tokens"] - last["cached_tokens"]
+        name, about = "vllm:prompt_tokens_by_source", "Where they came from."
+        yield self._by(CounterMetricFamily, name, about, "source", sources)
+        yield self._cache_config(last)
+
+    def _cache_config(self, stats: Mapping[str, Any]) -> Metric:
+        """What there is of a cache, as labels."""
+        args = self._args
+        info = self._labels | {
+            "block_size": str(args.block_size),
+            "cache_dtype": args.kv_cache_dtype,
+            "enable_prefix_caching": str(args.enable_prefix_caching),
+            "gpu_memory_utilization": str(args.gpu_memory_utilization),
+            "num_gpu_blocks": str(stats["num_blocks"]),
+            "num_cpu_blocks": str(stats["host_blocks"]),
+            "num_gpu_blocks_override": str(args.num_blocks),
+        }
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Of the KV cache; always 1.", labels=list(info)
         )
-        queue.add_metric(list(self._labels.values()), last["admitted"], last["queue_time_s"])
-        yield queue
+        family.add_metric(list(info.values()), 1)
+        return family
 
     def _request_metrics(self) -> Iterator[Metric]:
         for name, about, buckets in (
@@ -171,7 +220,13 @@ class Metrics(Collector):
             ("inter_token_latency_seconds", "Between a request's tokens.", self.itl),
             ("request_time_per_output_token_seconds", "Its mean, by request.", self._mean_itl),
             ("e2e_request_latency_seconds", "From arrival to the end.", self._latency),
+            ("request_queue_time_seconds", "Waiting for the batch.", self._queue_time),
+            ("request_prefill_time_seconds", "From there to the first token.", self._prefill_time),
             ("request_decode_time_seconds", "From the first token to the end.", self._decode_time),
+            ("request_inference_time_seconds", "Both of these.", self._inference_time),
+            ("request_num_preemptions", "Times thrown out of the batch.", self._preemptions),
+            ("request_prefill_kv_computed_tokens", "Not found cached.", self._num_prefilled),
+            ("iteration_tokens_total", "Tokens computed, by step.", self._step_tokens),
             ("request_prompt_tokens", "Prompt tokens, by request.", self._num_prompt),
             ("request_generation_tokens", "Generated tokens, by request.", self._num_output),
             ("request_params_max_tokens", "max_tokens, where it is given.", self._max_tokens),
@@ -179,14 +234,14 @@ class Metrics(Collector):
             family = HistogramMetricFamily(f"vllm:{name}", about, labels=list(self._labels))
             family.add_metric(list(self._labels.values()), buckets.cumulative(), buckets.sum)
             yield family
-        yield self._counter_by(
-            "vllm:request_success", "Requests ended.", ("finished_reason",), self.finished
+        yield self._by(
+            *(CounterMetricFamily, "vllm:request_success", "Requests ended."),
+            *("finished_reason", self.finished),
         )
 
     def _server_metrics(self) -> Iterator[Metric]:
-        yield self._counter_by(
-            "manta:request_errors", "Requests answered with an error.", ("code",), self.errors
-        )
+        about = "Requests answered with an error."
+        yield self._by(CounterMetricFamily, "manta:request_errors", about, "code", self.errors)
         tokens = CounterMetricFamily(
             "manta:key_tokens",
             "Tokens by API key: of prompts, of those found cached, of outputs.",
@@ -223,10 +278,15 @@ class Metrics(Collector):
         family.add_metric(list(self._labels.values()), value)
         return family
 
-    def _counter_by(
-        self, name: str, about: str, extra: tuple[str, ...], counts: Counter[str]
+    def _by(
+        self,
+        kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+        name: str,
+        about: str,
+        label: str,
+        values: Mapping[str, float],
     ) -> Metric:
-        family = CounterMetricFamily(name, about, labels=(*self._labels, *extra))
-        for value, count in counts.items():
-            family.add_metric([*self._labels.values(), value], count)
+        family = kind(name, about, labels=(*self._labels, label))
+        for value, number in values.items():
+            family.add_metric([*self._labels.values(), value], number)
         return family

@@ -1,6 +1,7 @@
 """What one output holds: reasoning, then content and tool calls."""
 
 import re
+from dataclasses import replace
 
 from deployments.parsing.formats.harmony import ChannelReader
 from deployments.parsing.functions import ANY, Functions
@@ -31,6 +32,7 @@ class OutputParser:
         forced_prefix: str | None = None,
         functions: Functions = ANY,
         reasoning: ReasoningFormat = THINK,
+        num_called: int = 0,
     ) -> None:
         """
         Args:
@@ -40,12 +42,14 @@ class OutputParser:
             forced_prefix: the prompt's end, if it begins a call, without which there is nothing.
             functions: those that may be called: what calls another is content.
             reasoning: how thoughts are marked.
+            num_called: calls that the conversation has had before.
         """
         self._functions = functions
         self._reasoning = reasoning
         self._tools = tools
         self._single_call = single_call
         self._is_forced = forced_prefix is not None
+        self._num_called = num_called
         self._source = Source()
         self._pieces: list[Piece] = []
         self._reading = self._read(opens_thinking)
@@ -64,11 +68,17 @@ class OutputParser:
         if not self.is_over:
             self._source.add(text, last)
             next(self._reading, None)
-        pieces = joined(self._pieces)
+        pieces = [self._with_id(piece) for piece in joined(self._pieces)]
         self._pieces.clear()
         if self._is_forced:
             pieces = [piece for piece in pieces if not isinstance(piece, Content)]
         return pieces
+
+    def _with_id(self, piece: Piece) -> Piece:
+        if not isinstance(piece, CallStart):
+            return piece
+        assert self._tools is not None
+        return replace(piece, id=self._tools.new_id(piece.name, self._num_called + piece.index))
 
     def _read(self, opens_thinking: bool | None) -> Reading[None]:
         is_tools = self._tools is not None and self._tools.has_channels
@@ -78,13 +88,26 @@ class OutputParser:
             return
         if opens_thinking is not None:
             yield from self._read_thoughts(opens_thinking)
-        if self._tools is not None:
-            yield from self._read_answer(self._tools)
+        end = (yield from self._open_answer()) if opens_thinking is not None else ""
+        if self._tools is not None or end:
+            yield from self._read_answer(self._tools, end)
             return
         while (yield from self._source.more()):
             self._source.take(_ANYTHING)
             self._say(Content)
         self._say(Content)
+
+    def _open_answer(self) -> Reading[str]:
+        """Takes the mark before an answer; returns the one to come behind it, if it has any."""
+        if self._reasoning.answer is None:
+            return ""
+        opener, closer = self._reasoning.answer
+        yield from self._source.all_of(SPACE)
+        if not (yield from self._source.skip(opener)):
+            return ""
+        yield from self._source.all_of(NEWLINES)
+        self._source.taken()
+        return closer
 
     def _next_call(self, name: str) -> CallStart | None:
         """The start of a call in a channel; None if it is one too many."""
@@ -92,17 +115,23 @@ class OutputParser:
             self.is_over = True
             return None
         self.num_calls += 1
-        assert self._tools is not None
-        return CallStart(self.num_calls - 1, self._tools.new_id(), name)
+        return CallStart(self.num_calls - 1, name)
 
     def _say(self, kind: type[Content] | type[Reasoning], but: str = "") -> None:
         """What has been taken is text of this kind, but for these characters at its end."""
         self._pieces.append(kind(self._source.taken(but)))
 
-    def _read_answer(self, tools: ToolFormat) -> Reading[None]:
-        """Content and calls, to the end."""
+    def _read_answer(self, tools: ToolFormat | None, end: str) -> Reading[None]:
+        """Content and calls, to the end.
+
+        Args:
+            end: a mark that is not said where the text ends with it, or "".
+        """
         source = self._source
-        text = _text_run(BLANKS, tools.first_characters, tools.beginning)
+        firsts, beginnings = end[:1], [beginning_of(end)] if end else []
+        if tools is not None:
+            firsts, beginnings = firsts + tools.first_characters, [*beginnings, tools.beginning]
+        text = _text_run(BLANKS, firsts, "|".join(beginnings))
         follows = False  # the last thing was a call
         while (yield from source.more()):
             before = source.num_taken
@@ -110,9 +139,13 @@ class OutputParser:
                 self._say(Content)
             elif source.take(SPACE) or (follows and source.take(_SEPARATORS)):
                 pass  # said with what follows, if that is content
-            elif follows and (source.take(_LEFTOVERS) or (yield from self._closes(tools))):
+            elif end and (yield from self._ends(end)):
+                return
+            elif tools and follows and (yield from self._leaves_over(tools)):
                 source.taken()
-            elif (yield from self._read_call(tools, self._pieces, self.num_calls, follows)):
+            elif tools and (
+                yield from self._read_call(tools, self._pieces, self.num_calls, follows)
+            ):
                 source.taken()
                 self.num_calls += 1
                 follows = True
@@ -127,6 +160,20 @@ class OutputParser:
         if not follows:
             self._say(Content)
         source.taken()
+
+    def _ends(self, mark: str) -> Reading[bool]:
+        """Whether the text goes on with this mark, and ends with it."""
+        if not (yield from self._source.skip(mark)):
+            return False
+        yield from self._source.all_of(SPACE)
+        if (yield from self._source.more()):
+            return False
+        self._source.taken()
+        return True
+
+    def _leaves_over(self, tools: ToolFormat) -> Reading[bool]:
+        """Takes what a call has too much of, or its end."""
+        return bool(self._source.take(_LEFTOVERS)) or (yield from self._closes(tools))
 
     def _read_call(
         self, tools: ToolFormat, pieces: list[Piece], index: int, follows: bool

@@ -20,8 +20,8 @@ class CallStart:
     """A tool call begins; its arguments follow."""
 
     index: int
-    id: str
     name: str
+    id: str = ""  # given where it leaves the parser
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-ReasoningParserName = Literal["auto", "none", "think", "mistral", "command", "gemma", "harmony"]
+ReasoningParserName = Literal[
+    "auto", "none", "think", "mistral", "command", "gemma", "harmony", "hunyuan", "seed"
+]
 
 
 @dataclass(frozen=True)
@@ -16,11 +18,12 @@ class ReasoningFormat:
     trace: str  # what in a chat template gives the format away
     tokens: tuple[str, ...] = ()  # what of the marks may be special tokens, if it is not all of it
     has_channels: bool = False  # all of an output has marks, which are harmony's
+    answer: tuple[str, str] | None = None  # marks around what is answered, if it has some too
 
     @property
     def marks(self) -> tuple[str, ...]:
         """What may be special tokens of a tokenizer."""
-        return self.tokens or (self.open, self.close)
+        return self.tokens or (self.open, self.close, *(self.answer or ()))
 
     def is_open(self, prompt_end: str) -> bool:
         """Whether the template has begun a block of thoughts for the model."""
@@ -52,10 +55,17 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
     for format in (
         HARMONY,
         ReasoningFormat("mistral", "[THINK]", "[/THINK]", "[THINK]"),
-        ReasoningFormat("command", "<|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>"),
+        ReasoningFormat(
+            *("command", "<|START_THINKING|>", "<|END_THINKING|>", "<|END_THINKING|>"),
+            answer=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        ),
         ReasoningFormat(
             *("gemma", "<|channel>thought\n", "<channel|>", "<|channel>"),
             ("<|channel>", "<channel|>"),
+        ),
+        ReasoningFormat("seed", "<seed:think>", "</seed:think>", "</seed:think>"),
+        ReasoningFormat(
+            *("hunyuan", "<think>", "</think>", "<answer>"), answer=("<answer>", "</answer>")
         ),
         THINK,
     )

@@ -74,7 +74,12 @@ class ToolFormat:
         bare = rf"|\{{[{BLANKS}]*+(?:\Z|{key})"
         return "|".join(map(beginning_of, self.openers)) + (bare if self.is_bare else "")
 
-    def new_id(self) -> str:
+    def new_id(self, name: str, number: int) -> str:
+        """What clients and, in later turns, templates know a call by.
+
+        Args:
+            number: of the call in the conversation.
+        """
         return f"call_{secrets.token_hex(12)}"
 
     def read_call(
@@ -100,9 +105,7 @@ class ToolFormat:
     ) -> CallReader:
         """Of the call with this number."""
         stops = self.openers + self.closers
-        return CallReader(
-            source, pieces, lambda name: CallStart(index, self.new_id(), name), stops, functions
-        )
+        return CallReader(source, pieces, lambda name: CallStart(index, name), stops, functions)
 
     def read_marked(self, source: Source, reader: CallReader) -> Reading[None]:
         """Reads what follows the opener."""

@@ -32,10 +32,11 @@ class EngineLoop:
         self._cache_changes = engine.scheduler.pool.changes = []
         self._socket = MessageSocket(address)
         self._watch = Watch(engine)
+        self._profiled: list[str | None] = []  # to be told
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
-        # What has been loaded stays: to look through it at every collection takes a step\'s time.
+        # What has been loaded stays: to look through it at every collection takes a step's time.
         gc.collect()
         gc.freeze()
         hello = {"limits": asdict(self._engine.limits), "startup_s": self._startup_s}
@@ -45,14 +46,17 @@ class EngineLoop:
                 timeout = 0.0 if self._engine.has_work else HEARTBEAT_S
                 errors = []
                 for message in self._socket.receive(timeout):
-                    errors += self._take_in(message)
+                    errors += self._accept(message)
                 deltas = self._engine.step() if self._engine.has_work else []
                 message = {
                     "deltas": [encode_delta(d) for d in deltas if d.error is None],
-                    "errors": errors + [(d.request_id, d.error) for d in deltas if d.error],
+                    "errors": errors
+                    + [(d.request_id, d.error) for d in deltas if d.error is not None],
                     "stats": self._engine.stats(),
                     "cache": self._cache_changes,
                 }
+                if self._profiled:
+                    message["profiled"] = self._profiled.pop(0)
                 if (picture := self._watch.picture()) is not None:
                     message["view"] = picture
                 self._socket.send(message)
@@ -63,7 +67,7 @@ class EngineLoop:
             self._socket.close()
             self._engine.close()
 
-    def _take_in(self, message: Message) -> list[tuple[str, str | None]]:
+    def _accept(self, message: Message) -> list[tuple[str, str | None]]:
         """Returns (request id, reason) for what the engine refuses, without one where it fails.
 
         What is done for one request fails that request alone.
@@ -81,4 +85,14 @@ class EngineLoop:
             self._engine.abort(request_id)
         if "watch" in message:
             self._watch.renew(message["watch"])
+        if "profile" in message:
+            self._profiled.append(self._profile(message["profile"]))
         return errors
+
+    def _profile(self, starts: bool) -> str | None:
+        """Why there is no profile, if there is none."""
+        try:
+            self._engine.profile(starts)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None

@@ -76,6 +76,6 @@ class EngineShard:
 
     def follow(self, config: EngineConfig, rank: int, address: "GroupAddress") -> None:
         """Any other rank: load, and execute the leader's plans until it hangs up."""
-        from engine.runner.executor import follow
+        from engine.runner.follower import follow
 
         follow(config, rank, address)

@@ -24,6 +24,7 @@ from deployments.args import DeploymentArgs
 from deployments.front.engine_client import EngineClient, EngineUnavailableError
 from deployments.shards.shard import STACKS_SIGNAL, EngineShard, shard_resources
 
+_FIRST = asyncio.FIRST_COMPLETED
 logger = logging.getLogger("ray.serve")
 
 # How often the watchdog looks at the heartbeat, in seconds.
@@ -32,6 +33,8 @@ _WATCH_S = 0.5
 _RESTART_WINDOW_S = 600.0
 # How long writing down stacks may take.
 _STACKS_S = 0.5
+# How long Ray may take to say what a shard died of when others are seen to end.
+_LAST_WORDS_S = 5.0
 
 
 class ShardGroup:
@@ -52,7 +55,7 @@ class ShardGroup:
         """Returns once an engine serves; raises EngineUnavailableError when none will."""
         self._supervisor = asyncio.create_task(self.supervise())
         ready = asyncio.create_task(self._client.wait_connected())
-        await asyncio.wait({ready, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({ready, self._supervisor}, return_when=_FIRST)
         ready.cancel()
         self.check()
 
@@ -115,19 +118,16 @@ class ShardGroup:
                 ends = await self._start()
             is_told = False
             while True:
-                done, _ = await asyncio.wait(
-                    ends, timeout=_WATCH_S, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait(ends, timeout=_WATCH_S, return_when=_FIRST)
                 if self._client.is_connected and not is_told:
                     is_told = True
                     self._tell_startup()
-                if done:
-                    end = done.pop()
-                    return _describe(None if end.cancelled() else end.exception())
+                if done or (is_told and not self._client.is_connected):
+                    return await _cause(ends)
                 if self._client.is_silent:
                     await self._show_stacks()
                     return f"no heartbeat for {self._client.heartbeat.timeout_s:.0f} s"
-                if not self._client.is_connected and time.monotonic() > deadline:
+                if not is_told and time.monotonic() > deadline:
                     await self._show_stacks()
                     return too_late
         except Exception as error:
@@ -192,6 +192,20 @@ class ShardGroup:
         except Exception:
             logger.exception("Shards of an engine that failed may still be there")
         self._shards, self._processes = [], []
+
+
+async def _cause(ends: "list[asyncio.Future[None]]") -> str:
+    """Of the end of shards. When one fails, others may be seen to end before it, and in order."""
+    waiting_until = time.monotonic() + _LAST_WORDS_S
+    while True:
+        done = [end for end in ends if end.done()]
+        failed = [end for end in done if end.cancelled() or end.exception() is not None]
+        wait_s = waiting_until - time.monotonic()
+        if failed or len(done) == len(ends) or wait_s <= 0:
+            break
+        await asyncio.wait(set(ends) - set(done), timeout=wait_s, return_when=_FIRST)
+    error = failed[0].exception() if failed and not failed[0].cancelled() else None
+    return _describe(error)
 
 
 def _describe(error: BaseException | None) -> str:

@@ -3,6 +3,7 @@
     ::: source FILE NAME        the definition of NAME (`Class.method`) as it is in the code
     ::: file FILE               a whole file
     ::: fields MODULE.MODEL     a table of a pydantic model's fields
+    ::: house                   the rooms, their files and lines
 
 So nothing here can differ from the code; what is not there any more ends the build.
 """
@@ -19,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from docs.site import bars, fields, source  # noqa: E402
+from tests import house  # noqa: E402
 
-_DIRECTIVE = re.compile(r"^::: (\w+) (.+)$", re.MULTILINE)
+_DIRECTIVE = re.compile(r"^::: (\w+) ?(.*)$", re.MULTILINE)
 
 
 def on_config(config: Any, **_: Any) -> Any:
@@ -56,6 +58,8 @@ def expand(markdown: str, page: str) -> str:
                 return source.definition(ROOT / file, definition, file)
             if name == "file":
                 return source.whole(ROOT / rest, rest)
+            if name == "house":
+                return house.figures(house.read_house())
             if name == "fields":
                 return fields.table(rest)
         except (LookupError, OSError, ValueError, AttributeError, ImportError) as error:

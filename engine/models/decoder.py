@@ -50,11 +50,14 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)
-        self.lm_head = (
-            self.model.embed_tokens
-            if config.tied_embeddings
-            else VocabEmbedding(context, config.vocab_size)
-        )
+        self._softcap = config.logit_softcap
+        self.is_classifier = config.num_labels is not None
+        if config.num_labels is not None:
+            self.score = self.lm_head = VocabEmbedding(context, config.num_labels)
+        elif config.tied_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = VocabEmbedding(context, config.vocab_size)
 
     @property
     def is_tied(self) -> bool:
@@ -62,7 +65,8 @@ class CausalLM(nn.Module):
 
     def pack_head(self, ops: Ops, quantization: Quantization | None) -> None:
         """Once it is loaded; in 8 bits where layers have 4, for few logits decide each token."""
-        self.lm_head.pack_head(ops, "w8a8" if quantization else None, self.is_tied)
+        packed: Quantization | None = "w8a8" if quantization and not self.is_classifier else None
+        self.lm_head.pack_head(ops, packed, self.is_tied)
 
     def forward(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden], normed; writes the step's keys and values."""
@@ -70,5 +74,8 @@ class CausalLM(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab], in the model's dtype."""
-        return self.lm_head.logits(hidden)
+        """[N, hidden] -> [N, vocab], or [N, labels] of a classifier, in the model's dtype."""
+        logits = self.lm_head.logits(hidden)
+        if self._softcap is not None:
+            logits = (logits / self._softcap).tanh() * self._softcap
+        return logits

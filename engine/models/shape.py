@@ -25,6 +25,7 @@ class ModelShape(ABC):
     vocab_size: int
     max_position: int
     dtype: str
+    num_labels: int | None  # of a classifier, which has a head for them and none for words
 
     @abstractmethod
     def caches(self, num_ranks: int) -> Sequence[LayerCache]:
@@ -51,4 +52,4 @@ class LanguageModel(Protocol):
         """Hidden states [T, hidden] of a step; writes its keys and values."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, hidden] -> [N, vocab], in the model's dtype."""
+        """[N, hidden] -> [N, vocab], or [N, labels] of a classifier, in the model's dtype."""

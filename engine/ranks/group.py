@@ -10,6 +10,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,6 +50,7 @@ class Leader:
 
     def __init__(self, size: int, host: str = "127.0.0.1") -> None:
         self.size = size
+        self.check: Callable[[], None] = lambda: None  # raises when a rank will not come
         self._followers: list[Connection[Any, Any]] = []
         if size > 1:
             self._store = TCPStore(
@@ -60,7 +62,10 @@ class Leader:
             self.address = GroupAddress(host, self._store.port, port, key)
 
     def gather(self, device: torch.device) -> Ranks:
-        """Wait for all followers; returns rank 0's place among them."""
+        """Wait for all followers; returns rank 0's place among them.
+
+        Raises TimeoutError, and whatever `check` raises.
+        """
         if self.size == 1:
             return Ranks()
         with self._door:
@@ -74,6 +79,7 @@ class Leader:
         welcome: SimpleQueue[Connection[Any, Any]] = SimpleQueue()
         self._door.settimeout(_ACCEPT_S)
         while len(followers) < self.size - 1:
+            self.check()
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"{len(followers)} of {self.size - 1} other ranks came within {_TIMEOUT}"

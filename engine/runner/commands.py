@@ -19,6 +19,20 @@ class Command(Protocol[Result]):
 
 
 @dataclass(frozen=True, slots=True)
+class Profile:
+    """Start recording what the device does, or end."""
+
+    starts: bool
+
+    def run(self, runner: ModelRunner) -> str | None:
+        """Why it could not be written, if it could not."""
+        if self.starts:
+            runner.profiler.start()
+            return None
+        return runner.profiler.stop()
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchStep:
     plan: StepPlan
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engine.config import EngineConfig
 from engine.device.select import select_device
 from engine.generation_config import eos_token_ids
-from engine.ranks.group import Follower, GroupAddress, Leader
+from engine.ranks.group import Leader
 from engine.ranks.rank_group import Ranks
 from engine.runner.commands import Command, LaunchStep, Result
 from engine.runner.model_runner import ModelRunner
@@ -61,16 +61,3 @@ def load_runner(config: EngineConfig, ranks: Ranks, show_progress: bool = False)
     directory, shape = read_model(config)
     eos = eos_token_ids(directory)
     return ModelRunner(config, shape, directory, eos, ranks, show_progress)
-
-
-def follow(config: EngineConfig, rank: int, address: GroupAddress) -> None:
-    """Be rank `rank`: run the leader's commands until it hangs up."""
-    follower = Follower(address)
-    ranks = follower.join(rank, config.num_ranks, select_device(config.device))
-    runner = load_runner(config, ranks)
-    while True:
-        try:
-            command: Command[object] = follower.receive()
-        except EOFError:
-            return
-        command.run(runner)

@@ -17,6 +17,7 @@ from engine.models.loader import load_model
 from engine.models.shape import ModelShape
 from engine.ranks.rank_group import Ranks
 from engine.runner.forward_pass import ForwardPass
+from engine.runner.profiler import Profiler
 from engine.runner.warm_up import warm_up_plans
 from engine.sampling.pending_step import PendingStep
 from engine.sampling.sampler import Sampler
@@ -41,6 +42,7 @@ class ModelRunner:
     ) -> None:
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
+        self.profiler = Profiler(config.profile_directory, self.ranks.world.rank)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
         memory = DeviceMemory.of(self.device, self.ranks.world.size).total
@@ -62,12 +64,10 @@ class ModelRunner:
         self.ops = select_ops(self.device, needs)
         self.startup_s = {"kernels": time.monotonic() - begin}  # by phase
         self.max_len = config.max_model_len or shape.max_position
-        self.vocab_size = shape.vocab_size
+        self.vocab_size, self.num_labels = shape.vocab_size, shape.num_labels
         self.eos_token_ids = eos_token_ids
         meter = MemoryMeter(self.device)
-        begin = time.monotonic()
         weights = self._load(shape, directory, meter, show_progress)
-        self.startup_s["weights"] = time.monotonic() - begin
         self.cache_layout = KVCacheLayout.of(
             shape, self.ranks.tensor, config.block_size, self.cache_dtype
         )
@@ -95,7 +95,7 @@ class ModelRunner:
         self, shape: ModelShape, directory: Path, meter: MemoryMeter, show_progress: bool
     ) -> int:
         """Make the model; returns the bytes that its weights take."""
-        before = meter.in_use()
+        begin, before = time.monotonic(), meter.in_use()
         self.model = load_model(
             self.config,
             shape,
@@ -107,6 +107,7 @@ class ModelRunner:
             self.ranks.tensor,
             show_progress,
         )
+        self.startup_s["weights"] = time.monotonic() - begin
         return max(meter.in_use() - before, 0)
 
     @property

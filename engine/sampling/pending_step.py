@@ -48,7 +48,10 @@ class PendingStep:
             for i, parts in self._prompt_logprobs.items()
         }
         tokens: list[int] = self._tokens.wait().tolist()
-        ends = pairwise(accumulate(self._num_sampled, initial=0))
-        token_ids = [tokens[start:end] for start, end in ends]
+        if len(tokens) == len(self._num_sampled):
+            token_ids = [[token] for token in tokens]
+        else:
+            ends = pairwise(accumulate(self._num_sampled, initial=0))
+            token_ids = [tokens[start:end] for start, end in ends]
         vectors = {i: vector.wait().tolist() for i, vector in self._vectors.items()}
         return StepResult(token_ids, logprobs, prompt_logprobs, vectors, self._errors)

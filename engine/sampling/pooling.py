@@ -49,6 +49,8 @@ class PromptPooling:
         match prompt.pooling.kind:
             case "last" if end == prompt.length:
                 prompt.vector = self._of_last(prompt.pooling, states[-1:])
+            case "labels" if end == prompt.length:
+                prompt.vector = self._model.logits(states[-1:])[0].float()
             case "cls" if start == 0:
                 prompt.vector = states[0].float()
             case "mean":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from operator import add
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class SamplingStep:
     """What a step is going to sample: of N positions of the rows that sample."""
 
     plan: StepPlan
-    owners: list[int]  # of each position, the index of its row among those that sample
+    owners: Sequence[int]  # of each position, the index of its row among those that sample
     at: LogitsRows
     processed: list[int]  # positions whose logits are processed, by index
     processed_at: LogitsRows
@@ -59,7 +60,8 @@ class Sampler:
         self._world = world
         self._device = token_ids.device
         self.matchers = GrammarMatchers(vocab_size, self._device)
-        # The order is vLLM's: what is allowed, then biases and bans, then penalties.
+        # The order is vLLM's: what is allowed, then biases and bans, then penalties. The end of
+        # thinking is last: whatever else is wanted gives way to it.
         self.processors: list[LogitsProcessor] = [
             GrammarMask(self.matchers, world.rank, self._device, ops),
             AllowedTokens(vocab_size, self._device, ops),
@@ -84,23 +86,20 @@ class Sampler:
 
     def begin(self, plan: StepPlan) -> SamplingStep:
         """The step is about to run, for rows that have entered."""
-        num_sampled = np.asarray(plan.num_sampled)
-        ends = np.asarray(plan.starts) + np.asarray(plan.lengths)
-        entry, position = ranges(ends - num_sampled + 1, ends + 1)
-        where = np.stack((np.asarray(plan.rows)[entry], position))
+        rows, positions, owners = _sampled(plan)
         drafts = {draft.row: draft.token_ids for draft in plan.drafts}
-        at = processed_at = self._logits_rows(where, drafts)
+        at = processed_at = self._logits_rows(rows, positions, drafts)
         processed: set[int] = set()
         for processor in self.processors:
-            processed.update(processor.applies_to(at.rows, at.positions))
+            processed.update(processor.applies_to(rows, positions))
         index = sorted(processed)
-        if 0 < len(index) < len(at.rows):
-            processed_at = self._logits_rows(where[:, index], drafts)
+        if 0 < len(index) < len(rows):
+            own_rows, own_positions = [rows[i] for i in index], [positions[i] for i in index]
+            processed_at = self._logits_rows(own_rows, own_positions, drafts)
         if index:
             for processor in self.processors:
                 processor.prepare(processed_at)
-        owners = np.cumsum(num_sampled > 0)[entry] - 1
-        return SamplingStep(plan, owners.tolist(), at, index, processed_at)
+        return SamplingStep(plan, owners, at, index, processed_at)
 
     def finish(self, step: SamplingStep, hidden: Tensor) -> PendingStep:
         """Sample from the step's hidden states [T, hidden].
@@ -171,9 +170,10 @@ class Sampler:
             logits, tokens = logits[index], tokens[index]
         return [step.owners[i] for i in wanted], take_logprobs(self._ops, logits, tokens, counts)
 
-    def _logits_rows(self, where: np.ndarray, drafts: Mapping[int, Sequence[int]]) -> LogitsRows:
-        """Of rows and positions, [2, N]."""
-        (rows, positions), (row_index, position) = where.tolist(), self._tensor(where)
+    def _logits_rows(
+        self, rows: list[int], positions: list[int], drafts: Mapping[int, Sequence[int]]
+    ) -> LogitsRows:
+        row_index, position = self._tensor(np.array((rows, positions), np.int64))
         return LogitsRows(rows, positions, row_index, position, drafts)
 
     def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:
@@ -182,3 +182,15 @@ class Sampler:
     def close(self) -> None:
         """Stop what runs beside this thread."""
         self.matchers.close()
+
+
+def _sampled(plan: StepPlan) -> tuple[list[int], list[int], Sequence[int]]:
+    """What a step samples: rows, positions, and which of the rows that sample each belongs to."""
+    ends = list(map(add, plan.starts, plan.lengths))
+    if not plan.drafts:  # one at most of each: nearly always
+        rows = list(compress(plan.rows, plan.num_sampled))
+        return rows, list(compress(ends, plan.num_sampled)), range(len(rows))
+    num_sampled = np.asarray(plan.num_sampled)
+    entry, position = ranges(np.array(ends) - num_sampled + 1, np.array(ends) + 1)
+    owners = np.cumsum(num_sampled > 0)[entry] - 1
+    return np.asarray(plan.rows)[entry].tolist(), position.tolist(), owners.tolist()

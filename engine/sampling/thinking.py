@@ -55,14 +55,14 @@ class ThinkingLimits:
     def prepare(self, at: LogitsRows) -> None: ...
 
     def process(self, logits: Tensor, at: LogitsRows) -> None:
-        for i, (row, position) in enumerate(zip(at.rows, at.positions, strict=True)):
-            index = self._forced(row, position)
-            if index >= 0:
-                limit = self._limits[row]
-                # A tensor: nothing here waits for the device.
-                token = torch.arange(logits.shape[1], device=logits.device) == limit.end[index]
-                forced = torch.where(token, 0.0, -torch.inf)
-                logits[i] = torch.where(self._goes_on(row, limit), forced, logits[i])
+        for i in self.applies_to(at.rows, at.positions):
+            row = at.rows[i]
+            limit = self._limits[row]
+            end = limit.end[self._forced(row, at.positions[i])]
+            # A tensor: nothing here waits for the device.
+            token = torch.arange(logits.shape[1], device=logits.device) == end
+            forced = torch.where(token, 0.0, -torch.inf)
+            logits[i] = torch.where(self._goes_on(row, limit), forced, logits[i])
 
     def _goes_on(self, row: int, limit: _Limit) -> Tensor:
         """Whether the output thinks, and has not ended that before its limit."""

@@ -166,6 +166,15 @@ class BlockPool:
             if self._ref_counts[block] == 0:
                 self._free[block] = None
 
+    def forget_all(self) -> None:
+        """Nothing counts as cached any more, here or in host memory."""
+        names = {*self._cached, *self.host.clear()}
+        self._cached.clear()
+        self._hashes = [None] * self.num_blocks
+        self._copies.clear()
+        for block_hash in names:
+            self._note(block_hash, False)
+
     def _forget(self, block: int) -> None:
         """Evict what a block caches: to host memory, if there is room."""
         old_hash = self._hashes[block]

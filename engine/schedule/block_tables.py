@@ -218,6 +218,11 @@ class BlockTables:
         sequence.block_tables, sequence.num_given_back = [], []
         sequence.num_computed = sequence.num_published = 0
 
+    def forget_cached(self) -> None:
+        """What was planned to be in the cache may not be there: a step did not run."""
+        for pool in self.pools:
+            pool.forget_all()
+
     def take_copies(self) -> list[BlockCopy]:
         return self.pools[0].take_copies()
 

@@ -56,6 +56,13 @@ class HostPool:
             found.append(block_hash)
         return found
 
+    def clear(self) -> list[bytes]:
+        """Let go of all blocks; returns what they were called."""
+        names = list(self._slots)
+        self._free += self._slots.values()
+        self._slots.clear()
+        return names
+
     @contextmanager
     def pinned(self, hashes: Sequence[bytes]) -> Iterator[list[int]]:
         """The slots of these blocks, which stay theirs meanwhile and count as just used."""

@@ -38,6 +38,7 @@ class RequestLimits:
     num_blocks: int
     block_size: int
     eos_token_ids: Collection[int] = ()
+    num_labels: int | None = None  # of a classifier
 
     @property
     def max_len(self) -> int:
@@ -70,6 +71,7 @@ class RequestLimits:
                 self.max_len,
                 f"the prompt has {length} tokens, and with one token of output must fit: {limit}",
             )
+        self._check_head(params)
         thinking = params.thinking_limit
         for name, tokens in (
             ("prompt", prompt_token_ids),
@@ -93,3 +95,12 @@ class RequestLimits:
                 "allowed_token_ids: all of them end the output, which min_tokens does not allow; "
                 "add others or leave min_tokens out"
             )
+
+    def _check_head(self, params: SamplingParams) -> None:
+        """Raises ValueError for what the model's head is not made for."""
+        pooling = params.pooling
+        if self.num_labels is None:
+            if pooling is not None and pooling.kind == "labels":
+                raise ValueError("pooling: 'labels' are a classifier's, and this is none")
+        elif pooling is None or pooling.logits:
+            raise ValueError("this model is a classifier, which writes no text; see /classify")

@@ -55,8 +55,6 @@ class SchedulerStats:
     restored_tokens: int = 0  # of all that were found cached, those from host memory
     output_tokens: int = 0
     preemptions: int = 0
-    admitted: int = 0
-    queue_time_s: float = 0.0  # of all admitted requests together
 
 
 class Scheduler:
@@ -126,6 +124,7 @@ class Scheduler:
         return 0, turn, self._num_arrivals
 
     def _wait(self, sequence: Sequence) -> None:
+        sequence.waits_since = time.monotonic()
         insort(self.waiting, sequence, key=_order)
         self._turns.wait(sequence.request.flow)
 
@@ -151,7 +150,7 @@ class Scheduler:
             return None
         step.plan.copies.extend(self.blocks.take_copies())
         lengths = step.plan.lengths
-        if any(n < before for before, n in pairwise(lengths)):
+        if step.plan.num_tokens > len(lengths) and any(n < m for m, n in pairwise(lengths)):
             order = sorted(range(len(lengths)), key=lambda i: lengths[i] > 1)
             step.plan.put_in_order(order)
             step.sequences[:] = [step.sequences[i] for i in order]
@@ -220,10 +219,11 @@ class Scheduler:
         plan.starts.extend([sequence.num_computed for sequence in sequences])
         plan.lengths.extend(ones)
         plan.num_sampled.extend(ones)
+        block_size = self._block_size
         for sequence in sequences:
             sequence.num_tokens += 1
-            sequence.num_computed += 1
-            if not sequence.num_computed % self._block_size:
+            sequence.num_computed = num_computed = sequence.num_computed + 1
+            if not num_computed % block_size:
                 self.blocks.publish(sequence)
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -268,8 +268,7 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self.stats.cached_tokens += sequence.num_computed
             self.stats.prompt_tokens += sequence.num_prompt
-            self.stats.admitted += 1
-            self.stats.queue_time_s += time.monotonic() - sequence.arrived_at
+        sequence.waits.append(time.monotonic() - sequence.waits_since)
         self._turns.charge(sequence, num_prompt=sequence.num_uncomputed)
         sequence.row = self._free_rows.pop()
         insort(self.running, sequence, key=_order)
@@ -308,22 +307,21 @@ class Scheduler:
         Steps are taken in in the order in which they were scheduled.
         """
         deltas = []
+        errors, is_fair = result.errors, self._policy == "fair"
+        has_more = result.logprobs or result.prompt_logprobs or result.vectors
         for i, (sequence, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
             if not sequence.is_live:
                 continue
-            if i in result.errors:
+            if i in errors:
                 self._remove(sequence)
-                deltas.append(TokenDelta.failed(sequence.id, result.errors[i]))
+                deltas.append(TokenDelta.failed(sequence.id, errors[i]))
                 continue
             delta = self._take_in(sequence, tokens)
-            if result.logprobs and i in result.logprobs:
-                delta.logprobs = result.logprobs[i][: len(delta.token_ids)]
-            if result.prompt_logprobs and i in result.prompt_logprobs:
-                delta.prompt_logprobs = result.prompt_logprobs[i]
-            if result.vectors and i in result.vectors:
-                delta.vector = result.vectors[i]
             deltas.append(delta)
-            self._turns.charge(sequence, num_output=len(delta.token_ids))
+            if has_more:
+                delta.take_from(result, i)
+            if is_fair:
+                self._turns.charge(sequence, num_output=len(delta.token_ids))
         self.stats.output_tokens += sum([len(delta.token_ids) for delta in deltas])
         return deltas
 
@@ -332,12 +330,15 @@ class Scheduler:
         if sequence.drafts and len(tokens) > 1:  # the step before theirs brings one
             tokens = self._judge(sequence, tokens)
         token_ids, stops, max_len = sequence.token_ids, sequence.stop_tokens, sequence.max_len
+        num_before = len(token_ids)
         delta = TokenDelta(sequence.id, tokens, sequence.num_cached or 0)
         delta.num_predicted = sequence.num_predicted
-        for i, token in enumerate(tokens):
+        if sequence.waits:
+            delta.waits, sequence.waits = sequence.waits, []
+        for token in tokens:
             token_ids.append(token)
             if token in stops or len(token_ids) >= max_len:
-                delta.token_ids = tokens[: i + 1]
+                delta.token_ids = tokens[: len(token_ids) - num_before]
                 delta.finish_reason = "stop" if token in stops else "length"
                 if token in sequence.request.params.stop_token_ids:
                     delta.stop_token = token
@@ -346,6 +347,7 @@ class Scheduler:
         if len(token_ids) // self._block_size > sequence.num_published:
             self.blocks.publish(sequence)
         if delta.finish_reason is not None:
+            delta.num_drafted = (sequence.num_drafted, sequence.num_accepted)
             self._remove(sequence)
         return delta
 

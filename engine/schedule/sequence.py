@@ -1,6 +1,5 @@
 """A request as the scheduler has it: how far it has come, and what it holds."""
 
-import time
 from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
@@ -20,7 +19,9 @@ class Sequence:
     id: str = field(init=False)
     is_live: bool = field(init=False, default=True)  # it has not ended
     token_ids: list[int] = field(init=False)  # prompt and output so far
-    arrived_at: float = field(init=False, default_factory=time.monotonic)
+    waits_since: float = field(init=False, default=0.0)  # on the clock of time.monotonic()
+    # How long it waited for its row, in seconds: each time since its last tokens.
+    waits: list[float] = field(init=False, default_factory=list)
     row: int = field(init=False, default=-1)  # its index in the device's tables while running
     # By cache group, all of the same length; -1 stands for a block that it has given back.
     block_tables: list[list[int]] = field(init=False, default_factory=list)
@@ -54,7 +55,7 @@ class Sequence:
         """For what comes of all its tokens, with the first output; who has one has it already."""
         params = self.request.params
         wanted = params.prompt_logprobs is not None
-        wanted |= params.pooling is not None and params.pooling.kind != "last"
+        wanted |= params.pooling is not None and params.pooling.kind in ("mean", "cls")
         return wanted and len(self.token_ids) == self.num_prompt
 
     @property

@@ -158,6 +158,15 @@ class TokenDelta:
     error: str | None = None  # why the engine gives it up, and it alone
     # Tokens of its prediction so far: those that came, and those that did not.
     num_predicted: tuple[int, int] = (0, 0)
+    waits: Sequence[float] = ()  # how long it has waited for a row since its last tokens, seconds
+    num_drafted: tuple[int, int] = (0, 0)  # tokens guessed, and those that were right; at its end
+
+    def take_from(self, result: StepResult, row: int) -> None:
+        """What else a step has brought the row."""
+        if row in result.logprobs:
+            self.logprobs = result.logprobs[row][: len(self.token_ids)]
+        self.prompt_logprobs = result.prompt_logprobs.get(row)
+        self.vector = result.vectors.get(row)
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":

@@ -167,7 +167,9 @@ class Function(RequestModel):
         None, description="JSON schema of the arguments; default: there are none."
     )
     strict: bool | None = Field(
-        None, description="Taken for its name: forced calls are always strict, others never."
+        None,
+        description="Whether a call that the model makes of itself is held to the schema, as "
+        "forced ones are.",
     )
 
 

@@ -23,7 +23,7 @@ from deployments.api.keys import ApiKeysError, KeyRing
 from deployments.api.request_log import LOGGER
 from deployments.api.routes import engine_events
 from deployments.api.scope import scope
-from deployments.args import ServiceArgs
+from deployments.args import AppArgs, ServiceArgs
 from deployments.cached_blocks import short, split
 from deployments.front.places import Places
 from deployments.observe.metrics import Metrics
@@ -196,7 +196,7 @@ def test_keys_of_several_names_have_prefixes_of_their_own_by_default(
     async def app(*asgi: Any) -> None:
         await PlainTextResponse(scope().cache_owner)(*asgi)
 
-    client = SimpleNamespace(metrics=Metrics("m", dict))
+    client = SimpleNamespace(metrics=Metrics(AppArgs(), dict))
     front: Any = SimpleNamespace(
         model_name="m", client=client, num_open=0, check_open=lambda: None, block_key=b"key"
     )

@@ -3,8 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.deployments.conftest import free_port
 from tests.deployments.subprocesses import ROOT
+
+pytestmark = pytest.mark.ray
 
 
 def test_no_stream_is_lost_or_changed_by_killed_hung_and_failing_shards() -> None:

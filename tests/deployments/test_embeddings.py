@@ -13,8 +13,10 @@ import torch
 
 from deployments.api.schema import answers
 from tests.checkpoints import load_oracle
+from tests.conftest import CheckpointFactory
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
+from tests.engine.small_tokenizer import one_character_each
 
 TEXTS = ["the cat sat", "a dog", "the cat sat", "x" * 150]
 
@@ -159,3 +161,49 @@ def test_a_chat_model_says_that_it_has_no_embeddings(demo: LocalServer) -> None:
     with demo.client() as client, pytest.raises(openai.BadRequestError) as refused:
         client.embeddings.create(model="manta-demo", input="a")
     assert "is not made for embeddings" in refused.value.message
+
+
+def test_a_classifier_tells_labels(checkpoints: CheckpointFactory, tmp_path: Path) -> None:
+    """Of texts, tokens and conversations, as transformers has them; and nothing else."""
+    labels = {0: "bad", 1: "good", 2: "odd"}
+    directory = tmp_path / "classifier"
+    shutil.copytree(checkpoints("qwen3", id2label=labels, pad_token_id=0), directory)
+    one_character_each().save(str(directory / "tokenizer.json"))
+    template = (
+        "{{ messages | map(attribute='content') | join }}{% if x is defined %}{{ x }}{% endif %}"
+    )
+    (directory / "chat_template.jinja").write_text(template)
+    oracle = load_oracle(directory, kind="SequenceClassification")
+
+    def expected(server: LocalServer, text: str) -> torch.Tensor:
+        with torch.inference_mode():
+            return oracle(torch.tensor([server.front.tokenizer.encode(text)])).logits[0]
+
+    options: dict[str, Any] = {"num_blocks": 64, "dtype": "float32", "served_model_name": "judge"}
+    with serve_locally(model=str(directory), **options) as server:
+        told = post(server, "/classify", model="judge", input=TEXTS)
+        answers.Classifications.model_validate(told, strict=True)
+        for text, entry in zip(TEXTS, told["data"], strict=True):
+            probs = torch.softmax(expected(server, text), 0)
+            assert entry["probs"] == pytest.approx(probs.tolist(), abs=1e-4)
+            assert entry["label"] == labels[int(probs.argmax())] and entry["num_classes"] == 3
+        messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+        asked = {"chat_template_kwargs": {"x": "!"}, "use_activation": False}
+        (entry,) = post(server, "/classify", messages=messages, **asked)["data"]
+        logits = expected(server, "the catsat!").tolist()
+        assert entry["probs"] == pytest.approx(logits, abs=1e-3)
+        for path, body, said in (
+            ("/v1/completions", {"prompt": "a"}, "writes no text"),
+            ("/v1/chat/completions", {"messages": messages, "stream": True}, "writes no text"),
+            ("/classify", {}, "give either"),
+            ("/classify", {"input": "a", "chat_template_kwargs": {}}, "only for messages"),
+            ("/classify", {"input": "a" * 1000}, "window"),
+        ):
+            answer = httpx.post(f"{server.url}{path}", json=body)
+            assert answer.status_code == 400 and said in answer.text, answer.text
+        wait_until(server.is_idle)
+
+
+def test_a_chat_model_says_that_it_is_no_classifier(demo: LocalServer) -> None:
+    answer = httpx.post(f"{demo.url}/classify", json={"input": "a"})
+    assert answer.status_code == 400 and "is no classifier" in answer.text

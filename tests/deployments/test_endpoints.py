@@ -11,6 +11,8 @@ from openai.types.responses import Response, ResponseCompletedEvent
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.api.app import ROUTES
+from deployments.api.bodies import BodyRoute
+from deployments.api.gate import ABSENT
 from deployments.api.schema import answers
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
@@ -49,6 +51,13 @@ def test_models_by_name(demo: LocalServer) -> None:
         with pytest.raises(openai.NotFoundError) as e:
             client.models.retrieve("org/other")
     assert e.value.code == "model_not_found" and "'org/other'" in e.value.message
+
+
+def test_tokenizer_info_is_the_checkpoints(demo: LocalServer) -> None:
+    told = httpx.get(f"{demo.url}/tokenizer_info").json()
+    answers.TokenizerInfo.model_validate(told, strict=True)
+    assert told["eos_token"] == "<|im_end|>" and told["tokenizer_class"]
+    assert told["chat_template"] == demo.front.tokenizer.chat_templates.source()
 
 
 def test_version_and_unknown_paths(demo: LocalServer) -> None:
@@ -315,6 +324,10 @@ def test_the_document_names_every_route_and_its_errors(demo: LocalServer) -> Non
     routes = [route for part in ROUTES for route in part.routes(demo.front).routes]
     described = {r.path_format for r in routes if isinstance(r, APIRoute) and r.include_in_schema}
     assert set(document["paths"]) == described
+    for route in routes:
+        if isinstance(route, APIRoute) and "POST" in route.methods:
+            assert isinstance(route, BodyRoute), f"{route.path}: its body's cost has no bound"
+            assert not any(route.path.startswith(absent) for absent in ABSENT), route.path
     for path, operations in document["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"], path

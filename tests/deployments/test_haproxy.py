@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.deployments.subprocesses import run_module
+
+pytestmark = pytest.mark.ray
 
 
 def test_prompts_go_to_the_replica_that_has_their_prefix(tiny_model: Path) -> None:

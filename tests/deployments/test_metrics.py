@@ -1,5 +1,6 @@
 """What operators see: numbers that add up to what was asked, under the names they know."""
 
+import gzip
 import json
 import re
 import threading
@@ -13,6 +14,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.api.schema import answers
+from deployments.args import AppArgs
+from deployments.observe.metrics import Metrics
+from engine.schedule.scheduler import SchedulerStats
 from engine.speculation.costs import StepCosts
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
@@ -83,7 +88,26 @@ def test_counts_and_times_of_what_was_asked(fresh: LocalServer) -> None:
         assert seen[f"vllm:{name}_seconds_count"] == num_requests, name
         assert seen[f"vllm:{name}_seconds_bucket{{le=+Inf}}"] == num_requests
         assert 0 < seen[f"vllm:{name}_seconds_sum"] < 60
+    # A request waits, computes its prompt and decodes, and no time is left over.
+    queued, prefilled, decoded, inferred = (
+        seen[f"vllm:request_{name}_time_seconds_sum"]
+        for name in ("queue", "prefill", "decode", "inference")
+    )
+    assert queued > 0 and queued + prefilled == pytest.approx(
+        seen["vllm:time_to_first_token_seconds_sum"]
+    )
+    assert prefilled + decoded == pytest.approx(inferred)
     assert seen["vllm:request_queue_time_seconds_count"] == num_requests
+    assert seen["vllm:prompt_tokens_by_source_total{source=local_cache_hit}"] == 16
+    assert seen["vllm:prompt_tokens_by_source_total{source=local_compute}"] == num_prompt - 16
+    assert seen["vllm:request_prefill_kv_computed_tokens_sum"] == num_prompt - 16
+    # All that steps have computed: a request's last token is never read.
+    computed = num_prompt - 16 + num_output - num_requests
+    assert seen["vllm:iteration_tokens_total_sum"] == computed
+    assert seen["vllm:iteration_tokens_total_count"] == fresh.engine.num_steps
+    assert seen["vllm:request_num_preemptions_sum"] == 0
+    info = [name for name in seen if name.startswith("vllm:cache_config_info")]
+    assert len(info) == 1 and "block_size=8," in info[0] and "num_gpu_blocks=32," in info[0]
     # Answers that are not streamed count tokens as they come from the engine, too.
     assert seen["vllm:inter_token_latency_seconds_count"] == num_output - num_requests
     assert (
@@ -107,7 +131,71 @@ def test_a_request_that_runs_and_is_given_up(fresh: LocalServer) -> None:
 def test_preemptions_are_counted(fresh: LocalServer) -> None:
     """Two requests grow until the pool holds but one."""
     complete(fresh, prompt=["ab", "cd"], ignore_eos=True, max_tokens=150)
-    assert scrape(fresh)["vllm:num_preemptions_total"] >= 1
+    wait_until(fresh.is_idle)
+    seen = scrape(fresh)
+    assert seen["vllm:num_preemptions_total"] >= 1
+    assert seen["vllm:request_num_preemptions_sum"] == seen["vllm:num_preemptions_total"]
+
+
+def test_what_waits_is_told_apart_by_why() -> None:
+    """Five wait, two of them for a grammar."""
+    stats = {"running": 4, "waiting": 5, "deferred": 2, "num_blocks": 8, "free_blocks": 1}
+    counts = dict.fromkeys(SchedulerStats.__dataclass_fields__, 0)
+    metrics = Metrics(AppArgs(), lambda: stats | counts | {"host_blocks": 0})
+    seen = parse(metrics.exposition().decode())
+    assert seen["vllm:num_requests_waiting"] == 5
+    assert seen["vllm:num_requests_waiting_by_reason{reason=capacity}"] == 3
+    assert seen["vllm:num_requests_waiting_by_reason{reason=deferred}"] == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_told_how_it_went(demo: LocalServer, path: str, stream: bool) -> None:
+    asked: dict[str, Any] = {"prompt": "one two"}
+    if "chat" in path:
+        asked = {"messages": [{"role": "user", "content": "one two"}]}
+    asked |= {"max_tokens": 6, "ignore_eos": True, "stream": stream, "return_metrics": True}
+    told = httpx.post(f"{demo.url}{path}", json=asked)
+    if stream:
+        last = json.loads(told.text.strip().split("\n\n")[-2].removeprefix("data: "))
+        assert last["choices"] == []
+    else:
+        last = told.json()
+    went = answers.RequestMetrics.model_validate(last["metrics"], strict=True)
+    assert 0 <= went.queue_time_ms < went.time_to_first_token_ms
+    assert went.tokens_per_second and went.mean_itl_ms
+    assert went.mean_itl_ms * 5 == pytest.approx(went.generation_time_ms, rel=0.01)
+    assert went.speculative_decoding is not None and went.num_preemptions == 0
+    several = httpx.post(f"{demo.url}{path}", json=asked | {"n": 2, "stream": False}).json()
+    assert several["metrics"] is None
+
+
+def test_a_profile_shows_what_a_shard_did(tiny_model: Path, tmp_path: Path) -> None:
+    """Twice; and what makes no sense is refused, and costs nobody anything."""
+    directory = tmp_path / "profiles"
+    options: dict[str, Any] = {"num_blocks": 32, "profile_directory": str(directory)}
+
+    def post(path: str) -> int:
+        return httpx.post(f"{server.url}{path}", timeout=60).status_code
+
+    with serve_locally(model=str(tiny_model), served_model_name="tiny", **options) as server:
+        assert post("/stop_profile") == 400
+        assert (post("/start_profile"), post("/start_profile")) == (200, 400)
+        complete(server, prompt="abc", max_tokens=3)
+        assert post("/stop_profile") == 200
+        (trace,) = directory.iterdir()
+        directory.joinpath(trace.name).rename(tmp_path / "first.json.gz")
+        directory.rmdir()
+        assert (post("/start_profile"), post("/stop_profile")) == (200, 400)  # nowhere to write it
+        assert complete(server, prompt="abc", max_tokens=3).status_code == 200
+    assert "-rank0.json.gz" in trace.name
+    events = json.loads(gzip.decompress((tmp_path / "first.json.gz").read_bytes()))["traceEvents"]
+    assert any("aten::" in event.get("name", "") for event in events)
+
+
+def test_without_a_directory_there_is_no_profile(demo: LocalServer) -> None:
+    told = httpx.post(f"{demo.url}/start_profile")
+    assert told.status_code == 400 and "profile_directory" in told.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("fresh", ["suffix"], indirect=True)

@@ -50,7 +50,7 @@ def put_together(pieces: list[Piece]) -> Found:
                 found.content += text
             case Reasoning(text):
                 found.reasoning += text
-            case CallStart(index, call_id, name):
+            case CallStart(index, name, call_id):
                 assert index == len(found.calls)
                 found.calls.append([name, ""])
                 found.ids.append(call_id)
@@ -66,8 +66,15 @@ def parse(
     think: bool | None = None,
     single: bool = False,
     functions: Functions = ANY,
+    reasoning: str = "think",
 ) -> Found:
-    parser = OutputParser(think, tool_format(tools, None), single_call=single, functions=functions)
+    parser = OutputParser(
+        think,
+        tool_format(tools, None),
+        single_call=single,
+        functions=functions,
+        reasoning=REASONING_FORMATS[reasoning],
+    )
     pieces = [piece for text in texts for piece in parser.push(text, last=False)]
     return put_together(pieces + parser.push("", last=True))
 
@@ -286,6 +293,47 @@ def test_of_a_forced_call_nothing_is_content(cut: int) -> None:
     assert put_together(pieces).calls == ([["weather", arguments]] if arguments else [])
 
 
+# How a template or a model writes calls otherwise than in `written_calls`.
+OTHERWISE: dict[ToolParserName, list[tuple[str, int]]] = {
+    "minimax_m2": [
+        (
+            '<minimax:tool_call>\n<invoke name="weather">\n'
+            '<parameter name="city">Paris</parameter>\n</invoke>\n<invoke name="weather">\n'
+            '<parameter name="city">Paris</parameter>\n</invoke>\n</minimax:tool_call>',
+            2,
+        )
+    ],
+    "harmony": [
+        (' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>', 1),
+        (
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.weather"
+            '<|channel|>commentary <|constrain|>json<|message|>{"city": "Paris"}<|call|>',
+            1,
+        ),
+        ("to=functions.weather is how one calls", 0),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "count"), [(name, *case) for name in OTHERWISE for case in OTHERWISE[name]]
+)
+def test_calls_are_found_where_templates_write_them_otherwise(
+    name: ToolParserName, text: str, count: int
+) -> None:
+    for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(1, len(text)))):
+        found = parse(texts, name, functions=functions_of(city="Paris"))
+        assert loaded(found) == [["weather", {"city": "Paris"}]] * count
+        assert found.content == ("" if count else text)
+
+
+def test_kimis_templates_know_calls_by_their_number_in_the_conversation() -> None:
+    text = write_call("kimi_k2", "weather", {}) + write_call("kimi_k2", "stop", {})
+    parser = OutputParser(None, tool_format("kimi_k2", None), num_called=3)
+    ids = put_together(parser.push(text, last=True)).ids
+    assert ids == ["functions.weather:3", "functions.stop:4"]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_calls_a_function_that_is_not_there_is_text(name: ToolParserName) -> None:
     """An agent that is told to call it has nothing to call."""
@@ -307,6 +355,8 @@ FRAGMENTS = st.sampled_from(
         *(
             "<think>",
             "</think>",
+            "<answer>",
+            "</answer>",
             "<",
             "<tool",
             "[TOOL",
@@ -355,22 +405,43 @@ FRAGMENTS = st.sampled_from(
 TEXTS = st.lists(FRAGMENTS | st.text(max_size=3), max_size=12).map("".join)
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(
+CUT_ANYHOW = given(
     name=st.sampled_from(["none", *FORMATS]),
     think=st.sampled_from([None, False, True]),
     single=st.booleans(),
+    reasoning=st.sampled_from(list(REASONING_FORMATS)),
     text=TEXTS,
     cuts=st.lists(st.integers(0, 200), max_size=8),
 )
-def test_what_is_found_does_not_depend_on_how_the_text_is_cut(
-    name: ToolParserName, think: bool | None, single: bool, text: str, cuts: list[int]
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@CUT_ANYHOW
+def test_what_is_found_does_not_depend_on_how_the_text_is_cut(**case: Any) -> None:
+    check_cut(**case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(max_examples=20_000, deadline=None)
+@CUT_ANYHOW
+def test_what_is_found_never_depends_on_how_the_text_is_cut(**case: Any) -> None:
+    check_cut(**case)
+
+
+def check_cut(
+    name: ToolParserName,
+    think: bool | None,
+    single: bool,
+    reasoning: str,
+    text: str,
+    cuts: list[int],
 ) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
-    whole = parse([text], name, think, single)
+    whole = parse([text], name, think, single, reasoning=reasoning)
     for texts in (pieces, list(text)):
-        cut = parse(texts, name, think, single)
+        cut = parse(texts, name, think, single, reasoning=reasoning)
         assert (cut.content, cut.reasoning, cut.calls) == (
             whole.content,
             whole.reasoning,
@@ -450,6 +521,35 @@ def test_reasoning_is_split_off_however_the_text_is_cut(text: str) -> None:
         assert (found.reasoning, found.content) == THINK[text], texts
 
 
+ANSWER = {
+    "<think>\nI see\n</think>\n<answer>\nYes.\n</answer>": ("I see", "Yes.", 0),
+    "<think>\n\n</think>\n<answer>Yes.\n\nNo.</answer>\n": ("", "Yes.\n\nNo.", 0),
+    "<answer>\nYes.": ("", "Yes.", 0),
+    "Yes.</answer>": ("", "Yes.</answer>", 0),  # which has not begun
+    "<answer>A page: <answer>a</answer> b </answer>": ("", "A page: <answer>a</answer> b", 0),
+    "<think>no</think>\n\nYes.": ("no", "Yes.", 0),
+    f"<think>a</think>\n<answer>\nI look.\n<tool_calls>[{PARIS}]</tool_calls>\n</answer>": (
+        *("a", "I look."),
+        1,
+    ),
+    f"<think>a</think>\n<answer>I look.</answer>\n<tool_calls>[{PARIS}]</tool_calls>": (
+        *("a", "I look."),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("text", ANSWER)
+def test_marks_around_an_answer_are_not_said(text: str) -> None:
+    reasoning, content, count = ANSWER[text]
+    tools: list[ToolParserName] = ["hunyuan"] if count else ["none", "hunyuan"]
+    for name in tools:
+        for texts in ([text], list(text), *([text[:i], text[i:]] for i in range(1, len(text)))):
+            found = parse(texts, name, think=False, reasoning="hunyuan")
+            assert (found.reasoning, found.content) == (reasoning, content), texts
+            assert loaded(found) == [call(PARIS)] * count
+
+
 def test_reasoning_that_the_prompt_opened_needs_no_tag() -> None:
     found = parse(list("hmm</think>\nyes"), think=True)
     assert (found.reasoning, found.content) == ("hmm", "yes")
@@ -516,6 +616,9 @@ def test_formats_are_told_from_the_chat_template() -> None:
     llama = '{%- if tools %}{"name": function name, "parameters": dictionary}{%- endif %}ipython'
     found = tool_format("auto", llama)
     assert found is not None and found.name == "llama3_json"
+    # What only looks like a format is none.
+    for other in ("<function=name>{json}</function>", "<|tool_call:begin|>"):
+        assert tool_format("auto", f"{{% if tools %}}{other}{{% endif %}}") is None
     assert tool_format("auto", "{{ messages }}") is None
     assert not reasoning_format("auto", "{{ messages }}")
     assert tool_format("none", demo) is None and not reasoning_format("none", demo)

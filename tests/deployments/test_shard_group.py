@@ -62,9 +62,22 @@ async def fail(client: EngineClient) -> list[asyncio.Future[None]]:
     raise KeyError("no such thing")
 
 
+async def fail_after_another(_: EngineClient) -> list[asyncio.Future[None]]:
+    """A leader that fails lets its followers go before it is seen to have failed itself."""
+
+    async def follower() -> None: ...
+
+    async def leader() -> None:
+        await asyncio.sleep(0.1)
+        raise KeyError("no such thing")
+
+    return [asyncio.create_task(leader()), asyncio.create_task(follower())]
+
+
 @pytest.mark.parametrize(
     ("start", "why"),
     [
+        (fail_after_another, "KeyError: 'no such thing'"),
         (hang, "not ready within startup_timeout_s=0.1"),
         (never_connect, "not ready within startup_timeout_s=0.1"),
         (get_lost, "a shard has ended"),
@@ -96,6 +109,30 @@ def test_a_restart_that_fails_is_followed_by_another(start: Start) -> None:
         assert group.failure is None
         request.cancel()
         group.stop()
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_an_engine_that_hangs_up_long_after_its_start_was_not_late() -> None:
+    async def hang_up(client: EngineClient) -> list[asyncio.Future[None]]:
+        engine = await FakeEngine.connect(client)
+
+        async def shard() -> None:
+            await asyncio.sleep(1)
+            await engine.die(client)
+            await asyncio.sleep(0.1)
+            raise KeyError("no such thing")
+
+        return [asyncio.create_task(shard())]
+
+    async def main() -> None:
+        client = EngineClient()
+        group = FakeGroup(client, hang_up, startup_timeout_s=0.5, max_restarts=0)
+        await group.start()
+        while group.failure is None:
+            await asyncio.sleep(0.01)
+        assert "KeyError: 'no such thing'" in group.failure
         await client.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))

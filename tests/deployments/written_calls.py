@@ -86,6 +86,10 @@ _WRITERS: dict[str, Callable[[str, Arguments], str]] = {
     ),
     "phi4": lambda *call: f"<|tool_call|>{_array(*call)}<|/tool_call|>",
     "granite": lambda *call: f"<|tool_call|>{_array(*call)}",
+    "seed_oss": lambda name, arguments: (
+        f"<seed:tool_call>\n<function={name}>\n{_qwen(arguments)}</function>\n</seed:tool_call>"
+    ),
+    "nemotron": lambda *call: f"<TOOLCALL>{_array(*call)}</TOOLCALL>",
     "hunyuan": lambda *call: f"<tool_calls>{_array(*call)}</tool_calls>",
     "command": lambda *call: (
         f"<|START_ACTION|>{_array(*call, 'tool_name', 'parameters')}<|END_ACTION|>"

@@ -102,6 +102,7 @@ RUN = [block for block in BLOCKS if not block.need and not is_run_elsewhere(bloc
 RUN_ONCE = {block.code: block for block in reversed(RUN)}  # several pages begin with `manta doctor`
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("block", reversed(RUN_ONCE.values()), ids=str)
 def test_a_block_runs(
     block: Block, port: int, environment: dict[str, str], tmp_path: Path, capsys: Any

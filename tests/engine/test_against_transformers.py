@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.models.decoder import CausalLM
 from engine.models.registry import read_config
 from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
@@ -118,6 +119,7 @@ def test_logits_of_whole_prompts(checkpoints: CheckpointFactory, variant: str) -
     directory = checkpoints(family, **overrides)
     sequences = [random_prompts(11, length)[-1] for length in LENGTHS]
     runner = new_runner(directory)
+    assert isinstance(runner.model, CausalLM)  # our own blocks, and not transformers' module
     enter(runner, sequences)
     ours = forward(runner, *((row, 0, length) for row, length in enumerate(LENGTHS)))
     theirs = logits_of(load_oracle(directory), sequences)

@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.ranks.group import Leader
-from engine.runner.follower import spawn_followers
+from engine.runner.local_followers import LocalFollowers
 from engine.runner.model_runner import ModelRunner
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_requests, run, tokens_of
@@ -46,14 +46,13 @@ def engine_of(directory: Path, num_ranks: int, async_scheduling: bool) -> Iterat
         num_blocks=64,
     )
     leader = Leader(num_ranks)
-    followers = spawn_followers(config, leader)
+    followers = LocalFollowers(config, leader)
     engine = Engine(config, leader)
     try:
         yield engine
     finally:
         engine.close()
-        for follower in followers:
-            follower.wait()
+        followers.close()
 
 
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])

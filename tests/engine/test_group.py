@@ -6,10 +6,14 @@ import subprocess
 import sys
 from threading import Thread
 
+import pytest
 import torch
 
+from engine.config import EngineConfig
 from engine.ranks.group import GroupAddress, Leader
 from engine.ranks.rank_group import Ranks
+from engine.runner import local_followers
+from engine.runner.local_followers import LocalFollowers
 
 _FOLLOW = """
 import pickle, sys, torch
@@ -52,3 +56,24 @@ def test_strangers_neither_block_nor_fail_a_start() -> None:
         leader.close()
         for call in calls:
             call.close()
+
+
+def test_a_rank_that_ends_while_it_starts_ends_the_start() -> None:
+    leader = Leader(2)
+    followers = LocalFollowers(EngineConfig(model="manta-demo", tensor_parallel_size=2), leader)
+    followers.processes[0].kill()
+    try:
+        with pytest.raises(RuntimeError, match="rank 1 ended while it started"):
+            leader.gather(torch.device("cpu"))
+    finally:
+        leader.close()
+        followers.close()
+
+
+def test_ranks_stay_on_the_gpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_followers, "select_device", lambda _: torch.device("cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    leader = Leader(2)
+    with pytest.raises(ValueError, match="2 ranks need a GPU each, and CUDA_VISIBLE_DEVICES=5"):
+        LocalFollowers(EngineConfig(model="manta-demo", tensor_parallel_size=2), leader)
+    leader.close()

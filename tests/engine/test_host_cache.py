@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.device.host_cache import HostCache
 from engine.engine import Engine
 from engine.ranks.group import Leader
-from engine.runner.follower import spawn_followers
+from engine.runner.local_followers import LocalFollowers
 from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.schedule.host_pool import HostPool
 from engine.schedule.step import BlockCopy
@@ -197,12 +197,12 @@ def test_followers_overlap_and_restore_too(checkpoints: CheckpointFactory) -> No
     with new_engine(checkpoints("qwen3")) as engine:
         alone = tokens_of(run(engine, new_requests(prompts, temperature=1.0, ignore_eos=True)))
     leader = Leader(2)
-    followers = spawn_followers(config, leader)
+    followers = LocalFollowers(config, leader)
     engine = Engine(config, leader)
     for _ in range(2):
         requests = new_requests(prompts, temperature=1.0, ignore_eos=True)
         assert tokens_of(run(engine, requests)) == alone
     stats = engine.stats()
     engine.close()
-    assert [follower.wait(30) for follower in followers] == [0]
+    assert [process.wait(30) for process in followers.processes] == [0]
     assert stats["restored_tokens"] > 0 and stats["preemptions"] > 0

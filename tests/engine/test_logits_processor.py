@@ -21,7 +21,6 @@ from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import logits_of, random_prompts
 
 NUM_OUTPUT = 16
-PROMPTS = random_prompts(24, 60)
 EOS = 2
 HALF = list(range(0, VOCAB_SIZE, 2))
 # Each of them strong enough to change a greedy text.
@@ -41,6 +40,8 @@ RULES: list[dict[str, Any]] = [
     dict(thinking_limit={"budget": 0, "end": [7]}),
     dict(thinking_limit={"budget": 5, "end": [7, 9]}, frequency_penalty=2.0),
 ]
+# One for each rule, and for what is made of their plain texts.
+PROMPTS = random_prompts(len(RULES) + 10, 60)
 
 
 def naive(

@@ -1,6 +1,8 @@
 """Prompts as vectors: those that transformers has in float32, however they were computed."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from engine import LLM
 from engine.checkpoint import CheckpointError
-from engine.generation_config import EmbeddingConfig, embedding_config
+from engine.generation_config import EmbeddingConfig, classifier_config, embedding_config
+from engine.models.registry import read_config
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
-from tests.checkpoints import load_oracle
+from tests.checkpoints import FAMILIES, load_oracle
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, run
 from tests.engine.oracle import random_prompts
@@ -124,3 +127,97 @@ def test_sentence_transformers_config_says_how_to_pool(tmp_path: Path) -> None:
     config.write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(CheckpointError, match="pooling_mode_max_tokens"):
         embedding_config(tmp_path)
+
+
+# Classifiers
+
+LABELS = {0: "bad", 1: "good", 2: "odd"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_get_what_transformers_gives_them(
+    checkpoints: CheckpointFactory, family: str
+) -> None:
+    """In chunks and one batch, and again where the prefixes are cached."""
+    directory = checkpoints(family, id2label=LABELS, pad_token_id=0)
+    oracle = load_oracle(directory, kind="SequenceClassification")
+    params = SamplingParams(max_tokens=1, temperature=0, pooling={"kind": "labels"})
+    with new_engine(directory, max_num_batched_tokens=48, max_num_seqs=16) as engine:
+        for attempt in range(2):
+            requests = [Request(f"{attempt}.{i}", p, params, 0) for i, p in enumerate(PROMPTS)]
+            for request in requests:
+                engine.add(request)
+            found = {}
+            while engine.has_work:
+                found |= {delta.request_id: delta.vector for delta in engine.step()}
+            for request in requests:
+                with torch.inference_mode():
+                    logits = oracle(torch.tensor([request.prompt_token_ids])).logits[0]
+                torch.testing.assert_close(
+                    torch.tensor(found[request.id]), logits, atol=2e-4, rtol=2e-4
+                )
+        assert engine.scheduler.stats.cached_tokens > 0
+        with pytest.raises(ValueError, match="writes no text"):
+            engine.add(Request("text", PROMPTS[0], SamplingParams(), 0))
+        with pytest.raises(ValueError, match="writes no text"):
+            pooling = {"logits": [300]}
+            engine.add(Request("word", PROMPTS[0], SamplingParams(pooling=pooling), 0))
+
+
+def test_llm_classifies(checkpoints: CheckpointFactory) -> None:
+    """A reward model: one label, and a score that may be any number."""
+    directory = checkpoints("qwen3", num_labels=1, pad_token_id=0)
+    oracle = load_oracle(directory, kind="SequenceClassification")
+    with torch.inference_mode():
+        rewards = [float(oracle(torch.tensor([p])).logits[0, 0]) for p in PROMPTS[:3]]
+    llm = LLM(str(directory), device="cpu", num_threads=1, num_blocks=64, dtype="float32")
+    try:
+        raw = llm.classify(PROMPTS[:3], use_activation=False, use_tqdm=False)
+        shares = llm.classify(PROMPTS[:3], use_tqdm=False)
+        with pytest.raises(ValueError, match="writes no text"):
+            llm.generate(PROMPTS[:1], use_tqdm=False)
+    finally:
+        llm.close()
+    assert [o.outputs.probs[0] for o in raw] == pytest.approx(rewards, abs=2e-4)
+    sigmoids = [1 / (1 + math.exp(-reward)) for reward in rewards]
+    assert [o.outputs.probs[0] for o in shares] == pytest.approx(sigmoids, abs=1e-4)
+    assert raw[0].outputs.num_classes == 1 and raw[0].prompt_token_ids == PROMPTS[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "activation", "probabilities"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "softmax", [0.8, 0.2]),
+        ({"num_labels": 1}, "sigmoid", [0.8]),
+        ({"problem_type": "multi_label_classification"}, "sigmoid", [0.8, 0.5]),
+        ({"problem_type": "regression", "num_labels": 1}, "none", [math.log(4)]),
+        ({"problem_type": "single_label_classification"}, "softmax", [0.8, 0.2]),
+    ],
+)
+def test_the_checkpoints_config_says_what_labels_mean(
+    tmp_path: Path, config: dict[str, Any], activation: str, probabilities: list[float]
+) -> None:
+    content = {"architectures": ["Qwen3ForSequenceClassification"], **config}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    found = classifier_config(tmp_path)
+    assert found is not None and found.activation == activation
+    assert found.labels == (["a", "b"] if "id2label" in config else found.labels)
+    assert len(found.labels) == len(probabilities)
+    logits = [math.log(4), 0.0][: len(found.labels)]
+    assert found.probabilities(logits) == pytest.approx(probabilities)
+    assert all(0 <= p <= 1 for p in found.probabilities([-1e4])) or activation == "none"
+
+
+def test_what_is_no_classifier_says_so(
+    edited: Callable[..., Path], byte_model: Path, checkpoints: CheckpointFactory
+) -> None:
+    assert classifier_config(byte_model) is None
+    with new_engine(checkpoints("qwen3")) as engine, pytest.raises(ValueError, match="is none"):
+        params = SamplingParams(max_tokens=1, pooling={"kind": "labels"})
+        engine.add(Request("0", PROMPTS[0], params, 0))
+
+    def change(content: dict[str, Any]) -> None:
+        content |= {"architectures": ["GemmaForSequenceClassification"], "model_type": "gemma"}
+
+    with pytest.raises(CheckpointError, match="classifiers are served where our own blocks"):
+        read_config(edited("llama3", config=change))

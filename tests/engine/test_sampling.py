@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from engine import LLM
+from engine.runner.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
 from engine.strict import explain
@@ -382,14 +383,25 @@ def test_a_prompt_that_cannot_run_stops_the_call_before_it_starts(
     assert llm.engine.num_steps == steps and not llm.engine.has_work
 
 
-def test_an_interrupt_leaves_no_request_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "method"), [(LLM, "_advance"), (ModelRunner, "launch")])
+def test_an_interrupt_leaves_no_request_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    """Nor blocks that count as cached and have never been computed."""
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    prompt = list(range(10, 60))
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     with monkeypatch.context() as patch:
-        patch.setattr(LLM, "_advance", interrupt)
+        patch.setattr(owner, method, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            generate(llm)
+            llm.generate([prompt], params, use_tqdm=False)
     assert not llm.engine.has_work
     assert llm.engine.scheduler.pool.num_free == 64
-    assert generate(llm, max_tokens=2).finish_reason == "length"
+    first, again = (llm.generate([prompt], params, use_tqdm=False)[0] for _ in range(2))
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids
+    assert again.num_cached_tokens > 0
+    if owner is ModelRunner:
+        assert first.num_cached_tokens == 0

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deployments.api.admission import usage
+from deployments.api.admission import metrics, usage
 from deployments.api.bodies import BodyRoute
 from deployments.api.chat import AnswerDelta, Chat, read
 from deployments.api.requests.resume import event_id, given_resume
@@ -69,7 +69,7 @@ def _answer(
         "choices": [
             {
                 "index": index,
-                "message": AnswerParser.message(pieces),
+                "message": AnswerParser.message(_told(chat, pieces)),
                 "logprobs": _logprobs(chat, output),
                 "finish_reason": output.finish_reason,
                 "stop_reason": output.stop_reason,
@@ -78,6 +78,7 @@ def _answer(
             for index, (pieces, output) in enumerate(zip(said, outputs, strict=True))
         ],
         "usage": _whole_usage(chat, outputs, num_thinking),
+        **metrics(chat.request, chat.options),
     }
     if chat.request.return_token_ids:
         answer["prompt_token_ids"] = chat.prompt
@@ -110,6 +111,13 @@ def _whole_usage(
         "rejected_prediction_tokens": sum(rejected for _, rejected in predicted),
     }
     return _usage(len(chat.prompt), outputs) | {"completion_tokens_details": details}
+
+
+def _told(chat: Chat, pieces: list[Piece]) -> list[Piece]:
+    """All that the client wants of them."""
+    if chat.request.include_reasoning:
+        return pieces
+    return [piece for piece in pieces if not isinstance(piece, Reasoning)]
 
 
 async def _count_thoughts(chat: Chat, said: Iterable[Piece]) -> int:
@@ -148,7 +156,7 @@ class _ChatChunks(Chunks):
         delta, events = step.delta, []
         logprobs = _logprobs(self._chat, delta)
         token_ids = list(delta.token_ids) if self._chat.request.return_token_ids else None
-        for piece in () if delta.is_known else step.pieces:
+        for piece in () if delta.is_known else _told(self._chat, step.pieces):
             content = AnswerParser.delta(piece)
             events.append(self._chunk(index, content, delta, logprobs, token_ids=token_ids))
             logprobs = token_ids = None
@@ -201,7 +209,9 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
                 if len(streams) == 1:
                     events[-1] = event_id(chat.params, last[0].num_tokens) + events[-1]
                 yield "".join(events)
+    ending = metrics(chat.request, chat.options)
     if chat.request.include_usage:
         outputs = [last[index] for index in range(len(streams))]
-        counts = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
-        yield event(chunks.head | {"choices": [], "usage": counts})
+        ending["usage"] = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
+    if ending:
+        yield event(chunks.head | {"choices": []} | ending)

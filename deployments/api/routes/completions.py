@@ -15,6 +15,7 @@ from deployments.api.admission import (
     check_model,
     check_prompt,
     check_queue,
+    metrics,
     prompt_error,
     request_options,
     sampling_params,
@@ -36,6 +37,7 @@ from deployments.api.streaming import (
 )
 from deployments.api.whole import Output, Whole, collect_all
 from deployments.front.front import Front, TextDelta
+from deployments.front.request_options import RequestOptions
 from engine.sampling_params import SamplingParams
 
 
@@ -46,6 +48,7 @@ class _Started:
     front: Front
     request: CompletionRequest
     params: SamplingParams
+    options: RequestOptions
     head: dict[str, Any]  # what all answers begin with
     prompts: list[list[int]]
     streams: list[AsyncGenerator[TextDelta]]
@@ -111,7 +114,8 @@ def _answer(started: _Started, outputs: list[Output]) -> dict[str, Any]:
         for output in own:
             output = replace(output, prompt_logprobs=of_prompt)
             choices.append(_choice(started, len(choices), prompt, output))
-    return started.head | {"choices": choices, "usage": started.usage(outputs)}
+    told = metrics(request, started.options)
+    return started.head | {"choices": choices, "usage": started.usage(outputs)} | told
 
 
 async def _start(front: Front, request: CompletionRequest) -> _Started:
@@ -152,7 +156,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         if request.echo:
             choices = [_echo(str(text), deltas) for deltas in choices]
         streams += choices
-    return _Started(front, request, params, head, prompts, streams)
+    return _Started(front, request, params, options, head, prompts, streams)
 
 
 async def _encode(front: Front, prompt: str | list[int], params: SamplingParams) -> list[int]:
@@ -238,6 +242,9 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
                 if len(started.streams) == 1:
                     events[-1] = event_id(started.params, delta.num_tokens) + events[-1]
                 yield "".join(events)
+    ending = metrics(started.request, started.options)
     if started.request.include_usage:
         outputs = [last[index] for index in range(len(started.streams))]
-        yield event(head | {"choices": [], "usage": started.usage(outputs)})
+        ending["usage"] = started.usage(outputs)
+    if ending:
+        yield event(head | {"choices": []} | ending)

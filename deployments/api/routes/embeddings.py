@@ -43,7 +43,7 @@ Vector = np.ndarray[Any, np.dtype[np.float32]]
 Texts = str | Annotated[list[str], Field(min_length=1, max_length=4096)]
 
 
-class _PooledRequest(ServedRequest):
+class PooledRequest(ServedRequest):
     stream: Unserved = None  # type: ignore[assignment]
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, lt=2**31, description="Only so many last tokens of each text; -1: what fits."
@@ -58,7 +58,7 @@ class _PooledRequest(ServedRequest):
         )
 
 
-class EmbeddingRequest(_PooledRequest):
+class EmbeddingRequest(PooledRequest):
     input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(
@@ -66,7 +66,7 @@ class EmbeddingRequest(_PooledRequest):
     )
 
 
-class ScoreRequest(_PooledRequest):
+class ScoreRequest(PooledRequest):
     text_1: Texts = Field(description="One, or as many as text_2 has.")
     text_2: Texts
     instruction: str = Field(_INSTRUCTION, description="Of models that judge.")
@@ -84,7 +84,7 @@ class _Document(RequestModel):
     text: str
 
 
-class RerankRequest(_PooledRequest):
+class RerankRequest(PooledRequest):
     query: str
     documents: list[str | _Document] = Field(min_length=1, max_length=4096)
     top_n: int | None = Field(None, ge=1, description="Default: all.")
@@ -99,7 +99,7 @@ def routes(front: Front) -> APIRouter:
     async def create_embeddings(request: EmbeddingRequest) -> Response:
         check_model(front, request)
         prompts = [
-            await _encode(front, prompt, request) if isinstance(prompt, str) else prompt
+            await encode(front, prompt, request) if isinstance(prompt, str) else prompt
             for prompt in listed(request.input)
         ]
         vectors, usage = await _embed(front, prompts, request)
@@ -152,7 +152,7 @@ def routes(front: Front) -> APIRouter:
     return router
 
 
-async def _encode(front: Front, text: str, request: _PooledRequest) -> list[int]:
+async def encode(front: Front, text: str, request: PooledRequest) -> list[int]:
     try:
         fits = request.truncate_prompt_tokens is None
         max_len = front.client.limits.max_len if front.client.limits and fits else None
@@ -162,7 +162,7 @@ async def _encode(front: Front, text: str, request: _PooledRequest) -> list[int]
 
 
 async def _embed(
-    front: Front, prompts: Sequence[list[int]], request: _PooledRequest
+    front: Front, prompts: Sequence[list[int]], request: PooledRequest
 ) -> tuple[list[Vector], dict[str, int]]:
     """(vectors as the model has them, usage)"""
     if front.embedding is None:
@@ -174,11 +174,11 @@ async def _embed(
             "model",
             "unsupported_value",
         )
-    return await _pool(front, prompts, request, Pooling(kind=front.embedding.kind))
+    return await pool(front, prompts, request, Pooling(kind=front.embedding.kind))
 
 
-async def _pool(
-    front: Front, prompts: Sequence[list[int]], request: _PooledRequest, pooling: Pooling
+async def pool(
+    front: Front, prompts: Sequence[list[int]], request: PooledRequest, pooling: Pooling
 ) -> tuple[list[Vector], dict[str, int]]:
     options, params = request_options(front, request), request.params(pooling)
     kept = [front.truncate(prompt, params) for prompt in prompts]
@@ -204,12 +204,12 @@ def _finish(front: Front, vector: Vector) -> Vector:
 
 
 async def _score(
-    front: Front, pairs: Sequence[tuple[str, str]], request: _PooledRequest, instruction: str
+    front: Front, pairs: Sequence[tuple[str, str]], request: PooledRequest, instruction: str
 ) -> tuple[list[float], dict[str, int]]:
     if front.judges:
         return await _judge(front, pairs, request, instruction)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    prompts = [await _encode(front, text, request) for text in texts]
+    prompts = [await encode(front, text, request) for text in texts]
     vectors, usage = await _embed(front, prompts, request)
     units = {
         text: vector / max(float(np.linalg.norm(vector)), 1e-12)
@@ -219,7 +219,7 @@ async def _score(
 
 
 async def _judge(
-    front: Front, pairs: Sequence[tuple[str, str]], request: _PooledRequest, instruction: str
+    front: Front, pairs: Sequence[tuple[str, str]], request: PooledRequest, instruction: str
 ) -> tuple[list[float], dict[str, int]]:
     """The probability of yes, where no is the alternative."""
     prompts = []
@@ -231,5 +231,5 @@ async def _judge(
         except ValueError as error:
             raise prompt_error(error, "documents") from error
     yes, no = (front.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no"))
-    logits, usage = await _pool(front, prompts, request, Pooling(logits=[yes, no]))
+    logits, usage = await pool(front, prompts, request, Pooling(logits=[yes, no]))
     return [float(1 / (1 + np.exp(-np.float64(own[0] - own[1])))) for own in logits], usage

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, and GET /tokenizer_info, as vLLM has them."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec
@@ -70,6 +70,10 @@ def routes(front: Front) -> APIRouter:
     async def detokenize(request: DetokenizeRequest) -> Response:
         """The text of tokens, with special tokens by their names."""
         check_model(front, request)
+        if not front.tokenizer.knows_text:
+            raise ApiError(
+                400, "tokens: this checkpoint has no tokenizer: they have no text", "tokens"
+            )
         size = front.tokenizer.fast.get_vocab_size()
         highest = max(request.tokens, default=0)
         if highest >= size:
@@ -77,6 +81,11 @@ def routes(front: Front) -> APIRouter:
             raise ApiError(400, message, "tokens")
         text = await front.decode(request.tokens, skip_special_tokens=False)
         return await _answer(len(text), dict, prompt=text)
+
+    @router.get("/tokenizer_info", response_model=None, responses=documented(answers.TokenizerInfo))
+    async def tokenizer_info() -> dict[str, Any]:
+        """The checkpoint's tokenizer_config.json, with its class and chat template."""
+        return front.tokenizer.info
 
     return router
 

@@ -33,7 +33,7 @@ class AnswerParser:
                     content += part
                 case Reasoning(part):
                     reasoning += part
-                case CallStart(_, call_id, name):
+                case CallStart(_, name, call_id):
                     function = {"name": name, "arguments": ""}
                     calls.append({"id": call_id, "type": "function", "function": function})
                 case Arguments(index, part):
@@ -67,7 +67,7 @@ class AnswerParser:
                 return {"content": text}
             case Reasoning(text):
                 return {"reasoning_content": text, "reasoning": text}  # clients know one of them
-            case CallStart(index, call_id, name):
+            case CallStart(index, name, call_id):
                 function = {"name": name, "arguments": ""}
                 call = {"index": index, "id": call_id, "type": "function", "function": function}
                 return {"tool_calls": [call]}

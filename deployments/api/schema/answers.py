@@ -24,7 +24,7 @@ class Error(Answer):
 
 
 def documented(
-    answer: type[Answer], streams: bool = False, error: type[Answer] = Error
+    answer: type[BaseModel], streams: bool = False, error: type[Answer] = Error
 ) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route: its answer, and errors, which all have one shape."""
     success: dict[str, Any] = {"model": answer}
@@ -44,6 +44,17 @@ class Health(Answer):
 
 class Load(Answer):
     server_load: int
+
+
+class TokenizerInfo(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None
+
+
+class Profiled(Answer):
+    status: Literal["started", "written"]
 
 
 class Version(Answer):
@@ -87,6 +98,22 @@ class Usage(Answer):
 
 class ChatUsage(Usage):
     completion_tokens_details: CompletionTokens
+
+
+class SpeculativeDecoding(Answer):
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+
+
+class RequestMetrics(Answer):
+    time_to_first_token_ms: float
+    generation_time_ms: float
+    queue_time_ms: float
+    mean_itl_ms: float | None
+    tokens_per_second: float | None
+    cached_tokens: int
+    num_preemptions: int
+    speculative_decoding: SpeculativeDecoding | None
 
 
 class PromptLogprob(Answer):
@@ -150,6 +177,7 @@ class ChatCompletion(Answer):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: ChatUsage
+    metrics: RequestMetrics | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
@@ -180,6 +208,7 @@ class TextCompletion(Answer):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
+    metrics: RequestMetrics | None = None
 
 
 class Tokens(Answer):
@@ -208,6 +237,22 @@ class EmbeddingList(Answer):
     object: Literal["list"]
     model: str
     data: list[Embedding]
+    usage: PooledUsage
+
+
+class Classification(Answer):
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classifications(Answer):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classification]
     usage: PooledUsage
 
 

@@ -66,7 +66,7 @@ class MessageOutput:
                 if self._shows_thinking:
                     self._blocks[-1]["thinking"] += text
                     yield self._delta("thinking_delta", thinking=text)
-            case CallStart(_, call_id, name):
+            case CallStart(_, name, call_id):
                 self._json = ""
                 yield from self._open(
                     {"type": "tool_use", "id": call_id, "name": name, "input": {}}

@@ -182,6 +182,11 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         False, description="Tokens in logprobs are written as token_id:ID; as in vLLM."
     )
 
+    return_metrics: bool = Field(
+        False,
+        description="The answer, or a last chunk, has metrics: how long it waited, its speed, what "
+        "was cached and guessed; of one output, null with several.",
+    )
     resume: WhereToGoOn = None
 
     @model_validator(mode="after")
@@ -265,6 +270,9 @@ class ChatCompletionRequest(GenerationRequest, AgentRequest):
     )
     reasoning_effort: Effort = Field(
         None, description="none: no thoughts. Templates that know of more are told which."
+    )
+    include_reasoning: bool = Field(
+        True, description="False: thoughts are counted, and left out of the answer; as in vLLM."
     )
     verbosity: Verbosity = None
     web_search_options: Unserved = None

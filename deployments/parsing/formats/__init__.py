@@ -7,27 +7,37 @@ from deployments.parsing.formats.gemma import Gemma
 from deployments.parsing.formats.glm import Glm
 from deployments.parsing.formats.harmony import Harmony
 from deployments.parsing.formats.hermes import Hermes
-from deployments.parsing.formats.json_array import Command, Granite, Hunyuan, Phi4
+from deployments.parsing.formats.json_array import Command, Granite, Hunyuan, Nemotron, Phi4
 from deployments.parsing.formats.kimi import Kimi
 from deployments.parsing.formats.llama3 import Llama3
 from deployments.parsing.formats.minimax import MiniMax
 from deployments.parsing.formats.mistral import Mistral
 from deployments.parsing.formats.pythonic import Pythonic
-from deployments.parsing.formats.qwen3_coder import Qwen3Coder
+from deployments.parsing.formats.qwen3_coder import Qwen3Coder, SeedOss
 from deployments.parsing.tool_format import ToolFormat
 
 ToolParserName = (
     Literal["auto", "none", "command", "deepseek", "gemma", "glm45", "granite", "harmony"]
-    | Literal["hermes", "hunyuan", "kimi_k2", "llama3_json", "minimax_m2", "mistral", "phi4"]
-    | Literal["pythonic", "qwen3_coder"]
+    | Literal["hermes", "hunyuan", "kimi_k2", "llama3_json", "minimax_m2", "mistral"]
+    | Literal["nemotron", "phi4", "pythonic", "qwen3_coder", "seed_oss"]
 )
 
 # In the order in which templates are searched for their traces: the more telling ones first.
 FORMATS: dict[str, ToolFormat] = {
     format.name: format
     for format in (
-        *(Harmony(), DeepSeek(), Kimi(), MiniMax(), Glm(), Qwen3Coder(), Command(), Hunyuan()),
-        *(Phi4(), Granite(), Hermes(), Mistral(), Pythonic(), Llama3(), Gemma()),
+        *(Harmony(), DeepSeek(), Kimi(), MiniMax(), Glm(), SeedOss(), Qwen3Coder(), Command()),
+        *(
+            Hunyuan(),
+            Nemotron(),
+            Phi4(),
+            Granite(),
+            Hermes(),
+            Mistral(),
+            Pythonic(),
+            Llama3(),
+            Gemma(),
+        ),
     )
 }
 

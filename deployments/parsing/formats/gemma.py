@@ -17,7 +17,7 @@ _MAX_DEPTH = 32
 
 class Gemma(ToolFormat):
     name = "gemma"
-    trace = "call:"
+    trace = "_call>call:"
     openers = ("<|tool_call>", "<start_function_call>")
     closers = ("<tool_call|>", "<end_function_call>")
     inner_marks = _QUOTES

@@ -55,8 +55,11 @@ class ChannelReader:
 
     def read(self) -> Reading[None]:
         source = self._source
+        # The prompt has begun a header, in which a recipient may come before the channel.
+        begins = yield from source.sees(_START, _CHANNEL, " to=", "to=")
         while (yield from source.more()):
-            if (yield from source.sees(_START, _CHANNEL)):
+            if begins or (yield from source.sees(_START, _CHANNEL)):
+                begins = False
                 header = yield from self._header()
                 if header is None:
                     self._pieces.append(Content(source.taken()))

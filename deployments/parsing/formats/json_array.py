@@ -1,4 +1,4 @@
-"""A JSON array of calls between marks: Granite 3, Phi-4, Hunyuan, Command."""
+"""A JSON array of calls between marks: Granite 3, Phi-4, Hunyuan, Nemotron, Command."""
 
 from typing import Any, ClassVar
 
@@ -32,6 +32,13 @@ class Hunyuan(_JsonArray):
     trace = "<tool_calls>"
     openers = ("<tool_calls>",)
     closers = ("</tool_calls>",)
+
+
+class Nemotron(_JsonArray):
+    name = "nemotron"
+    trace = "<TOOLCALL>"
+    openers = ("<TOOLCALL>",)
+    closers = ("</TOOLCALL>",)
 
 
 class Command(_JsonArray):

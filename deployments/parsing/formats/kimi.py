@@ -19,6 +19,9 @@ class Kimi(ToolFormat):
     inner_marks = (_ARGUMENTS,)
     prefix = "<|tool_calls_section_begin|><|tool_call_begin|>functions."
 
+    def new_id(self, name: str, number: int) -> str:
+        return f"functions.{name}:{number}"
+
     def read_marked(self, source: Source, reader: CallReader) -> Reading[None]:
         yield from source.skip("functions.")
         name = yield from source.all_of(WORD, MAX_NAME)

@@ -13,15 +13,14 @@ _TAGS = Tags('<parameter name="', ('">',), "</parameter>")
 class MiniMax(ToolFormat):
     name = "minimax_m2"
     trace = "<minimax:tool_call>"
-    openers = ("<minimax:tool_call>",)
+    openers = ("<minimax:tool_call>", '<invoke name="')  # the first once, for all calls
     closers = ("</invoke>", "</minimax:tool_call>")
     prefix = '<minimax:tool_call>\n<invoke name="'
 
     def read_marked(self, source: Source, reader: CallReader) -> Reading[None]:
-        if (yield from source.skip('<invoke name="')):
-            name = yield from source.all_of(WORD, MAX_NAME)
-            if (yield from source.skip('">')):
-                yield from TaggedArguments(source, reader, name, _TAGS).read()
+        name = yield from source.all_of(WORD, MAX_NAME)
+        if name and (yield from source.skip('">')):
+            yield from TaggedArguments(source, reader, name, _TAGS).read()
 
     def written(self, function: dict[str, Any]) -> Parts:
         begin = f'{self.prefix}{function["name"]}">\n'

@@ -19,7 +19,7 @@ class Mistral(ToolFormat):
         begin = f'{self.prefix}[{{"name": "{function["name"]}", "arguments": '
         return [begin, arguments_form(function), "}]"]
 
-    def new_id(self) -> str:
+    def new_id(self, name: str, number: int) -> str:
         letters = string.ascii_letters + string.digits  # its chat templates insist on nine of these
         return "".join(secrets.choice(letters) for _ in range(9))
 

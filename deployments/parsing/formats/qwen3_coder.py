@@ -1,4 +1,7 @@
-"""<tool_call><function=name><parameter=key>value</parameter></function>: Qwen3-Coder, Qwen3.5."""
+"""<tool_call><function=name><parameter=key>value</parameter></function>: Qwen3-Coder, Qwen3.5.
+
+Seed-OSS has other marks around it.
+"""
 
 from typing import Any
 
@@ -12,7 +15,7 @@ _TAGS = Tags("<parameter=", (">",), "</parameter>", has_lines=True)
 
 class Qwen3Coder(ToolFormat):
     name = "qwen3_coder"
-    trace = "<function="
+    trace = "<parameter="
     openers = ("<tool_call>",)
     closers = ("</function>", "</tool_call>")
     prefix = "<tool_call>\n<function="
@@ -25,4 +28,12 @@ class Qwen3Coder(ToolFormat):
 
     def written(self, function: dict[str, Any]) -> Parts:
         begin = f"{self.prefix}{function['name']}>\n"
-        return [begin, *_TAGS.written(function), "</function>\n</tool_call>"]
+        return [begin, *_TAGS.written(function), "\n".join(self.closers)]
+
+
+class SeedOss(Qwen3Coder):
+    name = "seed_oss"
+    trace = "<seed:tool_call>"
+    openers = ("<seed:tool_call>",)
+    closers = ("</function>", "</seed:tool_call>")
+    prefix = "<seed:tool_call>\n<function="

@@ -24,6 +24,7 @@ class TransformersShape(ModelShape):
             found.vocab_size,
             longest_text(hf),
             dtype,
+            None,
             hf,
             {1: found},
         )

@@ -66,7 +66,7 @@ class ResponseOutput:
                 yield from self._add_text("message", "output_text", text)
             case Reasoning(text):
                 yield from self._add_text("reasoning", "reasoning_text", text)
-            case CallStart(_, call_id, name):
+            case CallStart(_, name, call_id):
                 yield from self.end_item()
                 self._arguments = ""
                 call = self._toolbox.call(name)
