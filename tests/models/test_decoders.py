@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.sweep import Outcome, examine
-from tests.models.tiny import KINDS
+from tests.models.sweep import Outcome, examine, on_two_ranks
+from tests.models.tiny import KINDS, save_random, tiny_config
 
 # What sets each apart -> kind, and whether two ranks share it: a part of what -m slow runs.
 NATIVE = {
@@ -48,6 +48,13 @@ def test_our_blocks_compute_it_too(kind: str, shared: bool, tmp_path: Path) -> N
     outcome = examine(kind, tmp_path, shared)
     assert (outcome.state, outcome.path) == ("served", "native"), outcome
     assert outcome.ranks == ("equal" if shared else "")
+
+
+def test_norms_over_all_heads_count_those_that_ranks_share_once(tmp_path: Path) -> None:
+    config = tiny_config("olmo2")
+    config.num_key_value_heads = 1
+    save_random("olmo2", config, tmp_path)
+    assert on_two_ranks(tmp_path) == "equal"
 
 
 @pytest.mark.parametrize("kind", REFUSED)
