@@ -10,7 +10,7 @@ from typing import NamedTuple
 from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.ranks.group import Leader
-from engine.runner.commands import Profile
+from engine.runner.commands import DraftTokens, Profile
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
@@ -86,6 +86,7 @@ class Engine:
             is_exact=runner.is_exact,
             forced=lambda row, is_settled: runner.sampler.matchers.forced(row, is_settled),
             encode=self._encode,
+            draft=lambda rows: self.executor.run(DraftTokens(rows))(),
         )
         self.scheduler = Scheduler(
             config, blocks, self.limits.max_len, runner.eos_token_ids, self.speculator
