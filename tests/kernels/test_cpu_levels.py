@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +19,9 @@ import torch
 
 from kernels import Ops
 from kernels.cpu.build import choose_level
-from kernels.cpu.compiler import LEVELS
 from kernels.quantization import Quantization
 from tests.kernels import levels, test_cpu_bits, test_cpu_ops, test_cpu_sampling
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -76,28 +73,3 @@ def test_all_of_the_tests(level: str) -> None:
     )
     print(level, done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_wheel_runs_where_there_is_no_compiler(tmp_path: Path) -> None:
-    """Built as a user builds it; unpacked, it has a library of each level, and takes its own."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stem.endswith(platform.machine()) and "-py3-none-" in wheel.stem
-    unpacked = tmp_path / "unpacked"
-    zipfile.ZipFile(wheel).extractall(unpacked)
-    found = {path.stem for path in (unpacked / "kernels/cpu/lib").iterdir()}
-    assert found == {level.name for level in LEVELS[platform.machine()]}
-    code = "import torch, kernels; print(kernels.select_ops(torch.device('cpu')).name)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=unpacked,
-        env={"PATH": "", "MANTA_CACHE_DIR": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == f"cpu-{choose_level().name}"
-    assert not (tmp_path / "cache").exists()
