@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,53 +47,65 @@ class ModelRunner:
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
         self.profiler = Profiler(config.profile_directory, self.ranks.world.rank)
-        if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
-        memory = DeviceMemory.of(self.device, self.ranks.world.size).total
-        config = config.on_device(self.device.type, self.ranks.world.agree_on_minimum(memory))
-        self.config = config
+        self.config = config = self._on_device(config)
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
-        shape.check_divisible(self.ranks.tensor.size)
-        draft = read_draft(config, directory, shape)
-        begin = time.monotonic()
-        self.ops = self._select_ops([shape, *(draft[1:] if draft else ())])
-        self.startup_s = {"kernels": time.monotonic() - begin}  # by phase
         self.max_len = config.max_model_len or shape.max_position
         self.vocab_size, self.num_labels = shape.vocab_size, shape.num_labels
         self.eos_token_ids = eos_token_ids
+        self.startup_s: dict[str, float] = {}  # by phase
+        shape.check_divisible(self.ranks.tensor.size)
+        draft = read_draft(config, directory, shape)
+        with self._phase("kernels"):
+            self.ops = self._select_ops([shape, *(draft[1:] if draft else ())])
         meter = MemoryMeter(self.device)
-        begin, before = time.monotonic(), meter.in_use()
-        self.model = self._load(directory, shape, show_progress)
-        draft_model = self._load(*draft, show_progress) if draft else None
+        before = meter.in_use()
+        with self._phase("weights"):
+            self.model = self._load(directory, shape, show_progress)
+            draft_model = self._load(*draft, show_progress) if draft else None
         weights = max(meter.in_use() - before, 0)
-        self.startup_s["weights"] = time.monotonic() - begin
         draft_layout = self._layout(draft[1]) if draft else None
-        self.cache_layout = self._layout(shape, draft_layout)
-        num_groups = len(self.cache_layout.groups)
-        self.tables = DeviceTables(
-            config.step_size.rows, self.max_len, config.block_size, self.device, num_groups
-        )
-        self.sampler = Sampler(
-            self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.ranks.world
-        )
-        self.forward_pass = ForwardPass(
-            config, self.model, self.tables, self.cache_layout, self.ops, self.device
-        )
+        self._build(self._layout(shape, draft_layout))
         self.draft: DraftModel | None = None
         if draft_model is not None and draft_layout is not None:
             self.draft = DraftModel(
                 config, draft_model, draft_layout, self.tables, self.sampler, self.ops, self.device
             )
-        self.host_cache = new_host_cache(config, self.cache_layout, self.device)
         watch = watch_compilation(self.device)
-        begin = time.monotonic()
-        self.memory = self._open(meter, weights)
-        self.startup_s["cache"] = time.monotonic() - begin  # and rehearsal, on a GPU
+        with self._phase("cache"):  # and rehearsal, on a GPU
+            self.memory = self._open(meter, weights)
         watch.start_serving()
         self.late_compilations = watch.late  # while requests were waiting; there should be none
         if show_progress:
             print(self, file=sys.stderr)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Of the start."""
+        begin = time.monotonic()
+        yield
+        self.startup_s[name] = time.monotonic() - begin
+
+    def _on_device(self, config: EngineConfig) -> EngineConfig:
+        """With what it leaves to the device, which is as good as the least of all ranks."""
+        size = self.ranks.world.size
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads or num_compute_threads(size))
+        memory = DeviceMemory.of(self.device, size).total
+        return config.on_device(self.device.type, self.ranks.world.agree_on_minimum(memory))
+
+    def _build(self, layout: KVCacheLayout) -> None:
+        """What stands around the model: tables, sampler, forward pass, host cache."""
+        config, self.cache_layout = self.config, layout
+        rows, num_groups = config.step_size.rows, len(layout.groups)
+        self.tables = DeviceTables(rows, self.max_len, config.block_size, self.device, num_groups)
+        self.sampler = Sampler(
+            self.model, self.tables, self.vocab_size, self.eos_token_ids, self.ops, self.ranks.world
+        )
+        self.forward_pass = ForwardPass(
+            config, self.model, self.tables, layout, self.ops, self.device
+        )
+        self.host_cache = new_host_cache(config, layout, self.device)
 
     def _select_ops(self, shapes: list[ModelShape]) -> Ops:
         config, num_ranks = self.config, self.ranks.tensor.size
