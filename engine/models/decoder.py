@@ -50,7 +50,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)
-        self._softcap = config.logit_softcap
+        self._scale, self._softcap = config.logit_scale, config.logit_softcap
         self.is_classifier = config.num_labels is not None
         if config.num_labels is not None:
             self.score = self.lm_head = VocabEmbedding(context, config.num_labels)
@@ -76,6 +76,10 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab], or [N, labels] of a classifier, in the model's dtype."""
         logits = self.lm_head.logits(hidden)
+        if self.is_classifier:
+            return logits
+        if self._scale != 1:
+            logits = logits * self._scale
         if self._softcap is not None:
             logits = (logits / self._softcap).tanh() * self._softcap
         return logits

@@ -38,7 +38,7 @@ def expected(oracle: Any, prompt: list[int], name: str) -> Tensor:
     return {"last": states[-1], "mean": states.mean(0), "cls": states[0]}[name]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma"])
 def test_vectors_are_those_of_transformers(checkpoints: CheckpointFactory, family: str) -> None:
     """In chunks, in a batch with requests that generate, and where prefixes are cached."""
     oracle = load_oracle(checkpoints(family))
@@ -134,7 +134,7 @@ def test_sentence_transformers_config_says_how_to_pool(tmp_path: Path) -> None:
 LABELS = {0: "bad", 1: "good", 2: "odd"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma"])
 def test_labels_get_what_transformers_gives_them(
     checkpoints: CheckpointFactory, family: str
 ) -> None:
