@@ -62,6 +62,7 @@ def test_its_library_is_loaded_without_a_compiler(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_for_any_machine(tmp_path: Path) -> None:
     wheel, installed = build_wheel(tmp_path, "--no-build-isolation", CXX="", PATH="")
     assert wheel.endswith("-py3-none-any.whl") and (installed / "kernels/cpu/linear.cpp").exists()
