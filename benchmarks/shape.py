@@ -41,7 +41,7 @@ def read_shape(directory: Path) -> DenseShape:
         head_dim=attention.head_dim,
         rms_eps=config.rms_eps,
         max_position=config.max_position,
-        qk_norm=attention.qk_norm,
+        qk_norm=attention.qk_norm is not None,
         window=attention.window,
         tied_embeddings=config.tied_embeddings,
     )

@@ -3,14 +3,17 @@
 import os
 from typing import Any
 
+import click
+import ray
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.config import BackpressureConfig, HTTPOptions, RequestRouterConfig
 
 from deployments import ray_private
 from deployments.api.errors import RETRY_AFTER_S
 from deployments.api.keys import KEYS_VARIABLE
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
+from deployments.cli import preflight
 from deployments.devices import with_device
 from deployments.replica import Replica
 from deployments.routing.ingress_router import IngressRouter
@@ -29,7 +32,17 @@ def app(args: AppArgs) -> Application:
     `serve run deployments:app model=Qwen/Qwen3-0.6B max_model_len=4096`, or the same names under
     `args:` in a Serve config file. Without `model`, the bundled demo model.
     """
+    if not ray.is_initialized() and _starts_ray():
+        http = HTTPOptions()
+        preflight.finish(preflight.start(args, http.host or "", http.port))
     return build(args, router_config())
+
+
+def _starts_ray() -> bool:
+    """Whether `serve run` asks, and will start a Ray of this machine alone."""
+    context = click.get_current_context(silent=True)
+    address = context.params.get("address") if context is not None else ""
+    return address == "local" or (address is None and not ray_private.is_cluster_here())
 
 
 def build(args: AppArgs, routing: RequestRouterConfig) -> Application:

@@ -46,6 +46,15 @@ def _routers_see_bodies() -> bool:
     return bool(RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY)
 
 
+def is_cluster_here() -> bool:
+    """Whether `ray.init` would join a cluster of this machine; where that cannot be told, yes."""
+    try:
+        from ray._private.services import find_gcs_addresses
+    except ImportError:
+        return True
+    return bool(find_gcs_addresses())
+
+
 def can_route_by_body() -> bool:
     """Whether an ingress router can be attached and would see prompts; the log says why not."""
     if not _routers_see_bodies():

@@ -1,4 +1,7 @@
-"""Where a checkpoint's files are: a directory, a GGUF file, or a Hugging Face hub repository."""
+"""Where a checkpoint's files are: a directory, a GGUF file, or a Hugging Face hub repository.
+
+Some may be others: its tokenizer, its chat template, its settings.
+"""
 
 import hashlib
 import json
@@ -14,20 +17,29 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from engine.config import EngineConfig
 from engine.demo import DEMO_MODEL
 from engine.progress import Progress
 
 _NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _DERIVED = "1"  # version of what is made of files
-_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+# Of a checkpoint's files those that make up its tokenizer.
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "tekken.json", "tiktoken.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+)
+# Instead of a file: where it lies, what it says, or nothing.
+_Files = dict[str, Path | str | None]
+_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
 
 
 class CheckpointError(ValueError):
     """The checkpoint is missing, broken or of a kind that is not supported."""
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint, downloaded if `model` is not on this machine.
+def resolve(model: str, revision: str | None = None, wanted: list[str] = _FILES) -> Path:
+    """The local directory of a checkpoint, of which these files are downloaded if it is not here.
 
     "manta-demo" is the model that comes with the package. A GGUF file, or REPOSITORY:QUANTIZATION
     for one on the hub, gets a directory with what its metadata say.
@@ -42,7 +54,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     if path.is_absolute() or model.startswith((".", "~")):
         raise CheckpointError(f"model: there is no directory or GGUF file {model!r}")
     repository, _, quantization = model.partition(":")
-    patterns = [f"*{quantization}*.gguf"] if quantization else _FILES
+    patterns = [f"*{quantization}*.gguf"] if quantization else wanted
     try:
         directory = Path(
             snapshot_download(
@@ -74,7 +86,8 @@ def _directory_of_gguf(file: Path) -> Path:
     return derived(files, "engine.models.gguf.convert")
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where what is made of checkpoints' files is kept."""
     return Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "models"
 
 
@@ -87,12 +100,12 @@ def derived(files: list[Path], module: str) -> Path:
     for file in files:
         state = file.stat()
         identity.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
-    cache = _cache()
-    directory = cache / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
+    kept = cache()
+    directory = kept / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
     if directory.exists():
         return directory
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept) as temporary:
         made = Path(temporary) / "made"
         made.mkdir()
         done = subprocess.run(
@@ -143,3 +156,91 @@ def special_tokens(directory: Path) -> dict[str, str]:
         for name, token in named.items()
         if isinstance(token, (str, dict))
     }
+
+
+def directory_of(config: EngineConfig) -> Path:
+    """The directory of the checkpoint that is configured, downloaded if need be.
+
+    Where files of it are to be others, one of links, made once and kept. Raises CheckpointError.
+    """
+    directory = resolve(config.model, config.revision).resolve()
+    others: _Files = {}
+    if config.tokenizer is not None:
+        theirs = resolve(config.tokenizer, wanted=list(_TOKENIZER)).resolve()
+        others |= {name: _existing(theirs / name) for name in _TOKENIZER}
+        if not any(others.values()):
+            raise CheckpointError(f"tokenizer: {theirs} has none")
+    if config.chat_template is not None:
+        template = _template(config.chat_template)
+        others |= {"chat_template.jinja": template, "additional_chat_templates": None}
+    if config.generation_config != "auto":
+        others["generation_config.json"] = _generation_config(config.generation_config)
+    if config.hf_overrides:
+        content = read_json(directory, "config.json")
+        others["config.json"] = json.dumps(_merged(content, config.hf_overrides), indent=2)
+    return _with(directory, others) if others else directory
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _template(given: str) -> str:
+    """Of a file, or the template itself."""
+    if "{{" in given or "{%" in given or "\n" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(
+            f"chat_template: {given!r} is neither a template nor a file with one ({error})"
+        ) from error
+
+
+def _generation_config(given: str) -> Path | None:
+    if given == "none":
+        return None
+    path = Path(given).expanduser().resolve() / "generation_config.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"generation_config: {given!r} should be auto, none or a directory with a "
+            "generation_config.json"
+        )
+    return path
+
+
+def _merged(content: dict[str, object], overrides: dict[str, object]) -> dict[str, object]:
+    """Objects within are merged too, as the text_config of a model that has one."""
+    merged = dict(content)
+    for name, value in overrides.items():
+        inner = content.get(name)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[name] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _with(directory: Path, others: _Files) -> Path:
+    """Links to the directory's files, but for these."""
+    files: _Files = {path.name: path for path in sorted(directory.iterdir())}
+    files |= others
+    states = [
+        f"{path.resolve()} {path.stat().st_mtime_ns}" if isinstance(path, Path) else repr(path)
+        for path in files.values()
+    ]
+    identity = repr([*zip(files, states, strict=True)])
+    kept = cache()
+    made = kept / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    if made.exists():
+        return made
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept) as temporary:
+        target = Path(temporary) / "made"
+        target.mkdir()
+        for name, content in files.items():
+            if isinstance(content, Path):
+                (target / name).symlink_to(content.resolve())
+            elif content is not None:
+                (target / name).write_text(content, encoding="utf-8")
+        with suppress(OSError):  # another process was faster
+            target.rename(made)
+    return made

@@ -1,9 +1,10 @@
 """What an engine is told when it starts."""
 
+import json
 import secrets
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from engine.strict import StrictModel
 
@@ -28,6 +29,32 @@ class EngineConfig(StrictModel):
 
     model: str = Field(min_length=1, description="Checkpoint directory or Hugging Face hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    model_impl: Literal["auto", "transformers"] = Field(
+        "auto",
+        description="Who computes the model: transformers its modules, auto our own blocks where "
+        "they can.",
+    )
+    tokenizer: str | None = Field(
+        None,
+        min_length=1,
+        description="Directory or hub id whose tokenizer and chat template are taken; default: the "
+        "model's.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="A file with a chat template, or the template itself; default: the model's.",
+    )
+    generation_config: str = Field(
+        "auto",
+        min_length=1,
+        description="Whose sampling is the default: auto the model's, none nobody's, else that of "
+        "the generation_config.json in this directory.",
+    )
+    hf_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the model's config.json that are to be others, as a JSON object.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Type of weights and activations; auto takes the checkpoint's.",
@@ -186,6 +213,15 @@ class EngineConfig(StrictModel):
     def num_ranks(self) -> int:
         """Processes that an engine is made of, one device each."""
         return self.tensor_parallel_size
+
+    @field_validator("hf_overrides", mode="before")
+    @classmethod
+    def _read_json(cls, value: Any) -> Any:
+        """Of a command line, where it is a string."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"should be a JSON object ({error})") from error
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "EngineConfig":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.ranks.group import Leader
 from engine.runner.commands import Profile
@@ -110,7 +110,7 @@ class Engine:
             self.scheduler.add(request)
 
     def _new_grammar_compiler(self) -> GrammarCompiler:
-        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        directory = directory_of(self.config)
         eos = sorted(self.runner.eos_token_ids)
         if self.speculator is not None:  # beside the compiler, which takes longer
             self._tokenizer = ThreadPoolExecutor(1, "tokenizer").submit(Tokenizer, directory)

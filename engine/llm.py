@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.generation_config import (
@@ -90,7 +90,7 @@ class LLM:
         except BaseException:
             self._followers.close(patience_s=0)
             raise
-        directory = checkpoint.resolve(self.config.model, self.config.revision)
+        directory = directory_of(self.config)
         self.tokenizer = Tokenizer(directory) if has_tokenizer(directory) else None
         self._embedding = embedding_config(directory)
         self._classifier = classifier_config(directory)

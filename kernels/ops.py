@@ -48,7 +48,7 @@ class Attention(Protocol):
                 wholly before are never read; None sees all.
             softcap: scores s become softcap * tanh(s / softcap), as in Gemma 2; None leaves them.
             sinks: [H], the score of what each head may attend to in place of any token, as in
-                gpt-oss. No kernel has them: plain torch attends.
+                gpt-oss; of q's dtype. On a GPU plain torch attends with them.
         Returns:
             [T, H, D], q's dtype; zeros for what only pads the batch.
         """
@@ -135,6 +135,7 @@ class Ops:
     )
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rotary
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
+    gelu_and_mul: Callable[[Tensor], Tensor] = reference.gelu_and_mul
     # `norm_rotary_store` in one kernel, for caches of the attention it comes with.
     fused_norm_rotary_store: (
         Callable[

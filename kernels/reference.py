@@ -214,6 +214,12 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """As `silu_and_mul`, with GELU by its approximation with tanh."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 def _mix(x: Tensor) -> Tensor:
     """The splitmix64 finalizer on int64 tensors (arithmetic wraps, shifts are made logical)."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47

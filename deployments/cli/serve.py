@@ -1,9 +1,6 @@
 """`manta serve`: a Serve config from the command line, run with the right environment."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,7 +9,7 @@ import yaml
 
 from deployments import local_ray
 from deployments.args import APPLICATION, AppArgs
-from engine.config import EngineConfig
+from deployments.cli import preflight
 
 
 def run(
@@ -31,49 +28,14 @@ def run(
         print(yaml.safe_dump(serve_config(args, host, port), sort_keys=False), end="")
         return
     if address == "local":
-        _check_port(host, port)
-        _check_cpus(AppArgs(**args))
-        asked = _ask_engine(AppArgs(**args).engine_config)
+        asked = preflight.start(AppArgs(**args), host, port)
         os.environ.update(_environment(haproxy))
     elif haproxy:
         os.environ.update(local_ray.HAPROXY)
     from deployments.cli.lifecycle import run_server  # Ray reads the environment now
 
-    if asked is not None and asked.wait() != 0:
-        raise SystemExit(1)  # it has said why
+    preflight.finish(asked)
     run_server(AppArgs(**args), host, port, address)
-
-
-def _check_cpus(args: AppArgs) -> None:
-    """Raises SystemExit for more than this machine has: Ray would wait for them for ever."""
-    if args.device == "cuda" or any(Path("/dev").glob("nvidia[0-9]*")):
-        return
-    needed = args.num_replicas * args.num_ranks * args.num_cpus_per_shard
-    if needed > (os.cpu_count() or needed):
-        raise SystemExit(
-            f"error: num_replicas ({args.num_replicas}) of {args.num_ranks} ranks with "
-            f"num_cpus_per_shard ({args.num_cpus_per_shard:g}) take {needed:g} CPUs, this machine "
-            f"has {os.cpu_count()}"
-        )
-
-
-def _ask_engine(config: EngineConfig) -> "subprocess.Popen[bytes] | None":
-    """A process that ends with an error if an engine on this machine would refuse these.
-
-    While it thinks there is more to import. Of a model that is not here yet nothing is known.
-    """
-    is_path = config.model.startswith((".", "/", "~")) or Path(config.model).exists()
-    if not is_path and config.model != "manta-demo":
-        return None
-    asked = subprocess.Popen(
-        [sys.executable, "-m", "engine.runner.preflight"],
-        stdin=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert asked.stdin is not None
-    asked.stdin.write(config.model_dump_json().encode())
-    asked.stdin.close()
-    return asked
 
 
 def _environment(haproxy: bool | None) -> dict[str, str]:
@@ -87,15 +49,6 @@ def _environment(haproxy: bool | None) -> dict[str, str]:
         if haproxy:
             raise SystemExit(f"error: {error}") from None
         return local_ray.prepare()
-
-
-def _check_port(host: str, port: int) -> None:
-    """Raises SystemExit for a port in use: Serve's proxies would share it with its owner."""
-    try:
-        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(where[:2], family=family).close()
-    except OSError as error:
-        raise SystemExit(f"error: {host}:{port}: {error}; choose another by --port") from None
 
 
 def parse_options(model: str, options: list[str]) -> dict[str, Any]:

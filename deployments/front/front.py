@@ -14,7 +14,7 @@ from deployments.observe.request_record import RequestRecord
 from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.version import VERSION
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.generation_config import (
     EmbeddingConfig,
     classifier_config,
@@ -24,7 +24,7 @@ from engine.generation_config import (
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.detokenizer import Detokenizer
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import load_tokenizer
 
 # How long proxies may take to pass on the end of an answer.
 _DRAIN_S = 0.5
@@ -54,14 +54,14 @@ class Front:
     """Serves one model by one engine, however that is started, until it drains."""
 
     def __init__(self, args: DeploymentArgs) -> None:
-        directory = checkpoint.resolve(args.model, args.revision)
+        directory = directory_of(args)
         self.model = args.model
         self.model_name = args.model_name
         self.block_key = args.block_key
         config = args.engine_config.model_dump_json()
         # Of what decides about an answer beside its request.
         self.fingerprint = f"fp_{hashlib.sha256(f'{VERSION} {config}'.encode()).hexdigest()[:12]}"
-        self.tokenizer = Tokenizer(directory)
+        self.tokenizer = load_tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
         self.tool_format = tool_format(args.tool_parser, templates.source(with_tools=True))
@@ -102,6 +102,8 @@ class Front:
 
     async def in_tokens(self, params: SamplingParams) -> SamplingParams:
         """The parameters as `generate` takes them; raises ValueError when no engine does."""
+        if params.stop and not self.tokenizer.knows_text:
+            raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
         size = sum(map(len, params.bad_words))
         return await off_loop(size, params.in_tokens, self.tokenizer.encode_bad_words)
 

@@ -21,8 +21,8 @@ from deployments.args import AppArgs
 from deployments.peers import Peers, own_name
 from deployments.routing.balancer import PrefixBalancer, ReplicaReport, RoutedPrompt, Sent
 from deployments.routing.prompt_reader import PromptReader
-from engine import checkpoint
-from engine.text.tokenizer import Tokenizer
+from engine.checkpoint import directory_of
+from engine.text.tokenizer import load_tokenizer
 
 SESSION_HEADER = "x-session-id"
 
@@ -40,9 +40,7 @@ class IngressRouter:
     """One runs beside every proxy. Replicas tell all of them what they hold."""
 
     async def __init__(self, replicas: DeploymentHandle[Any], args: AppArgs) -> None:  # type: ignore[misc]
-        tokenizer = await asyncio.to_thread(
-            lambda: Tokenizer(checkpoint.resolve(args.model, args.revision))
-        )
+        tokenizer = await asyncio.to_thread(lambda: load_tokenizer(directory_of(args)))
         keys = KeyRing.load(args) if ray_private.routers_see_keys() else None
         self._replicas = replicas
         self._balancer = PrefixBalancer()

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Unpack
 
 from transformers import PreTrainedConfig
 
 from engine.checkpoint import CheckpointError
-from engine.models.blocks.attention import AttentionConfig
-from engine.models.blocks.layer import LayerConfig, MlpConfig
+from engine.models.blocks.attention import AttentionConfig, AttentionOptions
+from engine.models.blocks.layer import NORMS_BEFORE, LayerConfig, LayerNorms, MlpConfig
 from engine.models.blocks.mlp import GatedMlpConfig
 from engine.models.blocks.rotary import RopeConfig
 from engine.models.hf_config import is_classifier, longest_text
+from engine.models.rewrite import UNCHANGED, Rewrites, rotary_order
 from engine.models.shape import LayerCache, ModelShape
 
 
@@ -24,6 +26,8 @@ class ModelConfig(ModelShape):
     rms_eps: float
     tied_embeddings: bool
     layers: tuple[LayerConfig, ...]
+    rewrites: Rewrites = UNCHANGED
+    logit_softcap: float | None = None  # c: logits are c * tanh(logits / c)
 
     def caches(self, num_ranks: int) -> list[LayerCache]:
         return [layer.attention.cache(num_ranks) for layer in self.layers]
@@ -33,48 +37,58 @@ class ModelConfig(ModelShape):
             layer.check_divisible(num_ranks)
 
 
+# What transformers calls the activations that our gated MLP has.
+_ACTIVATIONS: dict[str, Literal["silu", "gelu"]] = {
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu"),
+}
+
+
 def dense_config(
     hf: PreTrainedConfig,
     *,
     mlp: MlpConfig | None = None,
     windows: Sequence[int | None] = (),
-    qk_norm: bool = False,
-    qkv_bias: bool = False,
-    output_bias: bool = False,
+    ropes: Sequence[RopeConfig] = (),
+    interleaved: bool = False,
+    norms: LayerNorms = NORMS_BEFORE,
+    rewrites: Rewrites = UNCHANGED,
+    logit_softcap: float | None = None,
+    **attention: Unpack[AttentionOptions],
 ) -> ModelConfig:
     """A dense decoder as most families write it down.
 
     Args:
-        mlp: of every layer, where it is not the gated MLP with SiLU.
+        mlp: of every layer; by default the gated one.
         windows: sliding window of each layer; none slides by default.
+        ropes: rotary embedding of each layer; by default that of the config.
+        interleaved: the checkpoint has rotary pairs side by side, not half a head apart.
+        attention: of every layer.
     Raises:
         NotOfOurBlocksError: it is something else.
     """
-    if mlp is None:
-        if hf.hidden_act not in ("silu", "swish") or getattr(hf, "mlp_bias", False):
-            raise NotOfOurBlocksError(f"hidden_act={hf.hidden_act!r}, or biases in the MLP")
-        mlp = GatedMlpConfig(hf.intermediate_size)
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    rope = RopeConfig.of(hf, head_dim)
-    if 2 * len(rope.frequencies) != head_dim or head_dim % 2:
-        raise NotOfOurBlocksError(f"{len(rope.frequencies)} frequencies for {head_dim} dimensions")
+    count, head_dim = hf.num_hidden_layers, head_dim_of(hf)
     if hf.num_attention_heads % hf.num_key_value_heads:
         raise CheckpointError(
             f"config.json: num_attention_heads ({hf.num_attention_heads}) is no multiple of "
             f"num_key_value_heads ({hf.num_key_value_heads})"
         )
-    attention = [
-        AttentionConfig(
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=head_dim,
-            rope=rope,
-            window=window,
-            qk_norm=qk_norm,
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
+    ropes = ropes or [RopeConfig.of(hf, head_dim)] * count
+    windows = windows or [None] * count
+    if any(2 * len(rope.frequencies) != head_dim for rope in ropes):
+        raise NotOfOurBlocksError(f"{len(ropes[0].frequencies)} frequencies for {head_dim}")
+    rotary_dim = max(rope.rotary_dim for rope in ropes)
+    if interleaved or rotary_dim not in (0, head_dim):
+        rewrites = rewrites.ordered(rotary_order(head_dim, rotary_dim, interleaved))
+    layers = [
+        LayerConfig(
+            AttentionConfig(
+                hf.num_attention_heads, hf.num_key_value_heads, head_dim, rope, window, **attention
+            ),
+            mlp or gated_mlp(hf),
+            norms,
         )
-        for window in windows or [None] * hf.num_hidden_layers
+        for rope, window in zip(ropes, windows, strict=True)
     ]
     return ModelConfig(
         description=f"{hf.model_type}, computed by our own blocks",
@@ -85,8 +99,24 @@ def dense_config(
         hidden_size=hf.hidden_size,
         rms_eps=hf.rms_norm_eps,
         tied_embeddings=hf.tie_word_embeddings,
-        layers=tuple(LayerConfig(own, mlp) for own in attention),
+        layers=tuple(layers),
+        rewrites=rewrites,
+        logit_softcap=logit_softcap,
     )
+
+
+def gated_mlp(hf: PreTrainedConfig) -> GatedMlpConfig:
+    name = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    if name not in _ACTIVATIONS:
+        raise NotOfOurBlocksError(f"hidden_act={name!r}")
+    return GatedMlpConfig(
+        hf.intermediate_size, _ACTIVATIONS[name], bias=getattr(hf, "mlp_bias", False)
+    )
+
+
+def head_dim_of(hf: PreTrainedConfig) -> int:
+    given: int | None = getattr(hf, "head_dim", None)
+    return given or hf.hidden_size // hf.num_attention_heads
 
 
 def sliding_windows(hf: PreTrainedConfig, kinds: Sequence[str]) -> list[int | None]:

@@ -50,6 +50,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)
+        self._softcap = config.logit_softcap
         self.is_classifier = config.num_labels is not None
         if config.num_labels is not None:
             self.score = self.lm_head = VocabEmbedding(context, config.num_labels)
@@ -74,4 +75,7 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab], or [N, labels] of a classifier, in the model's dtype."""
-        return self.lm_head.logits(hidden)
+        logits = self.lm_head.logits(hidden)
+        if self._softcap is not None:
+            logits = (logits / self._softcap).tanh() * self._softcap
+        return logits

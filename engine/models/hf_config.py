@@ -1,5 +1,6 @@
 """config.json, read as transformers reads it: its defaults, its old spellings, its checks."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def read_hf_config(directory: Path, max_model_len: int | None = None) -> PreTrai
     if hf.is_encoder_decoder:
         raise CheckpointError("config.json: is_encoder_decoder: only decoders are served")
     _fix_long_rope(text, max_model_len)
+    if _first_scaled(text):
+        text.attn_temperature_tuning = False  # texts end before it begins
     if hf.dtype is None:
         hf.dtype = stored_dtype(directory)
     return hf
@@ -100,4 +103,21 @@ def longest_text(hf: PreTrainedConfig) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "yarn" and rope.get("factor"):
         window = max(window, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return window
+    return min(window, _end_of_plain_attention(text))
+
+
+def _first_scaled(text: PreTrainedConfig) -> int | None:
+    """The position from which on Llama 4 scales queries, by counting a step's tokens."""
+    scale: float | None = getattr(text, "floor_scale", None)
+    return None if scale is None else int(scale) - 1
+
+
+def _end_of_plain_attention(text: PreTrainedConfig) -> int:
+    """Up to how many tokens all of them see all before: selection and chunks begin there."""
+    kinds = getattr(text, "layer_types", None) or ()
+    ends = [
+        text.attention_chunk_size if "chunked_attention" in kinds else None,
+        text.index_topk if "indexed_attention" in kinds else None,
+        _first_scaled(text),
+    ]
+    return min((end for end in ends if end), default=sys.maxsize)

@@ -13,6 +13,7 @@ from engine.models.blocks.linear import BuildContext, ShardedModule, Source
 from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM
 from engine.models.reader import TensorReader, open_tensors
+from engine.models.rewrite import UNCHANGED, Rewrites, RewrittenReader
 from engine.models.shape import LanguageModel, ModelShape
 from engine.models.weights import weight_format
 from engine.progress import Progress
@@ -64,7 +65,9 @@ def _load_blocks(
     show_progress: bool,
 ) -> CausalLM:
     if model_config.tied_embeddings and config.load_format != "dummy":
-        model_config = replace(model_config, tied_embeddings=not _has_own_head(directory))
+        model_config = replace(
+            model_config, tied_embeddings=not _has_own_head(model_config, directory)
+        )
     weights = weight_format(directory, config.quantization)
     context = BuildContext(model_config.hidden_size, model_config.rms_eps, ops, parallel, weights)
     previous = torch.get_default_dtype()
@@ -81,14 +84,14 @@ def _load_blocks(
     if config.load_format == "dummy":
         load_dummy_weights(model, config.seed, pack)
     else:
-        load_weights(model, directory, show_progress, pack)
+        load_weights(model, directory, show_progress, pack, model_config.rewrites)
     model.pack_head(ops, config.quantization)
     return model
 
 
-def _has_own_head(directory: Path) -> bool:
+def _has_own_head(config: ModelConfig, directory: Path) -> bool:
     """Whether there is a head other than the embedding: it counts, whatever the config says."""
-    with open_tensors(directory) as reader:
+    with RewrittenReader(open_tensors(directory), config.rewrites) as reader:
         return {_HEAD, _EMBEDDING} <= reader.names and not reader.equal(_HEAD, _EMBEDDING)
 
 
@@ -101,6 +104,7 @@ def load_weights(
     directory: Path,
     show_progress: bool = True,
     filled: Callable[[ShardedModule], None] = _do_nothing,
+    rewrites: Rewrites = UNCHANGED,
 ) -> None:
     """Fill every parameter; a tensor missing, left over or of the wrong shape is an error.
 
@@ -109,7 +113,7 @@ def load_weights(
     """
     modules = list(_sharded_modules(model))
     with (
-        open_tensors(directory) as reader,
+        RewrittenReader(open_tensors(directory), rewrites) as reader,
         Progress(
             total=sum(p.nbytes for _, module in modules for p in module.parameters(recurse=False)),
             desc="Loading weights",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
 from engine.device.memory import available_bytes
@@ -24,8 +24,8 @@ from engine.ranks.rank_group import RankGroup
 
 def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
     """The checkpoint's directory and its model. Raises ValueError for what does not fit it."""
-    directory = checkpoint.resolve(config.model, config.revision)
-    shape = read_config(directory, config.max_model_len)
+    directory = directory_of(config)
+    shape = read_config(directory, config.max_model_len, config.model_impl)
     if config.max_model_len and config.max_model_len > shape.max_position:
         raise ValueError(
             f"max_model_len ({config.max_model_len}) is longer than the model's window; it can "

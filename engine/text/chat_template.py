@@ -32,7 +32,7 @@ class ChatTemplates:
 
     def __init__(
         self,
-        directory: Path,
+        sources: dict[str, str],
         config: dict[str, Any],
         named_tokens: dict[str, str],
         special_tokens: set[str],
@@ -40,11 +40,12 @@ class ChatTemplates:
     ) -> None:
         """
         Args:
+            sources: see `read_templates`.
             config: see `engine.checkpoint.tokenizer_config`.
             named_tokens: by name, as templates know them.
             special_tokens, other_added_tokens: what a tokenizer finds in a text before all else.
         """
-        self._sources = _sources(directory, config)
+        self._sources = sources
         self._named_tokens = named_tokens
         # The tokens that give a conversation its structure, as transformers tells them.
         known = config.get("chat_control_tokens") or "\0".join(self._sources.values())
@@ -141,8 +142,8 @@ class ChatTemplates:
         return str(rendered[0])
 
 
-def _sources(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Files come before what tokenizer_config.json has, as in transformers."""
+def read_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name. Files come before what tokenizer_config.json has, as in transformers."""
     files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
     default = directory / "chat_template.jinja"
     if default.exists():

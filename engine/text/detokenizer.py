@@ -32,14 +32,15 @@ class Detokenizer:
         """
         self._tokenizer = tokenizer.fast
         self._params = params
+        self._has_text = params.detokenize and tokenizer.knows_text
         self._is_special = tokenizer.is_special
         self._shown_tokens = shown_tokens
         self._stream = self._new_stream()
         self._undecoded: list[int] = []  # tokens since the stream last gave text
         self._unsaid = ""  # what the stream will repeat of a prompt that ends inside a character
-        for token in prompt_token_ids[-_CONTEXT:] if params.detokenize else ():
+        for token in prompt_token_ids[-_CONTEXT:] if self._has_text else ():
             self._decode(token)
-        self._unsaid = self._flush()
+        self._unsaid = self._flush() if self._has_text else ""
         self._held = ""  # text that may be the beginning of a stop string
         self._num_exempt = 0  # leading characters of it that came before min_tokens
         self.num_tokens = 0
@@ -55,7 +56,7 @@ class Detokenizer:
         it; nothing more may be pushed.
         """
         emitted = ""
-        if not self._params.detokenize:
+        if not self._has_text:
             self.num_tokens += len(token_ids)
             return emitted
         unsaid = int(stopped and not self._params.include_stop_str_in_output)

@@ -12,10 +12,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
 
 from engine.checkpoint import CheckpointError, derived, special_tokens, tokenizer_config
 from engine.errors import PromptTooLongError
-from engine.text.chat_template import ChatTemplates
+from engine.text.chat_template import ChatTemplates, read_templates
 
 # What transformers makes a tokenizer.json of: SentencePiece, Mistral's, tiktoken's, byte-level BPE.
 _OTHERS = ("tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
@@ -99,8 +100,14 @@ def _tokenizer_json(directory: Path) -> Path:
     return derived(others, "engine.text.convert") / "tokenizer.json"
 
 
+def load_tokenizer(directory: Path) -> "Tokenizer":
+    return Tokenizer(directory) if has_tokenizer(directory) else NoTokenizer()
+
+
 class Tokenizer:
     """The tokenizer and chat templates of a checkpoint directory."""
+
+    knows_text = True
 
     def __init__(self, directory: Path) -> None:
         self.fast = FastTokenizer.from_file(str(_tokenizer_json(directory)))
@@ -115,7 +122,9 @@ class Tokenizer:
         special = {token.content for token in tokens if token.special}
         others = {token.content for token in tokens} - special
         self._pieces = _Pieces(self.fast, special)
-        self.chat_templates = ChatTemplates(directory, config, named, special, others)
+        self.chat_templates = ChatTemplates(
+            read_templates(directory, config), config, named, special, others
+        )
         self.info: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # where the checkpoint names none
             **config,
@@ -223,3 +232,24 @@ class Tokenizer:
     @cached_property
     def _newline(self) -> list[int]:
         return self.encode("\n", add_special_tokens=False)
+
+
+class NoTokenizer(Tokenizer):
+    """Of a checkpoint without one: its tokens have no text, and texts are refused."""
+
+    knows_text = False
+
+    def __init__(self) -> None:
+        self.fast = FastTokenizer(BPE())
+        self._pieces = _Pieces(self.fast, ())
+        self.chat_templates = ChatTemplates({}, {}, {}, set(), set())
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_len: int | None = None
+    ) -> list[int]:
+        raise ValueError("this checkpoint has no tokenizer; give prompts as token ids")
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], max_len: int | None = None, **options: Any
+    ) -> list[int]:
+        return self.encode("")

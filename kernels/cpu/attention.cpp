@@ -99,21 +99,21 @@ void paged_attention(const Attention<T, C>& a) {
 }  // namespace manta
 
 // q and out [tokens, heads, head_dim]; caches [blocks, kv_heads, block_size, head_dim], of q's dtype
-// or Float8; head_dim a multiple of 16; window 0 sees everything. The rest is as in
-// kernels.ops.Attention.attend.
+// or Float8; head_dim a multiple of 16; window 0 sees everything, softcap 0 is none; sinks
+// [heads] of q's dtype, or null. The rest is as in kernels.ops.Attention.attend.
 MANTA_API void manta_paged_attention(int dtype, int has_float8_cache, const void* q,
                                      const void* k_cache, const void* v_cache,
                                      const int32_t* query_starts, const int32_t* context_lens,
                                      const int32_t* block_tables, void* out, int64_t requests,
                                      int64_t heads, int64_t kv_heads, int64_t head_dim,
                                      int64_t block_size, int64_t table_stride, int64_t window,
-                                     float scale) {
+                                     float scale, float softcap, const void* sinks) {
     manta::dispatch_cache(dtype, has_float8_cache, [=](auto t, auto c) {
         using T = decltype(t);
         using C = decltype(c);
         manta::paged_attention<T, C>({(const T*)q, (const C*)k_cache, (const C*)v_cache,
                                       query_starts, context_lens, block_tables, (T*)out, requests,
                                       heads, kv_heads, head_dim, block_size, table_stride, window,
-                                      scale});
+                                      scale, softcap, (const T*)sinks});
     });
 }

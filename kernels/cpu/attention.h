@@ -33,9 +33,30 @@ struct Attention {
     const int32_t* block_tables;  // rows `table_stride` apart
     T* out;  // [tokens, heads, head_dim]
     int64_t requests, heads, kv_heads, head_dim, block_size, table_stride, window;
-    float scale;
+    float scale, softcap;  // 0: no softcap
+    const T* sinks;        // [heads], or null
 
     int64_t group() const { return heads / kv_heads; }
+
+    // What scores are multiplied by before they are exponents of 2.
+    float unit() const { return softcap > 0 ? LOG2_E : scale * LOG2_E; }
+
+    // Scores [count], a multiple of WIDTH, as softcap * tanh(scale * score / softcap).
+    void cap(float* scores, int64_t count) const {
+        const float steepness = 2 * LOG2_E * scale / softcap;
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            const Floats power = exp2(load(scores + i) * steepness);
+            store(scores + i, softcap - 2 * softcap / (power + 1.0f));
+        }
+    }
+
+    // What a head's weights add up to, relative to their maximum, with its sink among them.
+    float total(float sum, float maximum, int64_t head) const {
+        if (sinks == nullptr) return sum;
+        Floats sink = {};
+        sink[0] = to_float(sinks[head]) * LOG2_E - maximum;
+        return sum + exp2(sink)[0];
+    }
 
     int64_t num_queries(int64_t request) const {
         return query_starts[request + 1] - query_starts[request];

@@ -17,7 +17,9 @@ _SIGNATURES = {
         *[c_int, c_int, c_void_p, *[c_int64] * 5, *[c_void_p] * 2, c_float, *[c_void_p] * 6],
     ],
     "store": [c_int, c_int, *[c_void_p, c_int64] * 2, *[c_int64] * 4, *[c_void_p] * 3],
-    "paged_attention": [c_int, c_int, *[c_void_p] * 7, *[c_int64] * 7, c_float],
+    "paged_attention": [
+        *[c_int, c_int, *[c_void_p] * 7, *[c_int64] * 7, c_float, c_float, c_void_p],
+    ],
 }
 
 
@@ -61,8 +63,7 @@ class CpuAttention(PagedAttention):
         sinks: Tensor | None = None,
     ) -> Tensor:
         spec, block_tables = cache.spec, inputs.block_tables
-        # Not a whole number of registers, or what models of today hardly want on a CPU.
-        if spec.head_dim % 16 != 0 or softcap is not None or sinks is not None:
+        if spec.head_dim % 16 != 0:  # not a whole number of registers
             return super().attend(q, cache, inputs, scale, window, softcap, sinks)
         q = q.contiguous()
         out = empty(q.shape, q.dtype)
@@ -84,6 +85,8 @@ class CpuAttention(PagedAttention):
             block_tables.stride(0),
             window or 0,
             scale,
+            softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
         )
         return out
 

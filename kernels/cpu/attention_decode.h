@@ -52,7 +52,7 @@ public:
         for (int64_t g = 0; g < group; ++g)
             O::pack(a.q + row + g * dim, s.queries + g * depth, dim);
         visit_tiles(item, s);
-        if (!item.partial) write(s.out, s.sums, a.out + row);
+        if (!item.partial) write(s.out, item.request, item.kv_head);
     }
 
     // Fold `count` partial results of one request and kv head into the first.
@@ -71,7 +71,7 @@ public:
                     store(out + d, fma(load(part + d), share, load(out + d) * shrink));
             }
         }
-        write(out, sums, a.out + a.row_offset(request, kv_head, 0));
+        write(out, request, kv_head);
     }
 
 private:
@@ -162,9 +162,10 @@ private:
         Element* weights = s.weights + g * TILE;
         const int64_t begin = places.first / WIDTH * WIDTH;
         const int64_t end = (places.last + WIDTH - 1) / WIDTH * WIDTH;
+        if (a.softcap > 0) a.cap(scores + begin, end - begin);
         std::fill(scores + begin, scores + places.first, -INFINITY);
         std::fill(scores + places.last, scores + end, -INFINITY);
-        const float scale = a.scale * LOG2_E;
+        const float scale = a.unit();
         Floats best = broadcast(s.maxima[g]);
         for (int64_t j = begin; j < end; j += WIDTH) best = max(best, load(scores + j) * scale);
         const float maximum_now = maximum(best);
@@ -232,9 +233,12 @@ private:
             for (int c = 0; c < COUNT; ++c) store(out + h * dim + c * WIDTH, totals[h][c]);
     }
 
-    void write(const float* out, const float* sums, T* to) const {
+    // `out` [group, dim], and behind it maxima [group] and sums [group].
+    void write(const float* out, int64_t request, int64_t kv_head) const {
+        const float *maxima = out + group * dim, *sums = maxima + group;
+        T* to = a.out + a.row_offset(request, kv_head, 0);
         for (int64_t g = 0; g < group; ++g) {
-            const float scale = 1.0f / sums[g];
+            const float scale = 1.0f / a.total(sums[g], maxima[g], kv_head * group + g);
             for (int64_t d = 0; d < dim; d += WIDTH)
                 store(to + g * dim + d, load(out + g * dim + d) * scale);
         }

@@ -153,6 +153,9 @@ private:
         a.locate(item.request, item.kv_head, tile + places.first, places.last - places.first,
                  offsets + places.first);
         score(s, offsets, places);
+        if (a.softcap > 0)
+            for (int64_t j = places.first; j < places.last; ++j)
+                a.cap(s.scores + j * ROWS, s.registers * WIDTH);
         const bool cut = tile + places.last - 1 > s.first_position ||
                          tile + places.first < a.first_visible(s.last_position);
         if (cut) mask(s, tile, places);
@@ -195,7 +198,7 @@ private:
     void soften(const State& s, Places places) const {
         for (int64_t n = 0; n < s.registers; ++n) {
             const int64_t column = n * WIDTH;
-            const float scale = a.scale * LOG2_E;
+            const float scale = a.unit();
             Floats best = load(s.maxima + column);
             for (int64_t j = places.first; j < places.last; ++j)
                 best = max(best, load(s.scores + j * ROWS + column) * scale);
@@ -279,7 +282,9 @@ private:
                 const int64_t row = item.row_begin + column + lane;
                 if (row >= item.row_end) return;
                 T* to = a.out + a.row_offset(item.request, item.kv_head, row);
-                const float scale = 1.0f / s.whole_sums[column + lane];
+                const int64_t head = item.kv_head * a.group() + row % a.group();
+                const float scale = 1.0f / a.total(s.whole_sums[column + lane],
+                                                   s.whole_maxima[column + lane], head);
                 for (int64_t d = 0; d < dim; d += WIDTH)
                     store(to + d, load(rows + lane * dim + d) * scale);
             }

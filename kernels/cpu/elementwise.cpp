@@ -30,14 +30,15 @@ void add_rms_norm(const T* x, const T* residual, const T* weight, float eps, T* 
 }
 
 template <class T>
-void silu_and_mul(const T* x, T* out, int64_t rows, int64_t size) {
+void gate_and_mul(const T* x, T* out, int64_t rows, int64_t size, float linear, float cubic) {
     parallel_for(rows, size, [=](int64_t row) {
         const T *gate = x + row * 2 * size, *up = gate + size;
         T* to = out + row * size;
         for_lanes(size, [=](int64_t i, auto lanes) {
             const Floats g = lanes.load(gate + i);
-            const Floats silu = round_to<T>(g / (1.0f + exp2(g * -LOG2_E)));
-            lanes.store(to + i, silu * lanes.load(up + i));
+            const Floats z = cubic == 0 ? g : g + cubic * g * g * g;  // no 0 times infinity
+            const Floats gated = round_to<T>(g / (1.0f + exp2(z * (-LOG2_E * linear))));
+            lanes.store(to + i, gated * lanes.load(up + i));
         });
     });
 }
@@ -65,11 +66,11 @@ MANTA_API void manta_add_rms_norm(int dtype, const void* x, const void* residual
     });
 }
 
-// x [rows, 2 * size]: gates, then ups; out [rows, size].
-MANTA_API void manta_silu_and_mul(int dtype, const void* x, void* out, int64_t rows,
-                                  int64_t size) {
+// x [rows, 2 * size]: gates g, then ups; out [rows, size], by g * sigmoid(linear * (g + cubic * g^3)).
+MANTA_API void manta_gate_and_mul(int dtype, const void* x, void* out, int64_t rows, int64_t size,
+                                  float linear, float cubic) {
     manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
-        manta::silu_and_mul((const T*)x, (T*)out, rows, size);
+        manta::gate_and_mul((const T*)x, (T*)out, rows, size, linear, cubic);
     });
 }

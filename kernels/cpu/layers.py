@@ -1,6 +1,7 @@
 """The C++ kernels around attention: functions of `kernels.reference`, which documents them."""
 
 import ctypes
+import math
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
@@ -20,8 +21,11 @@ _SIGNATURES = {
     "rms_norm": [c_int, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_int64, c_int64],
     "add_rms_norm": [c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 2, c_int64, c_int64],
     "rotary": [c_int, c_void_p, *[c_int64] * 4, *[c_void_p] * 3],
-    "silu_and_mul": [c_int, c_void_p, c_void_p, c_int64, c_int64],
+    "gate_and_mul": [c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float],
 }
+# Gates g * sigmoid(a * (g + b * g^3)): SiLU, and GELU by its approximation with tanh.
+_SILU = 1.0, 0.0
+_GELU = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 class CpuLayers:
@@ -37,7 +41,7 @@ class CpuLayers:
         self._rms_norm = library.manta_rms_norm
         self._add_rms_norm = library.manta_add_rms_norm
         self._rotary = library.manta_rotary
-        self._silu_and_mul = library.manta_silu_and_mul
+        self._gate_and_mul = library.manta_gate_and_mul
 
     def prepare_step(
         self, step: StepRows, token_table: Tensor, block_tables: Tensor, block_size: int
@@ -114,10 +118,16 @@ class CpuLayers:
         return out, total
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gated(x, *_SILU)
+
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gated(x, *_GELU)
+
+    def _gated(self, x: Tensor, linear: float, cubic: float) -> Tensor:
         x = x.contiguous()
-        rows, doubled = x.shape
-        out = empty((rows, doubled // 2), x.dtype)
-        self._silu_and_mul(DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, doubled // 2)
+        rows, size = x.shape[0], x.shape[1] // 2
+        out = empty((rows, size), x.dtype)
+        self._gate_and_mul(DTYPES[x.dtype], x.data_ptr(), out.data_ptr(), rows, size, linear, cubic)
         return out
 
     def rotary(

@@ -34,5 +34,6 @@ def cpu_ops() -> Ops:
         add_rms_norm=layers.add_rms_norm,
         rotary=layers.rotary,
         silu_and_mul=layers.silu_and_mul,
+        gelu_and_mul=layers.gelu_and_mul,
         fused_norm_rotary_store=attention.norm_rotary_store,
     )

@@ -1,4 +1,6 @@
-"""Norms and the activation: one pass over memory each."""
+"""Norms and the gated activations: one pass over memory each."""
+
+import math
 
 import torch
 import triton
@@ -65,23 +67,37 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 @triton.jit
-def _silu_and_mul_kernel(x, out, N: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_and_mul_kernel(
+    x, out, LINEAR: tl.constexpr, CUBIC: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):  # gates g by g * sigmoid(LINEAR * (g + CUBIC * g^3))
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
     gate = tl.load(x + row * (2 * N) + columns, inside, 0.0).to(tl.float32)
     up = tl.load(x + row * (2 * N) + N + columns, inside, 0.0).to(tl.float32)
-    activated = (gate * tl.sigmoid(gate)).to(x.dtype.element_ty).to(tl.float32)
+    z = gate
+    if CUBIC != 0:  # no 0 times infinity
+        z += CUBIC * gate * gate * gate
+    activated = (gate * tl.sigmoid(LINEAR * z)).to(x.dtype.element_ty).to(tl.float32)
     tl.store(out + row * N + columns, (activated * up).to(out.dtype.element_ty), inside)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
+    return _gated(x, 1.0, 0.0)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    return _gated(x, 2 * math.sqrt(2 / math.pi), 0.044715)
+
+
+def _gated(x: Tensor, linear: float, cubic: float) -> Tensor:
     x = x.contiguous()
     rows, size = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, size)
     block = min(triton.next_power_of_2(size), 2048)
+    warps = min(max(block // 256, 1), 8)
     if rows > 0:
-        _silu_and_mul_kernel[(rows, triton.cdiv(size, block))](
-            x, out, N=size, BLOCK=block, num_warps=min(max(block // 256, 1), 8)
+        _gate_and_mul_kernel[(rows, triton.cdiv(size, block))](
+            x, out, LINEAR=linear, CUBIC=cubic, N=size, BLOCK=block, num_warps=warps
         )
     return out

@@ -87,5 +87,6 @@ def triton_ops(num_processors: int, deterministic: bool = False) -> Ops:
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
         silu_and_mul=elementwise.silu_and_mul,
+        gelu_and_mul=elementwise.gelu_and_mul,
         fused_norm_rotary_store=rotary.norm_rotary_store,
     )

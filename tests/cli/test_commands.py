@@ -125,6 +125,14 @@ def test_serve_refuses_what_an_engine_would_before_ray_starts(
     assert done.stdout == ""
 
 
+def test_serve_refuses_a_model_that_is_not_served(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    done = manta("serve", str(tmp_path), "--port", str(free_port()))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line == "error: MambaForCausalLM keeps states that are no keys and values"
+
+
 def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811
     typed = "My name is Maria.\n/think\n/help\nWhat is my name?\n/new\nWhat is \\\n17 + 25?\n"
     done = manta(

@@ -277,6 +277,7 @@ def test_every_argument_is_known_to_change_answers_or_not() -> None:
     """One that is new has to be put on a side; these must be the same whenever a job goes on."""
     assert BatchArgs.model_fields.keys() - job_file._FREE == {
         *("input", "rows_per_part", "sampling", "model", "revision", "served_model_name"),
+        *("model_impl", "tokenizer", "chat_template", "generation_config", "hf_overrides"),
         *("dtype", "quantization", "kv_cache_dtype", "attention_backend", "load_format"),
         *("max_model_len", "seed", "tool_parser", "reasoning_parser", "deterministic"),
         *("pooling", "reranker"),

@@ -6,7 +6,7 @@ import pytest
 
 from tests.deployments.subprocesses import run_module
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_replicas_spread_over_nodes_and_the_loss_of_one_breaks_only_its_own(

@@ -78,6 +78,7 @@ async def until(condition: Any, what: str) -> None:
     await asyncio.to_thread(wait_until, condition, 90, what)
 
 
+@pytest.mark.slow
 def test_two_replicas_of_two_ranks_give_the_text_of_one(url: str, tiny_model: Path) -> None:
     async def all_texts() -> list[str]:
         async with httpx.AsyncClient() as client:
@@ -108,6 +109,7 @@ def test_a_rolling_update_and_a_scale_down_fail_no_request(url: str, tiny_model:
     assert asyncio.run(run()) > 18
 
 
+@pytest.mark.slow
 def test_the_number_of_replicas_follows_the_engines_load(url: str, tiny_model: Path) -> None:
     async def run() -> None:
         # 16 streams on 8 rows: a load of 2, so at least three replicas' worth.

@@ -169,8 +169,6 @@ def test_a_serve_config_file_starts_it_and_ctrl_c_leaves_no_process(tmp_path: Pa
     ("argument", "says"),
     [
         ("max_modl_len=5", "max_modl_len: unknown field, did you mean 'max_model_len'?"),
-        ("block_size=zzz", "block_size: Input should be a valid integer"),
-        ("max_num_seqs=4096 max_num_batched_tokens=2048", "must be at least max_num_seqs"),
     ],
 )
 def test_a_bad_argument_prints_one_readable_line(tmp_path: Path, argument: str, says: str) -> None:
@@ -180,6 +178,24 @@ def test_a_bad_argument_prints_one_readable_line(tmp_path: Path, argument: str, 
     output = log.read_text()
     assert says in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("model=./nowhere", "no directory or GGUF file './nowhere'"),
+        ("tensor_parallel_size=3 num_cpus_per_shard=0.1", "cannot be split over 3 ranks"),
+        ("num_replicas=1000", "num_replicas (1000) of 1 ranks"),
+    ],
+)
+def test_serve_run_refuses_before_ray_starts(tmp_path: Path, argument: str, says: str) -> None:
+    log = tmp_path / "serve.log"
+    command = [*SERVE_RUN, "--address", "local", "deployments:app", *argument.split()]
+    with running(command, log) as process:
+        assert process.wait(timeout=60) == 1
+    *_, line = log.read_text().splitlines()
+    assert line.startswith("error: ") and says in line
+    assert "Started a local Ray instance" not in log.read_text()
 
 
 @pytest.fixture(scope="module")

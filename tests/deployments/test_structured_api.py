@@ -88,7 +88,9 @@ async def ask_for_instance(api: InProcessApi, number: int) -> str:
     return await complete(api, seed=number, stream=stream, extra_body=form)
 
 
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize(
+    "batch", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))]
+)
 def test_200_of_200_random_schemas_are_obeyed(api: InProcessApi, batch: int) -> None:
     """In batches together with requests of no form, whose text is what it is alone."""
     numbers = range(50 * batch, 50 * batch + 50)

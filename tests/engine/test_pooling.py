@@ -217,7 +217,10 @@ def test_what_is_no_classifier_says_so(
         engine.add(Request("0", PROMPTS[0], params, 0))
 
     def change(content: dict[str, Any]) -> None:
-        content |= {"architectures": ["GemmaForSequenceClassification"], "model_type": "gemma"}
+        content |= {
+            "architectures": ["Starcoder2ForSequenceClassification"],
+            "model_type": "starcoder2",
+        }
 
     with pytest.raises(CheckpointError, match="classifiers are served where our own blocks"):
         read_config(edited("llama3", config=change))

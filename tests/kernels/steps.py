@@ -97,6 +97,7 @@ class Attention:
         device: torch.device = CPU,
         cache_dtype: torch.dtype | None = None,
         softcap: float | None = None,
+        has_sinks: bool = False,
     ) -> None:
         blocks_each = [-(-context // block_size) for _, context in lengths]
         num_blocks = sum(blocks_each) + 3
@@ -119,11 +120,12 @@ class Attention:
         num_tokens = sum(queries for queries, _ in lengths)
         self.q = torch.randn(num_tokens, kv_heads * group, head_dim).to(dtype)
         self.scale, self.window, self.softcap = head_dim**-0.5, window, softcap
+        self.sinks = torch.randn(kv_heads * group).to(dtype) * 3 if has_sinks else None
         self.device = device
 
     def check(self, ops: Ops) -> None:
         """The op's output is the reference's in float32."""
-        settings = (self.scale, self.window, self.softcap)
+        settings = (self.scale, self.window, self.softcap, self.sinks)
         expected = reference.attention.attend(
             self.q.float(),
             each_tensor(self.cache, Tensor.float),

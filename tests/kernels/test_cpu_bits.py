@@ -42,12 +42,14 @@ def test_attention_of_a_sequence_in_any_pieces(
         group=rng.choice([1, 2, 3, 8]),
         block_size=rng.choice([1, 7, 16, 32]),
         cache_dtype=torch.float8_e4m3fn if fp8 else None,
+        has_sinks=True,
     )
     window = rng.choice([None, None, 24, 200, 700])
+    settings = (case.scale, window, rng.choice([None, 2.0]), rng.choice([None, case.sinks]))
 
     def attend(queries: Tensor, lengths: list[tuple[int, int]]) -> Tensor:
         inputs = inputs_of(lengths, case.block_tables[: len(lengths)])
-        return ops.attention.attend(queries, case.cache, inputs, case.scale, window)
+        return ops.attention.attend(queries, case.cache, inputs, *settings)
 
     whole = attend(case.q, case.lengths)[:length]
     for start, end in random_cuts(rng, length):

@@ -45,6 +45,8 @@ def test_attention_random(ops: Ops, dtype: torch.dtype, seed: int) -> None:
         group=rng.choice([1, 2, 3, 4, 5, 7, 8]),
         block_size=rng.choice([1, 7, 16, 32, 64, 256]),
         window=window,
+        softcap=rng.choice([None, None, 1.5, 50.0]),
+        has_sinks=rng.random() < 0.3,
     ).check(ops)
 
 
@@ -71,7 +73,10 @@ def test_attention_over_an_fp8_cache(ops: Ops, dtype: torch.dtype, seed: int) ->
 def test_attention_long_context(ops: Ops, dtype: torch.dtype, queries: int) -> None:
     # Few heads and one request: the context is split over work items.
     torch.manual_seed(0)
-    Attention(random.Random(0), dtype, [(queries, 5003), (1, 9)], 64, 1, 4, 32).check(ops)
+    lengths = [(queries, 5003), (1, 9)]
+    Attention(random.Random(0), dtype, lengths, 64, 1, 4, 32, softcap=3.0, has_sinks=True).check(
+        ops
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,6 +90,9 @@ def test_attention_with_extreme_scores(ops: Ops) -> None:
     step = Attention(random.Random(0), torch.float32, [(1, 100), (60, 100)], 64, 2, 2, 32)
     step.q *= 30.0  # weights of 1 and 0
     step.check(ops)
+    for sink in (-1e4, 1e4):  # no weight for sinks, and for nothing else
+        step.sinks = torch.full((4,), sink)
+        step.check(ops)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,6 +111,7 @@ def test_norms_and_activation(ops: Ops, dtype: torch.dtype, size: int) -> None:
             assert_close(got, wanted)
         gate_up = torch.randn(rows, 2 * size).to(dtype) * 8
         assert_close(ops.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
+        assert_close(ops.gelu_and_mul(gate_up), reference.gelu_and_mul(gate_up))
 
 
 def test_norm_of_strided_rows(ops: Ops) -> None:

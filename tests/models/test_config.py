@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Phi3Config
 
 from engine.checkpoint import CheckpointError
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.models.registry import read_config
 from engine.runner.model_runner import ModelRunner
-from tests.checkpoints import VOCAB_SIZE, load_oracle
+from tests.checkpoints import _COMMON, VOCAB_SIZE, load_oracle
 from tests.engine.helpers import prompt_logits
+from tests.models.tiny import save_random
 
 LONG = [1.5 + i / 8 for i in range(8)]  # of 16 dimensions
 SHORT = [1.0 + i / 16 for i in range(8)]
-LONGROPE = dict(
+LONGROPE: dict[str, Any] = dict(
     rope_type="longrope",
     rope_theta=1000.0,
     short_factor=SHORT,
@@ -162,6 +164,31 @@ def test_a_model_saved_without_its_head_has_its_embedding(
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0, -1]
     torch.testing.assert_close(our_logits(tmp_path, tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_who_computes_a_model_can_be_chosen(checkpoints: Callable[..., Path]) -> None:
+    directory = checkpoints("qwen3")
+    assert isinstance(read_config(directory), ModelConfig)
+    shape = read_config(directory, model_impl="transformers")
+    assert not isinstance(shape, ModelConfig)
+    assert shape.description == "qwen3, computed by transformers' own modules"
+
+
+@pytest.mark.parametrize("max_model_len", [64, 512])
+def test_phi4_rotates_a_part_of_each_head(tmp_path: Path, max_model_len: int) -> None:
+    """By longrope, which scales what it rotates and nothing else."""
+    rope = LONGROPE | dict(partial_rotary_factor=0.75)
+    rope |= {name: LONGROPE[name][:6] for name in ("short_factor", "long_factor")}
+    hf = Phi3Config(
+        **_COMMON, rope_parameters=rope, original_max_position_embeddings=64, pad_token_id=None
+    )
+    save_random("phi3", hf, tmp_path)
+    assert isinstance(read_config(tmp_path), ModelConfig)
+    tokens = [(7 * i) % VOCAB_SIZE for i in range(40 if max_model_len == 64 else 100)]
+    with torch.inference_mode():
+        expected = load_oracle(tmp_path)(torch.tensor([tokens])).logits[0, -1]
+    ours = our_logits(tmp_path, tokens, max_model_len=max_model_len)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -9,18 +9,29 @@ from tests.models.sweep import Outcome, examine
 from tests.models.tiny import KINDS
 
 # What sets each apart -> kind, and whether two ranks share it: a part of what -m slow runs.
+NATIVE = {
+    "softcaps, scaled embeddings, norms of 1 + weight, four of them": ("gemma2", False),
+    "a rotary embedding and a window by kind of layer": ("gemma3_text", False),
+    "maps stored as one": ("phi3", True),
+    "half of each head stands still, pairs side by side": ("glm4", True),
+    "norms over all heads, and behind attention and MLP": ("olmo3", True),
+    "multipliers": ("granite", False),
+    "no positions where there is no window": ("exaone4", False),
+}
 SERVED = {
-    "windows in some layers, scaled embeddings, four norms": ("gemma3_text", False),
+    "one norm for attention and MLP, windows in some layers": ("cohere2", False),
     "learned positions, weights the other way round": ("gpt2", False),
     "experts": ("qwen3_moe", True),
     "latent attention, values narrower than keys": ("deepseek_v3", True),
     "sinks": ("gpt_oss", False),
+    "attention by a method of its own": ("gpt_neo", False),
+    "an indexer that selects tokens": ("deepseek_v32", False),
 }
 REFUSED = {
     "mamba": "keeps states",
     "lfm3": r"kinds that are not served: \['conv'\]",
     "bloom": "does not go through transformers' interface",
-    "deepseek_v32": "indexed_attention",
+    "inkling_text": "hybrid_sliding",
 }
 
 
@@ -29,6 +40,13 @@ def test_text_is_that_of_transformers(kind: str, shared: bool, tmp_path: Path) -
     outcome = examine(kind, tmp_path, shared)
     assert outcome.state == "served", outcome
     assert outcome.path == "transformers"
+    assert outcome.ranks == ("equal" if shared else "")
+
+
+@pytest.mark.parametrize("kind, shared", NATIVE.values(), ids=NATIVE)
+def test_our_blocks_compute_it_too(kind: str, shared: bool, tmp_path: Path) -> None:
+    outcome = examine(kind, tmp_path, shared)
+    assert (outcome.state, outcome.path) == ("served", "native"), outcome
     assert outcome.ranks == ("equal" if shared else "")
 
 

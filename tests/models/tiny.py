@@ -70,12 +70,17 @@ _SMALL: dict[str, Any] = dict(
 _OWN: dict[str, dict[str, Any]] = {
     "gemma2": dict(query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
     "falcon": dict(alibi=False, new_decoder_architecture=False, multi_query=True),
-    "gpt_neo": dict(attention_types=[[["global", "local"], 2]]),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=24),
     "modernbert-decoder": dict(pad_token_id=0, cls_token_id=1, sep_token_id=2, local_attention=24),
     "codegen": dict(rotary_dim=8),
     "gptj": dict(rotary_dim=8),
     "dots1": dict(n_shared_experts=1),
     "gemma3n_text": dict(num_kv_shared_layers=0, layer_types=None),
+    "cohere_compass_text": dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2])
+        )
+    ),
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "dbrx": dict(

@@ -70,6 +70,10 @@ def routes(front: Front) -> APIRouter:
     async def detokenize(request: DetokenizeRequest) -> Response:
         """The text of tokens, with special tokens by their names."""
         check_model(front, request)
+        if not front.tokenizer.knows_text:
+            raise ApiError(
+                400, "tokens: this checkpoint has no tokenizer: they have no text", "tokens"
+            )
         size = front.tokenizer.fast.get_vocab_size()
         highest = max(request.tokens, default=0)
         if highest >= size:

@@ -14,7 +14,9 @@ _LOWEST = -9999.0  # JSON has no -inf; OpenAI's API says this
 
 def token_name(tokenizer: Tokenizer, token: int, as_id: bool) -> str:
     """A token's text, or what vLLM's `return_tokens_as_token_ids` says instead."""
-    return f"token_id:{token}" if as_id else tokenizer.token_bytes(token).decode(errors="replace")
+    if as_id or not tokenizer.knows_text:
+        return f"token_id:{token}"
+    return tokenizer.token_bytes(token).decode(errors="replace")
 
 
 def chat_logprobs(

@@ -1,6 +1,6 @@
-"""A transformer layer: attention and MLP, each behind a norm; the residual runs beside them."""
+"""A transformer layer: attention and MLP between norms; the residual runs beside them."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -22,11 +22,26 @@ class MlpConfig(Protocol):
 
 
 @dataclass(frozen=True)
+class LayerNorms:
+    """What checkpoints call a layer's norms, those that it has."""
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+NORMS_BEFORE = LayerNorms()
+NORMS_AFTER = LayerNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """A family whose layers are built otherwise has a subclass with another `build`."""
 
     attention: AttentionConfig
     mlp: MlpConfig
+    norms: LayerNorms = NORMS_BEFORE
 
     def check_divisible(self, num_ranks: int) -> None:
         self.attention.check_divisible(num_ranks)
@@ -41,10 +56,13 @@ class Layer(nn.Module):
         super().__init__()
         self._ops = context.ops
         self._eps = context.rms_eps
-        self.input_layernorm = Norm(context.hidden_size)
         self.self_attn = config.attention.build(context)
-        self.post_attention_layernorm = Norm(context.hidden_size)
         self.mlp = config.mlp.build(context)
+        self._norms = config.norms
+        names = [name for name in astuple(config.norms) if name is not None]
+        for name in names:
+            self.add_module(name, Norm(context.hidden_size))
+        self._any_norm = names[0]
 
     def forward(
         self,
@@ -56,12 +74,25 @@ class Layer(nn.Module):
         inputs: AttentionInputs,
     ) -> tuple[Tensor, Tensor]:
         """x is what the layer before adds to the residual; the first layer has none yet."""
-        norm = self.input_layernorm.weight
-        if residual is None:
-            x, residual = self._ops.rms_norm(x, norm, self._eps), x
-        else:
-            x, residual = self._ops.add_rms_norm(x, residual, norm, self._eps)
+        norms = self._norms
+        x, residual = self._add(x, residual, norms.before_attention)
         x = self.self_attn(x, positions, cos_sin, cache, inputs)
-        norm = self.post_attention_layernorm.weight
-        x, residual = self._ops.add_rms_norm(x, residual, norm, self._eps)
-        return self.mlp(x), residual
+        x = self._normed(x, norms.after_attention)
+        x, residual = self._add(x, residual, norms.before_mlp)
+        x = self._normed(self.mlp(x), norms.after_mlp)
+        return x, residual
+
+    def _add(self, x: Tensor, residual: Tensor | None, norm: str | None) -> tuple[Tensor, Tensor]:
+        """(what comes next, residual): the latter with x, and normed where there is a norm."""
+        if residual is None:
+            return self._normed(x, norm), x
+        weight = self._weight(norm or self._any_norm)  # the sum alone is no kernel
+        normed, total = self._ops.add_rms_norm(x, residual, weight, self._eps)
+        return total if norm is None else normed, total
+
+    def _normed(self, x: Tensor, norm: str | None) -> Tensor:
+        return x if norm is None else self._ops.rms_norm(x, self._weight(norm), self._eps)
+
+    def _weight(self, norm: str) -> Tensor:
+        module: Norm = getattr(self, norm)
+        return module.weight

@@ -1,6 +1,7 @@
-"""The gated MLP: down(SiLU(gate(x)) * up(x)) (Shazeer, "GLU Variants", 2020)."""
+"""The gated MLP: down(act(gate(x)) * up(x)) (Shazeer, "GLU Variants", 2020)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
 @dataclass(frozen=True)
 class GatedMlpConfig:
     intermediate_size: int
+    activation: Literal["silu", "gelu"] = "silu"  # GELU by its approximation with tanh
+    bias: bool = False
 
     def check_divisible(self, num_ranks: int) -> None:
         check_split("intermediate features", self.intermediate_size, num_ranks)
@@ -22,10 +25,11 @@ class GatedMlpConfig:
 class GatedMlp(nn.Module):
     def __init__(self, config: GatedMlpConfig, context: BuildContext) -> None:
         super().__init__()
-        self._ops = context.ops
-        hidden, inner = context.hidden_size, config.intermediate_size
-        self.gate_up_proj = ColumnLinear(context, {"gate_proj": inner, "up_proj": inner}, hidden)
-        self.down_proj = RowLinear(context, inner, hidden)
+        ops, hidden, inner = context.ops, context.hidden_size, config.intermediate_size
+        self._act_and_mul = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul}[config.activation]
+        maps = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = ColumnLinear(context, maps, hidden, config.bias)
+        self.down_proj = RowLinear(context, inner, hidden, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._ops.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self._act_and_mul(self.gate_up_proj(x)))

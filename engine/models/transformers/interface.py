@@ -46,7 +46,7 @@ def attention_by(attends: Attends) -> Iterator[None]:
         _now.attends = before
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -54,6 +54,7 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
+    """As transformers' attention functions: [1, T, H, Dv], and no weights."""
     assert _now.attends is not None
     return _now.attends.attend(module, query, key, value, attention_mask, **options), None
 
@@ -63,5 +64,5 @@ def _mask(*, mask_function: MaskFunction, device: torch.device, **_: Any) -> Ten
     return _now.attends.mask(mask_function, device)
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, _mask)

@@ -12,11 +12,10 @@ from engine.models.reader import SafetensorsReader, open_tensors
 from engine.models.shape import ModelShape
 from engine.models.transformers.check import expected_logits, refuse_if_wrong
 from engine.models.transformers.config import TransformersShape
-from engine.models.transformers.interface import NAME
 from engine.models.transformers.model import TransformersModel
 from engine.models.transformers.pack import pack
 from engine.models.transformers.parallel import shard
-from engine.models.transformers.probe import model_class
+from engine.models.transformers.probe import let_us_attend, model_class
 from engine.models.weights import weight_format
 from engine.models.weights.plain import PlainWeights
 from engine.ranks.rank_group import RankGroup
@@ -48,7 +47,7 @@ def load_module(
     expected = expected_logits(module, shape.vocab_size)
     shard(module, parallel)
     pack(module, probed.read_weights, ops, config.quantization, device)
-    module.set_attn_implementation(NAME)
+    let_us_attend(module)
     groups = {i: g for g, layers in enumerate(shape.cache_groups(parallel.size)) for i in layers}
     windows = [cache.window for cache in probed.caches]
     # As CUDA graphs, that is, and where no step waits for what experts were chosen.

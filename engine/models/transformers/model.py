@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.models.transformers.interface import MaskFunction, attention_by
+from engine.models.transformers.probe import decoder_name
 from kernels import Ops
 from kernels.types import KVCache, StepInputs
 
@@ -34,10 +35,11 @@ class TransformersModel:
         is_recordable: bool,
     ) -> None:
         self.is_recordable = is_recordable
-        self._base: nn.Module = module.base_model
+        name = str(decoder_name(module))
+        self._base: nn.Module = getattr(module, name)
         self._head = module
         self._hidden = _Given()
-        setattr(module, module.base_model_prefix, self._hidden)  # what follows it is in `logits`
+        setattr(module, name, self._hidden)  # what follows it is in `logits`
         self._windows = windows
         self._groups = groups
         self._ops = ops

@@ -16,8 +16,10 @@ from transformers import (
 )
 
 from engine.checkpoint import CheckpointError
+from engine.models.hf_config import longest_text
 from engine.models.shape import LayerCache
 from engine.models.transformers.interface import NAME, MaskFunction, attention_by
+from engine.models.transformers.legacy import go_through_interface
 from engine.models.transformers.parallel import shard
 from engine.ranks.rank_group import RankGroup
 
@@ -32,7 +34,11 @@ _HARMLESS = frozenset(
         *("use_cache", "cache", "past_key_values", "cache_position", "return_dict"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "sliding_window"),
         *("num_items_in_batch", "logits_to_keep", "layer_type", "layer_idx", "token_type_ids"),
+        "indices",  # of the keys that an indexer selects: all, as long as texts may be
     )
+)
+_KINDS = frozenset(
+    ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention")
 )
 
 
@@ -75,19 +81,19 @@ def probe(hf: PreTrainedConfig, num_ranks: int = 1) -> Probed:
 
 
 def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, Tensor]":
-    records, counting = _Records(), _CountsTokens()
+    records, counting = _Records(model.config), _CountsTokens()
     tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device=device)
     # Experts are looked up by what is not zero, of which without values all is.
     nonzero = meta.patch(_ALL_NONZERO)  # type: ignore[attr-defined]
     with torch.inference_mode(), attention_by(records), nonzero, counting:
-        output = model.base_model(
+        output = getattr(model, str(decoder_name(model)))(
             input_ids=tokens,
             position_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             use_cache=False,
         )
         logits = model.get_output_embeddings()(output.last_hidden_state)
-    if counting.seen:
+    if counting.seen and records.caches:
         raise UnservedError(f"{type(model).__name__} counts the positions of tokens by itself")
     return records, logits
 
@@ -110,7 +116,7 @@ def model_class(hf: PreTrainedConfig) -> type[PreTrainedModel]:
     if found._is_stateful:
         raise UnservedError(f"{found.__name__} keeps states that are no keys and values")
     kinds = set(getattr(hf.get_text_config(), "layer_types", None) or ())
-    if others := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+    if others := kinds - _KINDS:
         raise UnservedError(
             f"{found.__name__} has layers of kinds that are not served: {sorted(others)}"
         )
@@ -123,22 +129,41 @@ def empty_model(hf: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                hf, attn_implementation=NAME, experts_implementation="batched_mm"
+                hf, attn_implementation="eager", experts_implementation="batched_mm"
             )
+        let_us_attend(model)
     except Exception as error:
-        if error.args == (NAME,):  # it has a class for each implementation
-            raise UnservedError(_NO_INTERFACE.format(name)) from error
         reason = " ".join(str(error).split())[:300]
         raise UnservedError(f"transformers cannot build {name}: {reason}") from error
-    if model.base_model is model or model.get_output_embeddings() is None:
+    if decoder_name(model) is None or model.get_output_embeddings() is None:
         raise UnservedError(f"{name} has no decoder and head that can be told apart")
     return model.eval()
+
+
+def decoder_name(model: PreTrainedModel) -> str | None:
+    """The attribute that is the decoder, for few of another name than they say."""
+    names = (model.base_model_prefix, "model")
+    return next((n for n in names if isinstance(getattr(model, n, None), nn.Module)), None)
+
+
+def let_us_attend(model: PreTrainedModel) -> None:
+    """Send the model's attention through our interface, where it can be."""
+    model.set_attn_implementation(NAME)
+    go_through_interface(model)
+    for module in model.modules():
+        if type(module).__name__.endswith("Indexer"):  # it would select all keys, at a cost
+            module.forward = _select_all
+
+
+def _select_all(*_: Any, **__: Any) -> Tensor:
+    return torch.empty(0, dtype=torch.int32)  # that nobody looks at
 
 
 class _Records:
     """Notes what each call of attention needs. Implements `Attends`."""
 
-    def __init__(self) -> None:
+    def __init__(self, hf: PreTrainedConfig) -> None:
+        self._hf = hf
         self.caches: list[LayerCache] = []
         self.has_sinks = False
         self._masks: dict[int, tuple[Tensor, MaskFunction]] = {}  # by the mask's id
@@ -169,7 +194,7 @@ class _Records:
             raise UnservedError(f"{name} has {q.shape[1]}, {k.shape[1]} and {v.shape[1]} heads")
         window = options.get("sliding_window")
         if mask is not None:
-            window = _window(self._masks[id(mask)][1])
+            window = _window(self._masks[id(mask)][1], longest_text(self._hf))
         head_dim = max(q.shape[-1], v.shape[-1])
         self.caches.append(LayerCache(k.shape[1], head_dim, window))
         return q.new_empty(1, _TOKENS, q.shape[1], v.shape[-1])
@@ -180,22 +205,22 @@ class _Records:
         return mask
 
 
-def _window(function: MaskFunction) -> int | None:
-    """How far back tokens see; None: all. Raises UnservedError for other shapes."""
-    zero = torch.zeros((), dtype=torch.int64)
-    distance = torch.arange(-8, _FAR)
-    widths = set()
-    for query in (2 * _FAR, 2 * _FAR + 12345):
-        position = torch.tensor(query)
-        visible = torch.as_tensor(function(zero, zero, position, position - distance))
+def _window(function: MaskFunction, longest: int) -> int | None:
+    """How far back tokens of a text see; None: all. Raises UnservedError for other shapes."""
+    zero, last = torch.zeros((), dtype=torch.int64), min(longest, _FAR) - 1
+    seen = []  # (position, how many tokens it sees)
+    for position in (last, last // 2, last // 3 + 1):
+        query, distance = torch.tensor(position), torch.arange(-8, position + 1)
+        visible = torch.as_tensor(function(zero, zero, query, query - distance))
         visible = visible.expand(distance.shape)
         width = int(visible.sum())
         if width == 0 or visible[:8].any() or not visible[8 : 8 + width].all():
             raise UnservedError("its mask is neither causal nor a sliding window")
-        widths.add(width)
-    if len(widths) > 1:
+        seen.append((position, width))
+    window = max(width for _, width in seen)
+    if any(width != min(position + 1, window) for position, width in seen):
         raise UnservedError("its mask is in chunks")
-    return None if width == _FAR else width
+    return None if window == last + 1 else window
 
 
 class _CountsTokens(TorchDispatchMode):

@@ -1,0 +1,82 @@
+"""A checkpoint whose tokenizer, chat template, generation config or fields are others'."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import LLM
+from engine.checkpoint import CheckpointError, directory_of
+from engine.config import EngineConfig
+from engine.demo import DEMO_MODEL
+from engine.generation_config import sampling_defaults
+from engine.text.tokenizer import Tokenizer
+from tests.conftest import CheckpointFactory
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
+
+
+def directory(**options: Any) -> Path:
+    return directory_of(EngineConfig(**{"model": str(DEMO_MODEL)} | options))
+
+
+def test_without_options_it_is_the_checkpoint_itself() -> None:
+    assert directory() == DEMO_MODEL
+
+
+def test_a_model_may_have_another_tokenizer_and_its_template(
+    checkpoints: CheckpointFactory,
+) -> None:
+    bare = checkpoints("qwen3")
+    llm = LLM(str(bare), tokenizer="manta-demo", device="cpu", num_threads=1, num_blocks=8)
+    assert llm.get_tokenizer().chat_template == Tokenizer(DEMO_MODEL).chat_template
+    llm.close()
+    with pytest.raises(CheckpointError, match=r"tokenizer: .* has none"):
+        directory(tokenizer=str(bare))
+
+
+def test_a_chat_template_is_a_file_or_written_out(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}!")
+    written = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for given, expected in (
+        (str(tmp_path / "own.jinja"), "{{ messages[0].content }}!"),
+        (written, written),
+    ):
+        assert Tokenizer(directory(chat_template=given)).chat_template == expected
+    with pytest.raises(CheckpointError, match=r"chat_template: './none.jinja' is neither"):
+        directory(chat_template="./none.jinja")
+
+
+def test_recommended_sampling_may_be_anothers_or_nobodys(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(DEMO_MODEL, model)
+    other.mkdir()
+    for where, top_k in ((model, 5), (other, 7)):
+        (where / "generation_config.json").write_text(json.dumps({"top_k": top_k}))
+
+    def defaults(generation_config: str) -> dict[str, Any]:
+        return sampling_defaults(directory(model=str(model), generation_config=generation_config))
+
+    assert [defaults(g) for g in ("auto", str(other), "none")] == [{"top_k": 5}, {"top_k": 7}, {}]
+    with pytest.raises(CheckpointError, match="generation_config: 'odd' should be auto, none or"):
+        defaults("odd")
+
+
+def test_fields_of_the_config_may_be_others() -> None:
+    """Also those within objects; and the same ones give the same directory."""
+    before = json.loads((DEMO_MODEL / "config.json").read_text())
+    overrides = {"max_position_embeddings": 99, "rope_parameters": {"rope_theta": 5.0}}
+    found = directory(hf_overrides=json.dumps(overrides))  # as a command line has it
+    after = json.loads((found / "config.json").read_text())
+    assert after["max_position_embeddings"] == 99
+    assert after["rope_parameters"] == before["rope_parameters"] | {"rope_theta": 5.0}
+    assert (found / "model.safetensors").resolve() == DEMO_MODEL / "model.safetensors"
+    assert directory(hf_overrides=overrides) == found != directory(hf_overrides={"rope_theta": 6})
+    for wrong, message in (("{", "should be a JSON object"), ("3", "valid dictionary")):
+        with pytest.raises(ValueError, match=message):
+            directory(hf_overrides=wrong)
