@@ -50,8 +50,8 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)
-        self._softcap = config.logit_softcap
         self.is_classifier = config.num_labels is not None
+        self._softcap = config.logit_softcap if not self.is_classifier else None
         if config.num_labels is not None:
             self.score = self.lm_head = VocabEmbedding(context, config.num_labels)
         elif config.tied_embeddings:

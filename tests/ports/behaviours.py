@@ -808,6 +808,18 @@ REFUSED: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
             {"input": "a", "include": ["message.output_text.logprobs"]},
         ),
     },
+    "Embeddings": {
+        "texts instead of documents, as TEI has it": (
+            "Jina's and Cohere's form is taken",
+            "/rerank",
+            {"query": "a", "texts": ["a"]},
+        ),
+        "a vector of every token (/pooling)": (
+            "a text is one vector",
+            "/pooling",
+            {"input": "a"},
+        ),
+    },
     "Messages": {
         "batches": ("/v1/batches are OpenAI's", "/v1/messages/batches", {"requests": []}),
     },
