@@ -7,6 +7,7 @@ from engine.models.blocks.linear import BuildContext
 from engine.models.blocks.norm import Norm
 from engine.models.blocks.rotary import rotary_table
 from engine.models.config import ModelConfig
+from engine.models.rewrite import Rewrite
 from kernels import Ops
 from kernels.quantization import Quantization
 from kernels.types import KVCache, StepInputs
@@ -50,6 +51,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)
+        self.hidden_scale = 1 / config.rewrites.modules.get("norm", Rewrite()).times
         self.is_classifier = config.num_labels is not None
         self._softcap = config.logit_softcap if not self.is_classifier else None
         if config.num_labels is not None:

@@ -24,6 +24,7 @@ class PromptPooling:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
+        self._scale = model.hidden_scale
         self._prompts: dict[int, _Prompt] = {}
 
     def enter(self, new: NewRow) -> None:
@@ -50,18 +51,18 @@ class PromptPooling:
             case "last" if end == prompt.length:
                 prompt.vector = self._of_last(prompt.pooling, states[-1:])
             case "labels" if end == prompt.length:
-                prompt.vector = self._model.logits(states[-1:])[0].float()
+                prompt.vector = self._model.logits(states[-1:])[0].float() * self._scale
             case "cls" if start == 0:
-                prompt.vector = states[0].float()
+                prompt.vector = states[0].float() * self._scale
             case "mean":
-                total = states.float().sum(0)
+                total = states.float().sum(0) * self._scale
                 prompt.vector = total if prompt.vector is None else prompt.vector + total
                 if end == prompt.length:
                     prompt.vector = prompt.vector / prompt.length
 
     def _of_last(self, pooling: Pooling, state: Tensor) -> Tensor:
         if not pooling.logits:
-            return state[0].float()
+            return state[0].float() * self._scale
         index = to_device(pooling.logits, torch.int64, state.device)
         return self._model.logits(state)[0, index].float()
 
