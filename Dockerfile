@@ -4,7 +4,7 @@
 #   docker build --target cuda -t manta:cuda .    # the image of docs/examples/rayservice.yaml
 
 FROM python:3.11-slim AS cpu
-# g++ builds the CPU kernels on first use; setpriv, of util-linux, ends HAProxy with its owner.
+# g++ compiles the CPU kernels, for all processors; setpriv, of util-linux, ends HAProxy with its owner.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ util-linux \
     && rm -rf /var/lib/apt/lists/*

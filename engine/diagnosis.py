@@ -12,9 +12,10 @@ import psutil
 import torch
 
 from engine.config import EngineConfig
+from engine.device.cpu_speed import measure
 from engine.device.memory import available_bytes
 from engine.device.threads import num_compute_threads
-from kernels import AttentionNeeds, select_ops
+from kernels import AttentionNeeds, Ops, select_ops
 from kernels.cache import cache_directory
 
 _HEAD_DIM = 128  # of most models
@@ -126,22 +127,29 @@ def _other_kernels() -> Finding | None:
 
 
 def _compiler() -> Finding:
-    from kernels.cpu import build
+    from kernels.cpu import build, compiler
 
+    if build.packaged_library() is not None:
+        return Finding("ok", "C++ compiler", "not needed, for this wheel holds the kernels")
     try:
-        compiler = build.find_compiler()
-    except build.BuildError as error:
+        found = compiler.find_compiler()
+    except compiler.BuildError as error:
         text = (
             f"{error}; without one, attention and sampling run in plain torch, about 3 times slower"
         )
         return Finding("note", "C++ compiler", text, "apt-get install g++")
-    return Finding("ok", "C++ compiler", build.version_of(compiler).splitlines()[0])
+    return Finding("ok", "C++ compiler", compiler.version_of(found).splitlines()[0])
 
 
 def _ops(device: torch.device) -> list[Finding]:
     """Builds the CPU kernels if they have not been built yet."""
     if device.type == "cpu":
-        return [_cpu_ops(select_ops(device).name)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_compute_threads())
+        try:
+            return _cpu_ops(select_ops(device))
+        finally:
+            torch.set_num_threads(before)
     return _cuda_ops(torch.cuda.get_device_properties(device))
 
 
@@ -160,12 +168,30 @@ def _cuda_ops(properties: Any) -> list[Finding]:
     return [Finding("ok", what, "Triton's"), _attention(properties)]
 
 
-def _cpu_ops(name: str) -> Finding:
+def _cpu_ops(ops: Ops) -> list[Finding]:
     from kernels.cpu import build
 
-    if name == "cpu-torch":
+    if ops.name == "cpu-torch":
         text = "plain torch, for the kernels could not be compiled (see the warning above)"
-        return Finding("note", "Ops on CPU", text, "apt-get install g++")
+        return [Finding("note", "Ops on CPU", text, "apt-get install g++")]
     why = "as MANTA_CPU_ISA says" if os.environ.get("MANTA_CPU_ISA") else "the best this CPU has"
-    text = f"{name}: attention and the rest in C++, compiled for {build.instruction_set()}, {why}"
-    return Finding("ok", "Ops on CPU", f"{text}; in {cache_directory()}")
+    where = "the wheel" if build.packaged_library() is not None else str(cache_directory())
+    text = f"{ops.name}: all in C++, at level {build.choose_level().name}, {why}; in {where}"
+    return [Finding("ok", "Ops on CPU", text), *_cpu_speed(ops)]
+
+
+def _cpu_speed(ops: Ops) -> list[Finding]:
+    speed = measure(ops)
+    how = {kind: ops.products.get(getattr(torch, kind, kind)) for kind in speed.flops_per_s}
+    rates = ", ".join(
+        f"{kind} {rate / 1e9:.0f}" + (f" ({how[kind]})" if how[kind] else "")
+        for kind, rate in speed.flops_per_s.items()
+    )
+    text = f"reads {speed.bytes_per_s / 1e9:.0f} GB/s; products in GFLOP/s: {rates}"
+    dtype = speed.fastest(("bfloat16", "float32"), (1, 8, 32))
+    best = "dtype=auto, the checkpoint's" if dtype == "bfloat16" else f"dtype={dtype}"
+    many, one = (speed.fastest(("w8a8", "int4"), tokens) for tokens in ((1, 8, 32), (1,)))
+    best += f"; for speed quantization={many}"
+    if one != many:
+        best += f", or {one} where requests mostly come one at a time"
+    return [Finding("ok", "Speed of the CPU", text), Finding("ok", "Best on the CPU", best)]

@@ -1,7 +1,7 @@
 """The op interface: the functions a model is made of, as one table per device."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -120,6 +120,8 @@ class Ops:
     """
 
     name: str
+    # How products of a dtype or quantization are computed, where that differs between processors.
+    products: Mapping[torch.dtype | str, str] = field(default_factory=dict)
     is_invariant: bool = False  # a token has the same bits, whatever else is in its step
     attention: Attention = reference.attention
     sampling: Sampling = reference

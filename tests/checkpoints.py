@@ -44,6 +44,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         dict(tie_word_embeddings=False, sliding_window=24, head_dim=16),
     ),
 }
+# That few tests are about.
+_OTHERS = {"gemma": ("GemmaForCausalLM", "GemmaConfig", dict(head_dim=16, pad_token_id=None))}
 
 
 def make_checkpoint(
@@ -53,7 +55,7 @@ def make_checkpoint(
 
     With num_labels among the overrides, it is a classifier.
     """
-    model_class, config_class, own = FAMILIES[family]
+    model_class, config_class, own = (FAMILIES | _OTHERS)[family]
     if "num_labels" in overrides or "id2label" in overrides:
         model_class = model_class.replace("ForCausalLM", "ForSequenceClassification")
     torch.manual_seed(hash_name(family))

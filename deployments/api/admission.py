@@ -33,7 +33,7 @@ async def sampling_params(front: Front, request: GenerationRequest) -> SamplingP
         params = request.sampling_params(front.sampling_defaults)
         if params.seed is None:  # drawn here, for ids of events tell it
             params = params.model_copy(update={"seed": secrets.randbits(63)})
-        return await front.in_tokens(params) if params.bad_words else params
+        return await front.in_tokens(params) if params.bad_words or params.stop else params
     except ValidationError as error:
         raise validation_error(explain(error.errors())) from error
     except ValueError as error:

@@ -102,8 +102,6 @@ class Front:
 
     async def in_tokens(self, params: SamplingParams) -> SamplingParams:
         """The parameters as `generate` takes them; raises ValueError when no engine does."""
-        if params.stop and not self.tokenizer.knows_text:
-            raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
         size = sum(map(len, params.bad_words))
         return await off_loop(size, params.in_tokens, self.tokenizer.encode_bad_words)
 
@@ -115,6 +113,8 @@ class Front:
         self.client.check_available()
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
+        if params.stop and not self.tokenizer.knows_text:
+            raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
         self.client.limits.check(prompt_token_ids, params)
 
     def max_prompt_len(self, params: SamplingParams) -> int | None:

@@ -27,7 +27,8 @@ class ModelConfig(ModelShape):
     tied_embeddings: bool
     layers: tuple[LayerConfig, ...]
     rewrites: Rewrites = UNCHANGED
-    logit_softcap: float | None = None  # c: logits are c * tanh(logits / c)
+    logit_scale: float = 1.0  # what the head gives is multiplied by it
+    logit_softcap: float | None = None  # c: logits are then c * tanh(logits / c)
 
     def caches(self, num_ranks: int) -> list[LayerCache]:
         return [layer.attention.cache(num_ranks) for layer in self.layers]
@@ -53,6 +54,7 @@ def dense_config(
     interleaved: bool = False,
     norms: LayerNorms = NORMS_BEFORE,
     rewrites: Rewrites = UNCHANGED,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     **attention: Unpack[AttentionOptions],
 ) -> ModelConfig:
@@ -68,11 +70,7 @@ def dense_config(
         NotOfOurBlocksError: it is something else.
     """
     count, head_dim = hf.num_hidden_layers, head_dim_of(hf)
-    if hf.num_attention_heads % hf.num_key_value_heads:
-        raise CheckpointError(
-            f"config.json: num_attention_heads ({hf.num_attention_heads}) is no multiple of "
-            f"num_key_value_heads ({hf.num_key_value_heads})"
-        )
+    _check_heads(hf)
     ropes = ropes or [RopeConfig.of(hf, head_dim)] * count
     windows = windows or [None] * count
     if any(2 * len(rope.frequencies) != head_dim for rope in ropes):
@@ -101,8 +99,17 @@ def dense_config(
         tied_embeddings=hf.tie_word_embeddings,
         layers=tuple(layers),
         rewrites=rewrites,
+        logit_scale=logit_scale,
         logit_softcap=logit_softcap,
     )
+
+
+def _check_heads(hf: PreTrainedConfig) -> None:
+    if hf.num_attention_heads % hf.num_key_value_heads:
+        raise CheckpointError(
+            f"config.json: num_attention_heads ({hf.num_attention_heads}) is no multiple of "
+            f"num_key_value_heads ({hf.num_key_value_heads})"
+        )
 
 
 def gated_mlp(hf: PreTrainedConfig) -> GatedMlpConfig:

@@ -7,7 +7,6 @@ from engine.models.blocks.linear import BuildContext
 from engine.models.blocks.norm import Norm
 from engine.models.blocks.rotary import rotary_table
 from engine.models.config import ModelConfig
-from engine.models.rewrite import Rewrite
 from kernels import Ops
 from kernels.quantization import Quantization
 from kernels.types import KVCache, StepInputs
@@ -51,9 +50,8 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()
         self.model = Decoder(config, max_model_len, context)
-        self.hidden_scale = 1 / config.rewrites.modules.get("norm", Rewrite()).times
+        self._scale, self._softcap = config.logit_scale, config.logit_softcap
         self.is_classifier = config.num_labels is not None
-        self._softcap = config.logit_softcap if not self.is_classifier else None
         if config.num_labels is not None:
             self.score = self.lm_head = VocabEmbedding(context, config.num_labels)
         elif config.tied_embeddings:
@@ -78,6 +76,10 @@ class CausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] -> [N, vocab], or [N, labels] of a classifier, in the model's dtype."""
         logits = self.lm_head.logits(hidden)
+        if self.is_classifier:
+            return logits
+        if self._scale != 1:
+            logits = logits * self._scale
         if self._softcap is not None:
             logits = (logits / self._softcap).tanh() * self._softcap
         return logits

@@ -47,7 +47,6 @@ class LanguageModel(Protocol):
     """A loaded model over a paged KV cache."""
 
     is_recordable: bool  # whether its decoding may be recorded and replayed
-    hidden_scale: float  # times its hidden states, they are those of the model as it is trained
 
     def __call__(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden] of a step; writes its keys and values."""

@@ -126,7 +126,18 @@ class ModelRunner:
         counts = " + ".join(map(str, self.num_blocks))
         blocks = f"{counts} KV cache blocks of {self.cache_dtype} on {self.device}"
         recorded = f"; {self.forward_pass.recorded}" if self.forward_pass.records_ahead else ""
-        return f"{blocks}; {self.memory}\n{self.ops.name} kernels{recorded}"
+        return f"{blocks}; {self.memory}\n{self.ops.name} kernels; {self._arithmetic()}{recorded}"
+
+    def _arithmetic(self) -> str:
+        """The types that it computes in, where they come from, and what that means here."""
+        text = str(self.dtype).removeprefix("torch.")
+        kind: torch.dtype | str = self.dtype
+        if self.config.dtype == "auto":
+            text = f"dtype=auto is the checkpoint's {text}"
+        if self.config.quantization:
+            text, kind = f"{text}, {self.config.quantization}", self.config.quantization
+        how = self.ops.products.get(kind)
+        return f"{text}, {how}" if how else text
 
     @torch.inference_mode()
     def _open(self, meter: MemoryMeter, weights: int) -> MemoryUse:

@@ -24,7 +24,6 @@ class PromptPooling:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
-        self._scale = model.hidden_scale
         self._prompts: dict[int, _Prompt] = {}
 
     def enter(self, new: NewRow) -> None:
@@ -51,18 +50,18 @@ class PromptPooling:
             case "last" if end == prompt.length:
                 prompt.vector = self._of_last(prompt.pooling, states[-1:])
             case "labels" if end == prompt.length:
-                prompt.vector = self._model.logits(states[-1:])[0].float() * self._scale
+                prompt.vector = self._model.logits(states[-1:])[0].float()
             case "cls" if start == 0:
-                prompt.vector = states[0].float() * self._scale
+                prompt.vector = states[0].float()
             case "mean":
-                total = states.float().sum(0) * self._scale
+                total = states.float().sum(0)
                 prompt.vector = total if prompt.vector is None else prompt.vector + total
                 if end == prompt.length:
                     prompt.vector = prompt.vector / prompt.length
 
     def _of_last(self, pooling: Pooling, state: Tensor) -> Tensor:
         if not pooling.logits:
-            return state[0].float() * self._scale
+            return state[0].float()
         index = to_device(pooling.logits, torch.int64, state.device)
         return self._model.logits(state)[0, index].float()
 

@@ -12,7 +12,7 @@
 
 namespace manta {
 
-#if defined(__AVX512F__) || defined(__aarch64__) || defined(MANTA_EMULATED_WIDTH)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int REGISTERS = 4, MAX_ROWS = 6;  // 24 sums and their operands fill 32 registers
 #elif defined(__AVX2__)
 constexpr int REGISTERS = 2, MAX_ROWS = 6;  // of 16 registers
@@ -25,9 +25,7 @@ constexpr int64_t COLUMNS = REGISTERS * WIDTH;  // outputs side by side
 // registers.
 template <class V>
 inline void pin(V& v) {
-#if defined(MANTA_EMULATED_WIDTH)
-    (void)v;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
     asm("" : "+v"(v));
 #elif defined(__x86_64__)
     asm("" : "+x"(v));
@@ -48,24 +46,19 @@ inline void add_product(Floats& total, Floats x, Floats weight) {
 
 // ---- instructions ----
 
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || \
-    defined(MANTA_EMULATED_DOTS)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define MANTA_BFLOAT16_DOT 1
 // total + the two products of the pairs of bfloat16 in a lane.
 inline Floats dot_bfloat16(Floats total, Ints a, Ints b) {
 #if defined(__AVX512BF16__)
     return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
-#elif defined(__aarch64__)
-    return (Floats)vbfdotq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #else
-    const Floats high = (Floats)(a & (int32_t)0xFFFF0000) * (Floats)(b & (int32_t)0xFFFF0000);
-    return total + ((Floats)(a << 16) * (Floats)(b << 16) + high);
+    return (Floats)vbfdotq_f32((float32x4_t)total, (bfloat16x8_t)a, (bfloat16x8_t)b);
 #endif
 }
 #endif
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD) || \
-    defined(MANTA_EMULATED_DOTS)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 #define MANTA_BYTE_DOT 1
 // total + the four products of the bytes in a lane. x86 takes those of `a` as unsigned, so that
 // BYTE_OFFSET is added to signed ones.
@@ -74,12 +67,8 @@ inline Ints dot_bytes(Ints total, Ints a, Ints b) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
 #elif defined(__AVXVNNI__)
     return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)a, (__m256i)b);
-#elif defined(__aarch64__)
-    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b);
 #else
-    for (int shift = 0; shift < 32; shift += 8)
-        total += (Ints)((UInts)a >> shift & 0xFF) * ((b << (24 - shift)) >> 24);
-    return total;
+    return (Ints)vdotq_s32((int32x4_t)total, (int8x16_t)a, (int8x16_t)b);
 #endif
 }
 #endif
@@ -96,7 +85,7 @@ inline Ints multiply_pairs(Ints a, Ints b) {
     return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(MANTA_AVX2)
     return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__) && !defined(MANTA_EMULATED_WIDTH)
+#elif defined(__SSE2__)
     return (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #elif defined(__aarch64__)
     const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;

@@ -1,5 +1,6 @@
 """The ops of a CPU: C++ kernels where they are at hand or there is a compiler, else torch."""
 
+import ctypes
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +8,7 @@ import torch
 
 from kernels.cpu import build
 from kernels.cpu.attention import CpuAttention
+from kernels.cpu.compiler import Level
 from kernels.cpu.layers import CpuLayers
 from kernels.cpu.linear import LinearPacker, pack_linear_onednn
 from kernels.cpu.recorder import CpuRecorder
@@ -15,14 +17,24 @@ from kernels.ops import REFERENCE, Ops
 
 
 def cpu_ops() -> Ops:
-    """They compute on as many threads as torch does now."""
     library = build.load_library()
     if library is None:
         return replace(REFERENCE, name="cpu-torch", pack_linear=pack_linear_onednn)
+    return ops_of(library, build.choose_level())
+
+
+def ops_of(library: ctypes.CDLL, level: Level) -> Ops:
+    """They compute on as many threads as torch does now."""
     library.manta_set_num_threads(torch.get_num_threads())
     attention, layers = CpuAttention(library), CpuLayers(library)
     return Ops(
-        name=f"cpu-{build.instruction_set()}",
+        name=f"cpu-{level.name}",
+        products={
+            torch.bfloat16: level.bfloat16,
+            torch.float16: "widened to float32 in registers",
+            "w8a8": level.bytes,
+            "int4": level.bytes,
+        },
         is_invariant=True,
         attention=attention,
         sampling=CpuSampling(library),

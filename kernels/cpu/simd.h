@@ -20,9 +20,7 @@
 
 namespace manta {
 
-#if defined(MANTA_EMULATED_WIDTH)  // in tests, of a level that the processor lacks
-constexpr int WIDTH = MANTA_EMULATED_WIDTH;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int WIDTH = 16;
 #elif defined(__AVX2__)
 constexpr int WIDTH = 8;
@@ -30,7 +28,7 @@ constexpr int WIDTH = 8;
 constexpr int WIDTH = 4;
 #endif
 // Whether this is AVX2 with registers of its own width.
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(MANTA_EMULATED_WIDTH)
+#if defined(__AVX2__) && !defined(__AVX512F__)
 #define MANTA_AVX2 1
 #endif
 
@@ -111,6 +109,22 @@ inline void store(BFloat16* p, Floats v) {
     std::memcpy(p, &s, sizeof s);
 }
 
+// The nearest float of BITS bits, MANTISSA of them after the point, ties to even; what lies beyond
+// +-limit becomes that.
+template <int BITS, int MANTISSA>
+inline UInts narrow(Floats v, float limit, uint32_t nan) {
+    constexpr int DROPPED = 23 - MANTISSA, BIAS = (1 << (BITS - 2 - MANTISSA)) - 1;
+    constexpr float LEAST = 1.0f / (1 << (BIAS - 1));  // of the normal ones
+    const Floats size = (Floats)((UInts)v & 0x7FFFFFFF);
+    const UInts bits = (UInts)(size < limit ? size : broadcast(limit));
+    const UInts even = (1 << (DROPPED - 1)) - 1 + ((bits >> DROPPED) & 1);
+    const UInts normal = ((bits + even) >> DROPPED) - ((127 - BIAS) << MANTISSA);
+    // Below, steps are equal; adding 1.5 * 2^23 rounds to whole ones.
+    const UInts subnormal = (UInts)(size * ((1 << MANTISSA) / LEAST) + 12582912.0f) - 0x4B400000;
+    const UInts sign = ((UInts)v >> 31) << (BITS - 1);
+    return v == v ? (size < LEAST ? subnormal : normal) | sign : UInts{} + nan;
+}
+
 inline Floats load(const Half* p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_cvtph_ps(load_bits<__m256i>(p));
@@ -118,14 +132,10 @@ inline Floats load(const Half* p) {
     return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p));
 #elif defined(__aarch64__)
     return (Floats)vcvt_f32_f16(load_bits<float16x4_t>(p));
-#else
-    Floats v;
-    for (int i = 0; i < WIDTH; ++i) {
-        _Float16 h;
-        std::memcpy(&h, p + i, sizeof h);
-        v[i] = static_cast<float>(h);
-    }
-    return v;
+#else  // its exponent is biased by 112 less
+    const UInts bits = load_shorts(p), size = (bits & 0x7FFF) << 13;
+    const UInts finite = (UInts)((Floats)size * 0x1p112f);
+    return (Floats)((size < 0x7C00u << 13 ? finite : size | 0x7F800000) | (bits & 0x8000) << 16);
 #endif
 }
 inline void store(Half* p, Floats v) {
@@ -139,10 +149,8 @@ inline void store(Half* p, Floats v) {
     const float16x4_t bits = vcvt_f16_f32((float32x4_t)v);
     std::memcpy(p, &bits, sizeof bits);
 #else
-    for (int i = 0; i < WIDTH; ++i) {
-        const _Float16 h = static_cast<_Float16>(v[i]);
-        std::memcpy(p + i, &h, sizeof h);
-    }
+    const Shorts bits = __builtin_convertvector(narrow<16, 10>(v, 65536.0f, 0x7E00), Shorts);
+    std::memcpy(p, &bits, sizeof bits);
 #endif
 }
 
@@ -154,13 +162,7 @@ inline Floats load(const Float8* p) {
 }
 // The nearest, ties to even; what lies beyond +-448 becomes that.
 inline void store(Float8* p, Floats v) {
-    const Floats size = (Floats)((UInts)v & 0x7FFFFFFF);
-    const UInts bits = (UInts)(size < 448.0f ? size : broadcast(448.0f));
-    const UInts normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3);
-    // Below 2^-6 the steps are of 2^-9; adding 1.5 * 2^23 rounds to whole ones.
-    const UInts subnormal = (UInts)(size * 512.0f + 12582912.0f) - 0x4B400000;
-    const UInts sign = ((UInts)v >> 24) & 0x80;
-    const UInts result = v == v ? (size < 0x1p-6f ? subnormal : normal) | sign : UInts{} + 0x7F;
+    const UInts result = narrow<8, 3>(v, 448.0f, 0x7F);
     const UBytes bytes = __builtin_convertvector(result, UBytes);
     std::memcpy(p, &bytes, sizeof bytes);
 }

@@ -13,11 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from deployments import local_ray
 from deployments.cli.announce import _first_key, announce
 from engine import diagnosis as doctor
+from engine.device.cpu_speed import CpuSpeed
+from kernels import Ops
 from tests.deployments.conftest import demo, free_port, wait_until  # noqa: F401
 from tests.deployments.local_server import LocalServer, serve_locally
 
@@ -252,8 +255,9 @@ def test_ray_of_one_machine_is_closed_to_its_other_users(
 def test_doctor_names_devices_ops_and_reasons() -> None:
     done = manta("doctor")
     assert done.returncode == 0, done.stdout
-    for what in ("PyTorch", "CPU", "C++ compiler", "Ops on CPU", "Ray", "HAProxy", "Model cache"):
-        assert what in done.stdout, what
+    what = ["PyTorch", "CPU", "C++ compiler", "Ops on CPU", "Speed of the CPU", "Best on the CPU"]
+    for each in (*what, "Ray", "HAProxy", "Model cache"):
+        assert each in done.stdout, each
 
 
 def test_doctor_says_what_serving_a_model_takes_without_loading_it() -> None:
@@ -309,11 +313,31 @@ def test_doctor_says_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_doctor_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.cpu import build
 
-    def no_compiler() -> str:
-        raise build.BuildError("no C++ compiler was found")
-
-    monkeypatch.setattr(build, "find_compiler", no_compiler)
-    (finding,) = [found for found in doctor.examine() if found.what == "C++ compiler"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    finding = doctor._compiler()
     assert (finding.state, finding.fix) == ("note", "apt-get install g++")
+    monkeypatch.setattr(build, "packaged_library", lambda: Path("avx2.so"))
+    finding = doctor._compiler()
+    assert finding.state == "ok" and "this wheel holds the kernels" in finding.text
+    monkeypatch.undo()
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert [found.state for found in doctor.examine() if found.what == "kernels"] == ["bad"]
+
+
+def test_doctor_chooses_by_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a weight or multiplying by it, whichever is longer; steps of 1, 8 and 32 tokens."""
+    rates = {"float32": 170e9, "bfloat16": 165e9, "w8a8": 330e9, "int4": 250e9}
+    how = {torch.bfloat16: "widened", "w8a8": "by vpdpbusd"}
+    ops = Ops("cpu-avx_vnni", products=how)
+    monkeypatch.setattr(doctor, "measure", lambda ops: CpuSpeed(33e9, rates))
+    speed, best = doctor._cpu_speed(ops)
+    assert (
+        "33 GB/s" in speed.text and "bfloat16 165 (widened), w8a8 330 (by vpdpbusd)" in speed.text
+    )
+    assert best.text == (
+        "dtype=auto, the checkpoint's; for speed quantization=w8a8, or int4 where requests mostly "
+        "come one at a time"
+    )
+    rates |= {"bfloat16": 18e9, "int4": 500e9}  # without instructions for it
+    assert doctor._cpu_speed(ops)[1].text == "dtype=float32; for speed quantization=int4"

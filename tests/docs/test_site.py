@@ -16,6 +16,7 @@ from deployments.batch.job_args import BatchArgs
 from docs.site import bars
 from docs.site.hooks import expand
 from engine.sampling_params import SamplingParams
+from kernels.cpu.compiler import LEVELS
 from tests.docs.blocks import ROOT
 
 
@@ -91,3 +92,10 @@ def test_every_variable_of_the_environment_is_listed() -> None:
         for file in (ROOT / package).rglob("*.py"):
             for name in re.findall(r'"(MANTA_[A-Z_]+)"', file.read_text()):
                 assert f"`{name}`" in listed, f"{name} of {file.name}"
+
+
+def test_every_level_of_instructions_is_listed() -> None:
+    page = (ROOT / "docs" / "cpu.md").read_text()
+    for level in {level for levels in LEVELS.values() for level in levels}:
+        row = rf"^\| `{level.name}` \| [^|]+ \| {level.bfloat16} \| {level.bytes} \|$"
+        assert re.search(row, page, re.M), row

@@ -95,6 +95,7 @@ def test_startup_says_what_went_where(
     assert "50 KV cache blocks of torch.float32 on cpu; weights " in said
     assert f"KV cache {50 * 2 * 3 * 2 * 32 * 32 * 4 / (1 << 20):.1f} MiB" in said
     assert "left for activations and others" in said
+    assert "kernels; dtype=auto is the checkpoint's float32\n" in said
 
 
 def test_a_report_names_each_part() -> None:

@@ -43,7 +43,7 @@ def expected(oracle: Any, prompt: list[int], name: str) -> Tensor:
     return {"last": states[-1], "mean": states.mean(0), "cls": states[0]}[name]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma"])
 def test_vectors_are_those_of_transformers(checkpoints: CheckpointFactory, family: str) -> None:
     """In chunks, in a batch with requests that generate, and where prefixes are cached."""
     oracle = load_oracle(checkpoints(family))

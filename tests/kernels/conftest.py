@@ -1,22 +1,23 @@
 """The compiled ops, for the tests that hold them against their oracles."""
 
-import ctypes
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kernels import Ops, select_ops
-from kernels.cpu import build
-
-# A library to test instead: of another level, or compiled by hand.
-if library := os.environ.get("MANTA_TEST_LIBRARY"):
-    build.load_library = lambda: ctypes.CDLL(library)  # type: ignore[assignment]
+from tests.kernels.levels import ops_at
 
 
 @pytest.fixture(scope="module")
-def ops() -> Ops:
+def ops() -> Iterator[Ops]:
+    """Of the processor at hand; or of any level that MANTA_TEST_LEVEL names."""
+    if level := os.environ.get("MANTA_TEST_LEVEL"):
+        with ops_at(level) as selected:
+            yield selected
+        return
     selected = select_ops(torch.device("cpu"))
     if selected.name == "cpu-torch":
         pytest.skip("no C++ compiler here")
-    return selected
+    yield selected

@@ -64,14 +64,20 @@ def test_attention_of_a_sequence_in_any_pieces(
 def test_rows_of_a_linear_layer_in_any_batch(
     ops: Ops, dtype: torch.dtype, quantization: Quantization | None
 ) -> None:
+    for inputs in (64, 1344):
+        check_rows_in_any_batch(ops, dtype, quantization, rows=230, inputs=inputs)
+
+
+def check_rows_in_any_batch(
+    ops: Ops, dtype: torch.dtype, quantization: Quantization | None, rows: int, inputs: int
+) -> None:
     rng = random.Random(0)
     torch.manual_seed(0)
-    for inputs in (64, 1344):
-        x = torch.randn(230, inputs).to(dtype)
-        linear = ops.pack_linear(torch.randn(150, inputs).to(dtype), None, quantization)
-        whole = linear(x)
-        for start, end in random_cuts(rng, len(x)):
-            assert linear(x[start:end]).equal(whole[start:end]), (inputs, start, end)
+    x = torch.randn(rows, inputs).to(dtype)
+    linear = ops.pack_linear(torch.randn(150, inputs).to(dtype), None, quantization)
+    whole = linear(x)
+    for start, end in random_cuts(rng, len(x)):
+        assert linear(x[start:end]).equal(whole[start:end]), (inputs, start, end)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from kernels import Ops, reference, select_ops
 from kernels.cpu import build
+from kernels.cpu.compiler import LEVELS, compile_levels
 from kernels.ops import REFERENCE
 from kernels.quantization import Quantization
 from kernels.types import PagedKV, StepRows
@@ -211,21 +213,30 @@ def test_every_value_is_stored_in_fp8_as_torch_rounds_it(ops: Ops, dtype: torch.
 def test_pack_linear(ops: Ops, dtype: torch.dtype, quantization: Quantization | None) -> None:
     rng = random.Random(0)
     for rows in (1, 2, 3, 4, 5, 6, 7, 13, 97, 200):
-        torch.manual_seed(rows)
         inputs, outputs = 32 * rng.randint(1, 6), rng.randint(1, 200)
         if rows == 13:
             inputs = 3072  # a panel in more than one block
-        weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
-        bias = torch.randn(outputs).to(dtype) if rows % 2 else None
-        x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]
-        poison_allocations()
-        actual = ops.pack_linear(weight, bias, quantization)(x)
-        exact = None if bias is None else bias.float()
-        oracle = reference.pack_linear(weight.float(), exact, quantization)
-        tolerance = max(TOLERANCE[dtype], 0.01 if quantization else 0)  # halves round either way
-        torch.testing.assert_close(
-            actual.float(), oracle(x.float()), rtol=tolerance, atol=tolerance
-        )
+        check_linear(ops, dtype, quantization, rows, inputs, outputs)
+
+
+def check_linear(
+    ops: Ops,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    rows: int,
+    inputs: int,
+    outputs: int,
+) -> None:
+    torch.manual_seed(rows)
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    bias = torch.randn(outputs).to(dtype) if rows % 2 else None
+    x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]
+    poison_allocations()
+    actual = ops.pack_linear(weight, bias, quantization)(x)
+    exact = None if bias is None else bias.float()
+    oracle = reference.pack_linear(weight.float(), exact, quantization)
+    tolerance = max(TOLERANCE[dtype], 0.01 if quantization else 0)  # halves round either way
+    torch.testing.assert_close(actual.float(), oracle(x.float()), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("quantization", ["w8a8", "int4"])
@@ -235,36 +246,17 @@ def test_quantized_zeros(ops: Ops, quantization: Quantization) -> None:
     assert torch.equal(ops.pack_linear(zeros, None, quantization)(torch.ones(1, 64)), zeros[:1, :3])
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx2", "default"])
-def test_lower_instruction_sets(ops: Ops, level: str) -> None:
-    if build.instruction_set() == level or os.environ.get("MANTA_CPU_ISA"):
-        pytest.skip("this is the level at hand")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [
-            *command,
-            *map(str, Path(__file__).parent.glob("test_cpu_*.py")),
-            "-k",
-            "random or activation or rotary or tokens or pack",
-        ],
-        env=os.environ | {"MANTA_CPU_ISA": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-
-
-def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANTA_CPU_ISA", "avx1024")
     with pytest.raises(ValueError, match="MANTA_CPU_ISA: 'avx1024' is unknown; choose from"):
-        build.instruction_set()
+        build.choose_level()
 
 
 def test_a_level_the_cpu_lacks_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MANTA_CPU_ISA", "avx512")
-    monkeypatch.setattr(build, "_cpu_features", lambda: {"avx2", "fma", "f16c"})
-    assert build.instruction_set() == "avx2"
+    monkeypatch.setattr(build, "levels", lambda: LEVELS["x86_64"])
+    monkeypatch.setattr(build, "cpu_features", lambda: {"avx2", "fma", "f16c"})
+    assert build.choose_level().name == "avx2"
 
 
 def test_without_a_compiler(
@@ -283,22 +275,59 @@ def test_without_a_compiler(
     assert "apt-get install g++" in caplog.text
 
 
+def test_a_wheel_holds_every_level_and_needs_no_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One whose levels are all this machine's library."""
+    library = build.packaged_library() or build.build(build.choose_level())
+    stub_compiler(tmp_path, f'cp "{library}" "$target"')
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    compile_levels(tmp_path / "lib")
+    commands = (tmp_path / "commands").read_text()
+    for level in LEVELS.get(platform.machine(), ()):
+        assert (tmp_path / "lib" / f"{level.name}.so").exists()
+        assert " ".join(level.flags) in commands
+    monkeypatch.setattr(build, "_PACKAGED", tmp_path / "lib")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("MANTA_CACHE_DIR", str(tmp_path / "cache"))
+    build.load_library.cache_clear()
+    try:
+        assert select_ops(torch.device("cpu")).name == f"cpu-{build.choose_level().name}"
+    finally:
+        build.load_library.cache_clear()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # what comes last counts
-    compiler.chmod(0o755)
-    code = "import torch; from kernels import select_ops; select_ops(torch.device('cpu'))"
+    stub_compiler(tmp_path, 'sleep 0.1; touch "$target"')
+    code = "from kernels.cpu import build; print(build.build(build.choose_level()))"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", code],
-            env=os.environ
-            | {"MANTA_CACHE_DIR": str(tmp_path), "MANTA_CPU_ISA": "default", "CXX": str(compiler)},
+            env=os.environ | {"MANTA_CACHE_DIR": str(tmp_path), "CXX": str(tmp_path / "g++")},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for _ in range(3)
     ]
-    errors = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert "".join(errors).count("Building CPU kernels") == 1
-    assert len(list(tmp_path.glob("*.so"))) == 1
+    outputs, errors = zip(*(process.communicate() for process in started), strict=True)
+    assert {Path(output.strip()) for output in outputs} == set(tmp_path.glob("*.so"))
+    assert len(set(outputs)) == 1 and "".join(errors).count("Building CPU kernels") == 1
+    assert (tmp_path / "commands").read_text().count("-shared") == 1
+
+
+def stub_compiler(directory: Path, make: str) -> None:
+    """`g++` in the directory, which notes its `commands` there and makes what -o names."""
+    compiler = directory / "g++"
+    compiler.write_text(
+        f"""#!/bin/sh
+[ "$1" = --version ] && exec echo stub
+echo "$@" >> "{directory}/commands"
+while [ "$1" != -o ]; do shift; done
+target=$2
+{make}
+"""
+    )
+    compiler.chmod(0o755)

@@ -17,7 +17,7 @@ from engine.models.registry import read_config
 from engine.runner.model_runner import ModelRunner
 from tests.checkpoints import _COMMON, VOCAB_SIZE, load_oracle
 from tests.engine.helpers import prompt_logits
-from tests.models.tiny import save_random
+from tests.models.tiny import save_random, tiny_config
 
 LONG = [1.5 + i / 8 for i in range(8)]  # of 16 dimensions
 SHORT = [1.0 + i / 16 for i in range(8)]
@@ -189,6 +189,25 @@ def test_phi4_rotates_a_part_of_each_head(tmp_path: Path, max_model_len: int) ->
         expected = load_oracle(tmp_path)(torch.tensor([tokens])).logits[0, -1]
     ours = our_logits(tmp_path, tokens, max_model_len=max_model_len)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind, values, longest",
+    [
+        ("deepseek_v32", dict(index_topk=32), 32),
+        ("llama4_text", dict(attention_chunk_size=48), 48),
+        ("llama4_text", dict(floor_scale=100), 99),
+    ],
+)
+def test_texts_end_before_attention_is_other_than_causal(
+    tmp_path: Path, kind: str, values: dict[str, Any], longest: int
+) -> None:
+    tiny_config(kind).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | values))
+    shape = read_config(tmp_path)
+    assert shape.max_position == longest
+    assert {cache.window for cache in shape.caches(1)} == {None}
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

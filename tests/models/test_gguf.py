@@ -59,7 +59,7 @@ def rotary_rows_side_by_side(weight: Tensor, heads: int) -> Tensor:
 @pytest.fixture
 def make(checkpoints: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """make(family, kind): a GGUF file of tensors of this kind, and a checkpoint of its values."""
-    monkeypatch.setenv("MANTA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
 
     def make_both(family: str, kind: str) -> tuple[Path, Path]:
         source = checkpoints(family, **own.get(family, {}))

@@ -30,7 +30,11 @@ _NORMS = LayerNorms(
 
 def config(hf: PreTrainedConfig) -> ModelConfig:
     return dense_config(
-        hf, rewrites=_rewrites(hf), qkv_bias=hf.attention_bias, output_bias=hf.attention_bias
+        hf,
+        rewrites=_rewrites(hf),
+        logit_scale=1 / _scale(hf),
+        qkv_bias=hf.attention_bias,
+        output_bias=hf.attention_bias,
     )
 
 
@@ -53,6 +57,7 @@ def _alternating(
         ropes=[ropes[kind] for kind in hf.layer_types],
         norms=_NORMS,
         rewrites=_rewrites(hf),
+        logit_scale=1 / _scale(hf),
         logit_softcap=hf.final_logit_softcapping,
         qk_norm=qk_norm,
         qkv_bias=hf.attention_bias,
@@ -62,14 +67,16 @@ def _alternating(
     )
 
 
+def _scale(hf: PreTrainedConfig) -> float:
+    """Of the embeddings, which are the head as well: there it is taken back."""
+    return float(torch.tensor(hf.hidden_size**0.5, dtype=hf.dtype))
+
+
 def _rewrites(hf: PreTrainedConfig) -> Rewrites:
-    """The embeddings are the head as well: the last norm takes their scale back."""
     if hf.use_bidirectional_attention:
         raise NotOfOurBlocksError("use_bidirectional_attention")
-    scale = float(torch.tensor(hf.hidden_size**0.5, dtype=hf.dtype))
-    names = ("input_layernorm", *filter(None, astuple(_NORMS)), "q_norm", "k_norm")
+    names = ("input_layernorm", *filter(None, astuple(_NORMS)), "q_norm", "k_norm", "norm")
     return Rewrites(
         dict.fromkeys(names, Rewrite(plus=1))
-        | dict.fromkeys(("embed_tokens", "lm_head"), Rewrite(times=scale))
-        | {"norm": Rewrite(plus=1, times=1 / scale)}
+        | dict.fromkeys(("embed_tokens", "lm_head"), Rewrite(times=_scale(hf)))
     )

@@ -25,8 +25,6 @@ class TransformersModel:
         groups: which of a step's block tables each of these times uses.
     """
 
-    hidden_scale = 1.0
-
     def __init__(
         self,
         module: PreTrainedModel,

@@ -1,6 +1,7 @@
 """The linear maps and norms of a module, brought into the layout and the kernels of the device."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from kernels.types import Linear
 
 # Linear maps of one input, by the names that modules have for them.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Ops of gated MLPs, and what they do to the gate.
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu_and_mul": F.silu,
+    "gelu_and_mul": partial(F.gelu, approximate="tanh"),
+}
 
 
 def pack(
@@ -40,7 +46,7 @@ def pack(
         )
 
     for path, module in list(model.named_modules()):
-        is_mlp = _is_silu_mlp(module)
+        gate = _gate_of(module)
         for names in _SIBLINGS:
             maps: list[Any] = [getattr(module, name, None) for name in names]
             if all(is_packable(m, f"{path}.{n}") for m, n in zip(maps, names, strict=True)):
@@ -48,8 +54,8 @@ def pack(
                 fused = _Fused(_packed(maps, ops, quantization, device), sizes)
                 for i, own in enumerate(maps):
                     own.forward = fused.part(i)
-                if is_mlp:
-                    module.forward = _SiluMlp(fused.linear, ops, module.down_proj)
+                if gate is not None:
+                    module.forward = _GatedMlp(fused.linear, getattr(ops, gate), module.down_proj)
         if is_packable(module, path):
             bits: Quantization | None = "w8a8" if module is head and quantization else quantization
             module.forward = _packed([module], ops, bits, device)
@@ -74,6 +80,7 @@ def _packed(
     del weights
     for own in maps:
         del own.weight, own.bias
+        own.weight = weight.new_empty(0)  # some ask for its type
     return _Packed(ops.pack_linear(weight, bias, quantization), len(weight), weight.dtype)
 
 
@@ -116,31 +123,39 @@ class _Fused:
         return take
 
 
-def _is_silu_mlp(module: Any) -> bool:
-    """Whether it computes down(SiLU(gate(x)) * up(x)): it has the parts, and proves it."""
+def _gate_of(module: Any) -> str | None:
+    """Our op for its gate, if it computes down(act(gate(x)) * up(x)): it proves it."""
     names = {name for name, _ in module.named_children()} - {"act_fn"}
     if names != {"gate_proj", "up_proj", "down_proj"} or not hasattr(module, "act_fn"):
-        return False
+        return None
     parts = [module.gate_proj, module.up_proj, module.down_proj]
     if not all(type(part) is nn.Linear for part in parts) or list(module.parameters(recurse=False)):
-        return False
+        return None
     gate, up, down = parts
-    x = _sample(gate.weight, gate.in_features)
+    x, some = _sample(gate.weight, gate.in_features), torch.linspace(-6, 6, 200)
     try:
-        return torch.allclose(module(x), down(F.silu(gate(x)) * up(x)), rtol=1e-2, atol=1e-4)
+        for name, act in _GATES.items():
+            product = act(gate(x)) * up(x)
+            if torch.allclose(module.act_fn(some), act(some), atol=1e-5) and torch.allclose(
+                module(x), down(product), rtol=1e-2, atol=1e-4
+            ):
+                return name
     except (TypeError, RuntimeError):  # it takes more than its input
-        return False
+        pass
+    return None
 
 
-class _SiluMlp:
-    def __init__(self, gate_up: _Packed, ops: Ops, down: nn.Module) -> None:
+class _GatedMlp:
+    def __init__(
+        self, gate_up: _Packed, act_and_mul: Callable[[Tensor], Tensor], down: nn.Module
+    ) -> None:
         self._gate_up = gate_up
-        self._ops = ops
+        self._act_and_mul = act_and_mul
         self._down = down
 
     def __call__(self, x: Tensor) -> Tensor:
         gate_up = self._gate_up(x)
-        product = self._ops.silu_and_mul(gate_up.view(-1, gate_up.shape[-1]))
+        product = self._act_and_mul(gate_up.view(-1, gate_up.shape[-1]))
         output: Tensor = self._down(product.view(*x.shape[:-1], -1))
         return output
 
