@@ -3,18 +3,20 @@
 Where there is no compiler, it is a wheel for any machine, whose kernels are compiled on first use.
 """
 
+import functools
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 _COMPILER = Path(__file__).parent / "kernels/cpu/compiler.py"
 
 
+@functools.cache
 def has_compiler() -> bool:
     module = runpy.run_path(str(_COMPILER))
     try:
@@ -31,15 +33,17 @@ class BuildWithKernels(build_py):
             subprocess.run([sys.executable, str(_COMPILER), str(directory)], check=True)
 
 
-class WheelOfThisArchitecture(bdist_wheel):
-    """For any Python."""
+class OfOneArchitecture(Distribution):
+    def has_ext_modules(self) -> bool:
+        return has_compiler()
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = not has_compiler()
 
+class WheelOfAnyPython(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelOfThisArchitecture})
+setup(
+    distclass=OfOneArchitecture,
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelOfAnyPython},
+)

@@ -85,8 +85,14 @@ def request(i: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def undisturbed_texts(arguments: argparse.Namespace) -> list[str]:
-    """The texts by `LLM.generate` in float32."""
-    llm = LLM(arguments.model, dtype="float32", max_model_len=1024, num_blocks=4000)
+    """The texts by `LLM.generate`, on as many ranks, for sums of others round differently."""
+    llm = LLM(
+        arguments.model,
+        dtype=arguments.dtype,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        max_model_len=1024,
+        num_blocks=4000,
+    )
     requests = [request(i, arguments) for i in range(arguments.clients)]
     prompts = [own.pop("prompt") for own in requests]
     outputs = llm.generate(prompts, [SamplingParams(**own) for own in requests])
@@ -226,7 +232,7 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
     serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
     args = AppArgs(
         model=arguments.model,
-        dtype="float32",
+        dtype=arguments.dtype,
         max_model_len=1024,
         num_blocks=4000,
         tensor_parallel_size=arguments.tensor_parallel_size,
@@ -258,6 +264,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="manta-demo")
+    parser.add_argument("--dtype", default="auto", help="as of the engine")
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200, help="output length of a stream")

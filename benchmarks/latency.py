@@ -5,13 +5,18 @@ floor, which is the weights and the keys and values over the bandwidth measured 
 
     python -m benchmarks.latency --batch 1 8 32
     python -m benchmarks.latency --prompt 8000 --batch 4 --option quantization=w8a8
+    python -m benchmarks.latency --neighbours 2   # beside so many processes that never rest
 """
 
 import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +58,19 @@ def measure(llm: LLM, batch: int, prompt: int, output: int, seed: int) -> dict[s
     }
 
 
+@contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """Other processes that compute all the time, of the same priority."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     options: dict[str, Any] = dict(
         load_format=arguments.load_format,
@@ -68,7 +86,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     measure(llm, 2, 16, 4, seed=1)  # to warm up
     results = []
     for batch in arguments.batch:
-        result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
+        with busy_neighbours(arguments.neighbours):
+            result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
         floor_s = decode_step_s(
             config, batch, result["context"], machine, llm.config.quantization, cache_bytes
         )
@@ -86,6 +105,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=300, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of each output")
+    parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside it")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any EngineConfig field"
     )

@@ -150,13 +150,19 @@ class EngineConfig(StrictModel):
         "that a text does not depend on who shares its steps, by no bit; products and attention "
         "are slower.",
     )
-    speculation: Literal["auto", "off", "suffix", "ngram", "grammar"] = Field(
+    speculation: Literal["auto", "off", "suffix", "ngram", "grammar", "model"] = Field(
         "auto",
         description="Who guesses tokens ahead, so that a step checks several of a row; texts stay "
         "the same. suffix: what followed the same tokens before, in this text or recent outputs; "
-        "ngram: in this text alone; grammar: what structured outputs leave no choice about, as the "
-        "others do too. auto: suffix where a token comes out the same whatever shares its step, "
-        "as on a CPU and in float32; else off.",
+        "ngram: in this text alone; model: what draft_model says; grammar: what structured outputs "
+        "leave no choice about, as the others do too. auto: suffix where a token comes out the "
+        "same whatever shares its step, as on a CPU and in float32; else off.",
+    )
+    draft_model: str | None = Field(
+        None,
+        min_length=1,
+        description="For speculation=model: a small checkpoint of the same vocabulary, as model is "
+        "named. It computes all that the model does, on the same devices.",
     )
     num_speculative_tokens: int = Field(
         16,
@@ -233,6 +239,11 @@ class EngineConfig(StrictModel):
             raise ValueError(
                 "host_cache_memory_bytes: without enable_prefix_caching nothing is found there; "
                 "leave one out"
+            )
+        if (self.speculation == "model") != (self.draft_model is not None):
+            raise ValueError(
+                "draft_model: it is what speculation=model drafts with; give both or neither "
+                f"(got draft_model={self.draft_model!r}, speculation={self.speculation!r})"
             )
         if self.deterministic and self.attention_backend.startswith("flash"):
             raise ValueError(

@@ -5,11 +5,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from engine.checkpoint import directory_of
 from engine.config import EngineConfig
 from engine.ranks.group import Leader
-from engine.runner.commands import Profile
+from engine.runner.commands import DraftTokens, Profile
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
@@ -28,10 +29,19 @@ _ANTECHAMBER_WAIT_S = 0.005
 _FEW, _COUNT_S = 32, 0.1
 
 
+class DoneStep(NamedTuple):
+    """A step whose result is there."""
+
+    number: int  # counted from the engine's start
+    step: Step
+    deltas: list[TokenDelta]
+
+
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     """A step that has been launched."""
 
+    number: int
     step: Step
     launched_at: float  # on the clock of time.monotonic()
     wait: Callable[[], StepResult]
@@ -76,6 +86,7 @@ class Engine:
             is_exact=runner.is_exact,
             forced=lambda row, is_settled: runner.sampler.matchers.forced(row, is_settled),
             encode=self._encode,
+            draft=lambda rows: self.executor.run(DraftTokens(rows))(),
         )
         self.scheduler = Scheduler(
             config, blocks, self.limits.max_len, runner.eos_token_ids, self.speculator
@@ -85,8 +96,8 @@ class Engine:
         self._tokenizer: Future[Tokenizer] | None = None  # from the first grammar on
         self._in_flight: deque[_InFlight] = deque()
         self.num_steps = 0
-        # When set to a deque, collects (step number, step) of every launch.
-        self.step_log: deque[tuple[int, Step]] | None = None
+        # When set to a deque, collects all steps and what they have brought.
+        self.step_log: deque[DoneStep] | None = None
         self._speed = _Speed()
         self._num_computed = 0  # tokens of all steps
         self._is_profiling = False
@@ -166,11 +177,9 @@ class Engine:
             step = self.scheduler.schedule()
             if step is None:
                 break
-            now = time.monotonic()
-            self._in_flight.append(_InFlight(step, now, self.executor.launch(step.plan)))
             self.num_steps += 1
-            if self.step_log is not None:
-                self.step_log.append((self.num_steps, step))
+            now, wait = time.monotonic(), self.executor.launch(step.plan)
+            self._in_flight.append(_InFlight(self.num_steps, step, now, wait))
         if not self._in_flight:
             return refused
         oldest = self._in_flight.popleft()
@@ -180,7 +189,10 @@ class Engine:
         seconds = self._speed.count_step(plan.num_tokens, oldest.launched_at)
         if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
             self.speculator.costs.count(plan.num_tokens, seconds)
-        return refused + self.scheduler.update(oldest.step, result)
+        deltas = self.scheduler.update(oldest.step, result)
+        if self.step_log is not None:
+            self.step_log.append(DoneStep(oldest.number, oldest.step, deltas))
+        return refused + deltas
 
     def stats(self) -> dict[str, float]:
         """What is going on now, and counts since the start."""

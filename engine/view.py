@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, TypedDict
 
 from engine.schedule.scheduler import Step
 from engine.schedule.sequence import Sequence
+from engine.schedule.step import TokenDelta
 
 if TYPE_CHECKING:  # imports torch, which a front that reads pictures never does
-    from engine.engine import Engine
+    from engine.engine import DoneStep, Engine
 
 MAX_CELLS = 4096
 MAX_ROWS = 64
@@ -47,7 +48,8 @@ class StepView(TypedDict):
     """What one step computed."""
 
     step: int  # counted from the engine's start
-    chunks: list[tuple[str, int, int]]  # (request id, row, tokens)
+    # (request id, row, tokens, and how many of them were drafts that came to nothing)
+    chunks: list[tuple[str, int, int, int]]
 
 
 class EngineView(TypedDict):
@@ -76,7 +78,7 @@ class Observer:
 
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
-        self._steps: deque[tuple[int, Step]] = deque(maxlen=MAX_STEPS)
+        self._steps: deque[DoneStep] = deque(maxlen=MAX_STEPS)
         engine.step_log = self._steps
 
     def close(self) -> None:
@@ -90,7 +92,7 @@ class Observer:
         if per_cell > 1:
             starts = range(0, len(occupancy), per_cell)
             occupancy = "".join(max(occupancy[i : i + per_cell]) for i in starts)
-        steps = [_step(number, step) for number, step in self._steps]
+        steps = [_step(*done) for done in self._steps]
         self._steps.clear()
         scheduler = engine.scheduler
         return {
@@ -167,7 +169,11 @@ def _waiting(sequence: Sequence) -> WaitingView:
     }
 
 
-def _step(number: int, step: Step) -> StepView:
-    rows = zip(step.sequences, step.plan.rows, step.plan.lengths, strict=True)
-    chunks = [(sequence.id, row, num_tokens) for sequence, row, num_tokens in rows]
+def _step(number: int, step: Step, deltas: list[TokenDelta]) -> StepView:
+    plan, brought = step.plan, {delta.request_id: len(delta.token_ids) for delta in deltas}
+    rows = zip(step.sequences, plan.rows, plan.lengths, plan.num_sampled, strict=True)
+    chunks = [
+        (sequence.id, row, length, max(num_sampled - max(brought.get(sequence.id, 0), 1), 0))
+        for sequence, row, length, num_sampled in rows
+    ]
     return {"step": number, "chunks": chunks[:MAX_ROWS]}

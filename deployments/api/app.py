@@ -19,6 +19,7 @@ from deployments.api.routes import (
     engine_events,
     messages,
     playground,
+    profiles,
     responses,
     server_info,
     tokens,
@@ -30,7 +31,7 @@ from deployments.version import VERSION
 # Each has `routes(front)`: an endpoint is a file, and its name here.
 ROUTES = (
     *(chat, completions, responses, messages, embeddings, classify),
-    *(tokens, server_info, engine_events),
+    *(tokens, server_info, profiles, engine_events),
 )
 
 

@@ -69,11 +69,12 @@ class Chat:
         is_shaped = has_form or forced_prefix is not None
         is_in_channel = tools is not None and tools.has_channels and forced_prefix is None
         if is_shaped and not is_in_channel:
-            prompt += _beginning(front, prompt, forced_prefix)
+            prompt += _beginning(front, _end_of(front, request, prompt), forced_prefix)
         prompt = front.truncate(prompt, params)
         options = replace(options, prediction=await _predicted(front, request, params))
         if not is_shaped:
-            params = _with_limit(front, prompt, params, request.thinking_budget)
+            end = _end_of(front, request, prompt)
+            params = _with_limit(front, end, params, request.thinking_budget)
         check_prompt(front, prompt, params, "messages", options.known_tokens)
         check_queue(front, params.n, len(prompt) * params.n)
         scope().end_reading()
@@ -118,9 +119,10 @@ class Chat:
         if self.tools is None and not self.may_think:
             return AnswerParser()
         reasoning = self.front.reasoning or THINK
+        end = _end_of(self.front, self.request, self.prompt)
         return AnswerParser(
             OutputParser(
-                reasoning.is_open(_end_of(self.front, self.prompt)) if self.may_think else None,
+                reasoning.is_open(end) if self.may_think else None,
                 self.tools,
                 single_call=not self.request.parallel_tool_calls,
                 forced_prefix=self.forced_prefix,
@@ -194,28 +196,36 @@ async def _encode(
 
 
 def _with_limit(
-    front: Front, prompt: list[int], params: SamplingParams, budget: int | None
+    front: Front, prompt_end: str, params: SamplingParams, budget: int | None
 ) -> SamplingParams:
     """With an end to thoughts; the request's own, if it has one."""
     reasoning = front.reasoning
     if budget is None or reasoning is None or params.thinking_limit is not None:
         return params
-    start = "" if reasoning.is_open(_end_of(front, prompt)) else reasoning.open
+    start = "" if reasoning.is_open(prompt_end) else reasoning.open
     marks = [front.tokenizer.encode(m, add_special_tokens=False) for m in (start, reasoning.close)]
     limit = ThinkingLimit(budget=budget, start=marks[0], end=marks[1])
     return params.model_copy(update={"thinking_limit": limit})
 
 
-def _beginning(front: Front, prompt: list[int], forced_prefix: str | None) -> list[int]:
+def _beginning(front: Front, prompt_end: str, forced_prefix: str | None) -> list[int]:
     """What an answer of a given form begins with: no thoughts, and the mark of a forced call."""
-    skip = front.reasoning.skip(_end_of(front, prompt)) if front.reasoning is not None else ""
+    skip = front.reasoning.skip(prompt_end) if front.reasoning is not None else ""
     if forced_prefix and front.reasoning is not None and front.reasoning.has_channels:
         skip = ""  # a call has a channel of its own
     return front.tokenizer.encode(skip + (forced_prefix or ""), add_special_tokens=False)
 
 
-def _end_of(front: Front, prompt: list[int]) -> str:
-    """The prompt's end, which shows whether it has begun a block of thoughts."""
+def _end_of(front: Front, request: ChatCompletionRequest, prompt: list[int]) -> str:
+    """The prompt's end, which shows whether it has begun a block of thoughts.
+
+    In a message that is to be continued, the block may have begun long before.
+    """
+    if front.reasoning is not None and request.continue_final_message:
+        begun: str = request.messages[-1].for_template()["content"]
+        _, mark, thought = begun.rpartition(front.reasoning.open.rstrip())
+        if mark and front.reasoning.close not in thought:
+            return mark
     return front.tokenizer.decode(prompt[-_END_TOKENS:], skip_special_tokens=False)
 
 

@@ -28,6 +28,7 @@ _FREE = {
     "enable_prefix_caching",
     "async_scheduling",
     "speculation",
+    "draft_model",
     "num_speculative_tokens",
     "enforce_eager",
     "cuda_graph_sizes",

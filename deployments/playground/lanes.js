@@ -13,7 +13,7 @@ export class Lanes {
   }
 
   clear() {
-    this.steps = []; // {step, rows: Map(row -> [id, tokens])}
+    this.steps = []; // {step, rows: Map(row -> [id, tokens, drafts of them that failed])}
     this.lanes = [];
     this.view = null;
     this.box.replaceChildren(el("p.empty", {}, "Nothing is running. Send a message, or start a sample load."));
@@ -22,7 +22,7 @@ export class Lanes {
   take(view) {
     this.view = view;
     for (const { step, chunks } of view.steps) {
-      this.steps.push({ step, rows: new Map(chunks.map(([id, row, tokens]) => [row, [id, tokens]])) });
+      this.steps.push({ step, rows: new Map(chunks.map(([id, row, ...counts]) => [row, [id, ...counts]])) });
     }
     this.steps.splice(0, this.steps.length - MAX_STEPS);
     const rows = Math.max(-1, ...view.rows.map((r) => r.row), ...view.steps.flatMap((s) => s.chunks.map(([, row]) => row)));
@@ -79,12 +79,17 @@ function drawSteps(canvas, width, steps, row) {
   const g = context(canvas, width, height);
   const left = width - steps.length * STEP_PX;
   steps.forEach(({ rows }, index) => {
-    const [id, tokens] = rows.get(row) ?? [];
+    const [id, tokens, failed] = rows.get(row) ?? [];
     if (id === undefined) return;
     g.fillStyle = requestColour(id);
     // A token is a tick; a chunk's bar grows with its logarithm and fills the column.
     const tall = tokens === 1 ? 4 : Math.min(height, 6 + Math.log2(tokens));
     const wide = tokens === 1 ? 2 : STEP_PX - 0.5;
-    g.fillRect(left + index * STEP_PX, (height - tall) / 2, wide, tall);
+    const x = left + index * STEP_PX, bottom = (height + tall) / 2;
+    g.globalAlpha = 0.3; // drafts that failed are the pale end of the bar
+    g.fillRect(x, bottom - tall, wide, tall);
+    g.globalAlpha = 1;
+    const kept = tall * (1 - failed / tokens);
+    g.fillRect(x, bottom - kept, wide, kept);
   });
 }

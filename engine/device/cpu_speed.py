@@ -32,24 +32,26 @@ class CpuSpeed:
 
 @torch.inference_mode()
 def measure(ops: Ops) -> CpuSpeed:
-    data = torch.ones(2**26)
-    bytes_per_s = data.nbytes / _best_seconds(data.sum)
-    del data
-    weight = torch.randn(1024, 1024)
-    rates: dict[Weights, float] = {}
+    data, weight = torch.ones(2**26), torch.randn(1024, 1024)
+    products: dict[Weights, Callable[[], object]] = {}
     for kind in get_args(Weights):
         dtype = torch.float32 if kind == "float32" else torch.bfloat16
         quantization = kind if kind in ("w8a8", "int4") else None
         linear = ops.pack_linear(weight.to(dtype), None, quantization)
-        x = torch.randn(192, 1024).to(dtype)
-        rates[kind] = 2 * x.numel() * len(weight) / _best_seconds(partial(linear, x))
-    return CpuSpeed(bytes_per_s, rates)
+        products[kind] = partial(linear, torch.randn(192, 1024).to(dtype))
+    seconds = _least_seconds([data.sum, *products.values()])
+    flops = 2 * 192 * weight.numel()
+    rates = {kind: flops / least for kind, least in zip(products, seconds[1:], strict=True)}
+    return CpuSpeed(data.nbytes / seconds[0], rates)
 
 
-def _best_seconds(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _least_seconds(runs: list[Callable[[], object]]) -> list[float]:
+    """Of each, in turns: what else the machine does meets them alike."""
+    least = [float("inf")] * len(runs)
+    end = time.perf_counter() + 1
+    while time.perf_counter() < end:
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run()
+            least[i] = min(least[i], time.perf_counter() - start)
+    return least

@@ -1,7 +1,7 @@
 """The KV cache of one rank: what each layer keeps, and which layers share block tables."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,11 +20,12 @@ class LayerGroup:
     spec: PagedKV  # of a layer on this rank
     window: int | None
     layers: list[int]
+    draft_bytes: int = 0  # of a block, in the layers of a draft model that share its tables
 
     @property
     def block_bytes(self) -> int:
         """What one block takes in all its layers."""
-        return len(self.layers) * self.spec.block_bytes
+        return len(self.layers) * self.spec.block_bytes + self.draft_bytes
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,25 @@ class KVCacheLayout:
 
     @classmethod
     def of(
-        cls, shape: ModelShape, parallel: RankGroup, block_size: int, dtype: torch.dtype
+        cls,
+        shape: ModelShape,
+        parallel: RankGroup,
+        block_size: int,
+        dtype: torch.dtype,
+        draft: "KVCacheLayout | None" = None,
     ) -> "KVCacheLayout":
+        """
+        Args:
+            draft: a draft model's, whose layers keep the same tokens in the first group's blocks.
+        """
         groups = []
         caches = shape.caches(parallel.size)
         for layers in shape.cache_groups(parallel.size):
             cache = caches[layers[0]]
             spec = PagedKV(block_size, cache.num_kv_heads, cache.head_dim, dtype)
             groups.append(LayerGroup(spec, cache.window, layers))
+        if draft is not None:
+            groups[0] = replace(groups[0], draft_bytes=draft.num_bytes([1]))
         return cls(groups)
 
     def num_blocks(self, config: EngineConfig, num_bytes: int) -> list[int]:

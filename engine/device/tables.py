@@ -1,5 +1,7 @@
 """What the device knows of the running requests, one row each."""
 
+from copy import copy
+
 import torch
 
 from engine.device.transfer import to_device
@@ -31,6 +33,13 @@ class DeviceTables:
         self.sampling_floats = torch.zeros(3, num_rows, device=device)
         # top_k, seed
         self.sampling_ints = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
+
+    @property
+    def first_group(self) -> "DeviceTables":
+        """The same, as seen by a model whose layers all lie in the blocks of the first group."""
+        tables = copy(self)
+        tables.block_tables = self.block_tables[:1]
+        return tables
 
     def enter(self, new: NewRow) -> None:
         """A request enters a row; what the row held before is gone."""

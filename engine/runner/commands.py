@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from engine.runner.model_runner import ModelRunner
 from engine.sampling.pending_step import PendingStep
-from engine.schedule.step import StepPlan
+from engine.schedule.step import DraftedTokens, DraftRow, StepPlan
 
 Result = TypeVar("Result", covariant=True)
 
@@ -38,3 +38,12 @@ class LaunchStep:
 
     def run(self, runner: ModelRunner) -> PendingStep:
         return runner.launch(self.plan)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokens:
+    rows: list[DraftRow]
+
+    def run(self, runner: ModelRunner) -> DraftedTokens:
+        assert runner.draft is not None
+        return runner.draft.draft(self.rows)

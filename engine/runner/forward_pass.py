@@ -75,9 +75,14 @@ class ForwardPass:
 
     @torch.inference_mode()
     def allocate(self, num_blocks: Sequence[int]) -> None:
-        """Make a KV cache of so many blocks for each group, in place of any there was."""
+        """Make a KV cache of so many blocks for each group, in place of any there was.
+
+        A draft model has the first group of those that there are.
+        """
         self.close()
-        self.kv_caches = self._cache_layout.allocate(num_blocks, self._ops, self._device)
+        layout = self._cache_layout
+        own = num_blocks[: len(layout.groups)]
+        self.kv_caches = layout.allocate(own, self._ops, self._device)
 
     @torch.inference_mode()
     def record(self) -> None:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,15 +16,17 @@ from engine.device.select import select_device
 from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
 from engine.models.loader import load_model
-from engine.models.shape import ModelShape
+from engine.models.shape import LanguageModel, ModelShape
 from engine.ranks.rank_group import Ranks
+from engine.runner.draft_model import DraftModel
 from engine.runner.forward_pass import ForwardPass
+from engine.runner.preflight import read_draft
 from engine.runner.profiler import Profiler
 from engine.runner.warm_up import warm_up_plans
 from engine.sampling.pending_step import PendingStep
 from engine.sampling.sampler import Sampler
 from engine.schedule.step import StepPlan
-from kernels import AttentionNeeds, select_ops, watch_compilation
+from kernels import AttentionNeeds, Ops, select_ops, watch_compilation
 
 
 class ModelRunner:
@@ -43,60 +47,85 @@ class ModelRunner:
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
         self.profiler = Profiler(config.profile_directory, self.ranks.world.rank)
-        if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads or num_compute_threads(self.ranks.world.size))
-        memory = DeviceMemory.of(self.device, self.ranks.world.size).total
-        config = config.on_device(self.device.type, self.ranks.world.agree_on_minimum(memory))
-        self.config = config
+        self.config = config = self._on_device(config)
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
-        shape.check_divisible(self.ranks.tensor.size)
-        needs = AttentionNeeds(
-            config.attention_backend,
-            self.dtype,
-            self.cache_dtype,
-            max(cache.head_dim for cache in shape.caches(self.ranks.tensor.size)),
-            config.block_size,
-            config.deterministic,
-            config.quantization,
-        )
-        begin = time.monotonic()
-        self.ops = select_ops(self.device, needs)
-        self.startup_s = {"kernels": time.monotonic() - begin}  # by phase
         self.max_len = config.max_model_len or shape.max_position
         self.vocab_size, self.num_labels = shape.vocab_size, shape.num_labels
         self.eos_token_ids = eos_token_ids
+        self.startup_s: dict[str, float] = {}  # by phase
+        shape.check_divisible(self.ranks.tensor.size)
+        draft = read_draft(config, directory, shape)
+        with self._phase("kernels"):
+            self.ops = self._select_ops([shape, *(draft[1:] if draft else ())])
         meter = MemoryMeter(self.device)
-        weights = self._load(shape, directory, meter, show_progress)
-        self.cache_layout = KVCacheLayout.of(
-            shape, self.ranks.tensor, config.block_size, self.cache_dtype
-        )
-        num_groups = len(self.cache_layout.groups)
-        self.tables = DeviceTables(
-            config.step_size.rows, self.max_len, config.block_size, self.device, num_groups
-        )
-        self.sampler = Sampler(
-            self.model, self.tables, self.vocab_size, eos_token_ids, self.ops, self.ranks.world
-        )
-        self.forward_pass = ForwardPass(
-            config, self.model, self.tables, self.cache_layout, self.ops, self.device
-        )
-        self.host_cache = new_host_cache(config, self.cache_layout, self.device)
+        before = meter.in_use()
+        with self._phase("weights"):
+            self.model = self._load(directory, shape, show_progress)
+            draft_model = self._load(*draft, show_progress) if draft else None
+        weights = max(meter.in_use() - before, 0)
+        draft_layout = self._layout(draft[1]) if draft else None
+        self._build(self._layout(shape, draft_layout))
+        self.draft: DraftModel | None = None
+        if draft_model is not None and draft_layout is not None:
+            self.draft = DraftModel(
+                config, draft_model, draft_layout, self.tables, self.sampler, self.ops, self.device
+            )
         watch = watch_compilation(self.device)
-        begin = time.monotonic()
-        self.memory = self._open(meter, weights)
-        self.startup_s["cache"] = time.monotonic() - begin  # and rehearsal, on a GPU
+        with self._phase("cache"):  # and rehearsal, on a GPU
+            self.memory = self._open(meter, weights)
         watch.start_serving()
         self.late_compilations = watch.late  # while requests were waiting; there should be none
         if show_progress:
             print(self, file=sys.stderr)
 
-    def _load(
-        self, shape: ModelShape, directory: Path, meter: MemoryMeter, show_progress: bool
-    ) -> int:
-        """Make the model; returns the bytes that its weights take."""
-        begin, before = time.monotonic(), meter.in_use()
-        self.model = load_model(
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Of the start."""
+        begin = time.monotonic()
+        yield
+        self.startup_s[name] = time.monotonic() - begin
+
+    def _on_device(self, config: EngineConfig) -> EngineConfig:
+        """With what it leaves to the device, which is as good as the least of all ranks."""
+        size = self.ranks.world.size
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads or num_compute_threads(size))
+        memory = DeviceMemory.of(self.device, size).total
+        return config.on_device(self.device.type, self.ranks.world.agree_on_minimum(memory))
+
+    def _build(self, layout: KVCacheLayout) -> None:
+        """What stands around the model: tables, sampler, forward pass, host cache."""
+        config, self.cache_layout = self.config, layout
+        rows, num_groups = config.step_size.rows, len(layout.groups)
+        self.tables = DeviceTables(rows, self.max_len, config.block_size, self.device, num_groups)
+        self.sampler = Sampler(
+            self.model, self.tables, self.vocab_size, self.eos_token_ids, self.ops, self.ranks.world
+        )
+        self.forward_pass = ForwardPass(
+            config, self.model, self.tables, layout, self.ops, self.device
+        )
+        self.host_cache = new_host_cache(config, layout, self.device)
+
+    def _select_ops(self, shapes: list[ModelShape]) -> Ops:
+        config, num_ranks = self.config, self.ranks.tensor.size
+        needs = AttentionNeeds(
+            config.attention_backend,
+            self.dtype,
+            self.cache_dtype,
+            max(cache.head_dim for shape in shapes for cache in shape.caches(num_ranks)),
+            config.block_size,
+            config.deterministic,
+            config.quantization,
+        )
+        return select_ops(self.device, needs)
+
+    def _layout(self, shape: ModelShape, draft: KVCacheLayout | None = None) -> KVCacheLayout:
+        ranks, block_size = self.ranks.tensor, self.config.block_size
+        return KVCacheLayout.of(shape, ranks, block_size, self.cache_dtype, draft)
+
+    def _load(self, directory: Path, shape: ModelShape, show_progress: bool) -> LanguageModel:
+        return load_model(
             self.config,
             shape,
             directory,
@@ -107,8 +136,11 @@ class ModelRunner:
             self.ranks.tensor,
             show_progress,
         )
-        self.startup_s["weights"] = time.monotonic() - begin
-        return max(meter.in_use() - before, 0)
+
+    @property
+    def _passes(self) -> list[ForwardPass]:
+        """The model's, and the draft model's."""
+        return [self.forward_pass, *([self.draft.forward_pass] if self.draft else [])]
 
     @property
     def is_exact(self) -> bool:
@@ -151,8 +183,8 @@ class ModelRunner:
         host_cache = self.host_cache.num_bytes if self.host_cache is not None else 0
         own = host_cache if memory.is_host else peak + graphs
         self.num_blocks = self._choose_num_blocks(memory, own)
-        self.forward_pass.allocate(self.num_blocks)
-        self.forward_pass.record()
+        self._allocate(self.num_blocks)
+        self._record()
         kv_cache = self.cache_layout.num_bytes(self.num_blocks)
         return MemoryUse(
             weights=weights,
@@ -178,25 +210,38 @@ class ModelRunner:
 
         Returns (bytes in use between steps, bytes at the peak of a step, bytes of the graphs).
         """
-        self.forward_pass.allocate([1] * len(self.cache_layout.groups))
+        self._allocate([1] * len(self.cache_layout.groups))
         meter.reset_peak()
         for plan in warm_up_plans(self.config, self.max_len):
             self.launch(plan).result()
         peak, in_use = meter.peak(), meter.in_use()
-        self.forward_pass.record()
+        self._record()
         graphs = max(meter.in_use() - in_use, 0)
-        self.forward_pass.close()
+        for own in self._passes:
+            own.close()
         return in_use, max(peak, in_use), graphs
+
+    def _allocate(self, num_blocks: Sequence[int]) -> None:
+        for own in self._passes:
+            own.allocate(num_blocks)
+
+    def _record(self) -> None:
+        for own in self._passes:
+            own.record()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
         """Start a step, behind those before it; the host waits for nothing that a GPU does."""
         if self.host_cache is not None:
-            self.host_cache.run(plan.copies, self.forward_pass.kv_caches)
+            caches = [cache for own in self._passes for cache in own.kv_caches]
+            self.host_cache.run(plan.copies, caches)
         for new in plan.new_rows:
             self.tables.enter(new)
             self.sampler.enter(new)
         self.tables.append_blocks(plan.new_blocks)
         self.tables.write_drafts(plan.drafts)
         sampling = self.sampler.begin(plan)
-        return self.sampler.finish(sampling, self.forward_pass.hidden_states(plan))
+        pending = self.sampler.finish(sampling, self.forward_pass.hidden_states(plan))
+        if self.draft is not None:
+            self.draft.follow(plan)
+        return pending

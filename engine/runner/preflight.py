@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import directory_of
+from engine.checkpoint import directory_of, read_json, resolve
 from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
 from engine.device.memory import available_bytes
@@ -36,7 +36,52 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
         raise ValueError(
             f"deterministic: only models of our own blocks are, not this: {shape.description}"
         )
+    read_draft(config, directory, shape)
     return directory, shape
+
+
+def read_draft(
+    config: EngineConfig, directory: Path, shape: ModelShape
+) -> tuple[Path, ModelShape] | None:
+    """The same of its draft model, if it has one. Raises ValueError where they do not go together.
+
+    Args:
+        directory, shape: the model's.
+    """
+    if config.draft_model is None:
+        return None
+    try:
+        own = resolve(config.draft_model)
+        draft = read_config(own, config.max_model_len, config.model_impl)
+        draft.check_divisible(config.num_ranks)
+    except ValueError as error:
+        raise ValueError(f"draft_model: {str(error).removeprefix('model: ')}") from error
+    length = config.max_model_len or shape.max_position
+    tables = [read_json(path, "tokenizer.json").get("model") for path in (directory, own)]
+    vocabularies = [table["vocab"] for table in tables if table is not None]
+    if draft.vocab_size != shape.vocab_size:
+        reason = f"its vocabulary has {draft.vocab_size} tokens, the model's {shape.vocab_size}"
+    elif len(vocabularies) == 2 and vocabularies[0] != vocabularies[1]:
+        reason = "its tokenizer has other tokens than the model's"
+    elif draft.max_position < length:
+        reason = f"its window is {draft.max_position} tokens; lower max_model_len ({length})"
+    elif not _keeps(shape, draft, config.num_ranks):
+        reason = "its layers see tokens that the model's do not keep, or differ in what they keep"
+    else:
+        return own, draft
+    raise ValueError(f"draft_model: {config.draft_model!r} does not go with the model: {reason}")
+
+
+def _keeps(shape: ModelShape, draft: ModelShape, num_ranks: int) -> bool:
+    """Whether the blocks of the model's first group are there as long as the draft model sees them.
+
+    All of its layers share these.
+    """
+    (window, *_), (own, *others) = (
+        [of.caches(num_ranks)[layers[0]].window for layers in of.cache_groups(num_ranks)]
+        for of in (shape, draft)
+    )
+    return not others and (window is None or (own is not None and own <= window))
 
 
 def describe(config: EngineConfig) -> dict[str, str]:
@@ -48,7 +93,9 @@ def describe(config: EngineConfig) -> dict[str, str]:
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     bits = {None: 8 * dtype.itemsize, "w8a8": 8, "fp8": 8, "int4": 4.5}[config.quantization]
     ranks = RankGroup(0, config.num_ranks)
-    layout = KVCacheLayout.of(shape, ranks, config.block_size, cache_dtype)
+    draft = read_draft(config, directory, shape)
+    own = KVCacheLayout.of(draft[1], ranks, config.block_size, cache_dtype) if draft else None
+    layout = KVCacheLayout.of(shape, ranks, config.block_size, cache_dtype, own)
     max_len = config.max_model_len or shape.max_position
     per_token = sum(
         group.block_bytes / config.block_size for group in layout.groups if group.window is None

@@ -126,6 +126,16 @@ class Sampler:
             self._pooling.take(rows),
         )
 
+    def guess(self, plan: StepPlan, logits: Tensor) -> None:
+        """Draw the tokens of rows that compute one, by a draft model's logits [N, vocab].
+
+        By the same numbers as `finish` will, but without what else requests want done to logits.
+        They go into the device's table.
+        """
+        rows, positions, _ = _sampled(plan)
+        at = self._logits_rows(rows, positions, {})
+        self._tables.token_ids[at.row_index, at.position] = self._draw(logits, at)
+
     def logits(self, plan: StepPlan, hidden: Tensor) -> Tensor:
         """[N, vocab] at the N positions that are sampled, of a step's hidden states [T, hidden]."""
         if sum(plan.num_sampled) < len(hidden):

@@ -116,6 +116,22 @@ class StepPlan:
         return [ScheduledRow(*entry) for entry in columns]
 
 
+class DraftRow(NamedTuple):
+    """A row for a draft model to go on with; all its tokens but the last are in the cache."""
+
+    row: int
+    position: int  # of its last token
+    num_drafts: int
+    num_pending: int  # of its tokens, which only the device knows
+
+
+class DraftedTokens(NamedTuple):
+    """What a draft model says, row by row."""
+
+    token_ids: list[list[int]]  # from the first that was pending on
+    seconds: float  # that each of its steps took
+
+
 def count_accepted(drafts: Sequence[int], sampled: Sequence[int]) -> int:
     """How many drafts come true: the first ones that are what has been sampled in their places."""
     pairs = enumerate(zip(drafts, sampled, strict=False))

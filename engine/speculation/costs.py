@@ -2,6 +2,8 @@
 
 import numpy as np
 
+# What drafts must promise at least, against errors of measurement.
+MIN_GAIN = 1.03
 _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected; more is some accident
 _MAX_AGE = 512  # steps after which a size that has not come again counts as unknown
@@ -15,7 +17,8 @@ class StepCosts:
     smaller. So it is tried sooner or later, and then known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unknown: float = 1.0) -> None:
+        self._unknown = unknown
         self.forget()
 
     def forget(self) -> None:
@@ -44,6 +47,6 @@ class StepCosts:
     def of(self, num_tokens: np.ndarray) -> np.ndarray:
         """Seconds of steps of so many tokens, [N]; all alike until the first has been counted."""
         if not self._seconds:
-            return np.ones(len(num_tokens))
+            return np.full(len(num_tokens), self._unknown)
         sizes = sorted(self._seconds)
         return np.interp(num_tokens, [0, *sizes], [0.0, *(self._seconds[n] for n in sizes)])

@@ -1,9 +1,9 @@
 """Who guesses how a text goes on: one interface. A kind of drafter is a file here."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from engine.schedule.sequence import Sequence
+from engine.speculation.costs import StepCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +15,21 @@ class Draft:
     confidences: list[float] = field(default_factory=list)
 
 
-class Drafter(Protocol):
-    name: str
+class Drafter:
+    name = ""
+
+    def prepare(self, sequences: list[Sequence], limit: int, costs: StepCosts) -> None:
+        """These are about to be asked about, for up to `limit` tokens, in steps of such costs.
+
+        For who makes the drafts of all of them together.
+        """
 
     def draft(self, sequence: Sequence, limit: int) -> Draft:
         """Up to `limit` tokens that may follow the sequence's `token_ids`."""
+        raise NotImplementedError
+
+    def judge(self, num_drafts: int, num_accepted: int) -> None:
+        """What became of drafts that a row was given."""
 
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended, and is not asked about again."""

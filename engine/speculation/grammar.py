@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.drafter import Draft
+from engine.speculation.drafter import Draft, Drafter
 
 _SURE = 0.97  # the text is certain, and how it is cut into tokens nearly so
 
 
-class GrammarDrafter:
+class GrammarDrafter(Drafter):
     """
     Args:
         forced: of a row, and whether no step in flight is about it, (number of tokens, what its
@@ -35,5 +35,3 @@ class GrammarDrafter:
             return Draft()
         rest = tokens[len(since) :][:limit]
         return Draft(rest, [_SURE] * len(rest))
-
-    def end(self, sequence: Sequence) -> None: ...

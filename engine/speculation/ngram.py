@@ -4,11 +4,11 @@ After Saxena, "Prompt lookup decoding", 2023.
 """
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.drafter import Draft
+from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.texts import TextIndex
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     name = "ngram"
 
     def __init__(self) -> None:

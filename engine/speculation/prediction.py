@@ -1,13 +1,13 @@
 """A request that says how its output may go on: OpenAI's predicted outputs."""
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.drafter import Draft
+from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.texts import RUN, TextIndex
 
 _SURE = 2 * RUN  # its beginning, as if so many tokens had agreed
 
 
-class PredictionDrafter:
+class PredictionDrafter(Drafter):
     name = "prediction"
 
     def __init__(self) -> None:

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 from engine.config import EngineConfig
+from engine.schedule.step import DraftedTokens, DraftRow
 from engine.speculation.drafter import Drafter
 from engine.speculation.grammar import GrammarDrafter
+from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.prediction import PredictionDrafter
 from engine.speculation.speculator import Speculator
@@ -17,6 +19,7 @@ def new_speculator(
     is_exact: bool,
     forced: Callable[[int, bool], tuple[int, str]],
     encode: Callable[[str], list[int]],
+    draft: Callable[[list[DraftRow]], DraftedTokens],
 ) -> Speculator | None:
     """As the configuration says; None where nothing is to be guessed.
 
@@ -25,12 +28,15 @@ def new_speculator(
         is_exact: whether a token that is computed beside others comes out as it does alone: else
             only who asks for it gets drafts, for they could change texts.
         forced, encode: see `GrammarDrafter`.
+        draft: see `ModelDrafter`.
     """
     if config.speculation == "off" or (config.speculation == "auto" and not is_exact):
         return None
     drafters: list[Drafter] = [PredictionDrafter(), GrammarDrafter(forced, encode)]
     if config.speculation == "ngram":
         drafters.append(NgramDrafter())
+    elif config.speculation == "model":
+        drafters.append(ModelDrafter(draft, config.block_size))
     elif config.speculation != "grammar":
         drafters.append(SuffixDrafter())
     return Speculator(drafters, config.num_speculative_tokens, num_ahead)

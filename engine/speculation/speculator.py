@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.costs import StepCosts
+from engine.speculation.costs import MIN_GAIN, StepCosts
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.prediction import PredictionDrafter
 
-# What drafts must promise at least, against errors of measurement.
-_MIN_GAIN = 1.03
 # Drafts that a drafter's own estimate counts for, against those that have been accepted or not.
 _PRIOR = 4.0
 _DECAY = 0.9  # of what a row has experienced, with each draft
@@ -31,7 +29,7 @@ class _Experience:
 
     hits: float = 0.0
     misses: float = 0.0
-    drafter: str = ""  # whose the last one was
+    drafter: Drafter | None = None  # whose the last one was
 
     def probabilities(self, draft: Draft, num_pending: int) -> np.ndarray:
         """That each of its tokens comes, and all before it, but for those that are pending."""
@@ -65,6 +63,8 @@ class Speculator:
         budget = min(budget, self._max_drafts * len(sequences))
         if budget <= 0 or not self._may_pay(len(sequences), budget):
             return {}
+        for drafter in self._drafters:
+            drafter.prepare(sequences, self._max_drafts, self.costs)
         drafts: list[tuple[Sequence, list[int], np.ndarray]] = []
         for sequence in sequences:
             tokens, probabilities = self._draft(sequence)
@@ -83,7 +83,7 @@ class Speculator:
         """Whether the surest drafts would: else nobody is asked for any."""
         extra = 2 ** np.arange(budget.bit_length())
         cost = self.costs.of(np.append(num_rows, num_rows + extra))
-        return bool(((num_rows + extra) * cost[0] > _MIN_GAIN * num_rows * cost[1:]).any())
+        return bool(((num_rows + extra) * cost[0] > MIN_GAIN * num_rows * cost[1:]).any())
 
     def _draft(self, sequence: Sequence) -> tuple[list[int], np.ndarray]:
         """Of all drafters' the one that promises most, and the probabilities of its tokens."""
@@ -100,7 +100,7 @@ class Speculator:
             probabilities = experience.probabilities(draft, num_pending)
             if probabilities.sum() > best[1].sum():
                 best = draft.token_ids[num_pending:], probabilities
-                experience.drafter = drafter.name
+                experience.drafter = drafter
         return best
 
     def _choose(self, num_rows: int, rows: list[np.ndarray], budget: int) -> list[int]:
@@ -109,7 +109,7 @@ class Speculator:
         order = np.argsort(-probabilities, kind="stable")[:budget]
         expected = num_rows + np.append(0.0, probabilities[order].cumsum())
         rates = expected / self.costs.of(num_rows + np.arange(len(expected)))
-        rates[1:] /= _MIN_GAIN
+        rates[1:] /= MIN_GAIN
         taken = order[: rates.argmax()]
         owners = np.repeat(np.arange(len(rows)), [len(p) for p in rows])
         return np.bincount(owners[taken], minlength=len(rows)).tolist()
@@ -119,13 +119,16 @@ class Speculator:
         experience = self._rows[sequence]
         experience.hits = _DECAY * experience.hits + num_accepted
         experience.misses = _DECAY * experience.misses + (num_accepted < num_drafts)
-        if experience.drafter == PredictionDrafter.name:
+        drafter = experience.drafter
+        assert drafter is not None
+        drafter.judge(num_drafts, num_accepted)
+        if isinstance(drafter, PredictionDrafter):
             accepted, rejected = sequence.num_predicted
             rejected += num_drafts - num_accepted
             sequence.num_predicted = accepted + num_accepted, rejected
-        self.num_drafts[experience.drafter] += 1
-        self.num_draft_tokens[experience.drafter] += num_drafts
-        self.num_accepted[experience.drafter] += num_accepted
+        self.num_drafts[drafter.name] += 1
+        self.num_draft_tokens[drafter.name] += num_drafts
+        self.num_accepted[drafter.name] += num_accepted
 
     def stats(self) -> dict[str, float]:
         """Counts since the start, by drafter."""

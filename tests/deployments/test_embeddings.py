@@ -143,6 +143,7 @@ def _judge() -> str:
         ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ("/v1/embeddings", {"input": "a" * 1000}, "input"),
         ("/v1/embeddings", {"input": "a", "model": "other"}, "model"),
+        ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1"),
         ("/rerank", {"query": "a", "documents": []}, "documents"),
         ("/v1/completions", {"prompt": "a", "pooling": {"kind": "last"}}, "pooling"),

@@ -5,8 +5,10 @@ MANTA_FUZZ_CASES=2000 python -m pytest -s tests/deployments/test_fuzz.py
 """
 
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -24,8 +26,10 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from deployments.api.schema import answers, message_output
+from tests.conftest import CheckpointFactory
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
+from tests.engine.small_tokenizer import one_character_each
 
 CASES = int(os.environ.get("MANTA_FUZZ_CASES", "150"))
 CHECKS: list[Any] = [
@@ -105,14 +109,13 @@ def fuzz(
     run()
 
 
-@pytest.mark.timeout(3600)
-def test_any_request_has_an_answer_and_leaves_nothing_behind(server: LocalServer) -> None:
+def fuzz_all(server: LocalServer, num_cases: int, paths: Sequence[str] = ()) -> None:
+    """Every operation, or those below these paths; then nothing is left and all is well."""
     document = requests.get(f"{server.url}/openapi.json", timeout=NO_HANG_S).json()
-    operations = [
-        found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()
-    ]
+    found = [each.ok() for each in schemathesis.openapi.from_dict(document).get_all_operations()]
+    operations = [each for each in found if each.path.startswith(tuple(paths or ["/"]))]
     posts = [operation for operation in operations if "requestBody" in operation.definition.raw]
-    number = CASES // (3 * len(posts)) + 1  # each in three ways
+    number = num_cases // (3 * len(posts)) + 1  # each in three ways
     seen: Counter[tuple[str, int]] = Counter()
     with requests.Session() as session:
         for operation in operations:
@@ -128,11 +131,16 @@ def test_any_request_has_an_answer_and_leaves_nothing_behind(server: LocalServer
     for (path, status), number in sorted(seen.items()):
         print(f"{path} {status}: {number}")
     print(f"{sum(seen.values())} cases")
-    assert sum(seen.values()) >= CASES
+    assert sum(seen.values()) >= num_cases
     for operation in posts:
         if "text/event-stream" in str(operation.definition.raw["responses"]["200"]):
             assert seen[operation.path, 200] > 0, f"some must make sense: {operation.path}"
     wait_until(server.is_idle, what="no block is held")
+
+
+@pytest.mark.timeout(3600)
+def test_any_request_has_an_answer_and_leaves_nothing_behind(server: LocalServer) -> None:
+    fuzz_all(server, CASES)
     with server.client() as client:
         answer = client.chat.completions.create(
             model="manta-demo",
@@ -140,3 +148,27 @@ def test_any_request_has_an_answer_and_leaves_nothing_behind(server: LocalServer
             temperature=0,
         )
     assert answer.choices[0].message.content == "apple river"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_any_request_of_agents_has_an_answer(
+    checkpoints: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Where there are files and embeddings, and on a classifier: 2,000 and more."""
+    options: dict[str, Any] = {"num_blocks": 64, "max_num_seqs": 16, "request_log": "off"}
+    with serve_locally(
+        max_model_len=96, pooling="last", files_directory=str(tmp_path / "files"), **options
+    ) as server:
+        of_texts = ["/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/score"]
+        others = ["/v1/rerank", "/rerank", "/v1/files", "/v1/batches", "/tokenizer_info"]
+        others += ["/load", "/ping", "/ready", "/start_profile", "/stop_profile"]
+        fuzz_all(server, 1700, [*of_texts, *others])
+    directory = tmp_path / "classifier"
+    shutil.copytree(checkpoints("qwen3", num_labels=3, pad_token_id=0), directory)
+    one_character_each().save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    with serve_locally(
+        model=str(directory), served_model_name="manta-demo", pooling="last", **options
+    ) as server:
+        fuzz_all(server, 400, ["/classify", "/v1/embeddings"])

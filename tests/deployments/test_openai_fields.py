@@ -6,6 +6,7 @@ What asks for nothing, as null, false, an empty list or a default, is taken for 
 import json
 import typing
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,6 +30,7 @@ from engine.speculation.costs import StepCosts
 from engine.strict import explain
 from engine.text.messages import Function, Message, RefusalPart, TextPart, Tool, ToolCall
 from tests.deployments.local_server import LocalServer
+from tests.ports.behaviours import table
 
 TEXT_PART = {"type": "text", "text": "hi"}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -670,3 +672,35 @@ def test_tags_change_nothing_and_metadata_comes_back(demo: LocalServer) -> None:
                 model="manta-demo", messages=[QUESTION], metadata={"k" * 65: "v"}
             )
     assert refused.value.param is not None and refused.value.param.startswith("metadata")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_thought_that_a_message_has_begun_goes_on_as_one(demo: LocalServer, stream: bool) -> None:
+    """However long ago it has begun; and it is left out for whoever wants none."""
+    thought = "<think>\n" + "Hm, apple river stone. " * 5
+    body: dict[str, Any] = {
+        "messages": [QUESTION, {"role": "assistant", "content": thought}],
+        **{"continue_final_message": True, "add_generation_prompt": False},
+        **{"max_tokens": 12, "ignore_eos": True, "temperature": 0, "stream": stream},
+    }
+
+    def told(**more: Any) -> tuple[str, str]:
+        answer = httpx.post(f"{demo.url}/v1/chat/completions", json=body | more)
+        if not stream:
+            said = answer.json()["choices"][0]["message"]
+            return said.get("reasoning", ""), said["content"]
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines()]
+        chunks = [json.loads(line) for line in lines if line.startswith("{")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        thoughts, contents = (
+            "".join(delta.get(name) or "" for delta in deltas) for name in ("reasoning", "content")
+        )
+        return thoughts, contents
+
+    reasoning, content = told()
+    assert reasoning and told(include_reasoning=False) == ("", content)
+
+
+def test_the_table_of_behaviours_is_the_one_that_is_asked() -> None:
+    document = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+    assert table() in document.read_text()

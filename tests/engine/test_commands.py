@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,18 +37,19 @@ class Fail:
 
 
 @contextmanager
-def engine_of(directory: Path, num_ranks: int, async_scheduling: bool) -> Iterator[Engine]:
-    config = EngineConfig(
+def engine_of(
+    directory: Path, num_ranks: int, async_scheduling: bool, **config: Any
+) -> Iterator[Engine]:
+    defaults = dict(device="cpu", num_threads=1, num_blocks=64)
+    settings = EngineConfig(
         model=str(directory),
         tensor_parallel_size=num_ranks,
         async_scheduling=async_scheduling,
-        device="cpu",
-        num_threads=1,
-        num_blocks=64,
+        **defaults | config,
     )
     leader = Leader(num_ranks)
-    followers = LocalFollowers(config, leader)
-    engine = Engine(config, leader)
+    followers = LocalFollowers(settings, leader)
+    engine = Engine(settings, leader)
     try:
         yield engine
     finally:

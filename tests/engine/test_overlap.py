@@ -37,7 +37,7 @@ class FakeRunner:
         assert config.num_blocks is not None
         self.config = config.on_device("cpu", 0)
         self.vocab_size, self.max_len, self.is_exact = VOCAB_SIZE, MAX_MODEL_LEN, False
-        self.num_blocks = [config.num_blocks]
+        self.num_blocks, self.num_labels = [config.num_blocks], None
         self.cache_layout = SimpleNamespace(cache_groups=lambda n: [CacheGroup(n[0])])
         num_slots = config.host_cache_memory_bytes  # of one byte each
         self.host_cache = SimpleNamespace(num_slots=num_slots) if num_slots else None

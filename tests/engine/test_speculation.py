@@ -1,6 +1,8 @@
 """Drafts: they never change a text, whoever makes them, and are taken where they pay."""
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from collections.abc import Sequence as Listed
 from contextlib import ExitStack
@@ -12,25 +14,29 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.runner.preflight import read_model
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
-from engine.schedule.step import TokenLogprobs, count_accepted
+from engine.schedule.step import DraftedTokens, DraftRow, TokenLogprobs, count_accepted
 from engine.speculation.costs import StepCosts
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.grammar import GrammarDrafter
+from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.prediction import PredictionDrafter
 from engine.speculation.speculator import Speculator
 from engine.speculation.suffix import SuffixDrafter
 from engine.speculation.texts import TextIndex
+from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.test_commands import engine_of
 
 # --- The same text ----------------------------------------------------------------------------
 
 
-class Liar:
+class Liar(Drafter):
     """Knows how every text goes on, and lies now and then."""
 
     name = "liar"
@@ -47,8 +53,6 @@ class Liar:
         ]
         count = self._rng.randint(0, limit)
         return Draft(tokens[:count], [0.9] * count)
-
-    def end(self, sequence: Sequence) -> None: ...
 
 
 def speculate(engine: Engine, *drafters: Drafter, max_drafts: int = 6) -> Speculator:
@@ -161,12 +165,17 @@ POOLS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def engines(byte_model: Path) -> Iterator[list[Engine]]:
+@pytest.fixture(
+    scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
+def engines(byte_model: Path, request: pytest.FixtureRequest) -> Iterator[list[Engine]]:
     """One for each of the pools, without speculation of its own."""
     with ExitStack() as stack:
-        config = dict(speculation="off")
-        yield [stack.enter_context(new_engine(byte_model, **config | pool)) for pool in POOLS]
+        config = dict(speculation="off", dtype=request.param)
+        made = [stack.enter_context(new_engine(byte_model, **config | pool)) for pool in POOLS]
+        if not made[0].runner.is_exact:
+            pytest.skip("a token does not have the same bits in every step on this machine")
+        yield made
 
 
 SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 500))]
@@ -261,6 +270,190 @@ def test_drafts_are_accepted_up_to_the_first_that_differs(
     assert count_accepted(drafts, sampled) == count
 
 
+# --- A draft model ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model goes on drafting: nobody knows what steps cost, nor how often it was right."""
+    monkeypatch.setattr(StepCosts, "count", lambda *_: None)
+    monkeypatch.setattr(ModelDrafter, "judge", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def stranger(checkpoints: CheckpointFactory) -> Path:
+    """A model of the same vocabulary that knows nothing of the other's texts."""
+    return checkpoints("llama3", num_hidden_layers=1, max_position_embeddings=2048)
+
+
+# In which blocks come from the prefix cache, from host memory, and are taken away.
+SCARCE: list[dict[str, Any]] = [
+    *POOLS,
+    dict(block_size=4, num_blocks=40, host_cache_memory_bytes=1 << 20),
+]
+MODEL_SEEDS = [1, 4, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 100))]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("seed", MODEL_SEEDS)
+def test_what_a_draft_model_says_changes_nothing(
+    engines: list[Engine], byte_model: Path, stranger: Path, seed: int
+) -> None:
+    arrivals = random_arrivals(random.Random(seed), 10)
+    engines[0].scheduler.speculation = None
+    expected = play(engines[0], arrivals)
+    draft_model = stranger if seed % 2 else byte_model
+    config = dict(speculation="model", draft_model=str(draft_model), dtype=engines[0].config.dtype)
+    with new_engine(byte_model, **config | SCARCE[seed % len(SCARCE)]) as engine:
+        assert_same(play(engine, arrivals), expected)
+        assert engine.speculator is not None and engine.speculator.num_draft_tokens["model"] > 20
+
+
+def accepted(engine: Engine) -> float:
+    """The share of a draft model's tokens that came."""
+    assert engine.speculator is not None
+    drafted = engine.speculator.num_draft_tokens["model"]
+    assert drafted > 50
+    return engine.speculator.num_accepted["model"] / drafted
+
+
+CROWD = [[7] * 40 + [i] for i in range(8)] * 2  # with a prefix in common, and each twice
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    "temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0], ids=["greedy", "drawn"]
+)
+@pytest.mark.parametrize("config", SCARCE, ids=lambda config: "-".join(config))
+def test_a_model_knows_what_it_will_say_itself(
+    byte_model: Path, config: dict[str, Any], temperature: float
+) -> None:
+    """That all its drafts come shows that its own cache is right wherever the model's is."""
+    config = dict(speculation="model", draft_model=str(byte_model)) | config
+    with new_engine(byte_model, **config) as engine:
+        requests = new_requests(CROWD, max_tokens=40, temperature=temperature, ignore_eos=True)
+        run(engine, requests)
+        assert accepted(engine) > 0.99
+        if config.get("num_blocks", 999) == 40:
+            assert engine.scheduler.stats.preemptions > 0
+        if "host_cache_memory_bytes" in config:
+            assert engine.scheduler.stats.restored_tokens > 0
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
+def test_ranks_share_a_draft_model(byte_model: Path, async_scheduling: bool) -> None:
+    config = dict(speculation="model", draft_model=str(byte_model), dtype="float32")
+    requests = new_requests([[5, 6, 7], [9] * 40], max_tokens=40, temperature=1.0, ignore_eos=True)
+    with new_engine(byte_model) as engine:
+        expected = tokens_of(run(engine, requests))
+    with engine_of(byte_model, 2, async_scheduling, **config) as engine:
+        assert tokens_of(run(engine, requests)) == expected
+        assert accepted(engine) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "model", "reason"),
+    [
+        ("qwen3", dict(vocab_size=300, max_position_embeddings=2048), "qwen3", "300 tokens"),
+        ("llama3", {}, "qwen3", "window is 512 tokens; lower max_model_len"),
+        ("qwen3", dict(max_position_embeddings=2048), "mistral", "do not keep"),
+        ("qwen2", dict(max_position_embeddings=2048), "other tokens", "other tokens"),
+    ],
+)
+def test_a_draft_model_that_does_not_go_with_the_model_is_refused(
+    checkpoints: CheckpointFactory,
+    byte_model: Path,
+    tmp_path: Path,
+    family: str,
+    overrides: dict[str, Any],
+    model: str,
+    reason: str,
+) -> None:
+    directory, draft = byte_model, checkpoints(family, **overrides)
+    if model == "mistral":
+        directory = checkpoints("mistral", max_position_embeddings=2048)
+    if model == "other tokens":
+        draft = shutil.copytree(draft, tmp_path / "draft")
+        tokenizer = json.loads((byte_model / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"]["a"], tokenizer["model"]["vocab"]["b"] = 98, 97
+        (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = EngineConfig(model=str(directory), speculation="model", draft_model=str(draft))
+    with pytest.raises(ValueError, match=f"draft_model: .*{reason}"):
+        read_model(config)
+
+
+def test_a_draft_model_is_asked_for_with_speculation_only() -> None:
+    for settings in (dict(speculation="model"), dict(draft_model="small")):
+        with pytest.raises(ValueError, match=r"draft_model: .* give both or neither"):
+            EngineConfig(model="m", **settings)
+    config = EngineConfig(model="manta-demo", speculation="model", draft_model="./nowhere")
+    with pytest.raises(ValueError, match=r"^draft_model: there is no directory"):
+        read_model(config)
+
+
+def test_memory_is_shared_by_both_caches(byte_model: Path, stranger: Path) -> None:
+    counts, sizes = [], []
+    for settings in ({}, dict(speculation="model", draft_model=str(stranger))):
+        config = dict(num_blocks=None, kv_cache_memory_bytes=1 << 21) | settings
+        with new_engine(byte_model, **config) as engine:
+            runner = engine.runner
+            counts.append(runner.num_blocks[0])
+            sizes.append(
+                sum(
+                    tensor.nbytes
+                    for own in runner._passes
+                    for cache in own.kv_caches
+                    for tensor in cache.tensors
+                )
+            )
+    assert counts[1] < counts[0]
+    assert all(0.95 * (1 << 21) < size <= 1 << 21 for size in sizes)
+
+
+def model_drafts(own: float, accepted: int, costs: StepCosts, num_rows: int = 1) -> int:
+    """Tokens that a draft model is asked for, whose steps take so long, after 50 judgements."""
+
+    def draft(rows: list[DraftRow]) -> DraftedTokens:
+        return DraftedTokens([[5] * row.num_drafts for row in rows], own)
+
+    drafter = ModelDrafter(draft, block_size=32)
+    rows = [sequence([1, 2, 3]) for _ in range(num_rows)]
+    for row in rows:
+        row.block_tables = [[0]]
+    drafter.prepare(rows, 8, costs)
+    for _ in range(50):
+        drafter.judge(4, accepted)
+    drafter.prepare(rows, 8, costs)
+    return len(drafter.draft(rows[0], 8).token_ids)
+
+
+def test_a_draft_model_is_asked_where_its_steps_and_the_check_pay() -> None:
+    costs = StepCosts()
+    for num_tokens in (1, 64):
+        costs.count(num_tokens, 1.0 + num_tokens / 100)
+    assert model_drafts(own=0.05, accepted=4, costs=costs) == 8
+    assert 0 < model_drafts(own=0.3, accepted=2, costs=costs) < 4
+    assert model_drafts(own=0.05, accepted=0, costs=costs) == 0
+    assert model_drafts(own=1.0, accepted=4, costs=costs) == 0
+
+
+def test_a_draft_model_goes_on_in_the_blocks_that_a_row_holds() -> None:
+    asked: list[DraftRow] = []
+
+    def draft(rows: list[DraftRow]) -> DraftedTokens:
+        asked.extend(rows)
+        return DraftedTokens([[5] * row.num_drafts for row in rows], 0.1)
+
+    for length, num_blocks, count in ((30, 1, 3), (32, 1, 1), (33, 1, 0), (33, 2, 8)):
+        row, asked[:] = sequence([1] * length), []
+        row.block_tables = [[0] * num_blocks]
+        ModelDrafter(draft, block_size=32).prepare([row], 8, StepCosts())
+        assert [(own.position, own.num_drafts) for own in asked] == [(length - 1, count)] * (
+            count > 0
+        )
+
+
 # --- Drafters ---------------------------------------------------------------------------------
 
 
@@ -349,7 +542,7 @@ def test_grammars_need_fewer_steps_than_tokens(byte_model: Path) -> None:
 # --- How many ---------------------------------------------------------------------------------
 
 
-class Sure:
+class Sure(Drafter):
     """Says the same of every text."""
 
     name = "sure"
@@ -361,8 +554,6 @@ class Sure:
     def draft(self, sequence: Sequence, limit: int) -> Draft:
         self.num_asked += 1
         return Draft(self._draft.token_ids[:limit], self._draft.confidences[:limit])
-
-    def end(self, sequence: Sequence) -> None: ...
 
 
 def proposed(num_rows: int, drafter: Drafter, costs: dict[int, float], budget: int = 999) -> int:

@@ -29,7 +29,7 @@ def test_a_picture_shows_rows_queue_blocks_and_steps(checkpoints: CheckpointFact
         assert not picture["waiting"][0]["preempted"]
         (step,) = picture["steps"]
         # Rows that compute one token come first.
-        assert step["chunks"] == [("1", second["row"], 1), ("0", first["row"], 33)]
+        assert step["chunks"] == [("1", second["row"], 1, 0), ("0", first["row"], 33, 0)]
 
         engine.step()
         assert [s["step"] for s in recorder.draw()["steps"]] == [2]  # only what is new
@@ -49,9 +49,15 @@ def test_a_picture_shows_drafts_and_what_became_of_them(checkpoints: CheckpointF
             judge=lambda *_: None,
             end=lambda _: None,
         )
+        observer = Observer(engine)
         engine.add(guessed)
         engine.step(), engine.step()
-        (row,) = Observer(engine).draw()["rows"]
+        picture = observer.draw()
+        (row,) = picture["rows"]
+        assert [step["chunks"] for step in picture["steps"]] == [
+            [("0", row["row"], 2, 0)],
+            [("0", row["row"], 3, 1)],
+        ]
         assert (row["num_drafted"], row["num_accepted"]) == (2, 1)
         assert row["num_tokens"] == 2 + 3
 

@@ -103,3 +103,18 @@ def _digest(files: list[Path], *texts: str) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def stub_compiler(directory: Path, make: str) -> None:
+    """`g++` in the directory, which notes its `commands` there and makes what -o names."""
+    compiler = directory / "g++"
+    compiler.write_text(
+        f"""#!/bin/sh
+[ "$1" = --version ] && exec echo stub
+echo "$@" >> "{directory}/commands"
+while [ "$1" != -o ]; do shift; done
+target=$2
+{make}
+"""
+    )
+    compiler.chmod(0o755)

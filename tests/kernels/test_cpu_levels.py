@@ -1,6 +1,6 @@
 """The kernels at every level of instructions, also of processors that are not at hand.
 
-Here each level runs a few cases of each kernel, compiled with little optimization. All of the
+Here each level runs a few cases of each kernel, compiled without optimization. All of the
 tests, as they are compiled for users:
 
     pytest -m slow tests/kernels/test_cpu_levels.py

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -14,10 +13,11 @@ import torch
 
 from kernels import Ops, reference, select_ops
 from kernels.cpu import build
-from kernels.cpu.compiler import LEVELS, compile_levels
+from kernels.cpu.compiler import LEVELS
 from kernels.ops import REFERENCE
 from kernels.quantization import Quantization
 from kernels.types import PagedKV, StepRows
+from tests.kernels.levels import stub_compiler
 from tests.kernels.steps import (
     TOLERANCE,
     Attention,
@@ -275,30 +275,6 @@ def test_without_a_compiler(
     assert "apt-get install g++" in caplog.text
 
 
-def test_a_wheel_holds_every_level_and_needs_no_compiler(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """One whose levels are all this machine's library."""
-    library = build.packaged_library() or build.build(build.choose_level())
-    stub_compiler(tmp_path, f'cp "{library}" "$target"')
-    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
-    compile_levels(tmp_path / "lib")
-    commands = (tmp_path / "commands").read_text()
-    for level in LEVELS.get(platform.machine(), ()):
-        assert (tmp_path / "lib" / f"{level.name}.so").exists()
-        assert " ".join(level.flags) in commands
-    monkeypatch.setattr(build, "_PACKAGED", tmp_path / "lib")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("MANTA_CACHE_DIR", str(tmp_path / "cache"))
-    build.load_library.cache_clear()
-    try:
-        assert select_ops(torch.device("cpu")).name == f"cpu-{build.choose_level().name}"
-    finally:
-        build.load_library.cache_clear()
-    assert not (tmp_path / "cache").exists()
-
-
 def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
     stub_compiler(tmp_path, 'sleep 0.1; touch "$target"')
     code = "from kernels.cpu import build; print(build.build(build.choose_level()))"
@@ -316,18 +292,3 @@ def test_processes_that_start_at_once_build_once(tmp_path: Path) -> None:
     assert {Path(output.strip()) for output in outputs} == set(tmp_path.glob("*.so"))
     assert len(set(outputs)) == 1 and "".join(errors).count("Building CPU kernels") == 1
     assert (tmp_path / "commands").read_text().count("-shared") == 1
-
-
-def stub_compiler(directory: Path, make: str) -> None:
-    """`g++` in the directory, which notes its `commands` there and makes what -o names."""
-    compiler = directory / "g++"
-    compiler.write_text(
-        f"""#!/bin/sh
-[ "$1" = --version ] && exec echo stub
-echo "$@" >> "{directory}/commands"
-while [ "$1" != -o ]; do shift; done
-target=$2
-{make}
-"""
-    )
-    compiler.chmod(0o755)

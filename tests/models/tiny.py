@@ -108,10 +108,12 @@ def tiny_config(kind: str) -> PreTrainedConfig:
         return config_class()
 
 
-def save_random(kind: str, config: PreTrainedConfig, directory: Path) -> None:
+def save_random(
+    kind: str, config: PreTrainedConfig, directory: Path, head: Any = AutoModelForCausalLM
+) -> None:
     """Write a checkpoint with random weights; the same every time."""
     torch.manual_seed(hash_name(kind))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = head.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # else trivial: zeros and ones

@@ -1,8 +1,9 @@
 """Runs other people's SDKs, unchanged, against a server of the demo model.
 
 python -m venv DIR
-DIR/bin/pip install openai-agents 'pydantic-ai-slim[openai,anthropic]' litellm instructor \
-    anthropic langgraph langchain-openai langchain-anthropic
+DIR/bin/pip install openai-agents 'pydantic-ai-slim[openai,anthropic]' 'litellm[proxy]' instructor \
+    anthropic langgraph langchain-openai langchain-anthropic 'ag2[openai,anthropic]' \
+    haystack-ai inspect-ai
 python -m tests.ports.sdk_clients DIR/bin/python
 """
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_core import to_json
 
 from deployments.api.admission import (
@@ -21,7 +21,7 @@ from deployments.api.admission import (
     request_options,
 )
 from deployments.api.bodies import BodyRoute
-from deployments.api.errors import ApiError
+from deployments.api.errors import ApiError, validation_error
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
 from deployments.api.schema.completion_request import Prompt, listed
@@ -31,6 +31,7 @@ from deployments.api.streaming import cancel_all, start_all
 from deployments.front.front import Front
 from deployments.off_loop import off_loop
 from engine.sampling_params import Pooling, SamplingParams
+from engine.strict import explain
 from engine.text.request_model import RequestModel, Unserved
 
 # What Qwen's rerankers are trained on.
@@ -50,12 +51,16 @@ class PooledRequest(ServedRequest):
     )
 
     def params(self, pooling: Pooling) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=1,
-            temperature=0,
-            pooling=pooling,
-            truncate_prompt_tokens=self.truncate_prompt_tokens,
-        )
+        """Raises ApiError for what no sampling parameter can be."""
+        try:
+            return SamplingParams(
+                max_tokens=1,
+                temperature=0,
+                pooling=pooling,
+                truncate_prompt_tokens=self.truncate_prompt_tokens,
+            )
+        except ValidationError as error:
+            raise validation_error(explain(error.errors())) from error
 
 
 class EmbeddingRequest(PooledRequest):

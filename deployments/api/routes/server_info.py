@@ -48,30 +48,12 @@ def routes(front: Front) -> APIRouter:
         """This replica's numbers in Prometheus' text format."""
         return Response(front.client.metrics.exposition(), media_type=CONTENT_TYPE)
 
-    @router.post("/start_profile", responses=documented(answers.Profiled))
-    async def start_profile() -> dict[str, str]:
-        """Record what this replica's shards do, where the server has a profile_directory."""
-        await _profile(front, starts=True)
-        return {"status": "started"}
-
-    @router.post("/stop_profile", responses=documented(answers.Profiled))
-    async def stop_profile() -> dict[str, str]:
-        """End that, and write a trace for each shard into that directory."""
-        await _profile(front, starts=False)
-        return {"status": "written"}
-
     @router.get("/version", responses=documented(answers.Version))
     async def get_version() -> dict[str, str]:
         return {"version": VERSION}
 
     _add_models(router, front)
     return router
-
-
-async def _profile(front: Front, starts: bool) -> None:
-    failure = await front.client.profile(starts)
-    if failure is not None:
-        raise ApiError(400, failure)
 
 
 def _add_models(router: APIRouter, front: Front) -> None:
