@@ -88,6 +88,12 @@ class BatchList(_List):
     data: list[Batch]
 
 
+_CONTENT: dict[int | str, dict[str, Any]] = {
+    **documented(FileObject),
+    200: {"content": {"application/octet-stream": {}}},
+}
+
+
 def routes(store: FileStore, runner: BatchRunner) -> APIRouter:
     router = APIRouter(route_class=BodyRoute)
     _add_files(router, store)
@@ -128,16 +134,16 @@ def _add_files(router: APIRouter, store: FileStore) -> None:
         await asyncio.to_thread(store.delete, _directory(), file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
-    @router.get("/v1/files/{file_id}/content", response_model=None)
+    @router.get("/v1/files/{file_id}/content", response_model=None, responses=_CONTENT)
     async def get_content(file_id: str) -> Response:
         await _find(store, "files", file_id)
         pieces = store.pieces(_directory(), file_id)
 
-        async def content() -> AsyncGenerator[bytes]:
+        async def lines() -> AsyncGenerator[bytes]:
             while (piece := await asyncio.to_thread(next, pieces, b"")) != b"":
                 yield piece
 
-        return StreamingResponse(content(), media_type="application/octet-stream")
+        return StreamingResponse(lines(), media_type="application/octet-stream")
 
 
 def _add_batches(router: APIRouter, store: FileStore, runner: BatchRunner) -> None:
