@@ -43,8 +43,10 @@ def _ask_engine(config: EngineConfig) -> Asked:
 
     While it thinks there is more to import. Of a model that is not here yet nothing is known.
     """
-    is_path = config.model.startswith((".", "/", "~")) or Path(config.model).exists()
-    if not is_path and config.model != "manta-demo":
+    is_here = Path(config.model).expanduser().exists() or config.model == "manta-demo"
+    if not is_here and config.model.startswith((".", "/", "~")):
+        raise SystemExit(f"error: model: there is no directory or GGUF file {config.model!r}")
+    if not is_here:
         return None
     asked = subprocess.Popen(
         [sys.executable, "-m", "engine.runner.preflight"],
