@@ -1,8 +1,7 @@
-"""The gate before the API: request ids, keys, sizes; and it tells afterwards what happened."""
+"""The gate before the API: request ids, keys, quotas; and it tells afterwards what happened."""
 
-import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -12,29 +11,19 @@ from deployments.api import scope
 from deployments.api.errors import ApiError, error_response
 from deployments.api.keys import KeyRing
 from deployments.api.origins import check_page, check_upload
-from deployments.api.request_log import MAX_BODY_BYTES, RequestLog
+from deployments.api.request_log import RequestLog
 from deployments.api.requests import handed_tokens
+from deployments.api.requests.body_reader import TOO_LARGE, BodyReader, check_media_type
 from deployments.api.requests.handed_tokens import TokenSeal
 from deployments.api.scope import RequestScope
 from deployments.api.tracing import Tracing
 from deployments.args import ServiceArgs
 from deployments.front.front import Front
-from deployments.front.places import Places
 from deployments.front.quotas import Quotas
-from engine.strict import shown
 
 REQUEST_ID_HEADER = "x-request-id"
 _MAX_ID_LENGTH = 128
-# Of a body that is too large so much is read and dropped, so that clients get to read the answer.
-_MAX_DRAINED_BYTES = 64 * 2**20
-# So many of the largest bodies are in memory at once, waiting to become tokens.
-_MAX_BODIES = 16
-# How long a body may take to come: so many seconds, and one for every so many bytes.
-_BODY_S = 30.0
-_BODY_BYTES_PER_S = 16 * 1024
 _MAX_HEAD_BYTES = 64 * 1024
-_FORM_BYTES = 64 * 1024  # of a form beside its file
-_TOO_LARGE = "request_too_large"
 _FROM_ROUTERS = handed_tokens.HEADER.encode()
 
 # What is read by load balancers, Prometheus and people with a browser; no model runs for it.
@@ -78,9 +67,8 @@ class Gate:
         self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._tells_ids = tells_ids
         self._front = front
-        self._bodies = Places()  # of bytes
         self._quotas = Quotas()
-        self._seal = TokenSeal(front.block_key)
+        self._bodies = BodyReader(service, TokenSeal(front.block_key))
         self._metrics = front.client.metrics
         self._log = RequestLog(front.model_name, service.request_log)
         self._tracing = Tracing.from_environment(front.model_name)
@@ -132,10 +120,10 @@ class Gate:
             with self._quotas.request(current.tenant, current.quota):
                 if self._takes_file(http):
                     check_upload(current.headers, self._service.allowed_origins)
-                    receive = _counted(receive, self._service.max_file_bytes)
+                    receive = self._bodies.counted(receive)
                 else:
-                    receive = _replay(await self._read_body(current, receive), receive)
-                    _check_media_type(current.headers)
+                    receive = await self._bodies.read(current, receive)
+                    check_media_type(current.headers)
                 await self._app(http, receive, send)
         except Exception as error:
             answer = error_response(error)
@@ -186,92 +174,6 @@ class Gate:
         if self._isolates_cache:
             current.cache_owner = name
 
-    async def _read_body(self, current: RequestScope, receive: Receive) -> bytes:
-        """Raises ApiError for one that is too large, too slow or one too many.
-
-        It is never all in memory then.
-        """
-        announced = current.headers.get("content-length", "")
-        size = int(announced) if announced.isdigit() else 0
-        fault = self._body_fault(current, size, size)
-        chunks: list[bytes] = []
-        size = held = 0
-
-        def end_reading() -> None:
-            nonlocal held
-            self._bodies.give_back(current.flow, held)
-            held = 0
-
-        current.end_reading = end_reading
-        async for chunk in _chunks(receive):
-            size += len(chunk)
-            fault = fault or self._body_fault(current, size, len(chunk))
-            if fault is None:
-                self._bodies.take(current.flow, len(chunk))
-                held += len(chunk)
-                chunks.append(chunk)
-            elif size > _MAX_DRAINED_BYTES:
-                break
-            else:
-                chunks.clear()
-                end_reading()
-        if fault is not None:
-            raise fault
-        body = b"".join(chunks)
-        current.body = body[:MAX_BODY_BYTES]
-        if handed_tokens.HEADER in current.headers:
-            current.handed = self._seal.open(body, current.headers[handed_tokens.HEADER])
-        return body
-
-    def _body_fault(self, current: RequestScope, size: int, more: int) -> ApiError | None:
-        """Why a body of at least `size` bytes is refused at its next `more` bytes."""
-        limit = self._service.max_request_bytes
-        if size > limit:
-            message = f"the body is larger than {limit} bytes (max_request_bytes)"
-            return ApiError(413, message, code=_TOO_LARGE)
-        if not self._bodies.has_room(current.flow, more, limit * _MAX_BODIES):
-            message = (
-                f"{self._bodies.taken} bytes of requests are being read, and there is no room for "
-                "more; try again later"
-            )
-            return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
-        return None
-
-
-async def _chunks(receive: Receive) -> AsyncIterator[bytes]:
-    """Of a body, up to its end or the client's; raises ApiError for one that hardly comes."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _BODY_S
-    try:
-        more = True
-        while more:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-            chunk = message.get("body", b"")
-            deadline += len(chunk) / _BODY_BYTES_PER_S
-            more = message.get("more_body", False)
-            yield chunk
-    except TimeoutError:
-        error = "the rest of the body has not come; send it whole, and faster"
-        raise ApiError(408, error, code="request_timeout") from None
-
-
-def _counted(receive: Receive, limit: int) -> Receive:
-    """The same; raises ApiError for what is larger than a file and its form may be."""
-    size = 0
-
-    async def counted() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
-        if size > limit + _FORM_BYTES:
-            raise ApiError(
-                413, f"the file is larger than {limit} bytes (max_file_bytes)", code=_TOO_LARGE
-            )
-        return message
-
-    return counted
-
 
 def _check_head(http: Scope) -> None:
     size = len(http["path"]) + len(http["query_string"])
@@ -279,20 +181,7 @@ def _check_head(http: Scope) -> None:
     size += sum(len(name) + len(value) for name, value in own)
     if size > _MAX_HEAD_BYTES:
         message = f"the headers are {size} bytes; at most {_MAX_HEAD_BYTES} are taken"
-        raise ApiError(431, message, code=_TOO_LARGE)
-
-
-def _check_media_type(headers: Headers) -> None:
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-    if not (kind or has_body or "origin" in headers):
-        return  # no JSON because there is nothing, and no page has sent it
-    if kind != "application/json":
-        message = (
-            "the body must be JSON, sent with content-type: application/json "
-            f"(got {shown(kind) if kind else 'none'})"
-        )
-        raise ApiError(415, message, code="unsupported_media_type")
+        raise ApiError(431, message, code=TOO_LARGE)
 
 
 def _request_id(headers: Headers) -> str:
@@ -309,13 +198,3 @@ def _route_path(http: MutableMapping[str, Any]) -> str:
     path: str = http["path"]
     below = path.removeprefix(root) if root and path.startswith(root) else path
     return below.rstrip("/") or "/"
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """Gives the body that has been read, then whatever comes: the client's hanging up."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replay

@@ -31,7 +31,7 @@ class RequestLog:
             return
         line = summary(scope) | {"model": self._model_name}
         if self._mode == "body":
-            line["body"] = scope.body.decode("utf-8", "replace")
+            line["body"] = scope.body_start.decode("utf-8", "replace")
         self._logger.info(json.dumps(line, ensure_ascii=True))
 
 

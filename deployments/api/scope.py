@@ -23,7 +23,7 @@ class RequestScope:
     path: str = ""
     is_anthropic: bool = False  # it has come to an endpoint of their API
     headers: Headers = field(default_factory=Headers)
-    body: bytes = b""  # its beginning
+    body_start: bytes = b""  # its beginning
     handed: HandedTokens | None = None  # of its prompt, if a router has made them
     flow: str = ""  # requests of one take turns with those of others
     end_reading: Callable[[], None] = lambda: None  # called when the body is of no more use

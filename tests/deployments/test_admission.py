@@ -277,7 +277,7 @@ async def _begin(server: LocalServer, key: str, length: int) -> asyncio.StreamWr
 def test_a_body_that_does_not_come_to_its_end(
     guarded: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.api.gate._BODY_S", 0.2)
+    monkeypatch.setattr("deployments.api.requests.body_reader._BODY_S", 0.2)
 
     def half() -> Iterator[bytes]:
         yield b"{"
