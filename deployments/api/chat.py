@@ -87,8 +87,8 @@ class Chat:
         return cls(front, request, prompt, params, head, tools, forced_prefix, is_shaped, options)
 
     @property
-    def has_grammar(self) -> bool:
-        """Whether there is a grammar, which the engine may yet refuse."""
+    def may_be_refused(self) -> bool:
+        """By the engine, once it has looked at the grammar: tools have one, too."""
         return self.params.structured_outputs is not None
 
     @property

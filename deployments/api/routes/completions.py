@@ -92,7 +92,7 @@ def routes(front: Front) -> APIRouter:
         if not request.stream:
             return await (await complete_text(front, request)).response()
         events = _events(await _start(front, request))
-        return event_stream(await await_first(events) if request.has_grammar else events)
+        return event_stream(await await_first(events) if request.may_be_refused else events)
 
     return router
 

@@ -44,7 +44,7 @@ def routes(front: Front) -> APIRouter:
         events = _events(chat, output)
         headers = left_out_header(request.left_out)
         if request.stream:
-            if chat.has_grammar:
+            if chat.may_be_refused:
                 events = await await_first(events)
             return event_stream(events, _failed, headers)
         async with aclosing(events):

@@ -47,7 +47,7 @@ def routes(front: Front) -> APIRouter:
             events = _stored(events, output, store, [*history, *request.messages])
         headers = left_out_header(request.toolbox.left_out)
         if request.stream:
-            if chat.has_grammar:
+            if chat.may_be_refused:
                 events = await await_first(events)
             return event_stream(events, lambda error: _failed(output, error), headers)
         async with aclosing(events):

@@ -206,8 +206,8 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
-    def has_grammar(self) -> bool:
-        """Whether a grammar, which the engine may yet refuse, shapes all of the text."""
+    def may_be_refused(self) -> bool:
+        """By the engine, once it has looked at the grammar, so that no answer should begin before."""
         return self.structured_outputs is not None or self.form() is not None
 
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
