@@ -42,7 +42,8 @@ def routes(front: Front) -> APIRouter:
         if not request.stream:
             return await (await complete_chat(front, request)).response()
         chat = await Chat.start(front, request, given_resume(request.resume))
-        return event_stream(await await_first(_events(chat)) if chat.may_be_refused else _events(chat))
+        events = _events(chat)
+        return event_stream(await await_first(events) if chat.may_be_refused else events)
 
     return router
 

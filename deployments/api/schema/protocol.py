@@ -207,7 +207,7 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
 
     @property
     def may_be_refused(self) -> bool:
-        """By the engine, once it has looked at the grammar, so that no answer should begin before."""
+        """By the engine, once it has looked at the grammar: no answer should begin before."""
         return self.structured_outputs is not None or self.form() is not None
 
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
