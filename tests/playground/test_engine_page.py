@@ -39,7 +39,7 @@ def test_a_load_is_seen_in_the_batch_the_pool_and_the_queue(
     expect(pool).to_have_attribute("aria-label", re.compile(r"0 owned, 0 shared"))
     expect(page.locator("#shards li")).to_have_text(re.compile("rank 0 · cpu"))
     idle = pixels(page)
-    start_load(page, "shared", 48, 600)
+    start_load(page, "shared", 40, 400)
     expect(pool).to_have_attribute("aria-label", re.compile(r"[1-9]\d* owned, [1-9]\d* shared"))
     expect(page.locator("#queue li").first).not_to_have_text("empty")
     expect(page.locator(".lane:not(.gone)").nth(3)).to_be_visible()
@@ -66,7 +66,7 @@ def test_preemption_is_told(open_page: OpenPage) -> None:
 def test_a_row_and_its_blocks_light_each_other_up(open_page: OpenPage) -> None:
     page = open_page("engine")
     expect(page.locator("#engine-body")).to_be_visible()
-    start_load(page, "short", 4, 600)
+    start_load(page, "short", 64, 1400)
     lane = page.locator(".lane:not(.gone)").first
     expect(lane).to_be_visible()
     lane.locator("button").focus()
