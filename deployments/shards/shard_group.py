@@ -109,6 +109,7 @@ class ShardGroup:
         Whatever is raised meanwhile is the end of this engine, and of nothing else.
         """
         ends: list[asyncio.Future[None]] = []
+        told: asyncio.Task[None] | None = None
         timeout_s = self._args.startup_timeout_s
         too_late = f"not ready within startup_timeout_s={timeout_s:g}"
         deadline = time.monotonic() + timeout_s
@@ -116,25 +117,24 @@ class ShardGroup:
         try:
             async with startup:
                 ends = await self._start()
-            is_told = False
+            told = asyncio.create_task(self._tell_startup())
             while True:
                 done, _ = await asyncio.wait(ends, timeout=_WATCH_S, return_when=_FIRST)
-                if self._client.is_connected and not is_told:
-                    is_told = True
-                    self._tell_startup()
-                if done or (is_told and not self._client.is_connected):
+                has_begun = told.done()
+                if done or (has_begun and not self._client.is_connected):
                     return await _cause(ends)
                 if self._client.is_silent:
                     await self._show_stacks()
                     return f"no heartbeat for {self._client.heartbeat.timeout_s:.0f} s"
-                if not is_told and time.monotonic() > deadline:
+                if not has_begun and time.monotonic() > deadline:
                     await self._show_stacks()
                     return too_late
         except Exception as error:
             return too_late if startup.expired() else _describe(error)
         finally:
-            for end in ends:
-                end.cancel()
+            for task in (*ends, told):
+                if task is not None:
+                    task.cancel()
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
@@ -161,7 +161,9 @@ class ShardGroup:
             ),
         ).remote()
 
-    def _tell_startup(self) -> None:
+    async def _tell_startup(self) -> None:
+        """Once the engine has come up."""
+        await self._client.wait_connected()
         phases = self._client.metrics.startup_s
         phases["process"] = self._placed_s
         told = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases.items())
