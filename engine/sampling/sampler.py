@@ -197,7 +197,7 @@ class Sampler:
 def _sampled(plan: StepPlan) -> tuple[list[int], list[int], Sequence[int]]:
     """What a step samples: rows, positions, and which of the rows that sample each belongs to."""
     ends = list(map(add, plan.starts, plan.lengths))
-    if not plan.drafts:  # one at most of each: nearly always
+    if max(plan.num_sampled, default=0) <= 1:  # nearly always
         rows = list(compress(plan.rows, plan.num_sampled))
         return rows, list(compress(ends, plan.num_sampled)), range(len(rows))
     num_sampled = np.asarray(plan.num_sampled)
