@@ -189,6 +189,7 @@ def kill_front(jobs: JobCluster) -> None:
     front.kill()
 
 
+@pytest.mark.slow
 def test_parquet_on_two_ranks(jobs: JobCluster, model: Path, llm: LLM, tmp_path: Path) -> None:
     prompts: list[Any] = [f"item {i}" for i in range(40)]
     prompts[3], prompts[30] = None, "x" * 600

@@ -159,6 +159,7 @@ def test_a_session_stays_on_its_replica(url: str, tiny_model: Path) -> None:
             assert all(count >= 96 for count in cached[1:])
 
 
+@pytest.mark.slow
 def test_one_cluster_serves_several_models(url: str, cluster: str, tiny_model: Path) -> None:
     deploy(tiny_model)
     args = AppArgs(model=str(tiny_model), served_model_name="other", num_blocks=64, max_num_seqs=8)
