@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,14 +101,8 @@ def derived(files: list[Path], module: str) -> Path:
     for file in files:
         state = file.stat()
         identity.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
-    kept = cache()
-    directory = kept / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:24]
-    if directory.exists():
-        return directory
-    kept.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept) as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
+
+    def make(made: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, files), str(made)],
             capture_output=True,
@@ -117,6 +112,21 @@ def derived(files: list[Path], module: str) -> Path:
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise CheckpointError(f"{files[0]} cannot be read: {reason}")
+
+    return _made_once("\n".join(identity), make)
+
+
+def _made_once(identity: str, make: Callable[[Path], None]) -> Path:
+    """The directory that `make` has filled, kept for whoever has the same identity."""
+    kept = cache()
+    directory = kept / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    if directory.exists():
+        return directory
+    kept.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept) as temporary:
+        made = Path(temporary) / "made"
+        made.mkdir()
+        make(made)
         with suppress(OSError):  # another process was faster
             made.rename(directory)
     return directory
@@ -227,20 +237,12 @@ def _with(directory: Path, others: _Files) -> Path:
         f"{path.resolve()} {path.stat().st_mtime_ns}" if isinstance(path, Path) else repr(path)
         for path in files.values()
     ]
-    identity = repr([*zip(files, states, strict=True)])
-    kept = cache()
-    made = kept / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    if made.exists():
-        return made
-    kept.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept) as temporary:
-        target = Path(temporary) / "made"
-        target.mkdir()
+
+    def make(made: Path) -> None:
         for name, content in files.items():
             if isinstance(content, Path):
-                (target / name).symlink_to(content.resolve())
+                (made / name).symlink_to(content.resolve())
             elif content is not None:
-                (target / name).write_text(content, encoding="utf-8")
-        with suppress(OSError):  # another process was faster
-            target.rename(made)
-    return made
+                (made / name).write_text(content, encoding="utf-8")
+
+    return _made_once(repr([*zip(files, states, strict=True)]), make)

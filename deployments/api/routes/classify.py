@@ -69,10 +69,7 @@ def routes(front: Front) -> APIRouter:
 
 async def _prompts(front: Front, request: ClassificationRequest) -> list[list[int]]:
     if request.messages is None:
-        return [
-            await encode(front, text, request) if isinstance(text, str) else text
-            for text in listed(request.input or "")
-        ]
+        return await encode(front, listed(request.input or ""), request)
     messages = [message.for_template() for message in request.messages]
     variables = {"add_generation_prompt": request.add_generation_prompt}
     try:

@@ -103,10 +103,7 @@ def routes(front: Front) -> APIRouter:
     @router.post("/v1/embeddings", response_model=None, responses=documented(answers.EmbeddingList))
     async def create_embeddings(request: EmbeddingRequest) -> Response:
         check_model(front, request)
-        prompts = [
-            await encode(front, prompt, request) if isinstance(prompt, str) else prompt
-            for prompt in listed(request.input)
-        ]
+        prompts = await encode(front, listed(request.input), request)
         vectors, usage = await _embed(front, prompts, request)
         if request.dimensions is not None and request.dimensions > len(vectors[0]):
             message = f"dimensions: {request.dimensions}, but the model's vectors have "
@@ -157,11 +154,17 @@ def routes(front: Front) -> APIRouter:
     return router
 
 
-async def encode(front: Front, text: str, request: PooledRequest) -> list[int]:
+async def encode(
+    front: Front, prompts: Sequence[str | list[int]], request: PooledRequest
+) -> list[list[int]]:
+    """Texts among the prompts in tokens; raises ApiError."""
+    fits = request.truncate_prompt_tokens is None
+    max_len = front.client.limits.max_len if front.client.limits and fits else None
     try:
-        fits = request.truncate_prompt_tokens is None
-        max_len = front.client.limits.max_len if front.client.limits and fits else None
-        return await front.encode(text, max_len=max_len)
+        return [
+            await front.encode(prompt, max_len=max_len) if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
     except ValueError as error:
         raise prompt_error(error, "input") from error
 
@@ -214,7 +217,7 @@ async def _score(
     if front.judges:
         return await _judge(front, pairs, request, instruction)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    prompts = [await encode(front, text, request) for text in texts]
+    prompts = await encode(front, texts, request)
     vectors, usage = await _embed(front, prompts, request)
     units = {
         text: vector / max(float(np.linalg.norm(vector)), 1e-12)
