@@ -44,3 +44,9 @@ def test_what_needs_text_is_refused_with_the_reason(
     assert answer.status_code == 400
     assert "tokenizer" in answer.json()["error"]["message"]
     api.assert_idle()
+
+
+def test_there_is_nothing_to_tell_of_a_tokenizer(api: InProcessApi) -> None:
+    answer = api.run(api.http.get("/tokenizer_info"))
+    assert answer.status_code == 404
+    assert "tokenizer" in answer.json()["error"]["message"]

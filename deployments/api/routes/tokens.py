@@ -85,6 +85,8 @@ def routes(front: Front) -> APIRouter:
     @router.get("/tokenizer_info", response_model=None, responses=documented(answers.TokenizerInfo))
     async def tokenizer_info() -> dict[str, Any]:
         """The checkpoint's tokenizer_config.json, with its class and chat template."""
+        if not front.tokenizer.knows_text:
+            raise ApiError(404, "this checkpoint has no tokenizer")
         return front.tokenizer.info
 
     return router
