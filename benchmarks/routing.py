@@ -148,12 +148,38 @@ class ResponsesProtocol:
         return "", (usage["input_tokens"], cached, usage["output_tokens"])
 
 
-Protocol = ChatProtocol | ResponsesProtocol
-PROTOCOLS: dict[str, Protocol] = {"chat": ChatProtocol(), "responses": ResponsesProtocol()}
+class MessagesProtocol:
+    path = "/v1/messages"
+
+    def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        said = [message for message in messages if message["role"] != "system"]
+        system = "".join(m["content"] for m in messages if m["role"] == "system")
+        return {"model": "manta-demo", "system": system, "messages": said, "max_tokens": 24}
+
+    def read(self, event: dict[str, Any]) -> tuple[str, Usage | None]:
+        if event["type"] == "content_block_delta":
+            return event["delta"].get("text", ""), None
+        if event["type"] != "message_delta":
+            return "", None
+        usage = event["usage"]
+        cached = usage["cache_read_input_tokens"]
+        return "", (usage["input_tokens"] + cached, cached, usage["output_tokens"])
+
+
+Protocol = ChatProtocol | ResponsesProtocol | MessagesProtocol
+PROTOCOLS: dict[str, Protocol] = {
+    "chat": ChatProtocol(),
+    "responses": ResponsesProtocol(),
+    "messages": MessagesProtocol(),
+}
 
 
 async def have(
-    conversation: Conversation, protocol: Protocol, http: httpx.AsyncClient, outcome: Outcome
+    conversation: Conversation,
+    protocol: Protocol,
+    http: httpx.AsyncClient,
+    outcome: Outcome,
+    body_bytes: int,
 ) -> None:
     messages = []
     if conversation.system:
@@ -161,11 +187,13 @@ async def have(
     for question in conversation.questions:
         messages.append({"role": "user", "content": question})
         outcome.sent.append((conversation.tenant, list(messages)))
-        body = {"temperature": 0, "stream": True} | protocol.body(messages)
+        asked = {"temperature": 0, "stream": True} | protocol.body(messages)
+        body = json.dumps(asked)[:-1].ljust(body_bytes) + "}"
         start, answer, first = time.perf_counter(), "", 0.0
         url = f"http://127.0.0.1:{_PORT}{protocol.path}"
         headers = {"Authorization": f"Bearer key-of-{conversation.tenant}"}
-        async with http.stream("POST", url, json=body, headers=headers) as response:
+        headers |= {"content-type": "application/json"}
+        async with http.stream("POST", url, content=body, headers=headers) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
@@ -189,7 +217,7 @@ async def run_clients(conversations: list[Conversation], arguments: argparse.Nam
     async def client() -> None:
         async with httpx.AsyncClient(timeout=300) as http:
             for conversation in todo:
-                await have(conversation, protocol, http, outcome)
+                await have(conversation, protocol, http, outcome, arguments.body_bytes)
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(arguments.clients)))
@@ -249,6 +277,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--protocol", default="chat", choices=PROTOCOLS)
+    parser.add_argument("--body-bytes", type=int, default=0, help="fill bodies up with spaces")
     parser.add_argument("--isolate", action="store_true", help="a key for every tenant")
     parser.add_argument("--policies", nargs="+", default=list(policies()), choices=policies())
     arguments = parser.parse_args()

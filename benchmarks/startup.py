@@ -4,11 +4,17 @@ Memory is the process' own (anonymous) pages, sampled every 10 ms; the checkpoin
 kernel can drop at any time, are listed apart. Where the compiled CPU kernels are not in the cache
 yet, building them is part of "kernels".
 
-    python -m benchmarks.startup --model DIRECTORY [--quantization w8a8]
+With --kept, twice more, as on a node that keeps weights: once as the first to load these, which
+leaves them in shared memory, and once as the next, which finds them there.
+
+    python -m benchmarks.startup --model DIRECTORY [--quantization w8a8] [--kept]
 """
 
 import argparse
 import functools
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +31,7 @@ class PeakMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.own = self.files = 0
+        self.own = self.files = self.shared = 0
         self._done = threading.Event()
 
     def run(self) -> None:
@@ -34,6 +40,7 @@ class PeakMemory(threading.Thread):
                 line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
             )
             self.own = max(self.own, int(status["RssAnon"].split()[0]) * 1024)
+            self.shared = max(self.shared, int(status["RssShmem"].split()[0]) * 1024)
             self.files = max(self.files, int(status["RssFile"].split()[0]) * 1024)
 
     def stop(self) -> None:
@@ -59,32 +66,39 @@ class Phases:
         return call
 
 
-def run(model: str, options: dict[str, Any], load_format: str) -> None:
+def run(model: str, options: dict[str, Any], load_format: str, weights: str | None) -> None:
     phases = Phases()
     memory = PeakMemory()
     memory.start()
     from benchmarks.floor import weight_bytes
     from benchmarks.shape import read_shape
     from engine import LLM, SamplingParams, checkpoint
-    from engine.models import loader
+    from engine import llm as llm_module
+    from engine.models import loader, shared
     from engine.models.decoder import CausalLM
     from engine.runner import model_runner
 
     phases.seconds["import"] = time.perf_counter() - _BEGIN
     for name, owner, attribute in (
         ("kernels", model_runner, "select_ops"),
+        ("leave in or take from shared memory", shared.SharedFile, "_fill"),
+        ("leave in or take from shared memory", shared.SharedFile, "_read"),
         ("load and pack weights", loader, "load_weights"),
         ("load and pack weights", loader, "load_dummy_weights"),
         ("pack head", CausalLM, "pack_head"),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute)))
+    if weights is not None:
+        share = functools.partial(llm_module.Engine, files=lambda _: weights)
+        setattr(llm_module, "Engine", share)  # noqa: B010
     llm = phases.timed("LLM", LLM)(model, load_format=load_format, **options)
     phases.timed("first token", llm.generate)(
         [[1, 2, 3]], SamplingParams(max_tokens=1), use_tqdm=False
     )
     total = time.perf_counter() - _BEGIN
-    inner = sum(phases.seconds[n] for n in ("kernels", "load and pack weights", "pack head"))
-    phases.seconds["rest of LLM"] = phases.seconds.pop("LLM") - inner
+    whole, outside = phases.seconds.pop("LLM"), ("import", "first token")
+    inner = sum(seconds for name, seconds in phases.seconds.items() if name not in outside)
+    phases.seconds["rest of LLM"] = whole - inner
     # Fill the pool and a whole step, for the memory that serving takes.
     config, limits = llm.engine.config, llm.engine.limits
     length = min(limits.max_len - 8, config.step_size.tokens)
@@ -102,8 +116,20 @@ def run(model: str, options: dict[str, Any], load_format: str) -> None:
     print(
         f"weights {weights / _GIB:.2f} + pool {pool / _GIB:.2f} GiB; peak {memory.own / _GIB:.2f},"
         f" {(memory.own - weights - pool) / _GIB:+.2f} GiB beside them; "
-        f"pages of files at most {memory.files / _GIB:.2f} GiB"
+        f"in shared memory {memory.shared / _GIB:.2f}, pages of files at most "
+        f"{memory.files / _GIB:.2f} GiB"
     )
+
+
+def run_kept() -> None:
+    """Three processes, one after the other."""
+    file = os.memfd_create("weights")
+    shared = ["--weights", f"/proc/{os.getpid()}/fd/{file}"]
+    command = [sys.executable, "-m", "benchmarks.startup", *sys.argv[1:]]
+    command.remove("--kept")
+    for name, more in (("by itself", []), ("the first", shared), ("the next", shared)):
+        print(f"--- {name}", flush=True)
+        subprocess.run([*command, *more], check=True, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -115,13 +141,18 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--quantization", choices=["w8a8", "int4"])
+    parser.add_argument("--kept", action="store_true", help="and from shared memory")
+    parser.add_argument("--weights", help="a file in shared memory, for --kept's own use")
     arguments = parser.parse_args()
+    if arguments.kept:
+        run_kept()
+        return
     options = {
         "max_model_len": arguments.max_model_len,
         "max_num_seqs": arguments.max_num_seqs,
         "quantization": arguments.quantization,
     }
-    run(arguments.model, options, arguments.load_format)
+    run(arguments.model, options, arguments.load_format, arguments.weights)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ socket tells at once when the other side is gone. One message carries all that h
 step, for all requests together.
 
 Front to engine:   {"add": [[id, packed request], …], "abort": [id, …], "watch": seconds,
-                   "profile": whether it starts or ends}
+                   "order": what else the engine is to do}
 Engine to front:   {"hello": {…}} once, then per step {"deltas": […], "errors": [[id, reason], …],
                    "stats": {…}, "cache": [[block hash, whether it is cached now], …]}, and with
                    "view": {…}, an engine.view.EngineView, in some of them while a watch lasts,
-                   and "profiled": why not, or null, once a profile has started or ended
+                   and "done": why not, or null, once it has obeyed an order
 """
 
 import asyncio

@@ -97,10 +97,7 @@ def derived(files: list[Path], module: str) -> Path:
 
     Raises CheckpointError with the last line that it says.
     """
-    identity = [module, _DERIVED]
-    for file in files:
-        state = file.stat()
-        identity.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
+    identity = [module, _DERIVED, *states(files)]
 
     def make(made: Path) -> None:
         done = subprocess.run(
@@ -114,6 +111,12 @@ def derived(files: list[Path], module: str) -> Path:
             raise CheckpointError(f"{files[0]} cannot be read: {reason}")
 
     return _made_once("\n".join(identity), make)
+
+
+def states(files: list[Path]) -> list[str]:
+    """What tells whether files are still the same."""
+    found = ((file.resolve(), file.stat()) for file in files)
+    return [f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in found]
 
 
 def _made_once(identity: str, make: Callable[[Path], None]) -> Path:

@@ -187,6 +187,12 @@ class EngineConfig(StrictModel):
         description="Steps with prompts are recorded as CUDA graphs too, for a ladder of sizes up "
         "to so many tokens; 0: none. Default on a GPU: 2048.",
     )
+    enable_sleep_mode: bool = Field(
+        False,
+        description="POST /sleep and /wake_up (of a server), and sleep and wake_up of LLM, have an "
+        "idle engine give back its KV cache and keep its weights in host memory, and take both "
+        "again.",
+    )
     profile_directory: str | None = Field(
         None,
         min_length=1,

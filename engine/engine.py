@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from engine.checkpoint import directory_of
 from engine.config import EngineConfig
+from engine.models.shared import WeightFiles
 from engine.ranks.group import Leader
-from engine.runner.commands import DraftTokens, Profile
+from engine.runner.commands import DraftTokens, Profile, Sleep
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
@@ -55,12 +56,20 @@ class Engine:
     """
 
     def __init__(
-        self, config: EngineConfig, leader: Leader | None = None, show_progress: bool = False
+        self,
+        config: EngineConfig,
+        leader: Leader | None = None,
+        show_progress: bool = False,
+        files: WeightFiles | None = None,
     ) -> None:
+        """
+        Args:
+            files: see `load_model`.
+        """
         leader = leader or Leader(1)
         if leader.size != config.num_ranks:
             raise ValueError(f"{config.num_ranks} ranks need a leader of so many")
-        self.executor = Executor(config, leader, show_progress)
+        self.executor = Executor(config, leader, show_progress, files)
         self.runner = runner = self.executor.runner
         self.config = config = runner.config  # on its device
         groups = runner.cache_layout.cache_groups(runner.num_blocks)
@@ -101,10 +110,13 @@ class Engine:
         self._speed = _Speed()
         self._num_computed = 0  # tokens of all steps
         self._is_profiling = False
+        self.is_sleeping = False
         self._uncomputed = 0.0, 0  # when it was counted, and how many tokens
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError when it could never be served."""
+        if self.is_sleeping:
+            raise ValueError("the engine is asleep; wake it up first")
         self.limits.check(request.prompt_token_ids + request.output_token_ids, request.params)
         self.limits.check_tokens("prediction", request.prediction_token_ids)
         if request.params.n != 1:
@@ -208,6 +220,7 @@ class Engine:
             "host_blocks": scheduler.pool.host.num_slots,
             "used_host_blocks": len(scheduler.pool.host),
             "steps": self.num_steps,
+            "sleeping": self.is_sleeping,
             "late_compilations": len(self.runner.late_compilations),
             "replayed_steps": self.runner.forward_pass.num_replays,
             "tokens_per_s": self._speed.tokens_per_s,
@@ -218,7 +231,15 @@ class Engine:
             **(self.speculator.stats() if self.speculator is not None else {}),
         }
 
-    def profile(self, starts: bool) -> None:
+    def start_profile(self) -> None:
+        """Record what every rank does from now on; raises ValueError where that makes no sense."""
+        self._profile(True)
+
+    def stop_profile(self) -> None:
+        """Write it down; raises ValueError where there is none, OSError where it cannot be."""
+        self._profile(False)
+
+    def _profile(self, starts: bool) -> None:
         """Start to record what every rank does, or end and write it down.
 
         Raises ValueError where that makes no sense, OSError where it cannot be written.
@@ -231,6 +252,29 @@ class Engine:
         failure = self.executor.run(Profile(starts))()
         if failure is not None:
             raise OSError(failure)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the device's memory until `wake_up`: the KV cache, and on a GPU the weights.
+
+        Raises ValueError without enable_sleep_mode, where there are requests, and for other levels
+        than vLLM's 1, at which the weights stay in host memory.
+        """
+        if level != 1:
+            raise ValueError(f"level: {level} is not supported: at 1 weights stay in host memory")
+        if not self.config.enable_sleep_mode:
+            raise ValueError("this engine has no enable_sleep_mode, so it does not sleep")
+        if self.has_work:
+            raise ValueError("the engine has requests, which have to end or be aborted first")
+        if not self.is_sleeping:
+            self.is_sleeping = True
+            self.scheduler.blocks.forget_cached()
+            self.executor.run(Sleep(begins=True))()
+
+    def wake_up(self) -> None:
+        """Be as before, with an empty prefix cache."""
+        if self.is_sleeping:
+            self.executor.run(Sleep(begins=False))()
+            self.is_sleeping = False
 
     def _count_uncomputed(self) -> int:
         """Of few in every step; of thousands that wait ten times a second, for steps are short."""

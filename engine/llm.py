@@ -105,11 +105,18 @@ class LLM:
 
     def start_profile(self) -> None:
         """Record what every rank does from now on; raises ValueError without profile_directory."""
-        self.engine.profile(True)
+        self.engine.start_profile()
 
     def stop_profile(self) -> None:
         """Write it to profile_directory."""
-        self.engine.profile(False)
+        self.engine.stop_profile()
+
+    def sleep(self, level: int = 1) -> None:
+        """See `Engine.sleep`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        self.engine.wake_up()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors recommend (generation_config.json), else the usual defaults."""
@@ -381,9 +388,7 @@ def _cosine(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if len(prompts) > 0 and isinstance(prompts[0], int):
+    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -18,8 +18,8 @@ from deployments.api.routes import (
     embeddings,
     engine_events,
     messages,
+    orders,
     playground,
-    profiles,
     responses,
     server_info,
     tokens,
@@ -31,7 +31,7 @@ from deployments.version import VERSION
 # Each has `routes(front)`: an endpoint is a file, and its name here.
 ROUTES = (
     *(chat, completions, responses, messages, embeddings, classify),
-    *(tokens, server_info, profiles, engine_events),
+    *(tokens, server_info, orders, engine_events),
 )
 
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deployments.args import AppArgs, DeploymentArgs
 from deployments.cached_blocks import CachedBlocks
@@ -29,6 +29,7 @@ from engine.schedule.step import TokenDelta
 
 # How long an engine draws views for a front that does not ask again, in seconds.
 _WATCH_S = 2.0
+Order = Literal["start_profile", "stop_profile", "sleep", "wake_up"]
 
 
 class EngineUnavailableError(Exception):
@@ -88,7 +89,8 @@ class EngineClient:
         self._connected = asyncio.Event()
         self._failure: EngineUnavailableError | None = None
         self._watched_until = 0.0
-        self._profiled: deque[asyncio.Future[str | None]] = deque()
+        self._orders: deque[asyncio.Future[str | None]] = deque()  # not yet answered
+        self.is_sleeping = False
 
     async def listen(self) -> str:
         """Expect an engine; returns the address of the socket, which is gone once it has come.
@@ -210,16 +212,16 @@ class EngineClient:
             self._writer.write(pack({"watch": _WATCH_S}))
         return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
 
-    async def profile(self, starts: bool) -> str | None:
-        """Start or end a profile of the engine; returns why not, if it could not be.
+    async def order(self, what: Order) -> str | None:
+        """Have the engine do this; returns why not, if it could not.
 
         Raises EngineUnavailableError while there is none.
         """
         if self._writer is None:
-            raise EngineUnavailableError("there is no engine to profile")
+            raise EngineUnavailableError("there is no engine")
         answer = asyncio.get_running_loop().create_future()
-        self._profiled.append(answer)
-        self._writer.write(pack({"profile": starts}))
+        self._orders.append(answer)
+        self._writer.write(pack({"order": what}))
         failure: str | None = await asyncio.shield(answer)
         return failure
 
@@ -281,8 +283,9 @@ class EngineClient:
         self._writer = None
         self.stats, self.view = {}, None
         self._watched_until = 0.0
-        while self._profiled:
-            self._profiled.popleft().set_result("the engine has gone, and its profile with it")
+        self.is_sleeping = False
+        while self._orders:
+            self._orders.popleft().set_result("the engine has gone, and all it had with it")
         self._connected.clear()
         culprit = self._quarantine.blame()
         if culprit is not None:
@@ -320,6 +323,7 @@ class EngineClient:
         self.heartbeat.beat()
         self.metrics.count_step(self.stats, message["stats"])
         self.stats = message["stats"]
+        self.is_sleeping = bool(self.stats.get("sleeping"))
         self.view = message.get("view", self.view)
         for block_hash, is_cached in message["cache"]:
             self.cached_blocks.note(block_hash, is_cached)
@@ -348,8 +352,8 @@ class EngineClient:
                 live.arrived.put_nowait(whole)
         for request_id, reason in message["errors"]:
             self._end(request_id, _refusal(reason))
-        if "profiled" in message and self._profiled:
-            self._profiled.popleft().set_result(message["profiled"])
+        if "done" in message and self._orders:
+            self._orders.popleft().set_result(message["done"])
         self._flush()  # somebody's turn may have come
 
     async def close(self) -> None:

@@ -111,6 +111,8 @@ class Front:
         Raises EngineUnavailableError when there will be no engine to serve it.
         """
         self.client.check_available()
+        if self.client.is_sleeping:
+            raise EngineUnavailableError("the engine is asleep; POST /wake_up wakes it up")
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
         if params.stop and not self.tokenizer.knows_text:

@@ -195,11 +195,14 @@ class Metrics(Collector):
         name, about = "vllm:prompt_tokens_by_source", "Where they came from."
         yield self._by(CounterMetricFamily, name, about, "source", sources)
         yield self._cache_config(last)
+        # Kubernetes' gateways read which adapters a replica has, and take silence for a fault.
+        adapters = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        yield self._info("lora_requests_info", "Of LoRA adapters: there are none.", adapters)
 
     def _cache_config(self, stats: Mapping[str, Any]) -> Metric:
         """What there is of a cache, as labels."""
         args = self._args
-        info = self._labels | {
+        info = {
             "block_size": str(args.block_size),
             "cache_dtype": args.kv_cache_dtype,
             "enable_prefix_caching": str(args.enable_prefix_caching),
@@ -208,10 +211,12 @@ class Metrics(Collector):
             "num_cpu_blocks": str(stats["host_blocks"]),
             "num_gpu_blocks_override": str(args.num_blocks),
         }
-        family = GaugeMetricFamily(
-            "vllm:cache_config_info", "Of the KV cache; always 1.", labels=list(info)
-        )
-        family.add_metric(list(info.values()), 1)
+        return self._info("cache_config_info", "Of the KV cache; always 1.", info)
+
+    def _info(self, name: str, about: str, info: Mapping[str, str]) -> Metric:
+        labels = {**self._labels, **info}
+        family = GaugeMetricFamily(f"vllm:{name}", about, labels=list(labels))
+        family.add_metric(list(labels.values()), 1)
         return family
 
     def _request_metrics(self) -> Iterator[Metric]:

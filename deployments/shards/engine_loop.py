@@ -32,7 +32,13 @@ class EngineLoop:
         self._cache_changes = engine.scheduler.pool.changes = []
         self._socket = MessageSocket(address)
         self._watch = Watch(engine)
-        self._profiled: list[str | None] = []  # to be told
+        self._orders = {
+            "start_profile": engine.start_profile,
+            "stop_profile": engine.stop_profile,
+            "sleep": engine.sleep,
+            "wake_up": engine.wake_up,
+        }
+        self._done: list[str | None] = []  # what became of orders, to be told
 
     def run(self) -> None:
         """Serve until the front closes the connection; errors of the engine end the process."""
@@ -55,8 +61,8 @@ class EngineLoop:
                     "stats": self._engine.stats(),
                     "cache": self._cache_changes,
                 }
-                if self._profiled:
-                    message["profiled"] = self._profiled.pop(0)
+                if self._done:
+                    message["done"] = self._done.pop(0)
                 if (picture := self._watch.picture()) is not None:
                     message["view"] = picture
                 self._socket.send(message)
@@ -85,14 +91,14 @@ class EngineLoop:
             self._engine.abort(request_id)
         if "watch" in message:
             self._watch.renew(message["watch"])
-        if "profile" in message:
-            self._profiled.append(self._profile(message["profile"]))
+        if "order" in message:
+            self._done.append(self._obey(message["order"]))
         return errors
 
-    def _profile(self, starts: bool) -> str | None:
-        """Why there is no profile, if there is none."""
+    def _obey(self, order: str) -> str | None:
+        """Why it was not done, if it was not."""
         try:
-            self._engine.profile(starts)
+            self._orders[order]()
         except (ValueError, OSError) as error:
             return str(error)
         return None

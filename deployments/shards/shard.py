@@ -10,6 +10,7 @@ import ray
 
 from deployments.args import DeploymentArgs
 from deployments.shards.engine_loop import EngineLoop
+from deployments.shards.weight_keeper import KeptWeights
 from engine.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -65,17 +66,23 @@ class EngineShard:
         self._leader = Leader(size, ray.util.get_node_ip_address())
         return self._leader.address if size > 1 else None
 
-    def lead(self, config: EngineConfig, front_address: str) -> None:
-        """Rank 0: load, gather the followers, and serve the front until it hangs up."""
+    def lead(self, config: EngineConfig, front_address: str, keep_s: float = 0) -> None:
+        """Rank 0: load, gather the followers, and serve the front until it hangs up.
+
+        Args:
+            keep_s: see `KeptWeights`.
+        """
         begin = time.monotonic()
         from engine.engine import Engine
 
         startup_s = {"imports": time.monotonic() - begin}
-        engine = Engine(config, self._leader, show_progress=True)
+        engine = Engine(config, self._leader, show_progress=True, files=KeptWeights(keep_s))
         EngineLoop(engine, front_address, startup_s).run()
 
-    def follow(self, config: EngineConfig, rank: int, address: "GroupAddress") -> None:
+    def follow(
+        self, config: EngineConfig, rank: int, address: "GroupAddress", keep_s: float = 0
+    ) -> None:
         """Any other rank: load, and execute the leader's plans until it hangs up."""
         from engine.runner.follower import follow
 
-        follow(config, rank, address)
+        follow(config, rank, address, KeptWeights(keep_s))

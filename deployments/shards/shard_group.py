@@ -138,7 +138,7 @@ class ShardGroup:
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
-        config, size = self._args.engine_config, self._args.num_ranks
+        config, size, keep_s = self._args.engine_config, self._args.num_ranks, self._args.kept_s
         began = time.monotonic()
         address = await self._client.listen()
         self._shards = [self._new_shard(rank) for rank in range(size)]
@@ -146,9 +146,9 @@ class ShardGroup:
         self._placed_s = time.monotonic() - began
         leader, *followers = self._shards
         group_address = await leader.open_group.remote(size)
-        calls = [leader.lead.remote(config, address)]
+        calls = [leader.lead.remote(config, address, keep_s)]
         for rank, follower in enumerate(followers, start=1):
-            calls.append(follower.follow.remote(config, rank, group_address))
+            calls.append(follower.follow.remote(config, rank, group_address, keep_s))
         return [asyncio.ensure_future(_completion(call)) for call in calls]
 
     def _new_shard(self, rank: int) -> Any:

@@ -40,13 +40,17 @@ class MemoryMeter:
         self._device = device
 
     def in_use(self) -> int:
-        """Bytes; on a CPU those of the process, less what it shares, such as mapped files."""
+        """Bytes; on a CPU those of the process, less files that it has mapped."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
             return torch.cuda.memory_reserved(self._device)
-        memory = psutil.Process().memory_info()
-        return int(memory.rss - getattr(memory, "shared", 0))
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return int(psutil.Process().memory_info().rss)
+        kinds = {line.split()[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+        return sum(int(kinds[kind]) * 1024 for kind in ("RssAnon:", "RssShmem:"))
 
     def reset_peak(self) -> None:
         if self._device.type == "cuda":

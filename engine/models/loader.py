@@ -1,13 +1,16 @@
 """A model with its weights from safetensors files, each rank reading only its slices."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointError
+import kernels
+from engine import models
+from engine.checkpoint import CheckpointError, states
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext, ShardedModule, Source
 from engine.models.config import ModelConfig
@@ -15,6 +18,7 @@ from engine.models.decoder import CausalLM
 from engine.models.reader import TensorReader, open_tensors
 from engine.models.rewrite import UNCHANGED, Rewrites, RewrittenReader
 from engine.models.shape import LanguageModel, ModelShape
+from engine.models.shared import SharedFile, WeightFiles
 from engine.models.weights import weight_format
 from engine.progress import Progress
 from engine.ranks.rank_group import RankGroup
@@ -22,6 +26,8 @@ from kernels import Ops
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+# Smaller checkpoints are read as fast as they are found.
+_WORTH_SHARING_BYTES = 64 << 20
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -42,15 +48,56 @@ def load_model(
     ops: Ops,
     parallel: RankGroup,
     show_progress: bool = False,
+    files: WeightFiles | None = None,
 ) -> LanguageModel:
-    """One rank's model with its weights, in the layout of the device's ops."""
+    """One rank's model with its weights, in the layout of the device's ops.
+
+    Args:
+        files: where models of our own blocks are shared with other processes, if they are.
+    """
     if isinstance(shape, ModelConfig):
-        return _load_blocks(
-            config, shape, directory, max_len, dtype, device, ops, parallel, show_progress
-        )
+
+        def load() -> CausalLM:
+            return _load_blocks(
+                config, shape, directory, max_len, dtype, device, ops, parallel, show_progress
+            )
+
+        path = None
+        if files is not None and _weighs(directory) >= _WORTH_SHARING_BYTES:
+            path = files(_name(config, directory, max_len, dtype, device, ops, parallel))
+        if path is None:
+            return load()
+        own = {f"ops.{f.name}": getattr(ops, f.name) for f in fields(ops)}
+        known = {name: value for name, value in own.items() if callable(value)}
+        known |= {"ops": ops, "parallel": parallel}
+        return SharedFile[CausalLM](path, known, device).model(load)
     from engine.models.transformers.load import load_module  # its modules take long
 
     return load_module(config, shape, directory, dtype, device, ops, parallel)
+
+
+def _weighs(directory: Path) -> int:
+    files = (*directory.glob("*.safetensors"), *directory.glob("*.gguf"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _name(
+    config: EngineConfig,
+    directory: Path,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
+    parallel: RankGroup,
+) -> str:
+    """Of what the model is made of: the same name, the same model, to the bit."""
+    code = [path for room in (kernels, models) for path in Path(room.__path__[0]).rglob("*.py")]
+    made_of = (
+        *(states(sorted(directory.iterdir())), states(sorted(code)), torch.__version__),
+        config.model_dump(include={"quantization", "load_format", "seed", "deterministic"}),
+        *(max_len, dtype, device.type, ops.name, parallel.rank, parallel.size),
+    )
+    return hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
 
 
 def _load_blocks(

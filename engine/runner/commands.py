@@ -33,6 +33,19 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """Give back the memory of the device, or take it again."""
+
+    begins: bool
+
+    def run(self, runner: ModelRunner) -> None:
+        if self.begins:
+            runner.sleep()
+        else:
+            runner.wake_up()
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchStep:
     plan: StepPlan
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from engine.config import EngineConfig
 from engine.device.select import select_device
 from engine.generation_config import eos_token_ids
+from engine.models.shared import WeightFiles
 from engine.ranks.group import Leader
 from engine.ranks.rank_group import Ranks
 from engine.runner.commands import Command, LaunchStep, Result
@@ -17,10 +18,16 @@ from engine.schedule.step import StepPlan, StepResult
 class Executor:
     """Rank 0's model runner, and the channel to the other ranks."""
 
-    def __init__(self, config: EngineConfig, leader: Leader, show_progress: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        leader: Leader,
+        show_progress: bool = False,
+        files: WeightFiles | None = None,
+    ) -> None:
         self._leader = leader
         device = select_device(config.device)
-        self.runner = load_runner(config, leader.gather(device), show_progress)
+        self.runner = load_runner(config, leader.gather(device), show_progress, files)
         self._overlaps = config.async_scheduling
         if self._overlaps is None:
             self._overlaps = device.type == "cuda"
@@ -56,8 +63,13 @@ class Executor:
         self._leader.close()
 
 
-def load_runner(config: EngineConfig, ranks: Ranks, show_progress: bool = False) -> ModelRunner:
+def load_runner(
+    config: EngineConfig,
+    ranks: Ranks,
+    show_progress: bool = False,
+    files: WeightFiles | None = None,
+) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
     directory, shape = read_model(config)
     eos = eos_token_ids(directory)
-    return ModelRunner(config, shape, directory, eos, ranks, show_progress)
+    return ModelRunner(config, shape, directory, eos, ranks, show_progress, files)

@@ -17,6 +17,7 @@ from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
 from engine.models.loader import load_model
 from engine.models.shape import LanguageModel, ModelShape
+from engine.models.shared import RestingModel, WeightFiles
 from engine.ranks.rank_group import Ranks
 from engine.runner.draft_model import DraftModel
 from engine.runner.forward_pass import ForwardPass
@@ -43,7 +44,14 @@ class ModelRunner:
         eos_token_ids: frozenset[int] = frozenset(),
         ranks: Ranks | None = None,
         show_progress: bool = False,
+        files: WeightFiles | None = None,
     ) -> None:
+        """
+        Args:
+            files: see `load_model`.
+        """
+        self._files = files
+        self._resting: list[RestingModel] = []
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
         self.profiler = Profiler(config.profile_directory, self.ranks.world.rank)
@@ -135,6 +143,7 @@ class ModelRunner:
             self.ops,
             self.ranks.tensor,
             show_progress,
+            self._files,
         )
 
     @property
@@ -228,6 +237,21 @@ class ModelRunner:
     def _record(self) -> None:
         for own in self._passes:
             own.record()
+
+    def sleep(self) -> None:
+        """Let go of the KV cache and, on a GPU, of the weights, which wait in host memory."""
+        for own in self._passes:
+            own.close()
+            if self.device.type != "cpu":  # where they lie there already
+                self._resting.append(RestingModel(own.model, {"ops": self.ops}))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        while self._resting:
+            self._resting.pop().return_to(self.device)
+        self._allocate(self.num_blocks)
+        self._record()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:

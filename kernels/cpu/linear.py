@@ -3,12 +3,14 @@
 import ctypes
 from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import reference
 from kernels.cpu import huge_pages
+from kernels.cpu.build import load_library
 from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
@@ -55,6 +57,10 @@ class PackedLinear:
         self._tensors = (*weight, bias)  # kept alive for their addresses
         self._pointers = [None if t is None else t.data_ptr() for t in self._tensors]
 
+    def __reduce__(self) -> tuple[Callable[..., "PackedLinear"], tuple[Any, ...]]:
+        *weight, bias = self._tensors
+        return _packed_before, (self._run.__name__, (self._outputs, self._inputs), weight, bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = x.shape[0]
@@ -69,6 +75,13 @@ class PackedLinear:
             self._outputs,
         )
         return out
+
+
+def _packed_before(
+    name: str, shape: tuple[int, int], weight: list[Tensor], bias: Tensor | None
+) -> PackedLinear:
+    """By the same library, in a process that has loaded it too."""
+    return PackedLinear(getattr(load_library(), name), shape, (*weight,), bias)
 
 
 class LinearPacker:

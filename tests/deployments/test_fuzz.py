@@ -163,6 +163,7 @@ def test_any_request_of_agents_has_an_answer(
         of_texts = ["/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/score"]
         others = ["/v1/rerank", "/rerank", "/v1/files", "/v1/batches", "/tokenizer_info"]
         others += ["/load", "/ping", "/ready", "/start_profile", "/stop_profile"]
+        others += ["/sleep", "/wake_up", "/is_sleeping"]
         fuzz_all(server, 1700, [*of_texts, *others])
     directory = tmp_path / "classifier"
     shutil.copytree(checkpoints("qwen3", num_labels=3, pad_token_id=0), directory)

@@ -193,6 +193,30 @@ def test_a_profile_shows_what_a_shard_did(tiny_model: Path, tmp_path: Path) -> N
     assert any("aten::" in event.get("name", "") for event in events)
 
 
+def test_an_engine_that_sleeps_serves_again_when_it_is_awake(tiny_model: Path) -> None:
+    def post(path: str) -> httpx.Response:
+        return httpx.post(f"{server.url}{path}", timeout=60)
+
+    def is_sleeping() -> bool:
+        return bool(httpx.get(f"{server.url}/is_sleeping").json()["is_sleeping"])
+
+    options: dict[str, Any] = {"num_blocks": 32, "enable_sleep_mode": True}
+    with serve_locally(model=str(tiny_model), served_model_name="tiny", **options) as server:
+        said = complete(server, prompt="abc", max_tokens=3, temperature=0).json()["choices"]
+        assert post("/wake_up").status_code == 200, "it is awake"
+        assert post("/sleep").json() == {"status": "asleep"} and is_sleeping()
+        refused = complete(server, prompt="abc", max_tokens=3)
+        assert refused.status_code == 503 and "/wake_up" in refused.json()["error"]["message"]
+        assert post("/wake_up").json() == {"status": "awake"} and not is_sleeping()
+        again = complete(server, prompt="abc", max_tokens=3, temperature=0).json()["choices"]
+    assert again == said
+
+
+def test_nobody_puts_an_engine_to_sleep_that_may_not(demo: LocalServer) -> None:
+    told = httpx.post(f"{demo.url}/sleep")
+    assert told.status_code == 400 and "enable_sleep_mode" in told.json()["error"]["message"]
+
+
 def test_without_a_directory_there_is_no_profile(demo: LocalServer) -> None:
     told = httpx.post(f"{demo.url}/start_profile")
     assert told.status_code == 400 and "profile_directory" in told.json()["error"]["message"]

@@ -11,8 +11,9 @@ from engine import LLM
 from engine.config import EngineConfig
 from engine.device import memory
 from engine.device.memory import DeviceMemory, MemoryMeter, MemoryUse
+from engine.models.shared import RestingModel
 from tests.conftest import CheckpointFactory
-from tests.engine.helpers import BLOCK_SIZE, new_engine
+from tests.engine.helpers import BLOCK_SIZE, new_engine, new_requests, run
 
 GIB = 1 << 30
 # Of the tiny models: 3 layers, 2 heads of keys and values each, of dimension 32, in fp32.
@@ -117,3 +118,46 @@ def test_a_host_process_is_measured_by_what_it_holds_itself(own: bool) -> None:
             held[page] = 1
         growth = meter.in_use() - before
     assert abs(growth - size * own) < 16 << 20
+
+
+def test_an_engine_that_sleeps_has_no_kv_cache(checkpoints: CheckpointFactory) -> None:
+    """And answers the same afterwards, having forgotten what was cached."""
+    prompts = [list(range(3, 60))]
+    with new_engine(checkpoints("qwen3"), enable_sleep_mode=True) as engine:
+        said = run(engine, new_requests(prompts))
+        assert run(engine, new_requests(prompts))[0].num_cached_tokens > 0
+        engine.sleep()
+        engine.sleep()
+        assert engine.runner.forward_pass.kv_caches == []
+        with pytest.raises(ValueError, match="asleep"):
+            engine.add(new_requests(prompts)[0])
+        engine.wake_up()
+        assert run(engine, new_requests(prompts)) == said  # num_cached_tokens is 0 as well
+
+
+def test_an_engine_at_work_does_not_sleep(checkpoints: CheckpointFactory) -> None:
+    with new_engine(checkpoints("qwen3"), enable_sleep_mode=True) as engine:
+        engine.add(new_requests([[5, 6, 7]])[0])
+        with pytest.raises(ValueError, match="has requests"):
+            engine.sleep()
+    with (
+        new_engine(checkpoints("qwen3")) as engine,
+        pytest.raises(ValueError, match="enable_sleep_mode"),
+    ):
+        engine.sleep()
+
+
+def test_weights_that_rest_come_back_to_where_they_were() -> None:
+    """Also those that are two views of one storage, and one in two places."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    both = torch.randn(16, 8)
+    model[0].weight.data, model[1].weight.data = both[:8], both[8:].T
+    model[0].again = model[1].weight
+    x = torch.randn(2, 8)
+    expected = model(x)
+    resting = RestingModel(model, {})
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    resting.return_to(torch.device("cpu"))
+    assert torch.equal(model(x), expected) and model[0].again is model[1].weight
+    storages = {p.untyped_storage().data_ptr() for p in (model[0].weight, model[1].weight)}
+    assert len(storages) == 1

@@ -123,6 +123,7 @@ def live(directory: str) -> Iterator[Asked]:
         with serve_locally(
             max_model_len=1024,
             num_blocks=300,
+            enable_sleep_mode=True,
             pooling="last",
             files_directory=directory,
             allowed_origins=["https://app.example"],

@@ -710,6 +710,11 @@ MET: dict[str, dict[str, Check]] = {
         "priorities need a server for them": lambda a: a.refused(
             CHAT, "priority", messages=USER, priority=3
         ),
+        "sleep and wake-up": lambda a: (
+            a.send("/sleep").json()["status"] == "asleep"
+            and a.get("/is_sleeping")["is_sleeping"]
+            and a.send("/wake_up").json()["status"] == "awake"
+        ),
         "files": lambda a: a.get(f"/v1/files/{file_of(a)['id']}")["purpose"] == "batch",
         "batches": batch,
     },
@@ -841,7 +846,6 @@ REFUSED: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
             "/props",
             {},
         ),
-        "sleep and wake-up": ("num_replicas=0 frees a device", "/sleep", {}),
         "changing weights over HTTP": (
             "a deployment has one checkpoint; deploy anew",
             "/update_weights_from_disk",

@@ -53,8 +53,8 @@ class TokenizerInfo(BaseModel):
     chat_template: str | None
 
 
-class Profiled(Answer):
-    status: Literal["started", "written"]
+class Obeyed(Answer):
+    status: Literal["started", "written", "asleep", "awake"]
 
 
 class Version(Answer):
