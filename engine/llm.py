@@ -38,9 +38,8 @@ from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.chat_template import check_variables
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import for_template
+from engine.text.prompts import Prompt, as_list, one_each
 from engine.text.tokenizer import Tokenizer, has_tokenizer
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 @dataclass
@@ -145,8 +144,8 @@ class LLM:
             ValueError: a prompt is empty, too long or malformed, and nothing has been generated;
                 or structured_outputs cannot be compiled, and all prompts are given up.
         """
-        listed = _as_list(prompts)
-        params = _one_each(sampling_params or self._default_params, len(listed))
+        listed = as_list(prompts)
+        params = one_each(sampling_params or self._default_params, len(listed))
         prompted: list[_Prompted] = []
         for i, (prompt, own_params) in enumerate(zip(listed, params, strict=True)):
             try:
@@ -385,19 +384,3 @@ class LLM:
 def _cosine(first: Sequence[float], second: Sequence[float]) -> float:
     product = sum(a * b for a, b in zip(first, second, strict=True))
     return product / max(math.hypot(*first) * math.hypot(*second), 1e-12)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams], count: int
-) -> Sequence[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"{count} prompts, but {len(params)} sampling_params; give one or {count}")
-    return params
