@@ -66,13 +66,13 @@ class Phases:
         return call
 
 
-def run(model: str, options: dict[str, Any], load_format: str, weights: str | None) -> None:
+def run(model: str, options: dict[str, Any], load_format: str, file: str | None) -> None:
     phases = Phases()
     memory = PeakMemory()
     memory.start()
     from benchmarks.floor import weight_bytes
     from benchmarks.shape import read_shape
-    from engine import LLM, SamplingParams, checkpoint
+    from engine import LLM, SamplingParams, checkpoint, engine
     from engine import llm as llm_module
     from engine.models import loader, shared
     from engine.models.decoder import CausalLM
@@ -88,9 +88,9 @@ def run(model: str, options: dict[str, Any], load_format: str, weights: str | No
         ("pack head", CausalLM, "pack_head"),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute)))
-    if weights is not None:
-        share = functools.partial(llm_module.Engine, files=lambda _: weights)
-        setattr(llm_module, "Engine", share)  # noqa: B010
+    if file is not None:
+        of_file = functools.partial(engine.Engine, files=lambda _: file)
+        setattr(llm_module, "Engine", of_file)  # noqa: B010
     llm = phases.timed("LLM", LLM)(model, load_format=load_format, **options)
     phases.timed("first token", llm.generate)(
         [[1, 2, 3]], SamplingParams(max_tokens=1), use_tqdm=False

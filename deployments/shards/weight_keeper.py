@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import ray
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "manta"
 # How often the keeper looks whether weights are used, in seconds.
 _LOOK_S = 2.0
+# How long it may take to start one.
+_ANSWER_S = 60
 # With less of the node's memory left, what nobody uses goes at once.
 _SCARCE = 0.1
 
@@ -104,22 +107,22 @@ class KeptWeights:
         if not self._keep_s or not hasattr(os, "memfd_create"):
             return None
         try:
-            path = ray.get(_keeper().path.remote(name, self._keep_s), timeout=60)  # type: ignore[attr-defined]
+            asked: ray.ObjectRef[str] = _keeper().path.remote(name, self._keep_s)
+            path = ray.get(asked, timeout=_ANSWER_S)
             with open(path, "rb"):
-                return str(path)
+                return path
         except (RayError, OSError, ValueError) as error:
             logger.warning("Weights are not kept on this node: %s", error)
             return None
 
 
-def _keeper() -> "ray.actor.ActorHandle[WeightKeeper]":
+def _keeper() -> Any:
     """This node's, started if it is not there."""
     node = ray.get_runtime_context().get_node_id()
-    keeper: ray.actor.ActorHandle[WeightKeeper] = WeightKeeper.options(  # type: ignore[attr-defined]
+    return WeightKeeper.options(  # type: ignore[attr-defined]
         name=f"weights-{node}",
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     ).remote()
-    return keeper

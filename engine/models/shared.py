@@ -104,7 +104,7 @@ class SharedFile(Generic[Model]):
     def _read(self, start: int, length: int) -> Model:
         pickled = os.pread(self._file, length, start)
         memory = huge_pages.shared(self._file, start, writable=False)
-        return _Reader(pickled, self._known, memory, self._device).load()  # type: ignore[no-any-return]
+        return _Reader(pickled, self._known, memory, self._device).load()
 
 
 class RestingModel:
@@ -145,12 +145,12 @@ class _Span:
     def content(self) -> Tensor:
         storage = self.tensors[0].untyped_storage()
         data = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        return data.set_(storage, self.begin - storage.data_ptr(), (self.size,))
+        return data.set_(storage, self.begin - storage.data_ptr(), (self.size,), (1,))
 
     @torch.no_grad()
     def release(self) -> None:
         for tensor in self.tensors:
-            tensor.set_()
+            tensor.set_(torch.empty(0, dtype=tensor.dtype, device=tensor.device).untyped_storage())
 
 
 @dataclass

@@ -108,6 +108,7 @@ def test_counts_and_times_of_what_was_asked(fresh: LocalServer) -> None:
     assert seen["vllm:request_num_preemptions_sum"] == 0
     info = [name for name in seen if name.startswith("vllm:cache_config_info")]
     assert len(info) == 1 and "block_size=8," in info[0] and "num_gpu_blocks=32," in info[0]
+    assert any(name.startswith("vllm:lora_requests_info{max_lora=0,") for name in seen)
     # Answers that are not streamed count tokens as they come from the engine, too.
     assert seen["vllm:inter_token_latency_seconds_count"] == num_output - num_requests
     assert (

@@ -1,5 +1,6 @@
 """What a node keeps of weights, for how long, and that nothing is left of it."""
 
+import asyncio
 import fcntl
 import os
 import signal
@@ -8,9 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
 
+from deployments.args import AppArgs
+from deployments.front.engine_client import EngineClient
 from deployments.shards import weight_keeper
+from deployments.shards.shard import group_bundles
+from deployments.shards.shard_group import ShardGroup
 from deployments.shards.weight_keeper import WeightKeeper
+from tests.checkpoints import make_checkpoint
 
 Keeper = WeightKeeper.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
@@ -60,54 +68,41 @@ def test_what_nobody_uses_goes_where_memory_is_scarce(clock: list[float]) -> Non
 @pytest.mark.slow
 def test_the_next_engine_reads_nothing_and_nothing_is_left(tmp_path: Path) -> None:
     """On a real cluster, with an engine and a keeper that are killed."""
-    import ray
-    from ray.util.placement_group import placement_group
-
-    from deployments.args import AppArgs
-    from deployments.batch.engine_actor import ShardGroup
-    from deployments.front.engine_client import EngineClient
-    from deployments.shards.shard import EngineShard, group_bundles
-    from tests.checkpoints import make_checkpoint
-
     directory = make_checkpoint(
         tmp_path / "model", "llama3", hidden_size=512, intermediate_size=2048, num_hidden_layers=8
     )
-    size = next(directory.glob("*.safetensors")).stat().st_size
-    assert size > 100 << 20
+    assert next(directory.glob("*.safetensors")).stat().st_size > 100 << 20
     args = AppArgs(model=str(directory), device="cpu", num_blocks=64, max_model_len=256)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         bundles = placement_group(group_bundles(args, 0.1))
         ray.get(bundles.ready())
-
-        async def starts() -> list[dict[str, float]]:
-            client = EngineClient(args)
-            group = ShardGroup(args, client, bundles)
-            await group.start()
-            phases = [dict(client.metrics.startup_s)]
-            for victim in (group.pids[0], keeper_pid()):
-                before = client.metrics.engine_starts
-                os.kill(victim, signal.SIGKILL)
-                if victim in group.pids:
-                    while client.metrics.engine_starts == before:
-                        await asyncio.sleep(0.05)
-                    phases.append(dict(client.metrics.startup_s))
-            assert client.is_connected, "an engine needs no keeper"
-            group.stop()
-            await client.close()
-            return phases
-
-        import asyncio
-
-        assert EngineShard is not None
-        first, second = asyncio.run(starts())
-        assert second["weights"] < first["weights"]
-        deadline = time.monotonic() + 20
-        while mapped() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not mapped()
+        first, second = asyncio.run(start_twice(args, bundles))
+        assert second < first / 2
     finally:
         ray.shutdown()
+    deadline = time.monotonic() + 20
+    while mapped() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not mapped()
+
+
+async def start_twice(args: AppArgs, bundles: PlacementGroup) -> list[float]:
+    """Seconds that weights took an engine, and the one after it, which loses its keeper."""
+    client = EngineClient(args)
+    group = ShardGroup(args, client, bundles)
+    await group.start()
+    took = [client.metrics.startup_s["weights"]]
+    os.kill(group.pids[0], signal.SIGKILL)
+    while client.metrics.engine_starts < 2:
+        await asyncio.sleep(0.05)
+    took.append(client.metrics.startup_s["weights"])
+    os.kill(keeper_pid(), signal.SIGKILL)
+    await asyncio.sleep(1)
+    assert client.is_connected and client.metrics.engine_starts == 2, "an engine needs no keeper"
+    group.stop()
+    await client.close()
+    return took
 
 
 def keeper_pid() -> int:
