@@ -10,8 +10,6 @@ from deployments.parsing.reasoning import ReasoningParserName
 from engine.config import EngineConfig
 from engine.strict import StrictModel, explain
 
-# How long weights are kept on a CPU, in seconds.
-_KEEP_S = 600
 # What Serve calls it where nobody says otherwise.
 APPLICATION = "manta"
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]
@@ -51,12 +49,12 @@ class DeploymentArgs(EngineConfig):
         description="An engine silent for so long is dead; must exceed the longest step. Default: "
         "20 times that of the steps so far, between 30 and 120 seconds.",
     )
-    keep_weights_s: float | None = Field(
-        None,
+    keep_weights_s: float = Field(
+        0,
         ge=0,
         description="How long a node keeps the weights of our own blocks in host memory, as they "
         "are packed, when no engine uses them any more: the next one need not read the disk. 0: "
-        "not at all. Default: on a CPU, where they take no memory besides, 600; on a GPU 0.",
+        "not at all. On a CPU engines use what is kept; on a GPU it takes host memory besides.",
     )
     startup_timeout_s: float = Field(
         1800, gt=0, description="An engine that takes longer to load is started anew."
@@ -68,13 +66,6 @@ class DeploymentArgs(EngineConfig):
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model
-
-    @property
-    def kept_s(self) -> float:
-        """As keep_weights_s, once the device is known."""
-        if self.keep_weights_s is not None:
-            return self.keep_weights_s
-        return _KEEP_S if self.device == "cpu" else 0
 
     @property
     def engine_config(self) -> EngineConfig:

@@ -138,7 +138,11 @@ class ShardGroup:
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
-        config, size, keep_s = self._args.engine_config, self._args.num_ranks, self._args.kept_s
+        config, size, keep_s = (
+            self._args.engine_config,
+            self._args.num_ranks,
+            self._args.keep_weights_s,
+        )
         began = time.monotonic()
         address = await self._client.listen()
         self._shards = [self._new_shard(rank) for rank in range(size)]

@@ -20,6 +20,8 @@ NAMESPACE = "manta"
 _LOOK_S = 2.0
 # How long it may take to start one.
 _ANSWER_S = 60
+# A keeper that has had nothing to keep for so long ends.
+_IDLE_S = 600.0
 # With less of the node's memory left, what nobody uses goes at once.
 _SCARCE = 0.1
 
@@ -61,7 +63,7 @@ class WeightKeeper:
     def _watch(self) -> None:
         """Ends the actor when it has had nothing to keep for a while."""
         idle_since = time.monotonic()
-        while time.monotonic() - idle_since < 10 * _LOOK_S:
+        while time.monotonic() - idle_since < _IDLE_S:
             time.sleep(_LOOK_S)
             memory = psutil.virtual_memory()
             with self._lock:

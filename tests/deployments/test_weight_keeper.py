@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,13 +15,12 @@ from ray.util.placement_group import PlacementGroup, placement_group
 
 from deployments.args import AppArgs
 from deployments.front.engine_client import EngineClient
-from deployments.shards import weight_keeper
 from deployments.shards.shard import group_bundles
 from deployments.shards.shard_group import ShardGroup
 from deployments.shards.weight_keeper import WeightKeeper
 from tests.checkpoints import make_checkpoint
 
-Keeper = WeightKeeper.__ray_metadata__.modified_class  # type: ignore[attr-defined]
+Keeper: Any = WeightKeeper.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
 
 class IdleKeeper(Keeper):  # type: ignore[misc]
@@ -30,7 +30,7 @@ class IdleKeeper(Keeper):  # type: ignore[misc]
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(weight_keeper.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -72,7 +72,9 @@ def test_the_next_engine_reads_nothing_and_nothing_is_left(tmp_path: Path) -> No
         tmp_path / "model", "llama3", hidden_size=512, intermediate_size=2048, num_hidden_layers=8
     )
     assert next(directory.glob("*.safetensors")).stat().st_size > 100 << 20
-    args = AppArgs(model=str(directory), device="cpu", num_blocks=64, max_model_len=256)
+    args = AppArgs(
+        model=str(directory), device="cpu", num_blocks=64, max_model_len=256, keep_weights_s=600
+    )
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         bundles = placement_group(group_bundles(args, 0.1))
