@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.models.early import UNSERVED
 from engine.models.transformers.distances import width_with_positions, with_positions
 from tests.models.sweep import Outcome, examine, on_two_ranks
 from tests.models.tiny import KINDS, save_random, tiny_config
@@ -78,6 +79,7 @@ def test_what_is_not_served_is_refused_before_weights_are_read(kind: str, tmp_pa
     outcome = examine(kind, tmp_path)
     assert outcome.state == "refused"
     assert re.search(REFUSED[kind], outcome.reason)
+    assert UNSERVED[kind] == outcome.reason  # what is told without looking closer
 
 
 @pytest.mark.slow
