@@ -232,3 +232,12 @@ def test_what_is_quantized_is_not_quantized_again(store: Callable[..., list[Path
         new_engine(store("llama3", "gptq")[0], quantization="w8a8"),
     ):
         pass
+
+
+def test_what_no_kernel_multiplies_as_it_is_stored_is_said(
+    store: Callable[..., list[Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    stored, _ = store("llama3", "gptq, by activations")
+    with new_engine(stored, dtype="bfloat16"):
+        pass
+    assert "stored with bits that no kernel multiplies here; as torch.bfloat16" in caplog.text
