@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.models.blocks.linear import Source
 from engine.models.reader import TensorReader
+from kernels.grouped import GroupedWeight
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class RewrittenReader:
             stored, _ = self._stored["model.embed_tokens.weight"]
             self._stored.setdefault("lm_head.weight", (stored, Rewrite()))
         self.num_values = reader.num_values
+        self.narrow = {ours for ours, (name, _) in self._stored.items() if name in reader.narrow}
 
     @property
     def names(self) -> set[str]:
@@ -119,6 +122,16 @@ class RewrittenReader:
         if (dim := rewrite.without_mean_of) is not None:
             values = values.float() - values.float().mean(dim, keepdim=True)
         return values if rewrite.times == 1 else values * rewrite.times
+
+    def stored(self, source: Source) -> GroupedWeight | None:
+        rewrite = self._stored[source.name][1]
+        if rewrite.plus or rewrite.times != 1:
+            return None
+        weight = self._reader.stored(self._source(source))
+        if weight is not None and rewrite.order:
+            rows = torch.arange(weight.shape[0]).unflatten(0, (-1, len(rewrite.order)))
+            weight = weight.rows(rows[:, list(rewrite.order)].flatten())
+        return weight
 
     def values(self, name: str) -> Tensor:
         return self._reader.values(self._stored[name][0])

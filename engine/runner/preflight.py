@@ -110,8 +110,13 @@ def describe(config: EngineConfig) -> dict[str, str]:
     left = available_bytes()
     if config.load_format != "dummy":
         with open_tensors(directory) as tensors:
-            weights = tensors.num_values * bits / 8 / config.num_ranks
+            size = tensors.num_values * bits / 8
+            is_narrow = bool(tensors.narrow) and device.type == "cpu" and dtype != torch.float32
         name = config.quantization or str(dtype).removeprefix("torch.")
+        if is_narrow and not config.quantization:
+            files = [*directory.glob("*.gguf"), *directory.glob("*.safetensors")]
+            size, name = float(sum(file.stat().st_size for file in files)), "the bits of the file"
+        weights = size / config.num_ranks
         found["Weights"] = f"{tensors.num_values / 1e6:.0f} million in {name}: {_size(weights)}"
         left -= int(weights)
     found["KV cache"] = (
