@@ -8,7 +8,8 @@ Steps are scheduled ahead and replayed as on a GPU. The other ranks only listen.
     python -m benchmarks.host --rows 1 64 256 --sampling frequency_penalty=0.5 --ranks 1 8
 
 Prints milliseconds per step of the processor's time, so that others on the machine count for
-little: the median of many, of all and by its parts.
+little: the median of many, of all and by its parts. With `--nano-vllm DIR`, a checkout of it,
+nano-vLLM's own host beside it, in turn.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Client, Listener
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floor import SHAPE
+from benchmarks.host_nano_vllm import measure_nano_vllm
 from benchmarks.throughput import parse_option
 from engine import SamplingParams
 from engine.config import EngineConfig
@@ -219,6 +222,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sampling", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--nano-vllm", type=Path, metavar="DIR", help="a checkout, to compare with")
     parser.add_argument("--profile", action="store_true", help="of the second half of the steps")
     arguments = parser.parse_args()
     sampling = dict(parse_option(option) for option in arguments.sampling)
@@ -230,6 +234,9 @@ def main() -> None:
                 parts = measure(num_rows, num_ranks, sampling, arguments.steps, arguments.profile)
                 shown = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
                 print(f"{num_rows} rows, {num_ranks} ranks, ms: {shown}", flush=True)
+                if arguments.nano_vllm is not None and num_ranks == 1:
+                    theirs = measure_nano_vllm(arguments.nano_vllm, num_rows, arguments.steps)
+                    print(f"{num_rows} rows, nano-vLLM, ms: step {theirs['step']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

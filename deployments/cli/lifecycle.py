@@ -36,7 +36,7 @@ def run_server(args: AppArgs, host: str, port: int, address: str) -> None:
             _serve(args, host, port)
         with suppress(KeyboardInterrupt):
             _drain(args.graceful_shutdown_timeout_s)
-    except RuntimeError as error:
+    except (RuntimeError, RayError) as error:
         sys.exit(f"error: {error}")
     finally:
         if address == "local":

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 from deployments.args import AppArgs
+from engine.checkpoint import directory_of
 from engine.config import EngineConfig
+from engine.models.early import refuse_early
 
 Asked = subprocess.Popen[bytes] | None
 
@@ -48,6 +50,11 @@ def _ask_engine(config: EngineConfig) -> Asked:
         raise SystemExit(f"error: model: there is no directory or GGUF file {config.model!r}")
     if not is_here:
         return None
+    if not config.model.endswith(".gguf"):  # that is yet to be unpacked
+        try:
+            refuse_early(config, directory_of(config))
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
     asked = subprocess.Popen(
         [sys.executable, "-m", "engine.runner.preflight"],
         stdin=subprocess.PIPE,

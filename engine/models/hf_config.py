@@ -10,6 +10,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from engine.checkpoint import CheckpointError, read_json
 
+# What families call the longest text; those without learned positions need none.
+_WINDOWS = ("max_position_embeddings", "max_seq_len", "seq_length")
+
 
 def read_hf_config(directory: Path, max_model_len: int | None = None) -> PreTrainedConfig:
     """The configuration of a text model, of which the checkpoint's own code is never run.
@@ -97,9 +100,13 @@ def is_classifier(hf: PreTrainedConfig) -> bool:
 def longest_text(hf: PreTrainedConfig) -> int:
     """The window in tokens. Raises CheckpointError when the configuration names none."""
     text = hf.get_text_config()
-    window = getattr(text, "max_position_embeddings", None)
+    given = [getattr(text, name, None) for name in _WINDOWS]
+    window = next((value for value in given if value is not None), None)
     if not isinstance(window, int) or window < 1:
-        raise CheckpointError(f"config.json: max_position_embeddings={window!r} is no window")
+        raise CheckpointError(
+            f"config.json: max_position_embeddings={window!r} is no window; name one by "
+            "hf_overrides"
+        )
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "yarn" and rope.get("factor"):
         window = max(window, int(rope["factor"] * rope["original_max_position_embeddings"]))

@@ -16,6 +16,7 @@ from engine.device.kv_cache import KVCacheLayout
 from engine.device.memory import available_bytes
 from engine.device.select import select_device
 from engine.models.config import ModelConfig
+from engine.models.early import refuse_early
 from engine.models.reader import open_tensors
 from engine.models.registry import read_config
 from engine.models.shape import ModelShape
@@ -25,6 +26,7 @@ from engine.ranks.rank_group import RankGroup
 def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
     """The checkpoint's directory and its model. Raises ValueError for what does not fit it."""
     directory = directory_of(config)
+    refuse_early(config, directory)
     shape = read_config(directory, config.max_model_len, config.model_impl)
     if config.max_model_len and config.max_model_len > shape.max_position:
         raise ValueError(

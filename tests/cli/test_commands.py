@@ -1,5 +1,6 @@
 """The `manta` command as a user types it."""
 
+import json
 import os
 import pty
 import select
@@ -17,6 +18,8 @@ import torch
 import yaml
 
 from deployments import local_ray
+from deployments.args import AppArgs
+from deployments.cli import preflight
 from deployments.cli.announce import _first_key, announce
 from engine import diagnosis as doctor
 from engine.device.cpu_speed import CpuSpeed
@@ -134,6 +137,24 @@ def test_serve_refuses_a_model_that_is_not_served(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
     assert line == "error: MambaForCausalLM keeps states that are no keys and values"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"model_type": "mamba"}, "keeps states"),
+        ({"model_type": "llama", "num_attention_heads": 4}, "the model's 4 attention heads"),
+        ({"text_config": {"model_type": "rwkv"}}, "keeps states"),
+    ],
+)
+def test_what_config_json_tells_is_refused_without_a_process_to_ask(
+    content: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr(preflight.subprocess, "Popen", None)
+    args = AppArgs(model=str(tmp_path), tensor_parallel_size=3, num_cpus_per_shard=0.1)
+    with pytest.raises(SystemExit, match=says):
+        preflight.start(args, "127.0.0.1", free_port())
 
 
 def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811

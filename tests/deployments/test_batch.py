@@ -120,7 +120,7 @@ BAD_LINES = {
 }
 
 
-def test_killed_jobs_go_on_and_answer_each_row_once(
+def test_a_killed_front_is_replaced_and_each_row_answered_once(
     jobs: JobCluster, model: Path, llm: LLM, tmp_path: Path
 ) -> None:
     count, output = 240, tmp_path / "out"
@@ -133,20 +133,10 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
 
     job = jobs.submit(*arguments)
     wait_for_parts(job, output, 3)
-    kill_driver(output)
-    printed, _ = job.communicate(timeout=60)
-    assert job.returncode != 0, printed
-    before = {part: part.read_bytes() for part in finished_parts(output)}
-    assert 3 <= len(before) < 30
-
-    job = jobs.submit(*arguments, "--num-replicas", "2")
-    wait_for_parts(job, output, len(before) + 1)
     kill_front(jobs)
     printed, _ = job.communicate(timeout=120)
     assert job.returncode == 0, printed
-    assert f"of which {len(before)} are done" in printed
     assert "batch: done: " in printed and "ETA " in printed and " output tok/s" in printed
-    assert all(part.read_bytes() == content for part, content in before.items())
     assert not list(output.glob("_unfinished-*"))
 
     answers = read_output(output)
@@ -166,6 +156,32 @@ def test_killed_jobs_go_on_and_answer_each_row_once(
             assert line["response"] is None
         assert message in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_with_what_is_left(
+    jobs: JobCluster, model: Path, llm: LLM, tmp_path: Path
+) -> None:
+    count, output = 240, tmp_path / "out"
+    lines = (json.dumps(make_line(index)) for index in range(count))
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    arguments = ("--model", str(model), "--input", str(tmp_path / "in.jsonl"))
+    arguments += ("--output", str(output), "--rows-per-part", "8", *ENGINE, *GREEDY)
+
+    job = jobs.submit(*arguments)
+    wait_for_parts(job, output, 3)
+    kill_driver(output)
+    printed, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, printed
+    before = {part: part.read_bytes() for part in finished_parts(output)}
+    assert 3 <= len(before) < 30
+
+    printed = jobs.run(*arguments, "--num-replicas", "2")
+    assert f"of which {len(before)} are done" in printed
+    assert all(part.read_bytes() == content for part, content in before.items())
+    answers = read_output(output)
+    assert [line["custom_id"] for line in answers] == [f"row-{i}" for i in range(count)]
+    assert {line["custom_id"]: text_of(line) for line in answers} == expected_texts(llm, count)
 
 
 def test_jobs_are_taken_from_who_has_the_token(jobs: JobCluster) -> None:

@@ -8,7 +8,8 @@ import pytest
 from tests.deployments.conftest import free_port
 from tests.deployments.subprocesses import ROOT
 
-pytestmark = pytest.mark.ray
+# The faults one by one, and in the suite, are in test_recovery.py.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_no_stream_is_lost_or_changed_by_killed_hung_and_failing_shards() -> None:

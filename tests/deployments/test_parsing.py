@@ -26,6 +26,7 @@ from deployments.parsing import (
 )
 from deployments.parsing.formats import ToolParserName
 from deployments.parsing.reasoning import ReasoningParserName
+from deployments.parsing.source import BLANKS
 from engine.demo import DEMO_MODEL
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.written_calls import functions_of, write_call
@@ -448,7 +449,8 @@ def check_cut(
             whole.calls,
         )
     if think is None and not whole.calls:
-        assert whole.content == text
+        # Of a message in a channel, white space at its end is not said.
+        assert whole.content == (text.rstrip(BLANKS) if name == "harmony" else text)
     assert not single or len(whole.calls) <= 1
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,13 +33,13 @@ SMALL = ["manta-demo", "max_model_len=1024", "num_blocks=64", "num_threads=1"]
 
 @contextmanager
 def running(
-    command: list[str], log: Path, in_background: bool = False
+    command: list[str], log: Path, in_background: bool = False, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The command in its own process group; whatever it started is killed at the end.
 
     `in_background` is a script's: SIGINT is ignored from the start.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -129,6 +130,11 @@ def is_up(url: str) -> bool:
         return False
 
 
+def is_answering(server: MantaServe) -> bool:
+    assert server.process.poll() is None, server.log.read_text()
+    return is_up(server.url)
+
+
 def test_a_serve_config_file_starts_it_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     port = free_port()
     config = {
@@ -198,31 +204,76 @@ def test_serve_run_refuses_before_ray_starts(tmp_path: Path, argument: str, says
     assert "Started a local Ray instance" not in log.read_text()
 
 
+TENANTS = [{"Authorization": f"Bearer sk-{i}"} for i in range(3)]
+KEYS = "acme:sk-0,globex:sk-1,initech:sk-2"
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[MantaServe]]:
-    """Both with HAProxy, and in the background of a script."""
+def two(tmp_path_factory: pytest.TempPathFactory, byte_model: Path) -> Iterator[list[MantaServe]]:
+    """Both with HAProxy, and in the background of a script; the first of two replicas.
+
+    A byte is a token.
+    """
     directory = tmp_path_factory.mktemp("manta-serve")
+    settings = ["dtype=float32", "num_blocks=200", "num_threads=1", "num_cpus_per_shard=0.1"]
     with ExitStack() as stack:
         servers = []
-        for port in (free_port(), free_port()):
-            command = [*MANTA_SERVE, *SMALL, "--port", str(port)]
+        for num_replicas in (2, 1):
+            port = free_port()
+            command = [*MANTA_SERVE, str(byte_model), *settings, f"num_replicas={num_replicas}"]
+            command += ["--port", str(port)]
             log = directory / f"{port}.log"
-            process = stack.enter_context(running(command, log, in_background=True))
+            process = stack.enter_context(
+                running(command, log, in_background=True, MANTA_API_KEYS=KEYS)
+            )
             servers.append(MantaServe(process, command, f"http://127.0.0.1:{port}", log))
-        wait_until(lambda: all(is_up(server.url) for server in servers), 240, "both answer")
+        wait_until(lambda: all(is_answering(server) for server in servers), 240, "both answer")
         yield servers
 
 
 def test_two_with_haproxy_fit_a_machine_and_are_closed_to_others(two: list[MantaServe]) -> None:
     for server in two:
         # Serve's own ports between replicas; they ask for Ray's token.
-        assert open_to_others(family(server.process)) == {"ray::ServeReplica:manta:Replica"}
+        titles = open_to_others(family(server.process))
+        assert titles and all(title.startswith("ray::ServeReplica:manta:") for title in titles)
         for name in ("STATS", "METRICS"):
             port = int(server.environment[f"RAY_SERVE_HAPROXY_{name}_PORT"])
             assert {ip for ip, listening in _listening() if listening == port} == {"127.0.0.1"}
         # Ray opens the socket itself to everybody.
         assert server.private_directory.stat().st_mode & 0o077 == 0
         assert any(path.is_socket() for path in server.private_directory.glob("*/admin.sock"))
+
+
+def test_prompts_go_to_the_replica_that_has_their_prefix(two: list[MantaServe]) -> None:
+    """HAProxy asks a router that sees the prompt, and connects clients straight to replicas."""
+    url = f"{two[0].url}/v1/completions"
+    with httpx.Client(timeout=60) as http:
+
+        def cached(prompt: str, tenant: int) -> int:
+            body = {"prompt": prompt, "max_tokens": 2}
+            answer = http.post(url, json=body, headers=TENANTS[tenant]).raise_for_status()
+            return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        prompts = [f"tenant {i} " + "x" * 300 for i in range(3)]
+        assert [cached(prompts[i] + " hello", i) for i in range(3)] == [0, 0, 0]
+        time.sleep(3)  # two report periods: from here on, routers rely on the reports
+        # 300 shared bytes are 9 blocks of 32 tokens; nobody computes them a second time.
+        later = [cached(f"{prompts[i]} {turn}", i) for turn in range(4) for i in range(3)]
+        assert later == [288] * 12
+        # Though the router sees no keys, and tells the prompts of tenants apart by nothing else.
+        assert [cached(prompts[i], (i + 1) % 3) for i in range(3)] == [0, 0, 0]
+
+        # What the router cannot read, the replica refuses as it would have without one.
+        http.headers = httpx.Headers(TENANTS[0])
+        unknown = http.post(url, json={"prompt": "x", "tempo": 1})
+        assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "tempo")
+        assert http.post(url, json={"prompt": [10**30]}).status_code == 400
+        broken = http.post(url, content=b"{", headers={"content-type": "application/json"})
+        assert broken.status_code == 400
+        with http.stream("POST", url, json={"prompt": "x", "stream": True}) as streamed:
+            assert sum(line.startswith("data: {") for line in streamed.iter_lines()) > 1
+        for answer in (unknown, broken, streamed):
+            assert len(answer.headers.get_list("x-request-id")) == 1
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(two: list[MantaServe]) -> None:
@@ -258,7 +309,8 @@ def test_on_sigterm_it_lets_nobody_in_and_finishes_its_answers(two: list[MantaSe
     started = family(server.process)
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 900, "n": 4, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+    url = f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, headers=TENANTS[0], timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGINT)  # is for what runs in the foreground
@@ -274,7 +326,8 @@ def test_on_sigterm_it_lets_nobody_in_and_finishes_its_answers(two: list[MantaSe
 
 def _status(url: str) -> int:
     try:
-        return httpx.post(f"{url}/v1/completions", json={"prompt": "b"}).status_code
+        url = f"{url}/v1/completions"
+        return httpx.post(url, json={"prompt": "b"}, headers=TENANTS[0]).status_code
     except httpx.TransportError:
         return 0
 

@@ -1,11 +1,12 @@
 """Every decoder that transformers knows, served or refused: `python -m tests.models.sweep`.
 
-With `--write` the table in docs/models.md is made of it.
+With `--write` the table in docs/models.md is made of it, and that of what is refused at once.
 
 A tiny random checkpoint of each is made, and greedy text must be that of transformers: in chunks,
 in a pool that preempts, and again with cached prefixes.
 """
 
+import json
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine.checkpoint import CheckpointError
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
+from engine.models.early import TABLE, UNSERVED
 from engine.models.registry import read_config
 from engine.models.transformers import load
 from engine.ranks.rank_group import RankGroup, Ranks
@@ -175,6 +177,7 @@ def table(outcomes: list[Outcome]) -> str:
 def main(kinds: list[str]) -> int:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
+    UNSERVED.clear()  # who knows
     outcomes = []
     write = "--write" in kinds
     for kind in [kind for kind in kinds if kind != "--write"] or KINDS:
@@ -194,6 +197,8 @@ def main(kinds: list[str]) -> int:
     if write:
         before, _ = DOCUMENT.read_text().split(MARK)
         DOCUMENT.write_text(before + MARK + "\n" + table(outcomes))
+        refused = {o.kind: o.reason for o in outcomes if o.state == "refused"}
+        TABLE.write_text(json.dumps(refused, indent=2) + "\n")
     return any(outcome.state == "wrong" for outcome in outcomes)
 
 

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.models.transformers.distances import width_with_positions, with_positions
 from tests.models.sweep import Outcome, examine, on_two_ranks
 from tests.models.tiny import KINDS, save_random, tiny_config
 
@@ -25,12 +27,13 @@ SERVED = {
     "latent attention, values narrower than keys": ("deepseek_v3", True),
     "sinks": ("gpt_oss", False),
     "attention by a method of its own": ("gpt_neo", False),
+    "scores that fall with distance": ("bloom", False),
     "an indexer that selects tokens": ("deepseek_v32", False),
 }
 REFUSED = {
     "mamba": "keeps states",
     "lfm3": r"kinds that are not served: \['conv'\]",
-    "bloom": "does not go through transformers' interface",
+    "doge": "changes its mask",
     "inkling_text": "hybrid_sliding",
 }
 
@@ -48,6 +51,19 @@ def test_our_blocks_compute_it_too(kind: str, shared: bool, tmp_path: Path) -> N
     outcome = examine(kind, tmp_path, shared)
     assert (outcome.state, outcome.path) == ("served", "native"), outcome
     assert outcome.ranks == ("equal" if shared else "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_fall_with_distance_as_far_apart_as_texts_are_long(dtype: torch.dtype) -> None:
+    positions = torch.tensor([0, 255, 256, 1000, 30_001, 30_002])
+    q, k = torch.zeros(1, 4, 6, 16, dtype=dtype), torch.zeros(1, 2, 6, 16, dtype=dtype)
+    slopes = torch.tensor([1.0, 0.5, 0.25, 2**-8])
+    q, k = with_positions(q, k, slopes, positions)
+    assert q.dtype == k.dtype == dtype and width_with_positions(16) == 32
+    scores = q.float() @ k.float().repeat_interleave(2, 1).mT
+    distances = positions[None, :] - positions[:, None]
+    expected = slopes[:, None, None] * distances
+    torch.testing.assert_close((scores - scores.diagonal(dim1=-2, dim2=-1)[..., None])[0], expected)
 
 
 def test_norms_over_all_heads_count_those_that_ranks_share_once(tmp_path: Path) -> None:

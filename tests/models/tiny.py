@@ -70,6 +70,8 @@ _SMALL: dict[str, Any] = dict(
 _OWN: dict[str, dict[str, Any]] = {
     "gemma2": dict(query_pre_attn_scalar=16, attn_logit_softcapping=5.0),
     "falcon": dict(alibi=False, new_decoder_architecture=False, multi_query=True),
+    "bloom": dict(seq_length=512),
+    "mpt": dict(d_model=64, n_heads=4, n_layers=4, max_seq_len=512),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=24),
     "modernbert-decoder": dict(pad_token_id=0, cls_token_id=1, sep_token_id=2, local_attention=24),
     "codegen": dict(rotary_dim=8),

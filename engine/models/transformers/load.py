@@ -40,6 +40,8 @@ def load_module(
     if not isinstance(weight_format(directory, config.quantization), PlainWeights):
         raise CheckpointError(f"{directory}: only our own blocks compute weights of this format")
     probed = shape.probed(parallel.size)
+    if probed.has_slopes and config.kv_cache_dtype == "fp8":
+        raise CheckpointError("kv_cache_dtype: positions would be rounded, which ALiBi keeps there")
     if config.load_format == "dummy":
         module = _random_module(shape, dtype, config.seed)
     else:

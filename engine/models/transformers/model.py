@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.models.transformers.distances import with_positions
 from engine.models.transformers.interface import MaskFunction, attention_by
 from engine.models.transformers.probe import decoder_name
 from kernels import Ops
@@ -104,6 +105,7 @@ class _PagedAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        slopes: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         model, layer = self._model, self._layer
@@ -112,13 +114,16 @@ class _PagedAttention:
         attention, head_dim = model._ops.attention, cache.spec.head_dim
         if not k.shape[1] == v.shape[1] == cache.spec.num_kv_heads:
             raise RuntimeError(f"{type(module).__name__} attends with other heads than before")
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        if slopes is not None:
+            q, k = with_positions(q, k, slopes / scale, self._step.positions)
         rows = [_rows(x, head_dim, model._dtype) for x in (q, k, v)]
         attention.store(rows[1], rows[2], cache, inputs.slots)
         attended = attention.attend(
             rows[0],
             cache,
             inputs,
-            q.shape[-1] ** -0.5 if scaling is None else scaling,
+            scale,
             model._windows[layer],
             softcap,
             *([] if s_aux is None else [s_aux]),

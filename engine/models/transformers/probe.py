@@ -18,6 +18,7 @@ from transformers import (
 from engine.checkpoint import CheckpointError
 from engine.models.hf_config import longest_text
 from engine.models.shape import LayerCache
+from engine.models.transformers.distances import width_with_positions
 from engine.models.transformers.interface import NAME, MaskFunction, attention_by
 from engine.models.transformers.legacy import go_through_interface
 from engine.models.transformers.parallel import shard
@@ -34,6 +35,7 @@ _HARMLESS = frozenset(
         *("use_cache", "cache", "past_key_values", "cache_position", "return_dict"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "sliding_window"),
         *("num_items_in_batch", "logits_to_keep", "layer_type", "layer_idx", "token_type_ids"),
+        "slopes",
         "indices",  # of the keys that an indexer selects: all, as long as texts may be
     )
 )
@@ -47,6 +49,7 @@ class Probed:
     caches: tuple[LayerCache, ...]  # one for each time that the model attends
     vocab_size: int
     has_sinks: bool
+    has_slopes: bool  # by which scores fall with distance
     read_weights: frozenset[str]  # paths of linear maps whose weights others read as well
 
 
@@ -77,7 +80,9 @@ def probe(hf: PreTrainedConfig, num_ranks: int = 1) -> Probed:
     if not records.caches:
         raise UnservedError(_NO_INTERFACE.format(type(model).__name__))
     read = frozenset(path for path, module in watched.items() if module.was_read)
-    return Probed(tuple(records.caches), logits.shape[-1], records.has_sinks, read)
+    return Probed(
+        tuple(records.caches), logits.shape[-1], records.has_sinks, records.has_slopes, read
+    )
 
 
 def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, Tensor]":
@@ -165,7 +170,7 @@ class _Records:
     def __init__(self, hf: PreTrainedConfig) -> None:
         self._hf = hf
         self.caches: list[LayerCache] = []
-        self.has_sinks = False
+        self.has_sinks = self.has_slopes = False
         self._masks: dict[int, tuple[Tensor, MaskFunction]] = {}  # by the mask's id
 
     def attend(
@@ -196,6 +201,9 @@ class _Records:
         if mask is not None:
             window = _window(self._masks[id(mask)][1], longest_text(self._hf))
         head_dim = max(q.shape[-1], v.shape[-1])
+        if options.get("slopes") is not None:
+            head_dim = width_with_positions(head_dim)
+            self.has_slopes = True
         self.caches.append(LayerCache(k.shape[1], head_dim, window))
         return q.new_empty(1, _TOKENS, q.shape[1], v.shape[-1])
 
