@@ -20,7 +20,7 @@ from engine.models.shape import LanguageModel, ModelShape
 from engine.ranks.rank_group import Ranks
 from engine.runner.draft_model import DraftModel
 from engine.runner.forward_pass import ForwardPass
-from engine.runner.preflight import read_draft
+from engine.runner.preflight import Checkpoint
 from engine.runner.profiler import Profiler
 from engine.runner.warm_up import warm_up_plans
 from engine.sampling.pending_step import PendingStep
@@ -43,6 +43,7 @@ class ModelRunner:
         eos_token_ids: frozenset[int] = frozenset(),
         ranks: Ranks | None = None,
         show_progress: bool = False,
+        draft: Checkpoint | None = None,
     ) -> None:
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
@@ -55,7 +56,6 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.startup_s: dict[str, float] = {}  # by phase
         shape.check_divisible(self.ranks.tensor.size)
-        draft = read_draft(config, directory, shape)
         with self._phase("kernels"):
             self.ops = self._select_ops([shape, *(draft[1:] if draft else ())])
         meter = MemoryMeter(self.device)

@@ -310,7 +310,7 @@ class Scheduler:
         Steps are taken in in the order in which they were scheduled.
         """
         deltas = []
-        errors, is_fair = result.errors, self._policy == "fair"
+        errors, counts_tokens = result.errors, self._turns.counts_tokens
         has_more = result.logprobs or result.prompt_logprobs or result.vectors
         for i, (sequence, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
             if not sequence.is_live:
@@ -323,7 +323,7 @@ class Scheduler:
             deltas.append(delta)
             if has_more:
                 delta.take_from(result, i)
-            if is_fair:
+            if counts_tokens:
                 self._turns.charge(sequence, num_output=len(delta.token_ids))
         self.stats.output_tokens += sum([len(delta.token_ids) for delta in deltas])
         return deltas
