@@ -16,7 +16,10 @@ from engine.models.reader import TensorReader
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How the tensors of one of our modules come of the checkpoint's: (stored + plus) * times."""
+    """How the tensors of one of our modules come of the checkpoint's: (stored + plus) * times.
+
+    And without their mean over the outputs or, of an embedding, over a token's values.
+    """
 
     stored: str | None = None  # the module's name in the checkpoint, where it is another
     first_row: int = 0  # of the stored tensor's `rows`, which hold those of several modules
@@ -24,12 +27,14 @@ class Rewrite:
     order: tuple[int, ...] = ()  # where each of a head's rows is stored
     plus: float = 0.0
     times: float = 1.0
+    without_mean_of: int | None = None  # a dimension
 
 
 @dataclass(frozen=True)
 class Rewrites:
     modules: Mapping[str, Rewrite] = field(default_factory=dict)  # by the last part of their path
     names: tuple[tuple[str, str], ...] = ()  # parts of all names: as stored, and ours
+    head_is_embedding: bool = False  # as it is stored, where ours is another
 
     def ordered(self, order: tuple[int, ...]) -> "Rewrites":
         """With the rows of each head of queries and keys in another order."""
@@ -82,6 +87,9 @@ class RewrittenReader:
             for renamed in by_stored.get(module, [module]):
                 rewrite = rewrites.modules.get(renamed, Rewrite())
                 self._stored[f"{parent}{dot}{renamed}.{what}"] = name, rewrite
+        if rewrites.head_is_embedding and "model.embed_tokens.weight" in self._stored:
+            stored, _ = self._stored["model.embed_tokens.weight"]
+            self._stored.setdefault("lm_head.weight", (stored, Rewrite()))
         self.num_values = reader.num_values
 
     @property
@@ -108,6 +116,8 @@ class RewrittenReader:
             values = values.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
         if rewrite.plus:
             values = values.float() + rewrite.plus
+        if (dim := rewrite.without_mean_of) is not None:
+            values = values.float() - values.float().mean(dim, keepdim=True)
         return values if rewrite.times == 1 else values * rewrite.times
 
     def values(self, name: str) -> Tensor:

@@ -17,11 +17,11 @@ NATIVE = {
     "maps stored as one": ("phi3", True),
     "half of each head stands still, pairs side by side": ("glm4", True),
     "norms over all heads, and behind attention and MLP": ("olmo3", True),
+    "layer norms, attention and MLP beside each other": ("cohere2", True),
     "multipliers": ("granite", False),
     "no positions where there is no window": ("exaone4", False),
 }
 SERVED = {
-    "one norm for attention and MLP, windows in some layers": ("cohere2", False),
     "learned positions, weights the other way round": ("gpt2", False),
     "experts": ("qwen3_moe", True),
     "latent attention, values narrower than keys": ("deepseek_v3", True),
