@@ -58,6 +58,6 @@ class Executor:
 
 def load_runner(config: EngineConfig, ranks: Ranks, show_progress: bool = False) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
-    directory, shape = read_model(config)
+    directory, shape, draft = read_model(config)
     eos = eos_token_ids(directory)
-    return ModelRunner(config, shape, directory, eos, ranks, show_progress)
+    return ModelRunner(config, shape, directory, eos, ranks, show_progress, draft)

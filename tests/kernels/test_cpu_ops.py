@@ -16,7 +16,7 @@ from kernels.cpu import build
 from kernels.cpu.compiler import LEVELS
 from kernels.ops import REFERENCE
 from kernels.quantization import Quantization, linear_grouped
-from kernels.types import PagedKV, StepRows
+from kernels.types import NO_DECODES, PagedKV, StepRows
 from tests.kernels import grouped
 from tests.kernels.levels import stub_compiler
 from tests.kernels.steps import (
@@ -135,7 +135,7 @@ def test_prepare_step(ops: Ops, seed: int) -> None:
     starts = torch.tensor([rng.randint(0, 9) for _ in rows]).int()
     lengths = [rng.choice([1, 1, 2, 20]) for _ in rows]
     query_starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    step = StepRows(rows, starts, query_starts, sum(lengths), 0, max(lengths))
+    step = StepRows(rows, starts, query_starts, sum(lengths), NO_DECODES, max(lengths))
     arguments = step, token_table, block_tables, block_size
     poison_allocations()
     actual, expected = ops.prepare_step(*arguments), reference.prepare_step(*arguments)
