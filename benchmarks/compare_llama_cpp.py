@@ -7,6 +7,11 @@ over the rounds, and the ratio of the decode speeds. llama.cpp is built from sou
     cmake --build build --target llama-batched-bench llama-quantize
     pip install gguf
     python -m benchmarks.compare_llama_cpp --llama-cpp build/bin
+
+Or, without a compiler, both on the same GGUF files, each as it is stored:
+
+    python -m venv llama-venv && llama-venv/bin/pip install xllamacpp
+    python -m benchmarks.compare_llama_cpp --llama-python llama-venv/bin/python --files *.gguf
 """
 
 import argparse
@@ -16,6 +21,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +37,7 @@ from engine.device.threads import num_compute_threads
 # Ours and llama.cpp's names for about the same number of bits.
 _PAIRS: dict[str, str] = {"bf16": "BF16", "w8a8": "Q8_0", "int4": "Q4_0"}
 _MAX_POSITION = 40_960
+_Run = Callable[[], list[tuple[float, float]]]  # (prompt, decode) tokens/s of each batch size
 
 
 def write_gguf(config: DenseShape, path: Path) -> None:
@@ -92,12 +103,65 @@ def run_llama_cpp(arguments: argparse.Namespace, model: Path) -> list[tuple[floa
     return [(line["speed_pp"], line["speed_tg"]) for line in lines]
 
 
+def run_llama_server(arguments: argparse.Namespace, model: Path) -> list[tuple[float, float]]:
+    """The same of its server: all prompts with one token, then with all of the output."""
+    server = Path(__file__).with_name("llama_server.py")
+    tokens = arguments.prompt + arguments.output + 8
+    command = [arguments.llama_python, server, model, num_compute_threads()]
+    command += [max(arguments.batch), tokens]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process, ThreadPoolExecutor(max(arguments.batch)) as pool:
+        assert process.stdin is not None and process.stdout is not None
+        lines = (line.split() for line in process.stdout)
+        address = next(words[1] for words in lines if words[:1] == ["address"])
+
+        def seconds(batch: int, output: int) -> float:
+            start = time.perf_counter()
+            prompts = [
+                [1000 + (i * 37 + j * 7) % 9000 for j in range(arguments.prompt)]
+                for i in range(batch)
+            ]
+            list(pool.map(lambda prompt: _complete(address, prompt, output), prompts))
+            return time.perf_counter() - start
+
+        seconds(1, 2)  # warms up
+        results = []
+        for batch in arguments.batch:
+            one, all_of_them = seconds(batch, 1), seconds(batch, arguments.output)
+            decode = batch * (arguments.output - 1) / max(all_of_them - one, 1e-9)
+            results.append((batch * arguments.prompt / one, decode))
+        process.stdin.close()
+    return results
+
+
+def _complete(address: str, prompt: list[int], output: int) -> None:
+    body = {"prompt": prompt, "n_predict": output, "ignore_eos": True, "cache_prompt": False}
+    request = urllib.request.Request(
+        f"{address}/completion",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        response.read()
+
+
 def run_ours(arguments: argparse.Namespace, quantization: str) -> list[tuple[float, float]]:
-    command = [sys.executable, "-m", "benchmarks.latency", "--model", arguments.model]
+    options = [] if quantization == "bf16" else ["--option", f"quantization={quantization}"]
+    return _latency(arguments, arguments.model, options)
+
+
+def _latency(
+    arguments: argparse.Namespace, model: object, options: list[str]
+) -> list[tuple[float, float]]:
+    command = [sys.executable, "-m", "benchmarks.latency", "--model", model]
     command += ["--json", "/dev/stdout", "--prompt", arguments.prompt, "--output", arguments.output]
-    command += ["--batch", *arguments.batch]
-    if quantization != "bf16":
-        command += ["--option", f"quantization={quantization}"]
+    command += ["--batch", *arguments.batch, *options]
     results = json.loads(_run(command).splitlines()[-1])
     return [(result["prompt_tok_s"], result["tok_s"]) for result in results]
 
@@ -118,13 +182,41 @@ def compare(arguments: argparse.Namespace, directory: Path) -> None:
             models[theirs] = directory / f"{theirs}.gguf"
             quantize = arguments.llama_cpp / "llama-quantize"
             _run([quantize, models["BF16"], models[theirs], theirs])
+    _print_rounds(
+        arguments,
+        {
+            ours: (
+                partial(run_ours, arguments, ours),
+                partial(run_llama_cpp, arguments, models[_PAIRS[ours]]),
+            )
+            for ours in arguments.bits
+        },
+    )
+
+
+def compare_files(arguments: argparse.Namespace) -> None:
+    options = ["--load-format", "safetensors"]  # what is there
+    _print_rounds(
+        arguments,
+        {
+            path.stem[-12:]: (
+                partial(_latency, arguments, path, options),
+                partial(run_llama_server, arguments, path),
+            )
+            for path in arguments.files
+        },
+    )
+
+
+def _print_rounds(arguments: argparse.Namespace, pairs: dict[str, tuple[_Run, _Run]]) -> None:
+    """By name ours and theirs."""
     print(f"prompts of {arguments.prompt} tokens, outputs of {arguments.output}; tokens/s, medians")
-    print("bits  batch  prompt ours  llama.cpp  decode ours  llama.cpp  ratio")
-    for ours in arguments.bits:
+    print("bits         batch  prompt ours  llama.cpp  decode ours  llama.cpp  ratio")
+    for name, (ours, theirs) in pairs.items():
         rounds = []
         for _ in range(arguments.rounds):
-            theirs_now = run_llama_cpp(arguments, models[_PAIRS[ours]])
-            rounds.append((run_ours(arguments, ours), theirs_now))
+            theirs_now = theirs()
+            rounds.append((ours(), theirs_now))
         for i, batch in enumerate(arguments.batch):
             prompt, decode, their_prompt, their_decode = (
                 statistics.median(one[who][i][what] for one in rounds)
@@ -132,7 +224,7 @@ def compare(arguments: argparse.Namespace, directory: Path) -> None:
                 for what in (0, 1)
             )
             print(
-                f"{ours:5} {batch:5} {prompt:12.0f} {their_prompt:10.0f} {decode:12.1f} "
+                f"{name:12} {batch:5} {prompt:12.0f} {their_prompt:10.0f} {decode:12.1f} "
                 f"{their_decode:10.1f} {decode / their_decode:6.2f}",
                 flush=True,
             )
@@ -143,7 +235,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--llama-cpp", type=Path, required=True, help="where its programs are")
+    theirs = parser.add_mutually_exclusive_group(required=True)
+    theirs.add_argument("--llama-cpp", type=Path, help="where its programs are")
+    theirs.add_argument("--llama-python", type=Path, help="a Python that has xllamacpp")
+    parser.add_argument("--files", type=Path, nargs="+", default=[], help="with --llama-python")
     parser.add_argument("--model", default=str(SHAPE), help="directory of a config.json")
     parser.add_argument("--bits", nargs="+", choices=_PAIRS, default=list(_PAIRS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -151,6 +246,8 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.llama_python:
+        return compare_files(arguments)
     with tempfile.TemporaryDirectory() as directory:
         compare(arguments, Path(directory))
 

@@ -23,7 +23,7 @@ from engine.device.threads import num_compute_threads
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 from kernels.reference import penalize
-from kernels.types import AttentionInputs, KVCache, PagedKV
+from kernels.types import AttentionInputs, Decodes, KVCache, PagedKV
 
 _TURN_BYTES = 2**28  # the layers that take turns have together: more than any cache
 _BLOCK_SIZE = 32
@@ -119,9 +119,8 @@ def attention_case(ops: Ops, config: DenseShape, name: str, lengths: list[tuple[
     queries = torch.tensor([count for count, _ in lengths])
     starts = torch.cat((torch.zeros(1), queries.cumsum(0))).int()
     nowhere, longest = torch.empty(0), int(queries.max())
-    inputs = AttentionInputs(
-        starts, contexts, tables, nowhere, len(lengths) if longest == 1 else 0, longest
-    )
+    decodes = Decodes.of(queries.tolist())
+    inputs = AttentionInputs(starts, contexts, tables, nowhere, decodes, longest)
     q = torch.randn(int(starts[-1]), config.num_heads, head_dim, dtype=_DTYPE)
     pairs = sum(n * (context - n) + n * (n + 1) / 2 for n, context in lengths)
     return Case(

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.floor import SHAPE, best_seconds
 from benchmarks.shape import DenseShape, read_shape
 from kernels import AttentionNeeds, Ops, select_ops
-from kernels.types import AttentionInputs, KVCache, PagedKV
+from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV
 
 _BF16, _FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -150,7 +150,7 @@ def _attention(
         context_lens=bench.ints([context for _, context in lengths]),
         block_tables=block_tables,
         slots=torch.empty(0, device=bench.device),  # all is stored already
-        num_decodes=len(lengths) if decoding and "flash" not in backend else 0,
+        decodes=Decodes.of(counts) if decoding and "flash" not in backend else NO_DECODES,
         max_query_len=max(counts),
     )
 

@@ -7,9 +7,13 @@ computes all that it would, and the sampler takes the script's token at each pos
 On the bundled demo model, with its own tokens:
 (b) fields extracted as JSON, under a schema                    (c) chats that quote
 
-    python -m benchmarks.speculation --cases a d --batches 1 8
+    python -m benchmarks.speculation
 
-Prints, by case and batch, tokens per row and step, the share of drafts accepted, and the speed-up.
+All rows have one file, whose blocks they share, so that a batch of 32 takes no more memory and no
+longer to begin than one request; and larger batches write less. Each has its own changes.
+
+Prints what a step of several tokens costs over one of one; then, by case and batch, tokens per row
+and step, the share of drafts accepted, and the speed-up.
 """
 
 import argparse
@@ -33,6 +37,8 @@ from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
 from engine.schedule.step import StepPlan
 from engine.structured_outputs import StructuredOutputs
+
+_LEAST = 48  # tokens of an output, in however large a batch
 
 
 class Scripted:
@@ -66,7 +72,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> Run:
     texts: dict[str, list[int]] = {request.id: [] for request in requests}
     for request in requests:
         engine.add(request)
-    while engine.scheduler.waiting or any(s.num_uncomputed > 1 for s in engine.scheduler.running):
+    while engine.stats()["waiting"] or any(s.num_uncomputed > 1 for s in engine.scheduler.running):
         for delta in engine.step():
             texts[delta.request_id] += delta.token_ids
     before, counts = sum(map(len, texts.values())), _counts(engine)
@@ -117,6 +123,8 @@ def report(case: str, batch: int, pairs: list[tuple[Run, Run]]) -> None:
 class Scripts:
     """Requests of the cases (a) and (d), each with its script."""
 
+    num_pairs = 1  # for each that is asked for
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
         self._draw = random.Random(arguments.seed)
@@ -128,7 +136,8 @@ class Scripts:
             dtype=arguments.dtype,
             max_num_seqs=max(arguments.batches),
             max_model_len=self.max_len,
-            num_blocks=-(-self.max_len // 32) * max(arguments.batches),
+            num_blocks=-(-arguments.file // 32)
+            + max(arguments.batches) * (-(-(arguments.output + 64) // 32) + 1),
             speculation="suffix",
         )
         self.engine = Engine(config)
@@ -136,17 +145,17 @@ class Scripts:
         sampler = self.engine.runner.sampler
         self.script = Scripted(sampler._ops.sampling, num_scripts, self.max_len)
         object.__setattr__(sampler._ops, "sampling", self.script)
-        self._files: dict[int, list[int]] = {}
+        self._file = self._random(arguments.file)
 
     def make(self, case: str, batch: int) -> list[Request]:
-        arguments, draw = self._arguments, self._draw
+        draw, prompt = self._draw, self._file
+        length = min(self._arguments.output, max(2 * self._arguments.output // batch, _LEAST))
         requests = []
-        params = SamplingParams(max_tokens=arguments.output, ignore_eos=True)
-        for i in range(batch):
-            prompt = self._files.setdefault(i, self._random(arguments.file))
-            output = self._random(arguments.output)
+        params = SamplingParams(max_tokens=length, ignore_eos=True)
+        for _ in range(batch):
+            output = self._random(length)
             if case == "a":
-                output = edited(draw, prompt, self._random)[: arguments.output]
+                output = edited(draw, prompt, self._random)[:length]
             seed = self.num_made % len(self.script.tokens)
             self.num_made += 1
             text = [*prompt, *output][: self.max_len]
@@ -168,26 +177,21 @@ def edited(draw: random.Random, file: list[int], new: Callable[[int], list[int]]
     return text
 
 
-def show_floor(scripts: Scripts, rows: Sequence[int]) -> None:
-    """What a step costs by its tokens, over contexts of the file's length."""
+def show_floor(scripts: Scripts) -> None:
+    """What a step of a row costs by its tokens, over a context of the file's length."""
     runner, context = scripts.engine.runner, scripts._arguments.file
-    for num_rows in rows:
-        times: dict[int, float] = {}
-        for length in (1, 2, 4, 8, 16):
-            plan = StepPlan()
-            for row in range(num_rows):
-                plan.add(row, context - length, length, length)
-            samples = []
-            for _ in range(4):
-                start = time.perf_counter()
-                runner.launch(plan).result()
-                samples.append(time.perf_counter() - start)
-            times[length] = min(samples)
-        shown = ", ".join(f"{n}: {times[n] / times[1]:.2f}" for n in times)
-        print(
-            f"{num_rows} rows of n tokens, times the {1e3 * times[1]:.0f} ms of n = 1: {shown}",
-            flush=True,
-        )
+    times: dict[int, float] = {}
+    for length in (1, 2, 4, 8, 16):
+        plan = StepPlan()
+        plan.add(0, context - length, length, length)
+        samples = []
+        for _ in range(4):
+            start = time.perf_counter()
+            runner.launch(plan).result()
+            samples.append(time.perf_counter() - start)
+        times[length] = min(samples)
+    shown = ", ".join(f"{n}: {times[n] / times[1]:.2f}" for n in times)
+    print(f"a step of n tokens, over the {1e3 * times[1]:.0f} ms of one: {shown}", flush=True)
 
 
 # --- The demo model -----------------------------------------------------------------------------
@@ -209,6 +213,8 @@ def schema_of(answer: str) -> dict[str, Any]:
 
 class Chats:
     """Requests of the cases (b) and (c)."""
+
+    num_pairs = 6  # they are short
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.llm = LLM(
@@ -241,12 +247,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=list("abcd"), default=list("abcd"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--file", type=int, default=2000, help="tokens of the file of (a) and (d)")
-    parser.add_argument("--output", type=int, default=256, help="tokens of each output there")
+    parser.add_argument("--output", type=int, default=128, help="tokens of an output, alone")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=None, help="of the demo model")
-    parser.add_argument("--floor", action="store_true", help="print what steps cost, too")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     for cases, source in (("ad", Scripts), ("bc", Chats)):
@@ -255,15 +260,15 @@ def main() -> None:
             continue
         with torch.inference_mode():
             made = source(arguments)
+            if isinstance(made, Scripts):
+                show_floor(made)
             for batch in arguments.batches:
                 for case in chosen:
                     pairs = [
                         pair(made.engine, lambda: made.make(case, batch))  # noqa: B023
-                        for _ in range(arguments.pairs)
+                        for _ in range(made.num_pairs * arguments.pairs)
                     ]
                     report(case, batch, pairs)
-            if arguments.floor and isinstance(made, Scripts):
-                show_floor(made, arguments.batches)
         made.engine.close()
 
 

@@ -20,6 +20,7 @@ _ON_A_CPU = StepSize(64, 2048)
 _ON_A_GPU = StepSize(256, 2048)
 _ON_A_LARGE_GPU = StepSize(1024, 8192)
 _LARGE_GPU_BYTES = 70e9
+_MAX_SAMPLED = 256
 # Above, a GPU takes longer than the host, which launches the next step meanwhile.
 _GRAPH_TOKENS = 2048
 
@@ -220,6 +221,12 @@ class EngineConfig(StrictModel):
         rows, tokens = self.max_num_seqs, self.max_num_batched_tokens
         rows = rows or min(default.rows, tokens or default.tokens)
         return StepSize(rows, tokens or max(default.tokens, rows))
+
+    @property
+    def max_sampled(self) -> int:
+        """Most tokens that a step with drafts samples: as many logits take memory."""
+        rows, tokens = self.step_size
+        return max(rows, min(tokens, _MAX_SAMPLED))
 
     @property
     def num_ranks(self) -> int:

@@ -92,7 +92,7 @@ class Engine:
         self.speculator = new_speculator(
             config,
             num_ahead=self.executor.max_in_flight - 1,
-            is_exact=runner.is_exact,
+            max_drafts=runner.max_drafts,
             forced=lambda row, is_settled: runner.sampler.matchers.forced(row, is_settled),
             encode=self._encode,
             draft=lambda rows: self.executor.run(DraftTokens(rows))(),

@@ -1,6 +1,6 @@
 """The op interface: the functions a model is made of, as one table per device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.grouped import GroupedWeight
 from kernels.quantization import Quantization
 from kernels.types import AttentionInputs, KVCache, Linear, PagedKV, StepInputs, StepRows
 
@@ -131,6 +132,11 @@ class Ops:
     pack_linear: Callable[[Tensor, Tensor | None, Quantization | None], Linear] = (
         reference.pack_linear
     )
+    # Weights [out, in] of one input, one below the other, with the bits that are stored; None, here
+    # or of what is given, where no kernel multiplies those.
+    pack_stored: (
+        Callable[[Sequence[Tensor | GroupedWeight], Tensor | None], Linear | None] | None
+    ) = None
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (
         reference.add_rms_norm

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.grouped import GroupedWeight
+
 Quantization = Literal["w8a8", "int4", "fp8"]
 GROUP = 32  # inputs that share a scale in int4
 _FP8 = torch.float8_e4m3fn
@@ -19,13 +21,13 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
-def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] as (uint8 0 .. 15 [out, in], scales bfloat16 [out, in / 32]).
+def quantize_int4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """weight [out, in] as (uint8 0 .. 15 [out, in], scales bfloat16 [out, in / group]).
 
     A value is (q - 8) * scale. The scale maps the group's largest magnitude to -8, the one level
     without a counterpart, as in llama.cpp's Q4_0.
     """
-    groups = weight.float().unflatten(-1, (-1, GROUP))
+    groups = weight.float().unflatten(-1, (-1, group))
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = (extreme / -8).bfloat16()
     divisor = scales.float().masked_fill(scales == 0, 1.0)
@@ -53,11 +55,10 @@ def linear_fp8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -
     return (exact if bias is None else exact + bias.float()).to(x.dtype)
 
 
-def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, in], rounded to 8 bits in groups of 32, times a weight of `quantize_int4`."""
-    exact = (weight.unflatten(-1, (-1, GROUP)).float() - 8) * scales.float()[:, :, None]
+def linear_grouped(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
+    """x [T, in], rounded to 8 bits in groups of 32, times a weight."""
     rounded = _round_to_int8(x.float().unflatten(-1, (-1, GROUP))).flatten(-2)
-    return F.linear(rounded, exact.flatten(-2), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(rounded, weight.values(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _round_to_int8(x: Tensor) -> Tensor:

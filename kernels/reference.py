@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.grouped import GroupedWeight
 from kernels.quantization import (
     Quantization,
     linear_fp8,
-    linear_int4,
+    linear_grouped,
     linear_int8,
     quantize_fp8,
     quantize_int4,
@@ -174,7 +175,7 @@ def pack_linear(
         return partial(linear_int8, weight=quantized, scales=scales, bias=bias)
     if quantization == "int4":
         quantized, scales = quantize_int4(weight)
-        return partial(linear_int4, weight=quantized, scales=scales, bias=bias)
+        return partial(linear_grouped, weight=GroupedWeight(quantized, 4, scales), bias=bias)
     if quantization == "fp8":
         quantized, scales = quantize_fp8(weight)
         return partial(linear_fp8, weight=quantized, scales=scales, bias=bias)

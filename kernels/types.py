@@ -5,9 +5,9 @@ layers that share block tables, M = blocks of a table's row, H = query heads, K 
 D = head dimension, V = vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,23 @@ class KVCache:
         return self.keys, self.values
 
 
+class Decodes(NamedTuple):
+    """The first requests of a step, which have few tokens each: one, or with it some drafts."""
+
+    rows: int
+    tokens: int
+    longest: int = 1  # most tokens of any
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], most: int = 1) -> "Decodes":
+        """Of requests with so many tokens, the first ones that have `most` at most."""
+        rows = next((i for i, n in enumerate(lengths) if not 1 <= n <= most), len(lengths))
+        return cls(rows, sum(lengths[:rows]), max(lengths[:rows], default=1))
+
+
+NO_DECODES = Decodes(0, 0)
+
+
 @dataclass(frozen=True)
 class StepRows:
     """Which tokens a step computes: of request i, those from starts[i] on of table row rows[i]."""
@@ -70,7 +87,7 @@ class StepRows:
     starts: Tensor  # [B] int32
     query_starts: Tensor  # [B + 1] int32, from 0 to num_tokens: how many tokens each request has
     num_tokens: int
-    num_decodes: int  # the first requests, which have one token each
+    decodes: Decodes
     max_query_len: int  # most tokens of any request
 
 
@@ -86,7 +103,7 @@ class AttentionInputs:
     context_lens: Tensor  # [B] int32; 0 for what only pads the batch
     block_tables: Tensor  # [B, M] int32; entries past a request's last block are never read
     slots: Tensor  # [T] int64, block * block_size + offset of each token; -1 is nowhere
-    num_decodes: int  # the first requests, which have one query each
+    decodes: Decodes
     max_query_len: int  # most queries of any request
     plan: Any = None  # what the attention that made it lets the layers share
 
@@ -116,7 +133,7 @@ class StepInputs:
                 context_lens,
                 block_tables[group],
                 slots[group],
-                step.num_decodes,
+                step.decodes,
                 step.max_query_len,
             )
             for group in range(len(slots))

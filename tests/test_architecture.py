@@ -28,6 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "engine.text": set(),
     "engine.ranks": set(),
     "engine.models": {"ranks"},
+    "engine.quantize": {"models"},
     "engine.device": {"schedule", "models", "ranks"},
     "engine.sampling": {"schedule", "text", "models", "device", "ranks"},
     "engine.runner": {"schedule", "models", "device", "ranks", "sampling"},

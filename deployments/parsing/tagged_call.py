@@ -1,5 +1,6 @@
 """A tool call whose arguments stand each between tags, read while it is written."""
 
+import ast
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from deployments.parsing.tool_format import arguments_form
 _MAX_KEY = 128
 _KEY = re.compile(r'[^<>"\n]+')
 _NEWLINE = re.compile(r"\n")
-_PYTHONS = {"True": True, "False": False, "None": None}
 
 
 @dataclass(frozen=True)
@@ -146,15 +146,23 @@ def _escaped(text: str) -> str:
 
 
 def _as_json(text: str) -> str:
-    """A value of no known type: JSON, one of Python's constants, or else a text."""
+    """A value that need not be a text: JSON, the same in Python's words, or else a text."""
     stripped = text.strip()
-    if stripped in _PYTHONS:
-        return json.dumps(_PYTHONS[stripped])
     try:
         json.loads(stripped, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
+        return _from_python(stripped) or json.dumps(text, ensure_ascii=False)
     return stripped
+
+
+def _from_python(text: str) -> str | None:
+    """True, None, {'a': [1]}: templates write them so, and models after them. None: it is not."""
+    if text not in ("True", "False", "None") and text[:1] not in ("{", "["):
+        return None
+    try:
+        return json.dumps(ast.literal_eval(text), ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _refuse(constant: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.device.transfer import to_device
 from kernels.ops import Recorder
-from kernels.types import StepRows
+from kernels.types import NO_DECODES, Decodes, StepRows
 
 _PADDING = -1  # no row of the tables
 # Of steps with prompts, in which one kernel attends to all rows. With more of them a GPU takes
@@ -30,11 +30,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
-    """Of a step in which rows have any number of tokens, or, where it decodes, one each."""
+    """Of a step: its rows decode, with so many tokens each at most, or have any number of them."""
 
     tokens: int
     rows: int
-    decodes: bool = False
+    longest: int = 0  # 0: any number
 
 
 def default_sizes(max_num_seqs: int) -> list[int]:
@@ -47,14 +47,26 @@ def default_sizes(max_num_seqs: int) -> list[int]:
 
 
 def prompt_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
-    """Of steps with prompts of up to 63 rows: tokens in steps of a third to a half.
+    """Of steps with prompts of up to 63 rows."""
+    return _shapes(16, max_tokens, max_rows)
 
-    There is a row to spare for the tokens that are too many.
-    """
-    ladder = [size for n in range(4, 32) for size in (1 << n, 3 << (n - 1))]
-    tokens = [size for size in ladder if size < max_tokens] + [max_tokens] * (max_tokens > 0)
+
+def draft_shapes(max_tokens: int, max_rows: int, longest: int) -> list[Shape]:
+    """Of steps of up to 63 rows that decode, with up to `longest` tokens each."""
+    return _shapes(2, max_tokens, max_rows, longest)
+
+
+def _shapes(least: int, most: int, max_rows: int, longest: int = 0) -> list[Shape]:
+    """Tokens in steps of a third to a half, and a row to spare for those that are too many."""
+    ladder = [size for n in range(1, 32) for size in (1 << n, 3 << (n - 1))]
+    tokens = [size for size in ladder if least <= size < most] + [most] * (most > 0)
     rows = [0, *sorted({min(size, max_rows + 1) for size in _ROWS})]
-    return [Shape(size, more) for size in tokens for fewer, more in pairwise(rows) if fewer <= size]
+    return [
+        Shape(size, more, longest)
+        for size in tokens
+        for fewer, more in pairwise(rows)
+        if fewer <= size
+    ]
 
 
 class RecordedSteps:
@@ -63,7 +75,7 @@ class RecordedSteps:
     Args:
         sizes: the batch sizes that decode to record, all at once or, by the recorder's choice, as
             they come.
-        prompts: the shapes of steps with prompts to record.
+        others: the shapes of steps with more tokens than rows to record.
         step: from rows to hidden states [T, hidden]; a row of -1 is padding, of which nothing is
             kept.
     """
@@ -72,7 +84,7 @@ class RecordedSteps:
         self,
         recorder: Recorder,
         sizes: Sequence[int],
-        prompts: Sequence[Shape],
+        others: Sequence[Shape],
         step: Callable[[StepRows], Tensor],
         device: torch.device,
     ) -> None:
@@ -81,9 +93,12 @@ class RecordedSteps:
         self._recorder = recorder
         self._step = step
         self._device = device
-        self._tokens = sorted({shape.tokens for shape in prompts})
-        self._rows = sorted({shape.rows for shape in prompts})
-        most = max(self.sizes[-1], *self._rows, 1)
+        # Tokens and rows, by the most tokens of a row: those of rows that decode come first.
+        self._ladders = {
+            longest: [sorted({own[i] for own in others if own.longest == longest}) for i in (0, 1)]
+            for longest in sorted({shape.longest for shape in others}, reverse=True)
+        }
+        most = max(self.sizes[-1], *(shape.rows for shape in others), 1)
         # Rows, starts, and where the tokens of each row begin.
         self._inputs = torch.zeros(3, most + 1, dtype=torch.int32, device=device)
         self._inputs[0] = _PADDING
@@ -92,7 +107,7 @@ class RecordedSteps:
         self._works = True
         start = time.perf_counter()
         if recorder.ahead:
-            shapes = [*prompts, *(Shape(size, size, True) for size in self.sizes)]
+            shapes = [*others, *(Shape(size, size, 1) for size in self.sizes)]
             # The largest first: the others then fit into the memory it has taken.
             for shape in sorted(shapes, reverse=True):
                 self._inputs[2, 1:] = shape.tokens  # all of them the first row's
@@ -104,27 +119,27 @@ class RecordedSteps:
 
     def _try_to_record(self, shape: Shape) -> None:
         """What attends to prompts may be another library's, and not made for it."""
-        if not shape.decodes and shape.tokens not in self._tokens:
+        if shape.longest == 0 and 0 not in self._ladders:
             return
         try:
             self._record(shape)
         except RuntimeError as error:
-            if shape.decodes:
+            if shape.longest > 0:
                 raise
             _logger.warning("steps with prompts cannot be recorded, and are launched: %s", error)
-            self._tokens = []
+            del self._ladders[0]
 
     def _record(self, shape: Shape) -> Tensor:
         rows, starts = self._inputs[:2, : shape.rows]
-        tokens, num_rows, decodes = shape
-        query_starts = self._unit_starts if decodes else self._inputs[2]
+        tokens, num_rows, longest = shape
+        query_starts = self._unit_starts if longest == 1 else self._inputs[2]
         step = StepRows(
             rows,
             starts,
             query_starts[: num_rows + 1],
             num_tokens=tokens,
-            num_decodes=num_rows if decodes else 0,
-            max_query_len=1 if decodes else tokens,
+            decodes=Decodes(num_rows, tokens, longest) if longest else NO_DECODES,
+            max_query_len=1 if longest == 1 else tokens,
         )
         hidden, replay = self._recorder.record(lambda: self._step(step))
         if replay is None:
@@ -138,9 +153,13 @@ class RecordedSteps:
         tokens, rows = sum(lengths), len(lengths)
         if tokens == rows:
             size = _next(self.sizes, rows)
-            return None if size is None else Shape(size, size, True)
-        size, more = _next(self._tokens, tokens), _next(self._rows, rows + 1)
-        return None if size is None or more is None else Shape(size, more)
+            return None if size is None else Shape(size, size, 1)
+        for longest, (tokens_ladder, rows_ladder) in self._ladders.items():
+            if longest == 0 or max(lengths) <= longest:
+                size, more = _next(tokens_ladder, tokens), _next(rows_ladder, rows + 1)
+                if size is not None and more is not None:
+                    return Shape(size, more, longest)
+        return None
 
     def run(
         self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
@@ -153,10 +172,10 @@ class RecordedSteps:
         if shape is None:
             return None
         num_rows, num_tokens = len(rows), sum(lengths)
-        inputs = np.zeros((2 if shape.decodes else 3, shape.rows + 1), np.int32)
+        inputs = np.zeros((2 if shape.longest == 1 else 3, shape.rows + 1), np.int32)
         inputs[:2, :num_rows] = rows, starts
         inputs[0, num_rows:] = _PADDING
-        if not shape.decodes:
+        if shape.longest != 1:
             inputs[2, 1 : num_rows + 1] = np.cumsum(lengths)
             inputs[2, num_rows + 1 :] = shape.tokens
         self._inputs[: len(inputs), : shape.rows + 1].copy_(

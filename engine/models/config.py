@@ -95,7 +95,7 @@ def dense_config(
         dtype=str(hf.dtype).removeprefix("torch."),
         num_labels=hf.num_labels if is_classifier(hf) else None,
         hidden_size=hf.hidden_size,
-        rms_eps=hf.rms_norm_eps,
+        rms_eps=getattr(hf, "rms_norm_eps", None) or hf.layer_norm_eps,
         tied_embeddings=hf.tie_word_embeddings,
         layers=tuple(layers),
         rewrites=rewrites,

@@ -1,6 +1,7 @@
 """A model with its weights from safetensors files, each rank reading only its slices."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from engine.models.weights import weight_format
 from engine.progress import Progress
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
+from kernels.grouped import GroupedWeight
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 # Smaller checkpoints are read as fast as they are found.
 _WORTH_SHARING_BYTES = 64 << 20
+_logger = logging.getLogger(__name__)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -131,7 +134,10 @@ def _load_blocks(
     if config.load_format == "dummy":
         load_dummy_weights(model, config.seed, pack)
     else:
-        load_weights(model, directory, show_progress, pack, model_config.rewrites)
+        stored_for = None if config.quantization or dtype == torch.float32 else ops
+        load_weights(
+            model, directory, show_progress, pack, model_config.rewrites, stored_for=stored_for
+        )
     model.pack_head(ops, config.quantization)
     return model
 
@@ -152,11 +158,15 @@ def load_weights(
     show_progress: bool = True,
     filled: Callable[[ShardedModule], None] = _do_nothing,
     rewrites: Rewrites = UNCHANGED,
+    stored_for: Ops | None = None,
 ) -> None:
     """Fill every parameter; a tensor missing, left over or of the wrong shape is an error.
 
     Files are mapped, and the memory of a parameter is only taken when it is filled (on a CPU). So
     with `filled`, called with each module once it is, never more than one exists in two layouts.
+
+    Args:
+        stored_for: whose kernels multiply weights with the bits that they are stored with.
     """
     modules = list(_sharded_modules(model))
     with (
@@ -175,12 +185,45 @@ def load_weights(
             for name, parts in module.sources.items()
         }
         _check(wanted.values(), reader, model.is_tied)
+        widened: list[Tensor] = []
         for _, module in modules:
-            for name in module.sources:
-                parameter = module.get_parameter(name)
-                _fill(parameter, wanted[module, name], reader)
+            is_head, embeds = module is model.lm_head, module is model.model.embed_tokens
+            is_packed = False
+            for name in sorted(module.sources):  # a bias before the weight that is packed with it
+                parameter, sources = module.get_parameter(name), wanted[module, name]
                 progress.update(parameter.nbytes)
-            filled(module)
+                if stored_for and name == "weight" and (is_head or not embeds):
+                    parts = _stored(sources, reader, parameter.dtype)
+                    is_packed = bool(parts) and module.pack_stored(stored_for, parts)
+                    if is_packed and not embeds:
+                        continue
+                    if not is_packed and reader.narrow.intersection(s.name for s in sources):
+                        widened.append(parameter)
+                _fill(parameter, sources, reader)
+            if not is_packed:
+                filled(module)
+        if widened:
+            size = sum(parameter.nbytes for parameter in widened) / 2**20
+            _logger.warning(
+                "%d of the weights are stored with bits that no kernel multiplies here; as %s they "
+                "take %.1f MiB",
+                len(widened),
+                widened[0].dtype,
+                size,
+            )
+
+
+def _stored(
+    sources: list[Source], reader: TensorReader, dtype: torch.dtype
+) -> list[Tensor | GroupedWeight]:
+    """Of a weight what is stored of it, and what is as values; nothing where all of it is."""
+    if not reader.narrow.intersection(source.name for source in sources):
+        return []
+    parts: list[Tensor | GroupedWeight] = []
+    for source in sources:
+        grouped = reader.stored(source) if source.name in reader.narrow else None
+        parts.append(reader.read(source).to(dtype) if grouped is None else grouped)
+    return parts if any(isinstance(part, GroupedWeight) for part in parts) else []
 
 
 def _check(wanted: Iterable[list[Source]], reader: TensorReader, is_tied: bool) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from engine.checkpoint import CheckpointError, read_json
 from engine.models.blocks.linear import Source
-from engine.models.weights.dequantize import Parts, dequantizer
+from engine.models.weights.stored import StoredFormat, stored_format
+from kernels.grouped import GroupedWeight
 
 _ROWS = 4096
 _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
@@ -22,6 +22,7 @@ class TensorReader(Protocol):
     """Tensors of a checkpoint by the names that our blocks have for them, until it is left."""
 
     num_values: int  # of all tensors
+    narrow: set[str]  # those of fewer than 16 bits a value
 
     @property
     def names(self) -> set[str]: ...
@@ -31,6 +32,9 @@ class TensorReader(Protocol):
 
     def read(self, source: Source) -> Tensor:
         """The slice, from disk; raises CheckpointError when there is no such tensor."""
+
+    def stored(self, source: Source) -> GroupedWeight | None:
+        """The slice with the bits that it has on disk; None where no kernel multiplies those."""
 
     def values(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -49,8 +53,8 @@ def open_tensors(directory: Path) -> TensorReader:
 
         return GgufReader(files)
     tensors = SafetensorsReader(directory)
-    dequantize = dequantizer(read_json(directory, "config.json").get("quantization_config") or {})
-    return tensors if dequantize is None else DequantizedReader(tensors, dequantize)
+    format = stored_format(read_json(directory, "config.json").get("quantization_config") or {})
+    return tensors if format is None else DequantizedReader(tensors, format)
 
 
 class SafetensorsReader:
@@ -62,6 +66,7 @@ class SafetensorsReader:
     """
 
     def __init__(self, directory: Path) -> None:
+        self.narrow: set[str] = set()
         paths, file_names = _files(directory)
         self._files = []
         self._stored = {}  # (file, name in it) by name
@@ -111,6 +116,9 @@ class SafetensorsReader:
             raise CheckpointError(f"the checkpoint's {source.name} has values that are no numbers")
         return values
 
+    def stored(self, source: Source) -> GroupedWeight | None:
+        return None
+
     def values(self, name: str) -> Tensor:
         whole: Tensor = self._slice(name)[...]
         return whole
@@ -154,9 +162,9 @@ _OF_ACTIVATIONS = (
 class DequantizedReader:
     """Implements `TensorReader` over files with weights of fewer bits, which it gives as floats."""
 
-    def __init__(self, stored: SafetensorsReader, dequantize: Callable[[Parts], Tensor]) -> None:
+    def __init__(self, stored: SafetensorsReader, format: StoredFormat) -> None:
         self._stored = stored
-        self._dequantize = dequantize
+        self._format = format
         self._parts: dict[str, dict[str, str]] = {}  # names by what follows the map's, by map
         for name in stored.names:
             linear, _, what = name.rpartition(".")
@@ -165,12 +173,13 @@ class DequantizedReader:
         for linear, parts in self._parts.items():
             parts |= {w: f"{linear}.{w}" for w in _MAIN if f"{linear}.{w}" in stored.names}
         self.num_values = stored.num_values
+        self.narrow = {f"{linear}.weight" for linear in self._parts}
 
     @property
     def names(self) -> set[str]:
         parts = {name for parts in self._parts.values() for name in parts.values()}
         plain = {n for n in self._stored.names - parts if not n.endswith(_OF_ACTIVATIONS)}
-        return plain | {f"{linear}.weight" for linear in self._parts}
+        return plain | self.narrow
 
     def check(self, source: Source) -> None:
         if source.name.removesuffix(".weight") not in self._parts:
@@ -191,7 +200,17 @@ class DequantizedReader:
         parts = self._parts.get(name.removesuffix(".weight"))
         if parts is None:
             return self._stored.values(name)
-        return self._dequantize({what: self._stored.values(n) for what, n in parts.items()})
+        return self._format.values(self._read(parts))
+
+    def stored(self, source: Source) -> GroupedWeight | None:
+        parts = self._parts.get(source.name.removesuffix(".weight"))
+        whole = None if parts is None else self._format.grouped(self._read(parts))
+        if whole is None or whole.shape != source.shape:
+            return None
+        return whole.narrow(source.dim, source.start, source.end)
+
+    def _read(self, parts: dict[str, str]) -> dict[str, Tensor]:
+        return {what: self._stored.values(name) for what, name in parts.items()}
 
     def equal(self, name: str, other: str) -> bool:
         return torch.equal(self.values(name), self.values(other))

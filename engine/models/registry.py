@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from engine.checkpoint import CheckpointError
 from engine.models.config import ModelConfig, NotOfOurBlocksError
 from engine.models.families import (
+    cohere,
     ernie4_5,
     exaone,
     gemma,
@@ -29,6 +30,8 @@ from engine.models.weights import weight_format
 
 # By model_type, which decides in transformers too, whatever `architectures` says.
 FAMILIES: dict[str, Callable[[PreTrainedConfig], ModelConfig]] = {
+    "cohere": cohere.config,
+    "cohere2": cohere.config_cohere2,
     "cwm": llama.config_cwm,
     "ernie4_5": ernie4_5.config,
     "exaone": exaone.config,

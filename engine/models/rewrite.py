@@ -8,15 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.models.blocks.linear import Source
 from engine.models.reader import TensorReader
+from kernels.grouped import GroupedWeight
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How the tensors of one of our modules come of the checkpoint's: (stored + plus) * times."""
+    """How the tensors of one of our modules come of the checkpoint's: (stored + plus) * times.
+
+    And without their mean over the outputs or, of an embedding, over a token's values.
+    """
 
     stored: str | None = None  # the module's name in the checkpoint, where it is another
     first_row: int = 0  # of the stored tensor's `rows`, which hold those of several modules
@@ -24,12 +29,14 @@ class Rewrite:
     order: tuple[int, ...] = ()  # where each of a head's rows is stored
     plus: float = 0.0
     times: float = 1.0
+    without_mean_of: int | None = None  # a dimension
 
 
 @dataclass(frozen=True)
 class Rewrites:
     modules: Mapping[str, Rewrite] = field(default_factory=dict)  # by the last part of their path
     names: tuple[tuple[str, str], ...] = ()  # parts of all names: as stored, and ours
+    head_is_embedding: bool = False  # as it is stored, where ours is another
 
     def ordered(self, order: tuple[int, ...]) -> "Rewrites":
         """With the rows of each head of queries and keys in another order."""
@@ -82,7 +89,11 @@ class RewrittenReader:
             for renamed in by_stored.get(module, [module]):
                 rewrite = rewrites.modules.get(renamed, Rewrite())
                 self._stored[f"{parent}{dot}{renamed}.{what}"] = name, rewrite
+        if rewrites.head_is_embedding and "model.embed_tokens.weight" in self._stored:
+            stored, _ = self._stored["model.embed_tokens.weight"]
+            self._stored.setdefault("lm_head.weight", (stored, Rewrite()))
         self.num_values = reader.num_values
+        self.narrow = {ours for ours, (name, _) in self._stored.items() if name in reader.narrow}
 
     @property
     def names(self) -> set[str]:
@@ -108,7 +119,19 @@ class RewrittenReader:
             values = values.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
         if rewrite.plus:
             values = values.float() + rewrite.plus
+        if (dim := rewrite.without_mean_of) is not None:
+            values = values.float() - values.float().mean(dim, keepdim=True)
         return values if rewrite.times == 1 else values * rewrite.times
+
+    def stored(self, source: Source) -> GroupedWeight | None:
+        rewrite = self._stored[source.name][1]
+        if rewrite.plus or rewrite.times != 1:
+            return None
+        weight = self._reader.stored(self._source(source))
+        if weight is not None and rewrite.order:
+            rows = torch.arange(weight.shape[0]).unflatten(0, (-1, len(rewrite.order)))
+            weight = weight.rows(rows[:, list(rewrite.order)].flatten())
+        return weight
 
     def values(self, name: str) -> Tensor:
         return self._reader.values(self._stored[name][0])

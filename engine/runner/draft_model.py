@@ -35,12 +35,15 @@ class DraftModel:
         sampler: Sampler,
         ops: Ops,
         device: torch.device,
+        max_drafts: int,
     ) -> None:
         self._model = model
         self._tables = tables
         self._sampler = sampler
         self._device = device
-        self.forward_pass = ForwardPass(config, model, tables.first_group, layout, ops, device)
+        self.forward_pass = ForwardPass(
+            config, model, tables.first_group, layout, ops, device, max_drafts
+        )
 
     def follow(self, plan: StepPlan) -> None:
         """Compute what the large model computes."""

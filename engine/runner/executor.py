@@ -70,6 +70,6 @@ def load_runner(
     files: WeightFiles | None = None,
 ) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
-    directory, shape = read_model(config)
+    directory, shape, draft = read_model(config)
     eos = eos_token_ids(directory)
-    return ModelRunner(config, shape, directory, eos, ranks, show_progress, files)
+    return ModelRunner(config, shape, directory, eos, ranks, show_progress, files, draft)

@@ -13,6 +13,7 @@ from engine.device.recorded_steps import (
     RecordedSteps,
     Shape,
     default_sizes,
+    draft_shapes,
     prompt_shapes,
 )
 from engine.device.tables import DeviceTables
@@ -20,11 +21,19 @@ from engine.device.transfer import to_device
 from engine.models.shape import LanguageModel
 from engine.schedule.step import StepPlan
 from kernels import Ops
-from kernels.types import KVCache, StepRows
+from kernels.types import Decodes, KVCache, StepRows
+
+# Most tokens of a row that is attended to as one that decodes: each takes memory by its context's
+# chunks.
+_LONGEST = 32
 
 
 class ForwardPass:
-    """One rank's model, device tables, KV cache and recorded steps."""
+    """One rank's model, device tables, KV cache and recorded steps.
+
+    Args:
+        max_drafts: most of a row in one step.
+    """
 
     def __init__(
         self,
@@ -34,6 +43,7 @@ class ForwardPass:
         cache_layout: KVCacheLayout,
         ops: Ops,
         device: torch.device,
+        max_drafts: int,
     ) -> None:
         self.model = model
         self._tables = tables
@@ -47,11 +57,14 @@ class ForwardPass:
         self.records_ahead = self._new_recorder is not None and self._new_recorder().ahead
         max_rows, max_tokens = config.step_size
         self._sizes: Sequence[int] = range(1, max_rows + 1)
-        self._prompts: Sequence[Shape] = []
+        self._others: list[Shape] = []
+        self._longest = min(1 + max_drafts, _LONGEST)  # most tokens of a row that decodes
         if self.records_ahead:
             self._sizes = config.cuda_graph_sizes or default_sizes(max_rows)
             most = min(config.cuda_graph_max_tokens or 0, max_tokens)
-            self._prompts = prompt_shapes(most, max_rows)
+            self._others = prompt_shapes(most, max_rows)
+            if max_drafts > 0 and not config.deterministic:  # which attends to all as to prompts
+                self._others += draft_shapes(config.max_sampled, max_rows, self._longest)
         elif device.type == "cpu":
             for name in ("cuda_graph_sizes", "cuda_graph_max_tokens"):
                 if (value := getattr(config, name)) is not None:
@@ -89,7 +102,7 @@ class ForwardPass:
         """Record steps over this cache, where the device has a use for it."""
         if self._new_recorder is not None:
             self._recorded = RecordedSteps(
-                self._new_recorder(), self._sizes, self._prompts, self._run, self._device
+                self._new_recorder(), self._sizes, self._others, self._run, self._device
             )
 
     def hidden_states(self, plan: StepPlan) -> Tensor:
@@ -107,8 +120,7 @@ class ForwardPass:
                 packed[num_rows : 2 * num_rows],
                 packed[2 * num_rows :],
                 num_tokens=sum(lengths),
-                # The scheduler puts rows with one token first.
-                num_decodes=next((i for i, n in enumerate(lengths) if n != 1), num_rows),
+                decodes=Decodes.of(lengths, self._longest),  # the scheduler puts short ones first
                 max_query_len=max(lengths),
             )
         )

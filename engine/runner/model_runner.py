@@ -21,7 +21,7 @@ from engine.models.shared import RestingModel, WeightFiles
 from engine.ranks.rank_group import Ranks
 from engine.runner.draft_model import DraftModel
 from engine.runner.forward_pass import ForwardPass
-from engine.runner.preflight import read_draft
+from engine.runner.preflight import Checkpoint
 from engine.runner.profiler import Profiler
 from engine.runner.warm_up import warm_up_plans
 from engine.sampling.pending_step import PendingStep
@@ -45,6 +45,7 @@ class ModelRunner:
         ranks: Ranks | None = None,
         show_progress: bool = False,
         files: WeightFiles | None = None,
+        draft: Checkpoint | None = None,
     ) -> None:
         """
         Args:
@@ -63,7 +64,6 @@ class ModelRunner:
         self.eos_token_ids = eos_token_ids
         self.startup_s: dict[str, float] = {}  # by phase
         shape.check_divisible(self.ranks.tensor.size)
-        draft = read_draft(config, directory, shape)
         with self._phase("kernels"):
             self.ops = self._select_ops([shape, *(draft[1:] if draft else ())])
         meter = MemoryMeter(self.device)
@@ -77,7 +77,14 @@ class ModelRunner:
         self.draft: DraftModel | None = None
         if draft_model is not None and draft_layout is not None:
             self.draft = DraftModel(
-                config, draft_model, draft_layout, self.tables, self.sampler, self.ops, self.device
+                config,
+                draft_model,
+                draft_layout,
+                self.tables,
+                self.sampler,
+                self.ops,
+                self.device,
+                self.max_drafts,
             )
         watch = watch_compilation(self.device)
         with self._phase("cache"):  # and rehearsal, on a GPU
@@ -111,7 +118,7 @@ class ModelRunner:
             self.model, self.tables, self.vocab_size, self.eos_token_ids, self.ops, self.ranks.world
         )
         self.forward_pass = ForwardPass(
-            config, self.model, self.tables, layout, self.ops, self.device
+            config, self.model, self.tables, layout, self.ops, self.device, self.max_drafts
         )
         self.host_cache = new_host_cache(config, layout, self.device)
 
@@ -162,6 +169,14 @@ class ModelRunner:
         if self.config.deterministic or (exact_dtypes and not self.config.quantization):
             return True
         return self.ops.is_invariant and self.model.is_recordable and self.ranks.tensor.size <= 2
+
+    @property
+    def max_drafts(self) -> int:
+        """Most of a row in one step; 0 where nothing is guessed. By itself an engine guesses only
+        where that changes no text."""
+        speculation = self.config.speculation
+        is_off = speculation == "off" or (speculation == "auto" and not self.is_exact)
+        return 0 if is_off else self.config.num_speculative_tokens
 
     def __str__(self) -> str:
         counts = " + ".join(map(str, self.num_blocks))
@@ -221,7 +236,7 @@ class ModelRunner:
         """
         self._allocate([1] * len(self.cache_layout.groups))
         meter.reset_peak()
-        for plan in warm_up_plans(self.config, self.max_len):
+        for plan in warm_up_plans(self.config, self.max_len, self.max_drafts):
             self.launch(plan).result()
         peak, in_use = meter.peak(), meter.in_use()
         self._record()

@@ -22,9 +22,14 @@ from engine.models.registry import read_config
 from engine.models.shape import ModelShape
 from engine.ranks.rank_group import RankGroup
 
+Checkpoint = tuple[Path, ModelShape]
 
-def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
-    """The checkpoint's directory and its model. Raises ValueError for what does not fit it."""
+
+def read_model(config: EngineConfig) -> tuple[Path, ModelShape, Checkpoint | None]:
+    """The checkpoint's directory, its model, and the draft model's if there is one.
+
+    Raises ValueError for what does not fit it.
+    """
     directory = directory_of(config)
     refuse_early(config, directory)
     shape = read_config(directory, config.max_model_len, config.model_impl)
@@ -38,18 +43,11 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape]:
         raise ValueError(
             f"deterministic: only models of our own blocks are, not this: {shape.description}"
         )
-    read_draft(config, directory, shape)
-    return directory, shape
+    return directory, shape, _read_draft(config, directory, shape)
 
 
-def read_draft(
-    config: EngineConfig, directory: Path, shape: ModelShape
-) -> tuple[Path, ModelShape] | None:
-    """The same of its draft model, if it has one. Raises ValueError where they do not go together.
-
-    Args:
-        directory, shape: the model's.
-    """
+def _read_draft(config: EngineConfig, directory: Path, shape: ModelShape) -> Checkpoint | None:
+    """Raises ValueError where it does not go with the model."""
     if config.draft_model is None:
         return None
     try:
@@ -88,14 +86,13 @@ def _keeps(shape: ModelShape, draft: ModelShape, num_ranks: int) -> bool:
 
 def describe(config: EngineConfig) -> dict[str, str]:
     """What serving it would take, by topic. Raises ValueError for what would be refused."""
-    directory, shape = read_model(config)
+    directory, shape, draft = read_model(config)
     device = select_device(config.device)
     config.check_device(device.type)
     dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
     bits = {None: 8 * dtype.itemsize, "w8a8": 8, "fp8": 8, "int4": 4.5}[config.quantization]
     ranks = RankGroup(0, config.num_ranks)
-    draft = read_draft(config, directory, shape)
     own = KVCacheLayout.of(draft[1], ranks, config.block_size, cache_dtype) if draft else None
     layout = KVCacheLayout.of(shape, ranks, config.block_size, cache_dtype, own)
     max_len = config.max_model_len or shape.max_position
@@ -110,8 +107,13 @@ def describe(config: EngineConfig) -> dict[str, str]:
     left = available_bytes()
     if config.load_format != "dummy":
         with open_tensors(directory) as tensors:
-            weights = tensors.num_values * bits / 8 / config.num_ranks
+            size = tensors.num_values * bits / 8
+            is_narrow = bool(tensors.narrow) and device.type == "cpu" and dtype != torch.float32
         name = config.quantization or str(dtype).removeprefix("torch.")
+        if is_narrow and not config.quantization:
+            files = [*directory.glob("*.gguf"), *directory.glob("*.safetensors")]
+            size, name = float(sum(file.stat().st_size for file in files)), "the bits of the file"
+        weights = size / config.num_ranks
         found["Weights"] = f"{tensors.num_values / 1e6:.0f} million in {name}: {_size(weights)}"
         left -= int(weights)
     found["KV cache"] = (

@@ -19,8 +19,8 @@ _COSTLY = SamplingParams(
 _PLAIN = SamplingParams(temperature=0.0)
 
 
-def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
-    """Steps of as many tokens as there can be, in all rows and in one, and one that decodes.
+def warm_up_plans(config: EngineConfig, max_len: int, max_drafts: int) -> list[StepPlan]:
+    """Steps of as many tokens as there can be, in all rows and in one, and some that decode.
 
     They run every kernel there is, and leave plain rows behind. Their block tables are empty: all
     tokens go to block 0.
@@ -32,15 +32,22 @@ def warm_up_plans(config: EngineConfig, max_len: int) -> list[StepPlan]:
     decoding = StepPlan()
     for row in range(rows):
         decoding.add(row, start=0, num_tokens=1, num_sampled=1)
+    # Attention has tiles of two sizes.
+    with_drafts = []
+    for num_drafts in {1, max_drafts} if max_drafts else ():
+        num_tokens = min(1 + num_drafts, longest, config.max_sampled)
+        own_rows = min(rows, config.max_sampled // num_tokens)
+        with_drafts.append(_prompts([1] * own_rows, _COSTLY, num_tokens - 1))
     return [
         _prompts(lengths, _COSTLY),
+        *with_drafts,
         _prompts(lengths, _PLAIN),
         _prompts([min(tokens, longest)], _PLAIN),
         decoding,
     ]
 
 
-def _prompts(lengths: Sequence[int], params: SamplingParams) -> StepPlan:
+def _prompts(lengths: Sequence[int], params: SamplingParams, num_drafts: int = 0) -> StepPlan:
     plan = StepPlan()
     for row, length in enumerate(lengths):
         plan.new_rows.append(
@@ -53,5 +60,6 @@ def _prompts(lengths: Sequence[int], params: SamplingParams) -> StepPlan:
                 seed=0,
             )
         )
-        plan.add(row, start=0, num_tokens=length, num_sampled=1)
+        drafts = [0] * num_drafts
+        plan.add(row, 0, length + num_drafts, num_sampled=1 + num_drafts, drafts=drafts)
     return plan

@@ -79,8 +79,9 @@ class Scheduler:
         self._turns = FairTurns() if config.scheduling_policy == "fair" else Turns()
         self._lacks_blocks = False  # for the first of those who wait
         self._block_size = config.block_size
-        self._token_budget = config.step_size.tokens
-        self._free_rows = list(reversed(range(config.step_size.rows)))
+        self._num_rows, self._token_budget = config.step_size
+        self._max_sampled = config.max_sampled
+        self._free_rows = list(reversed(range(self._num_rows)))
         self._max_len = max_len
         self._eos_token_ids = eos_token_ids
         self.speculation = speculation
@@ -137,7 +138,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Plan one step; None when nothing can run before a result arrives.
 
-        Rows that compute one token come first: attention has a kernel of its own for them.
+        Rows that compute few tokens come first: attention has a kernel of its own for them.
         """
         if self.waiting and (self._lacks_blocks or not self._free_rows):
             self._make_way()
@@ -151,7 +152,7 @@ class Scheduler:
         step.plan.copies.extend(self.blocks.take_copies())
         lengths = step.plan.lengths
         if step.plan.num_tokens > len(lengths) and any(n < m for m, n in pairwise(lengths)):
-            order = sorted(range(len(lengths)), key=lambda i: lengths[i] > 1)
+            order = sorted(range(len(lengths)), key=lengths.__getitem__)
             step.plan.put_in_order(order)
             step.sequences[:] = [step.sequences[i] for i in order]
         return step
@@ -186,7 +187,9 @@ class Scheduler:
         drafts: dict[Sequence, list[int]] = {}
         if self.speculation is not None:
             ready = [*easy, *(sequence for sequence in others if sequence.num_uncomputed == 1)]
-            drafts = self.speculation.propose(ready, budget - num_left)
+            num_rows = min(self._num_rows, len(self.running) + len(self.waiting))
+            most = min(budget - num_left, self._max_sampled - num_rows)
+            drafts = self.speculation.propose(ready, most)
         if drafts:
             easy = [sequence for sequence in easy if sequence not in drafts]
             others = sorted({*others, *drafts}, key=_order)
@@ -307,7 +310,7 @@ class Scheduler:
         Steps are taken in in the order in which they were scheduled.
         """
         deltas = []
-        errors, is_fair = result.errors, self._policy == "fair"
+        errors, counts_tokens = result.errors, self._turns.counts_tokens
         has_more = result.logprobs or result.prompt_logprobs or result.vectors
         for i, (sequence, tokens) in enumerate(zip(step.sampling, result.token_ids, strict=True)):
             if not sequence.is_live:
@@ -320,7 +323,7 @@ class Scheduler:
             deltas.append(delta)
             if has_more:
                 delta.take_from(result, i)
-            if is_fair:
+            if counts_tokens:
                 self._turns.charge(sequence, num_output=len(delta.token_ids))
         self.stats.output_tokens += sum([len(delta.token_ids) for delta in deltas])
         return deltas

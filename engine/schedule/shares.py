@@ -19,6 +19,8 @@ _MANY = 1024
 class FairTurns(Turns):
     """Within a flow, in order of arrival."""
 
+    counts_tokens = True
+
     def __init__(self) -> None:
         super().__init__()
         self._floor = 0.0  # the counter of who went last

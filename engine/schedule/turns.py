@@ -15,6 +15,8 @@ from engine.schedule.sequence import Sequence
 class Turns:
     """Hands out turns, the smallest first, and knows which is being served."""
 
+    counts_tokens = False  # whether `charge` makes a difference
+
     def __init__(self) -> None:
         self._now = 0
         self._last: dict[str, int] = {}  # turns of the flows that have requests waiting

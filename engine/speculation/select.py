@@ -16,7 +16,7 @@ from engine.speculation.suffix import SuffixDrafter
 def new_speculator(
     config: EngineConfig,
     num_ahead: int,
-    is_exact: bool,
+    max_drafts: int,
     forced: Callable[[int, bool], tuple[int, str]],
     encode: Callable[[str], list[int]],
     draft: Callable[[list[DraftRow]], DraftedTokens],
@@ -25,12 +25,11 @@ def new_speculator(
 
     Args:
         num_ahead: see `Speculator`.
-        is_exact: whether a token that is computed beside others comes out as it does alone: else
-            only who asks for it gets drafts, for they could change texts.
+        max_drafts: see `ModelRunner`.
         forced, encode: see `GrammarDrafter`.
         draft: see `ModelDrafter`.
     """
-    if config.speculation == "off" or (config.speculation == "auto" and not is_exact):
+    if max_drafts == 0:
         return None
     drafters: list[Drafter] = [PredictionDrafter(), GrammarDrafter(forced, encode)]
     if config.speculation == "ngram":
@@ -39,4 +38,4 @@ def new_speculator(
         drafters.append(ModelDrafter(draft, config.block_size))
     elif config.speculation != "grammar":
         drafters.append(SuffixDrafter())
-    return Speculator(drafters, config.num_speculative_tokens, num_ahead)
+    return Speculator(drafters, max_drafts, num_ahead)

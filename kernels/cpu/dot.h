@@ -157,34 +157,4 @@ struct DotInt8 {
 };
 #endif
 
-// Sums of products of bytes 0 … 15 with signed bytes, 32 of them.
-class NibbleDots {
-public:
-    void add(Ints nibbles, Ints bytes) {
-#if defined(MANTA_BYTE_DOT)
-        sums = dot_bytes(sums, nibbles, bytes);
-#elif defined(__AVX512BW__)
-        sums = (Ints)((Pairs)sums +
-                      (Pairs)_mm512_maddubs_epi16((__m512i)nibbles, (__m512i)bytes));
-#elif defined(MANTA_AVX2)
-        sums = (Ints)((Pairs)sums +
-                      (Pairs)_mm256_maddubs_epi16((__m256i)nibbles, (__m256i)bytes));
-#else
-        for (int part = 0; part < 2; ++part)
-            sums += multiply_pairs(byte_pair(nibbles, part), byte_pair(bytes, part));
-#endif
-    }
-
-    Ints total() const {
-#if !defined(MANTA_BYTE_DOT) && (defined(__AVX512BW__) || defined(MANTA_AVX2))
-        return multiply_pairs(sums, (Ints)(Pairs{} + 1));  // at most 16 * 15 * 127 each: they fit
-#else
-        return sums;
-#endif
-    }
-
-private:
-    Ints sums{};
-};
-
 }  // namespace manta

@@ -44,12 +44,12 @@ const int32_t* take_apart(const T* x, int64_t rows, int64_t inputs) {
 
 template <class T>
 void linear(const T* x, const int32_t* packed, const T* bias, T* out, int64_t rows, int64_t inputs,
-            int64_t outputs) {
+            int64_t outputs, int64_t stride) {
     using Dot = DotOf<T>;
     const int64_t depth = inputs * sizeof(T) / 4;
     multiply<Dot>({take_apart<Dot>(x, rows, inputs), packed, rows, depth, outputs},
                   [=](const float* sums, int64_t row, int64_t count, int64_t column) {
-                      write_block(row, count, column, bias, out, outputs,
+                      write_block(row, count, column, bias, out, outputs, stride,
                                   [=](int64_t m, int64_t n, auto) {
                                       return load(sums + m * COLUMNS + n);
                                   });
@@ -73,11 +73,13 @@ MANTA_API void manta_pack_weight(int dtype, const int32_t* weight, int64_t outpu
     });
 }
 
-// x [rows, inputs], bias [outputs] or null, out [rows, outputs].
+// x [rows, inputs], bias [outputs] or null, out [rows, stride], of which it has the first outputs.
 MANTA_API void manta_linear(int dtype, const void* x, const int32_t* packed, const void* bias,
-                            void* out, int64_t rows, int64_t inputs, int64_t outputs) {
+                            void* out, int64_t rows, int64_t inputs, int64_t outputs,
+                            int64_t stride) {
     manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
-        manta::linear((const T*)x, packed, (const T*)bias, (T*)out, rows, inputs, outputs);
+        manta::linear((const T*)x, packed, (const T*)bias, (T*)out, rows, inputs, outputs,
+                      stride);
     });
 }

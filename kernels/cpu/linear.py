@@ -1,8 +1,10 @@
 """Linear layers whose weights are laid out once, when the model is loaded."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,18 +15,22 @@ from kernels.cpu import huge_pages
 from kernels.cpu.build import load_library
 from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
+from kernels.grouped import SUPER_GROUP, GroupedWeight, joined
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.types import Linear
 
-_SIZES = [c_int64] * 3  # rows, inputs, outputs
+_SIZES = [c_int64] * 4  # rows, inputs, outputs, and how far apart the rows of `out` are
+_LAYOUT = [c_int] * 4  # of groups: see levels.h
 _SIGNATURES = {
     "pack_weight": [c_int, c_void_p, c_int64, c_int64, c_void_p],
-    "pack_int4": [c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    "pack_levels": [*_LAYOUT, c_void_p, c_int64, c_int64, c_void_p],
+    "pack_scales": [*_LAYOUT, c_void_p, *[c_int64] * 5, c_void_p],
     # dtype, x, what the weight is made of, bias, out
     "linear": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
     "linear_int8": [c_int, c_void_p, *[c_void_p] * 3, c_void_p, c_void_p, *_SIZES],
-    "linear_int4": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
+    "linear_groups": [c_int, c_void_p, *_LAYOUT, c_void_p, c_void_p, c_void_p, *_SIZES],
 }
+_SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def pack_linear_onednn(
@@ -42,46 +48,62 @@ def pack_linear_onednn(
     return linear
 
 
+@dataclass(frozen=True)
+class _Product:
+    """Of some outputs: the library's function, and what it takes between x and the bias."""
+
+    run: Callable[..., None]
+    outputs: int
+    weight: tuple[Tensor | int, ...]
+
+    def addresses(self) -> list[int]:
+        return [part.data_ptr() if isinstance(part, Tensor) else part for part in self.weight]
+
+    def __reduce__(self) -> tuple[Callable[..., "_Product"], tuple[Any, ...]]:
+        return _product, (self.run.__name__, self.outputs, self.weight)
+
+
+def _product(name: str, outputs: int, weight: tuple[Tensor | int, ...]) -> _Product:
+    """By the same library, in a process that has loaded it too."""
+    return _Product(getattr(load_library(), name), outputs, weight)
+
+
 class PackedLinear:
-    """A linear layer that holds its weight in the layout of one of the library's functions."""
+    """A linear layer that holds its weight in the layouts of the library's functions."""
 
-    def __init__(
-        self,
-        run: Callable[..., None],
-        shape: tuple[int, int],
-        weight: tuple[Tensor, ...],
-        bias: Tensor | None,
-    ) -> None:
-        self._run = run
-        self._outputs, self._inputs = shape
-        self._tensors = (*weight, bias)  # kept alive for their addresses
-        self._pointers = [None if t is None else t.data_ptr() for t in self._tensors]
+    def __init__(self, inputs: int, products: Sequence[_Product], bias: Tensor | None) -> None:
+        self._made_of = inputs, products, bias
+        self._inputs = inputs
+        self._outputs = sum(product.outputs for product in products)
+        self._products = products
+        sizes = [product.outputs for product in products]
+        self._biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        self._parts = []
+        start = 0
+        for product, own in zip(products, self._biases, strict=True):
+            arguments = [*product.addresses(), None if own is None else own.data_ptr()]
+            self._parts.append((product, arguments, start))
+            start += product.outputs
 
-    def __reduce__(self) -> tuple[Callable[..., "PackedLinear"], tuple[Any, ...]]:
-        *weight, bias = self._tensors
-        return _packed_before, (self._run.__name__, (self._outputs, self._inputs), weight, bias)
+    def __reduce__(self) -> tuple[type["PackedLinear"], tuple[Any, ...]]:
+        return PackedLinear, self._made_of
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        rows = x.shape[0]
-        out = empty((rows, self._outputs), x.dtype)
-        self._run(
-            DTYPES[x.dtype],
-            x.data_ptr(),
-            *self._pointers,
-            out.data_ptr(),
-            rows,
-            self._inputs,
-            self._outputs,
-        )
+        out = empty((x.shape[0], self._outputs), x.dtype)
+        for product, arguments, start in self._parts:
+            part = out[:, start:] if start else out
+            product.run(
+                DTYPES[x.dtype],
+                x.data_ptr(),
+                *arguments,
+                part.data_ptr(),
+                x.shape[0],
+                self._inputs,
+                product.outputs,
+                self._outputs,
+            )
         return out
-
-
-def _packed_before(
-    name: str, shape: tuple[int, int], weight: list[Tensor], bias: Tensor | None
-) -> PackedLinear:
-    """By the same library, in a process that has loaded it too."""
-    return PackedLinear(getattr(load_library(), name), shape, (*weight,), bias)
 
 
 class LinearPacker:
@@ -99,16 +121,38 @@ class LinearPacker:
         """As `reference.pack_linear`."""
         inputs = weight.shape[1]
         if quantization == "w8a8" and inputs % 64 == 0:
-            return self._pack_int8(weight, bias)
-        if quantization == "int4" and inputs % GROUP == 0:
-            return self._pack_int4(weight, bias)
-        if quantization is None and weight.dtype in DTYPES and inputs * weight.itemsize % 4 == 0:
-            panels = self._pack_panels(weight)
-            return PackedLinear(self._library.manta_linear, (*weight.shape,), (panels,), bias)
-        return pack_linear_onednn(weight, bias, quantization)
+            product = self._int8(weight)
+        elif quantization == "int4" and inputs % GROUP == 0:
+            levels, scales = quantize_int4(weight)
+            product = self._groups(GroupedWeight(levels, 4, scales))
+        elif quantization is None and _is_packable(weight):
+            product = self._plain(weight)
+        else:
+            return pack_linear_onednn(weight, bias, quantization)
+        return PackedLinear(inputs, [product], bias)
+
+    def pack_stored(
+        self, parts: Sequence[Tensor | GroupedWeight], bias: Tensor | None
+    ) -> Linear | None:
+        """See `kernels.ops.Ops`."""
+        inputs = parts[0].shape[1]
+        if not all(isinstance(p, GroupedWeight) or _is_packable(p) for p in parts):
+            return None
+        products: list[_Product] = []
+        for _, alike in groupby(parts, lambda p: p.layout if isinstance(p, GroupedWeight) else ()):
+            own = list(alike)
+            if grouped := [part for part in own if isinstance(part, GroupedWeight)]:
+                products.append(self._groups(joined(grouped)))
+            else:
+                plain = [part for part in own if isinstance(part, Tensor)]
+                products.append(self._plain(torch.cat(plain)))
+        return PackedLinear(inputs, products, bias)
 
     def _num_panels(self, outputs: int) -> int:
         return -(-outputs // self._columns)
+
+    def _plain(self, weight: Tensor) -> _Product:
+        return _Product(self._library.manta_linear, len(weight), (self._pack_panels(weight),))
 
     def _pack_panels(self, weight: Tensor) -> Tensor:
         """weight [out, in] in the layout of matmul.h, whatever its type."""
@@ -125,21 +169,38 @@ class LinearPacker:
         )
         return packed
 
-    def _pack_int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def _int8(self, weight: Tensor) -> _Product:
         quantized, scales = quantize_int8(weight)
         sums = quantized.sum(-1, dtype=torch.int32)
-        panels = self._pack_panels(quantized)
-        run = self._library.manta_linear_int8
-        return PackedLinear(run, (*weight.shape,), (panels, scales, sums), bias)
+        parts = self._pack_panels(quantized), scales, sums
+        return _Product(self._library.manta_linear_int8, len(weight), parts)
 
-    def _pack_int4(self, weight: Tensor, bias: Tensor | None) -> Linear:
+    def _groups(self, weight: GroupedWeight) -> _Product:
+        """weight in the layout of levels.h."""
         outputs, inputs = weight.shape
-        quantized, scales = quantize_int4(weight)
-        group_bytes = self._columns * (GROUP // 2 + scales.itemsize)
-        size = self._num_panels(outputs) * (inputs // GROUP) * group_bytes
+        second = 1 if weight.minimums is not None else 2 if weight.zeros is not None else 0
+        layout = weight.bits, weight.group, _SCALES[weight.scales.dtype], second
+        zeros = weight.zeros  # from the middle on
+        if zeros is not None:
+            zeros = (zeros.int() - (1 << (weight.bits - 1))).to(torch.int8)
+        in_order = weight.scales, weight.minimums, zeros, weight.super_scales, weight.super_minimums
+        planes = [plane.contiguous() for plane in in_order if plane is not None]
+        padded = self._num_panels(outputs) * self._columns
+        size = padded * (inputs * weight.bits // 8 + sum(plane[0].nbytes for plane in planes))
         packed = huge_pages.empty((size,), torch.uint8)
-        self._library.manta_pack_int4(
-            quantized.data_ptr(), scales.data_ptr(), outputs, inputs, packed.data_ptr()
-        )
-        run = self._library.manta_linear_int4
-        return PackedLinear(run, (outputs, inputs), (packed,), bias)
+        shape = outputs, inputs, packed.data_ptr()
+        levels = weight.levels.contiguous()
+        self._library.manta_pack_levels(*layout, levels.data_ptr(), *shape)
+        blocks = inputs // (weight.group if weight.super_scales is None else SUPER_GROUP)
+        offset = 0  # in a block, of one output
+        for plane in planes:
+            each = plane.shape[1] // blocks
+            self._library.manta_pack_scales(
+                *layout, plane.data_ptr(), plane.itemsize, each, offset, *shape
+            )
+            offset += each * plane.itemsize
+        return _Product(self._library.manta_linear_groups, outputs, (*layout, packed))
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return weight.dtype in DTYPES and weight.shape[1] * weight.itemsize % 4 == 0

@@ -32,7 +32,7 @@ float quantize_row(const T* x, int64_t inputs, int32_t* to) {
 
 template <class T>
 void linear_int8(const T* x, const Int8Weight& weight, const T* bias, T* out, int64_t rows,
-                 int64_t inputs, int64_t outputs) {
+                 int64_t inputs, int64_t outputs, int64_t stride) {
     thread_local std::vector<int32_t> groups;  // kept from call to call
     thread_local std::vector<float> row_scales;
     const int64_t row_words = inputs / 4 * DotInt8::PARTS;
@@ -46,7 +46,7 @@ void linear_int8(const T* x, const Int8Weight& weight, const T* bias, T* out, in
     multiply<DotInt8>(
         {quantized, weight.packed, rows, inputs / 4, outputs},
         [=](const float* sums, int64_t row, int64_t count, int64_t column) {
-            write_block(row, count, column, bias, out, outputs,
+            write_block(row, count, column, bias, out, outputs, stride,
                         [=](int64_t m, int64_t n, auto lanes) {
                             const Ints offset =
                                 (Ints)lanes.load((const float*)weight.sums + column + n) *
@@ -64,10 +64,11 @@ void linear_int8(const T* x, const Int8Weight& weight, const T* bias, T* out, in
 // x [rows, inputs], inputs a multiple of 64; the weight is described at Int8Weight.
 MANTA_API void manta_linear_int8(int dtype, const void* x, const int32_t* packed,
                                  const float* scales, const int32_t* sums, const void* bias,
-                                 void* out, int64_t rows, int64_t inputs, int64_t outputs) {
+                                 void* out, int64_t rows, int64_t inputs, int64_t outputs,
+                                 int64_t stride) {
     manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
         manta::linear_int8((const T*)x, {packed, scales, sums}, (const T*)bias, (T*)out,
-                           rows, inputs, outputs);
+                           rows, inputs, outputs, stride);
     });
 }

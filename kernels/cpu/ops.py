@@ -26,7 +26,7 @@ def cpu_ops() -> Ops:
 def ops_of(library: ctypes.CDLL, level: Level) -> Ops:
     """They compute on as many threads as torch does now."""
     library.manta_set_num_threads(torch.get_num_threads())
-    attention, layers = CpuAttention(library), CpuLayers(library)
+    attention, layers, packer = CpuAttention(library), CpuLayers(library), LinearPacker(library)
     return Ops(
         name=f"cpu-{level.name}",
         products={
@@ -41,7 +41,8 @@ def ops_of(library: ctypes.CDLL, level: Level) -> Ops:
         new_recorder=partial(CpuRecorder, library),
         prepare_step=layers.prepare_step,
         embed=layers.embed,
-        pack_linear=LinearPacker(library).pack_linear,
+        pack_linear=packer.pack_linear,
+        pack_stored=packer.pack_stored,
         rms_norm=layers.rms_norm,
         add_rms_norm=layers.add_rms_norm,
         rotary=layers.rotary,

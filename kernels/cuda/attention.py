@@ -1,4 +1,4 @@
-"""Paged attention by Triton: one kernel for tokens that are decoded, one for prompts.
+"""Paged attention by Triton: one kernel for rows of few tokens, which decode, one for prompts.
 
 Both pack the query heads that share a key/value head into the rows of one tile (grouped-query
 attention), and stream keys and values once with an online softmax, after FlashAttention-2 (Dao,
@@ -14,7 +14,7 @@ from kernels.cuda.attention_decode import decode, plan_decodes
 from kernels.cuda.attention_prompt import prompts
 from kernels.cuda.rotary import store
 from kernels.reference import PagedAttention
-from kernels.types import AttentionInputs, KVCache, PagedKV
+from kernels.types import NO_DECODES, AttentionInputs, KVCache, PagedKV
 
 # Decoding programs per multiprocessor: as many as its shared memory holds at once.
 _PROGRAMS_PER_PROCESSOR = 3
@@ -39,7 +39,7 @@ class TritonAttention(PagedAttention):
 
     def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
         if self._deterministic:
-            return replace(inputs, num_decodes=0)
+            return replace(inputs, decodes=NO_DECODES)
         plan = plan_decodes(inputs, self._num_programs, spec.num_kv_heads)
         return replace(inputs, plan=plan)
 
@@ -57,9 +57,9 @@ class TritonAttention(PagedAttention):
             return super().attend(q, cache, inputs, scale, window, softcap, sinks)
         q = q.contiguous()
         out = torch.empty_like(q)
-        if inputs.num_decodes > 0:
+        if inputs.decodes.rows > 0:
             decode(q, cache, inputs, inputs.plan, scale, window, softcap, out)
-        if inputs.context_lens.shape[0] > inputs.num_decodes:
+        if inputs.context_lens.shape[0] > inputs.decodes.rows:
             prompts(q, cache, inputs, scale, window, softcap, out, not self._deterministic)
         return out
 

@@ -1,4 +1,4 @@
-"""Attention of single queries: split-KV decoding, balanced over the device."""
+"""Attention of one query per request, or a few: split-KV decoding, balanced over the device."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,18 @@ from kernels.types import AttentionInputs, KVCache
 
 _MIN_CHUNK = 128  # tokens; below, reading the chunk is cheaper than combining it
 _WAVES = 3  # of programs: so many that those that end early leave little undone
+# (query, head) pairs in a tile: the least that tensor cores take; and where a request has more.
+_NARROW, _WIDE = 16, 64
 
 
 @dataclass(frozen=True)
 class DecodePlan:
     """How the attention of one step is cut up, the same for all layers.
 
-    The context of each of the first `num_decodes` requests, which have one query each, is cut into
-    chunks of `chunk_len` [1] tokens and what is left, its tail, which may be as long. The full ones
-    of request i are numbers full_starts[i] .. full_starts[i + 1] - 1, and are computed first; the
-    tails follow, the longest first: of request tail_order[0], tail_order[1], … (So few programs
+    The context of each of the first `num_decodes` requests, which have few queries each, is cut
+    into chunks of `chunk_len` [1] tokens and what is left, its tail, which may be as long. The full
+    ones of request i are numbers full_starts[i] .. full_starts[i + 1] - 1, and are computed first;
+    the tails follow, the longest first: of request tail_order[0], tail_order[1], … (So few programs
     work while others have nothing left to do.) There are at most `max_chunks`. All int32 on the
     device.
     """
@@ -78,12 +80,12 @@ def _plan_kernel(
 
 @triton.jit
 def _combine(
-    chunk_out, chunk_lse, first_full, num_full, tail, out,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    chunk_out, chunk_lse, first_full, num_full, tail, out, stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the chunks of one query head, in their order, by the sums of their softmax.
+    """Weigh the chunks of one query's head, in their order, by the sums of their softmax.
 
-    Pointers are those of the head in chunk 0 and in the output.
+    Pointers are those of the head in chunk 0, `stride` heads before chunk 1, and in the output.
     """
     dims = tl.arange(0, BLOCK_D)
     peak = tl.full([], float("-inf"), tl.float32)
@@ -92,7 +94,7 @@ def _combine(
     for start in range(0, num_full + 1, BLOCK_C):
         chunks = start + tl.arange(0, BLOCK_C)
         real = chunks <= num_full
-        at = tl.where(chunks < num_full, first_full + chunks, tail).to(tl.int64) * HEADS
+        at = tl.where(chunks < num_full, first_full + chunks, tail).to(tl.int64) * stride
         # Not from the multiprocessor's own cache: other ones wrote them.
         lse = tl.load(chunk_lse + at, real, float("-inf"), cache_modifier=".cg")
         loaded = real[:, None] & (dims[None, :] < D)
@@ -110,22 +112,31 @@ def _combine(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows"],
+    do_not_specialize=["num_rows", "longest"],
     # Parts of one tensor, which begin anywhere.
-    do_not_specialize_on_alignment=["full_starts", "tail_order", "chunk_len", "arrived"],
+    do_not_specialize_on_alignment=[
+        "full_starts",
+        "tail_order",
+        "chunk_len",
+        "arrived",
+        "query_starts",
+    ],
 )
 def _decode_kernel(
     q, k_cache, v_cache, out, chunk_out, chunk_lse,
-    full_starts, tail_order, chunk_len, arrived, context_lens, block_tables, table_stride,
-    num_rows, scale,
+    full_starts, tail_order, chunk_len, arrived,
+    query_starts, context_lens, block_tables, table_stride, num_rows, longest, scale,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SINGLE: tl.constexpr, BLOCK_M: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one request's context, for the query heads of one key/value head.
+    """One chunk of one request's context, for BLOCK_M // GROUP of its queries, at most `longest`
+    in all, and the query heads of one key/value head.
 
-    Of the request's programs that which is done last combines all chunks.
+    SINGLE: each request has one query. Then of its programs that which is done last combines all
+    chunks; with more of them, that is more work than one program should have.
     """
+    TILE: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     all_full = tl.load(full_starts + num_rows)
@@ -145,38 +156,59 @@ def _decode_kernel(
     num_full = tl.load(full_starts + row + 1) - first_full
     length = tl.load(chunk_len)
     context = tl.load(context_lens + row)
+    query_start, num_queries, first_query = row, 1, 0
+    if not SINGLE:
+        query_start = tl.load(query_starts + row)
+        num_queries = tl.load(query_starts + row + 1) - query_start
+        first_query = tl.program_id(2) * TILE
+        if first_query >= num_queries:
+            return
     begin = tl.where(is_tail, num_full, item - first_full) * length
     end = tl.minimum(begin + length, context)
-    lowest = tl.maximum(context - WINDOW, 0)
+    lowest = tl.maximum(context - num_queries + first_query + 1 - WINDOW, 0)
     if WINDOW > 0:
         begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
 
-    group, dims = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    head = kv_head * GROUP + group
-    stored = (group[:, None] < GROUP) & (dims[None, :] < D)
-    of_row = row.to(tl.int64) * (KV_HEADS * GROUP * D) + head[:, None] * D + dims[None, :]
-    query = as_computed(tl.load(q + of_row, stored, 0.0), k_cache)
-    positions = tl.full([BLOCK_G], 0, tl.int32) + context - 1
+    lanes, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    query = first_query + lanes // GROUP
+    head = kv_head * GROUP + lanes % GROUP
+    real = (lanes < TILE * GROUP) & (query < num_queries)
+    stored = real[:, None] & (dims[None, :] < D)
+    at = ((query_start + query).to(tl.int64) * (KV_HEADS * GROUP) + head) * D
+    at = at[:, None] + dims[None, :]
+    if not SINGLE:  # noqa: SIM102, as the compiler decides it
+        if context == 0:  # it pads a recorded step, by any number of queries: zeros
+            for first in range(first_query, num_queries, TILE * tl.num_programs(2)):
+                mask = stored & (first + lanes[:, None] // GROUP < num_queries)
+                step = (first - first_query) * (KV_HEADS * GROUP * D)
+                tl.store(out + step + at, tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty), mask)
+            return
+    queries = as_computed(tl.load(q + at, stored, 0.0), k_cache)
+    positions = context - num_queries + query
     table = block_tables + row.to(tl.int64) * table_stride
-    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(begin, end, BLOCK_N):
         offsets = kv_offsets(table, first, end, kv_head, KV_HEADS, BLOCK_SIZE, BLOCK_N, D)
         tokens = first + tl.arange(0, BLOCK_N)
         peak, total, acc = attend_tile(
-            query, k_cache, v_cache, offsets, tokens, lowest, end, positions, peak, total, acc,
+            queries, k_cache, v_cache, offsets, tokens, lowest, end, positions, peak, total, acc,
             scale, True, WINDOW, SOFTCAP, D, BLOCK_D,
         )  # fmt: skip
-    # A chunk outside the window has seen nothing: its sum is 0, its weight 2^-inf.
+    # A chunk that is outside the window, or after the query, has shown it nothing: its sum is 0,
+    # its weight 2^-inf.
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if num_full == 0:
-        tl.store(out + of_row, acc.to(out.dtype.element_ty), stored)
+        tl.store(out + at, acc.to(out.dtype.element_ty), stored)
         return
     tail = all_full + row
-    of_item = tl.where(is_tail, tail, item).to(tl.int64) * (KV_HEADS * GROUP) + head
-    tl.store(chunk_out + of_item[:, None] * D + dims[None, :], acc, stored)
-    tl.store(chunk_lse + of_item, peak + tl.log2(total), group < GROUP)
+    of_item = tl.where(is_tail, tail, item).to(tl.int64) * longest
+    at_chunk = (of_item + query) * (KV_HEADS * GROUP) + head
+    tl.store(chunk_out + at_chunk[:, None] * D + dims[None, :], acc, stored)
+    tl.store(chunk_lse + at_chunk, peak + tl.log2(total), real)
+    if not SINGLE:
+        return
     tl.debug_barrier()  # all of the program have written before it counts as done
     at_count = arrived + row * KV_HEADS + kv_head
     if tl.atomic_add(at_count, 1, sem="acq_rel", scope="gpu") < num_full:
@@ -191,12 +223,36 @@ def _decode_kernel(
         )  # fmt: skip
 
 
+@triton.jit(
+    do_not_specialize=["num_rows", "longest"],
+    do_not_specialize_on_alignment=["full_starts", "query_starts"],
+)
+def _combine_kernel(
+    chunk_out, chunk_lse, full_starts, query_starts, out, num_rows, longest,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j, h): head h of query j of request i, of whose context there are chunks."""
+    row, query, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    query_start = tl.load(query_starts + row)
+    first_full = tl.load(full_starts + row)
+    num_full = tl.load(full_starts + row + 1) - first_full
+    if (num_full == 0) | (query >= tl.load(query_starts + row + 1) - query_start):
+        return
+    own = query * HEADS + head
+    _combine(
+        chunk_out + own * D, chunk_lse + own,
+        first_full, num_full, tl.load(full_starts + num_rows) + row,
+        out + ((query_start + query).to(tl.int64) * HEADS + head) * D,
+        longest * HEADS, D, BLOCK_D, 16,
+    )  # fmt: skip
+
+
 def plan_decodes(inputs: AttentionInputs, num_programs: int, kv_heads: int) -> DecodePlan:
     """Chunks of equal length for as many programs as run at once, or a few times as many.
 
     Few contexts are cut so that all of it runs at once.
     """
-    context_lens, rows = inputs.context_lens, inputs.num_decodes
+    context_lens, rows = inputs.context_lens, inputs.decodes.rows
     at_once = max(num_programs // kv_heads, 1)
     target = at_once - rows if 4 * rows <= at_once else _WAVES * at_once
     full_starts, tail_order, chunk_len, arrived = context_lens.new_empty(
@@ -233,13 +289,18 @@ def decode(
 ) -> None:
     """Attention of the first plan.num_decodes requests, into out [T, H, D]; cf. `attend`."""
     kv_heads, head_dim, heads = cache.spec.num_kv_heads, cache.spec.head_dim, q.shape[1]
-    rows, group = plan.num_decodes, heads // kv_heads
+    rows, group, longest = plan.num_decodes, heads // kv_heads, inputs.decodes.longest
     block_d = max(triton.next_power_of_2(head_dim), 16)
     # Tiles of keys of 16 KiB; in float32, which is for tests, there are no tensor cores.
     block_n = 16 if q.itemsize == 4 else min(64, 8192 // block_d)
-    chunk_out = q.new_empty(plan.max_chunks, heads, head_dim, dtype=torch.float32)
-    chunk_lse = q.new_empty(plan.max_chunks, heads, dtype=torch.float32)
-    _decode_kernel[(kv_heads, plan.max_chunks)](
+    narrow = max(triton.next_power_of_2(group), _NARROW)
+    fits = longest * group <= narrow or q.itemsize == 4
+    block_m = narrow if fits else max(narrow, _WIDE)
+    num_tiles = triton.cdiv(longest, block_m // group)
+    parts = (plan.max_chunks, longest, heads)
+    chunk_out = q.new_empty(*parts, head_dim, dtype=torch.float32)
+    chunk_lse = q.new_empty(*parts, dtype=torch.float32)
+    _decode_kernel[(kv_heads, plan.max_chunks, num_tiles)](
         q,
         cache.keys,
         cache.values,
@@ -250,20 +311,36 @@ def decode(
         plan.tail_order,
         plan.chunk_len,
         plan.arrived,
+        inputs.query_starts,
         inputs.context_lens,
         inputs.block_tables,
         inputs.block_tables.stride(0),
         rows,
+        longest,
         score_unit(scale, softcap),
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
         KV_HEADS=kv_heads,
         GROUP=group,
-        BLOCK_G=max(triton.next_power_of_2(group), 16),
+        SINGLE=longest == 1,
+        BLOCK_M=block_m,
         D=head_dim,
         BLOCK_D=block_d,
         BLOCK_SIZE=cache.spec.block_size,
         BLOCK_N=block_n,
-        num_warps=4,
-        num_stages=STAGES,
+        num_warps=4 if fits else 8,
+        num_stages=STAGES if fits or block_d <= 128 else 3,
     )
+    if longest > 1:
+        _combine_kernel[(rows, longest, heads)](
+            chunk_out,
+            chunk_lse,
+            plan.full_starts,
+            inputs.query_starts,
+            out,
+            rows,
+            longest,
+            HEADS=heads,
+            D=head_dim,
+            BLOCK_D=block_d,
+        )

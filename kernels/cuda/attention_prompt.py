@@ -109,14 +109,18 @@ def prompts(
         fuse: whether the compiler may round a product and a sum once. It does where no mask is in
             between, so that what a query gets depends on which others are in its tile.
     """
-    kv_heads, head_dim, first_row = cache.spec.num_kv_heads, cache.spec.head_dim, inputs.num_decodes
+    kv_heads, head_dim, first_row = (
+        cache.spec.num_kv_heads,
+        cache.spec.head_dim,
+        inputs.decodes.rows,
+    )
     num_tokens, heads, _ = q.shape
     rows, group = inputs.context_lens.shape[0] - first_row, heads // kv_heads
     block_d = max(triton.next_power_of_2(head_dim), 16)
     # What fits the registers.
     exact, big = q.itemsize == 4, block_d > 128
     block_m = max(16 if exact else 64 if big else 128, triton.next_power_of_2(group))
-    num_tiles = (num_tokens - first_row) // (block_m // group) + rows
+    num_tiles = (num_tokens - inputs.decodes.tokens) // (block_m // group) + rows
     _prompt_kernel[(num_tiles, kv_heads)](
         q,
         cache.keys,

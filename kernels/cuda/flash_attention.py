@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cache import cache_directory
 from kernels.ops import Attention
-from kernels.types import AttentionInputs, AttentionNeeds, KVCache, PagedKV
+from kernels.types import NO_DECODES, AttentionInputs, AttentionNeeds, KVCache, PagedKV
 
 # By version, the best first.
 MODULES = {4: "flash_attn.cute", 2: "flash_attn"}
@@ -30,7 +30,7 @@ _LONGER_THAN_A_TILE = 512
 
 @dataclass(frozen=True)
 class FlashPlan:
-    """The requests of a step apart: those with one query at its beginning, and the others."""
+    """The requests of a step apart: those that decode, at its beginning, and the others."""
 
     decodes: AttentionInputs  # planned
     prompts: AttentionInputs
@@ -59,22 +59,22 @@ class FlashAttention:
         self._decoding.store(k, v, cache, slots)
 
     def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
-        first = inputs.num_decodes
+        first, num_tokens, longest = inputs.decodes
         decodes = replace(
             inputs,
             query_starts=inputs.query_starts[: first + 1],
             context_lens=inputs.context_lens[:first],
             block_tables=inputs.block_tables[:first],
-            slots=inputs.slots[:first],
-            max_query_len=1,
+            slots=inputs.slots[:num_tokens],
+            max_query_len=longest,
         )
         prompts = replace(  # of all queries, of which the first are nobody's
             inputs,
             query_starts=inputs.query_starts[first:],
             context_lens=inputs.context_lens[first:],
             block_tables=inputs.block_tables[first:],
-            slots=inputs.slots[first:],
-            num_decodes=0,
+            slots=inputs.slots[num_tokens:],
+            decodes=NO_DECODES,
         )
         context_starts = None
         if self._version == 2:
@@ -95,13 +95,13 @@ class FlashAttention:
     ) -> Tensor:
         if sinks is not None:
             return reference.attention.attend(q, cache, inputs, scale, window, softcap, sinks)
-        first, plan = inputs.num_decodes, inputs.plan
-        if inputs.context_lens.shape[0] == first:
+        decodes, plan = inputs.decodes, inputs.plan
+        if inputs.context_lens.shape[0] == decodes.rows:
             return self._decoding.attend(q, cache, plan.decodes, scale, window, softcap)
         out = self._attend_prompts(q, cache, plan, scale, window, softcap)
-        if first > 0:  # few beside the others, so they are copied
-            settings = (scale, window, softcap)
-            out[:first] = self._decoding.attend(q[:first], cache, plan.decodes, *settings)
+        if decodes.rows > 0:  # few beside the others, so they are copied
+            own, settings = q[: decodes.tokens], (scale, window, softcap)
+            out[: decodes.tokens] = self._decoding.attend(own, cache, plan.decodes, *settings)
         return out
 
     def _attend_prompts(

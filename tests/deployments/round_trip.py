@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from deployments.parsing import (
@@ -65,8 +64,7 @@ class RoundTrip:
     """A template, and the formats that it gives away."""
 
     def __init__(self, template: str, functions: list[dict[str, Any]]) -> None:
-        config = {"chat_template": template}
-        self._templates = ChatTemplates(Path("/nowhere"), config, _NAMED, set(), set())
+        self._templates = ChatTemplates({"default": template}, {}, _NAMED, set(), set())
         self._tools = [{"type": "function", "function": function} for function in functions]
         self._functions = Functions(functions)
         self.tools: ToolFormat | None = tool_format("auto", template)

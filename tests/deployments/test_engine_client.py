@@ -19,11 +19,11 @@ from deployments.front.quarantine import MAX_DEATHS, Quarantine
 from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
 from deployments.shards.engine_loop import EngineLoop
-from deployments.wire import decode_request, pack, read_message
+from deployments.wire import decode_request, encode_delta, pack, read_message
 from engine.engine import Engine
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
-from engine.schedule.step import StepPlan
+from engine.schedule.step import StepPlan, TokenDelta
 
 LIMITS = {"vocab_size": 1000, "max_model_len": 1000, "num_blocks": 100, "block_size": 16}
 POISON = 666
@@ -96,6 +96,43 @@ def run(test: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+def test_what_engines_before_have_counted_of_a_request_is_kept() -> None:
+    """A prompt is found cached once, by the first engine; predictions come true in each of them."""
+    record = RequestRecord(3, None)
+
+    async def test(client: EngineClient) -> None:
+        async def generate() -> None:
+            params = SamplingParams(max_tokens=9)
+            async for _ in client.generate([1, 2, 3], params, 0, RequestOptions(), record):
+                pass
+
+        async def bring(cached: int, predicted: tuple[int, int], reason: str | None = None) -> None:
+            (request_id,) = engine.requests
+            delta = TokenDelta(request_id, [5], cached, reason, num_predicted=predicted)
+            message = {"deltas": [encode_delta(delta)], "errors": [], "stats": {}, "cache": []}
+            engine.writer.write(pack(message))
+            num_before = record.num_output
+            while record.num_output == num_before:
+                await asyncio.sleep(0)
+
+        engine = await FakeEngine.connect(client)
+        task = asyncio.create_task(generate())
+        await engine.receive()
+        await bring(2, (0, 0))
+        await bring(2, (4, 1))
+        assert (record.num_cached, record.num_predicted) == (2, (4, 1))
+        await engine.die(client)
+        engine = await FakeEngine.connect(client)
+        (request,) = await engine.receive()
+        assert request.output_token_ids == [5, 5]
+        await bring(0, (3, 0))
+        await bring(0, (5, 2), "length")
+        await task
+        assert (record.num_cached, record.num_predicted) == (2, (9, 3))
+
+    run(test)
 
 
 def test_what_cannot_be_packed_fails_its_own_request() -> None:

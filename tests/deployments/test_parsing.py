@@ -26,6 +26,7 @@ from deployments.parsing import (
 )
 from deployments.parsing.formats import ToolParserName
 from deployments.parsing.reasoning import ReasoningParserName
+from deployments.parsing.source import BLANKS
 from engine.demo import DEMO_MODEL
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.written_calls import functions_of, write_call
@@ -334,6 +335,25 @@ def test_kimis_templates_know_calls_by_their_number_in_the_conversation() -> Non
     assert ids == ["functions.weather:3", "functions.stop:4"]
 
 
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("{'a': [1, True], 'b': 'x'}", {"a": [1, True], "b": "x"}),  # as Seed-OSS's template
+        ("['it''s', None]", ["its", None]),
+        ("True", True),
+        ("None", None),
+        ("{'a', 1}", "{'a', 1}"),  # has no form in JSON
+        ("{'a': open('x')}", "{'a': open('x')}"),
+        ("[" * 500, "[" * 500),
+        ("yes", "yes"),
+    ],
+)
+def test_values_in_tags_may_be_written_as_python_writes_them(written: str, value: Any) -> None:
+    call = f"<function=weather>\n<parameter=more>{written}</parameter>\n</function>"
+    found = parse([f"<seed:tool_call>\n{call}\n</seed:tool_call>"], "seed_oss")
+    assert loaded(found) == [["weather", {"more": value}]]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_calls_a_function_that_is_not_there_is_text(name: ToolParserName) -> None:
     """An agent that is told to call it has nothing to call."""
@@ -448,7 +468,8 @@ def check_cut(
             whole.calls,
         )
     if think is None and not whole.calls:
-        assert whole.content == text
+        # Of a message in a channel, white space at its end is not said.
+        assert whole.content == (text.rstrip(BLANKS) if name == "harmony" else text)
     assert not single or len(whole.calls) <= 1
 
 

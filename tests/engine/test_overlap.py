@@ -36,7 +36,7 @@ class FakeRunner:
     def __init__(self, config: EngineConfig) -> None:
         assert config.num_blocks is not None
         self.config = config.on_device("cpu", 0)
-        self.vocab_size, self.max_len, self.is_exact = VOCAB_SIZE, MAX_MODEL_LEN, False
+        self.vocab_size, self.max_len, self.max_drafts = VOCAB_SIZE, MAX_MODEL_LEN, 0
         self.num_blocks, self.num_labels = [config.num_blocks], None
         self.cache_layout = SimpleNamespace(cache_groups=lambda n: [CacheGroup(n[0])])
         num_slots = config.host_cache_memory_bytes  # of one byte each

@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from engine import LLM
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.quantize.write import quantize
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.conftest import CheckpointFactory
 
 
 def prompt_logits(directory: Path, quantization: str | None) -> Tensor:
@@ -49,3 +54,26 @@ def test_logits_stay_close(tmp_path: Path, quantization: str, similarity: float)
     full, rounded = prompt_logits(directory, None), prompt_logits(directory, quantization)
     assert not torch.equal(full, rounded)
     assert torch.cosine_similarity(full, rounded, dim=0) > similarity
+
+
+@pytest.mark.parametrize(("scheme", "tolerance"), [("W4A16", 2e-3), ("W8A8", 0.1)])
+def test_a_written_checkpoint_is_the_same_model_to_transformers(
+    checkpoints: CheckpointFactory, tmp_path: Path, scheme: str, tolerance: float
+) -> None:
+    """Loaded by its library, with compressed-tensors, which may round activations too."""
+    target = tmp_path / scheme
+    quantize(checkpoints("qwen3"), target, scheme, group=32)
+    text = [3 + 7 * i % 90 for i in range(40)]
+    llm = LLM(str(target), dtype="float32", num_blocks=64, num_threads=1)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([text], params, use_tqdm=False)
+    ours = [e[t].logprob for e, t in zip(output.prompt_logprobs, text, strict=True) if e]
+    llm.close()
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+    expected = theirs.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(ours), expected, rtol=0, atol=tolerance)
+    names = set(load_file(target / "model-00001.safetensors"))
+    wanted = "self_attn.q_proj.weight" + ("_packed" if scheme == "W4A16" else "_scale")
+    assert f"model.layers.0.{wanted}" in names

@@ -1,5 +1,7 @@
 """Recorded steps: padding, static buffers and the ladder, proven on CPU tensors."""
 
+import random
+from collections import deque
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -10,7 +12,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.device.recorded_steps import RecordedSteps, Shape, default_sizes, prompt_shapes
+from engine.device.recorded_steps import (
+    RecordedSteps,
+    Shape,
+    default_sizes,
+    draft_shapes,
+    prompt_shapes,
+)
 from engine.runner import model_runner
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import warm_up_plans
@@ -24,6 +32,7 @@ from tests.conftest import CheckpointFactory
 from tests.engine.fake_recorder import FakeRecorder
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import random_prompts
+from tests.engine.test_speculation import Liar, speculate
 
 SAMPLED = dict(temperature=1.0, ignore_eos=True)
 
@@ -55,38 +64,47 @@ def test_the_ladder_wastes_little(most: int) -> None:
 
 
 def test_a_step_is_padded_to_the_next_shape_and_nothing_of_the_last_one_remains() -> None:
-    """Where it decodes, and where rows have any number of tokens."""
+    """Where it decodes, also with drafts, and where rows have any number of tokens."""
     seen: list[tuple[list[int], list[int], list[int], int]] = []
+    kinds: list[int] = []  # most tokens of a row that decodes, 0: any number
 
     def step(rows: StepRows) -> Tensor:
         starts = rows.query_starts.tolist()
-        assert starts[-1] == rows.num_tokens and rows.num_decodes in (0, len(rows.rows))
+        assert starts[-1] == rows.num_tokens and rows.decodes.rows in (0, len(rows.rows))
         longest = max(end - start for start, end in pairwise(starts))
-        assert longest <= rows.max_query_len and (longest == 1 or rows.num_decodes == 0)
+        assert longest <= rows.max_query_len
+        kinds.append(rows.decodes.longest if rows.decodes.rows else 0)
         seen.append((rows.rows.tolist(), rows.starts.tolist(), starts, rows.num_tokens))
         request = torch.arange(len(rows.rows)).repeat_interleave(rows.query_starts.diff())
         return torch.stack((rows.rows[request], rows.starts[request]), 1).double()
 
     recorder = FakeRecorder()
-    shapes = [Shape(16, 3), Shape(16, 9), Shape(40, 3), Shape(40, 9)]
+    shapes = [Shape(n, rows) for n in (16, 40) for rows in (3, 9)]
+    shapes += [Shape(4, 3, 3), Shape(12, 3, 3), Shape(12, 9, 3)]
     graphs = RecordedSteps(recorder, [2, 8, 4], shapes, step, torch.device("cpu"))
-    assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 7
-    assert str(graphs).startswith("7 steps recorded in ")
+    assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 10
+    assert str(graphs).startswith("10 steps recorded in ")
     assert all(rows == [-1] * len(rows) for rows, *_ in seen), "recorded over rows of requests"
     for rows, lengths, shape in (
-        ([5, 6, 7, 8, 3], [1] * 5, (8, 8)),
-        ([1, 4], [1, 30], (40, 3)),
-        ([1], [1], (2, 2)),
-        ([4, 2, 9], [1, 1, 14], (16, 9)),
-        ([4, 2], [1, 1], (2, 2)),
-        ([3], [16], (16, 3)),
-        ([1, 2, 3], [1] * 3, (4, 4)),
-        ([6], [2], (16, 3)),
+        ([5, 6, 7, 8, 3], [1] * 5, (8, 8, 1)),
+        ([1, 4], [1, 30], (40, 3, 0)),
+        ([1], [1], (2, 2, 1)),
+        ([4, 2, 9], [1, 1, 14], (16, 9, 0)),
+        ([4, 2], [1, 1], (2, 2, 1)),
+        ([3], [16], (16, 3, 0)),
+        ([1, 2, 3], [1] * 3, (4, 4, 1)),
+        ([6], [2], (4, 3, 3)),
+        ([6, 2], [1, 3], (4, 3, 3)),
+        ([6, 2, 5], [2, 3, 3], (12, 9, 3)),
+        ([6, 2, 5, 1, 3], [1, 3, 3, 3, 3], (16, 9, 0)),
+        ([6], [4], (16, 3, 0)),
     ):
         seen.clear()
+        kinds.clear()
         starts = [row * 10 for row in rows]
         hidden = graphs.run(rows, starts, lengths)
-        tokens, more = shape
+        tokens, more, kind = shape
+        assert kinds == [kind]
         padding = more - len(rows)
         assert seen[0][:2] == (rows + [-1] * padding, starts + [0] * padding)
         if sum(lengths) > len(rows):
@@ -98,12 +116,12 @@ def test_a_step_is_padded_to_the_next_shape_and_nothing_of_the_last_one_remains(
         ]
     for lengths in ([1] * 9, [41], [2] * 9):
         assert graphs.run([0] * len(lengths), [0] * len(lengths), lengths) is None
-    assert recorder.num_recorded == 7
+    assert recorder.num_recorded == 10
 
 
 def test_a_library_that_cannot_be_recorded_is_launched(caplog: pytest.LogCaptureFixture) -> None:
     def step(rows: StepRows) -> Tensor:
-        if rows.num_decodes == 0:
+        if rows.decodes.rows == 0:
             raise RuntimeError("operation not permitted when stream is capturing")
         return torch.zeros(rows.num_tokens, 1)
 
@@ -118,11 +136,22 @@ def test_shapes_of_steps_with_prompts(most: int, rows: int) -> None:
     tokens = sorted({shape.tokens for shape in shapes})
     assert tokens[-1] == most and all(b <= 1.5 * a for a, b in pairwise(tokens))
     assert len(shapes) == len(set(shapes)) <= 40
-    assert not any(shape.decodes for shape in shapes)
+    assert not any(shape.longest for shape in shapes)
     for size in tokens:  # rows for any step of so many tokens up to 63, and one to spare
         own = [shape.rows for shape in shapes if shape.tokens == size]
         assert max(own) > min(size, rows, 63)
     assert prompt_shapes(0, rows) == []
+
+
+@pytest.mark.parametrize("rows, longest", [(256, 17), (8, 17), (1, 5), (20, 2)])
+def test_shapes_of_steps_with_drafts_are_few_and_hold_any(rows: int, longest: int) -> None:
+    shapes = draft_shapes(256, rows, longest)
+    assert len(shapes) <= 26 and {shape.longest for shape in shapes} == {longest}
+    for row_count in {1, min(7, rows), min(63, rows)}:
+        for tokens in range(row_count + 1, min(row_count * longest, 256) + 1):
+            size = min(shape.tokens for shape in shapes if shape.tokens >= tokens)
+            assert size <= max(1.5 * tokens, 3)
+            assert any(s.tokens == size and s.rows > row_count for s in shapes)
 
 
 def test_padding_touches_nothing_of_anybody(
@@ -197,6 +226,22 @@ def test_same_text_as_without_graphs(
         assert 0 < stats["replayed_steps"] <= stats["steps"]
         all_recorded = config == "prompts too"
         assert (stats["replayed_steps"] == stats["steps"]) == all_recorded
+
+
+def test_rows_with_drafts_replay_steps_too(
+    checkpoints: CheckpointFactory, recorder: FakeRecorder, eager_text: list[list[int]]
+) -> None:
+    own = requests()
+    texts = {r.id: r.prompt_token_ids + t for r, t in zip(own, eager_text, strict=True)}
+    with new_engine(checkpoints("mistral"), speculation="suffix", max_num_seqs=32) as engine:
+        num_recorded, engine.step_log = recorder.num_recorded, deque()
+        speculate(engine, Liar(texts, 0.8, random.Random(0)))
+        assert tokens_of(run(engine, own)) == eager_text
+        plans = [done.step.plan for done in engine.step_log]
+        decoding = [plan for plan in plans if plan.lengths == plan.num_sampled]
+        assert any(max(plan.lengths) > 1 for plan in decoding)
+        assert engine.stats()["replayed_steps"] == len(decoding)
+        assert recorder.num_recorded == num_recorded
 
 
 def test_eager_means_no_graphs(checkpoints: CheckpointFactory, recorder: FakeRecorder) -> None:
@@ -328,7 +373,7 @@ def test_work_that_fails_leaves_nothing_recording() -> None:
 @pytest.mark.parametrize("max_num_seqs, budget, max_len", [(1, 1, 2), (4, 10, 100), (3, 64, 5)])
 def test_the_rehearsed_steps_are_the_largest(max_num_seqs: int, budget: int, max_len: int) -> None:
     config = EngineConfig(model="m", max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    *largest, alone, decoding = warm_up_plans(config, max_len)
+    *largest, alone, decoding = warm_up_plans(config, max_len, max_drafts=0)
     assert [row.num_tokens for row in decoding.scheduled] == [1] * max_num_seqs
     assert [row.num_tokens for row in alone.scheduled] == [min(budget, max_len - 1)]
     for plan in largest:
@@ -336,6 +381,14 @@ def test_the_rehearsed_steps_are_the_largest(max_num_seqs: int, budget: int, max
         assert plan.num_tokens == budget or max(r.num_tokens for r in plan.scheduled) == max_len - 1
         assert plan.num_tokens <= budget
         assert all(row.num_tokens < max_len for row in plan.scheduled)
+
+
+def test_a_step_of_as_many_drafts_as_there_can_be_is_rehearsed() -> None:
+    config = EngineConfig(model="m", max_num_seqs=40, max_num_batched_tokens=1000)
+    plans = warm_up_plans(config, 500, max_drafts=16)
+    lengths = [tuple(plan.num_sampled) for plan in plans if max(plan.num_sampled) > 1]
+    assert sorted(lengths) == [(2,) * 40, (17,) * 15]
+    assert all(plan.num_sampled == plan.lengths for plan in plans[1:3])
 
 
 def test_rehearsal_leaves_no_trace(checkpoints: CheckpointFactory, recorder: FakeRecorder) -> None:

@@ -16,6 +16,7 @@ import pytest
 from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.runner import preflight
 from engine.runner.preflight import read_model
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
@@ -390,6 +391,21 @@ def test_a_draft_model_is_asked_for_with_speculation_only() -> None:
     config = EngineConfig(model="manta-demo", speculation="model", draft_model="./nowhere")
     with pytest.raises(ValueError, match=r"^draft_model: there is no directory"):
         read_model(config)
+
+
+def test_a_draft_model_is_read_once(
+    byte_model: Path, stranger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    read_config = preflight.read_config
+
+    def noted(directory: Path, *args: Any) -> Any:
+        read.append(directory)
+        return read_config(directory, *args)
+
+    monkeypatch.setattr(preflight, "read_config", noted)
+    with new_engine(byte_model, speculation="model", draft_model=str(stranger)):
+        assert read == [byte_model, stranger]
 
 
 def test_memory_is_shared_by_both_caches(byte_model: Path, stranger: Path) -> None:

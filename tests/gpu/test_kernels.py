@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels import AttentionNeeds, Ops, reference, select_ops
 from kernels.ops import REFERENCE
-from kernels.types import KVCache, PagedKV, StepRows
+from kernels.types import Decodes, KVCache, PagedKV, StepRows
 from tests.gpu.device import DEVICE, ON_GPU, OPS, needs_gpu, record
 from tests.kernels.steps import Attention, assert_close, each_tensor
 from tests.kernels.test_cpu_sampling import assert_same_draws, params
@@ -135,7 +135,7 @@ class DecodingStep:
         """(what attention gives [B, H, D], sampled tokens [B])"""
         size, weights = len(self.rows), self.weights
         query_starts = torch.arange(size + 1, dtype=torch.int32, device=self.rows.device)
-        step = StepRows(self.rows, self.starts, query_starts, size, size, 1)
+        step = StepRows(self.rows, self.starts, query_starts, size, Decodes(size, size), 1)
         tables = self.block_table.unsqueeze(0)
         inputs = ops.prepare_step(step, self.token_table, tables, BLOCK_SIZE)
         planned = ops.attention.plan(inputs.attention[0], self.cache.spec)

@@ -25,12 +25,13 @@ from kernels import Ops
 from kernels.cuda import linear
 from kernels.cuda.compile_watch import CompileWatch
 from kernels.cuda.ops import triton_ops
-from kernels.types import AttentionInputs, KVCache, PagedKV, StepRows
+from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV, StepRows
 
 FEW = "--few" in sys.argv
 CAPABILITY = int(next((word for word in sys.argv[1:] if word.isdigit()), 90))
 # Bytes that a block may have, by compute capability; 99 KiB is the least of those since Ampere.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}.get(CAPABILITY, 99 * 1024)
+DECODING = Decodes(3, 3)
 FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
 
@@ -64,11 +65,12 @@ def attend(
     window: int | None,
     cache: torch.dtype,
     softcap: float | None = None,
-    lengths: tuple[int, int, int] = (5, 20, 3),
+    requests: int = 5,
+    tokens: int = 20,
+    decodes: Decodes = DECODING,
     ops: Ops | None = None,
 ) -> None:
     ops = ops or OPS
-    requests, tokens, decodes = lengths
     kv_cache = new_cache(block_size, head_dim, cache)
     contexts = torch.zeros(requests).int()
     starts = torch.zeros(3 * requests + 1).int()[2 * requests :]  # behind others, as it is sent
@@ -115,7 +117,7 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     plan = torch.zeros(3 * tokens + 1, dtype=torch.int32)  # rows, starts, query_starts
     parts = plan[:tokens], plan[tokens : 2 * tokens], plan[2 * tokens :]
     tables = torch.zeros(64, 4096, dtype=torch.int64), torch.zeros(1, 64, 128, dtype=torch.int32)
-    ops.prepare_step(StepRows(*parts, tokens * 3, 0, 3), *tables, 32)
+    ops.prepare_step(StepRows(*parts, tokens * 3, NO_DECODES, 3), *tables, 32)
 
 
 def resources(kernel: Any) -> tuple[int, int]:
@@ -146,6 +148,7 @@ CACHES = [BF16]
 if CAPABILITY >= 89:  # those before have no instructions for 8 bits
     ATTENTION.append((BF16, 128, 2, 128, None, FP8))
     CACHES.append(FP8)
+FEW_TOKENS = (2, 17)  # of a request with drafts; in tiles of both sizes
 
 if __name__ == "__main__":
     driver.set_active(NoDriver())
@@ -153,14 +156,23 @@ if __name__ == "__main__":
     watch = CompileWatch()
     for shape in ATTENTION:
         attend(*shape)
+        for longest in FEW_TOKENS:
+            attend(*shape, decodes=Decodes(3, 3 * longest, longest))
     attend(*ATTENTION[0], ops=DETERMINISTIC)
     for cache in CACHES:
         run_the_rest(5, cache)
     run_the_rest(50, BF16)  # as many rows take other tiles
     watch.start_serving()
     for shape in ATTENTION:
-        for lengths in ((1, 1, 1), (7, 7, 7), (16, 16, 16), (17, 2048, 16), (3, 999, 0), (4, 9, 1)):
-            attend(*shape, lengths=lengths)
+        for requests, tokens, decodes in (
+            *((n, n, Decodes(n, n)) for n in (1, 7, 16)),
+            (17, 2048, Decodes(16, 16)),
+            (3, 999, NO_DECODES),
+            (4, 9, Decodes(1, 1)),
+            *((n, n * most, Decodes(n, n * most, most)) for n in (1, 16) for most in FEW_TOKENS),
+            (2, 32, Decodes(2, 32, 16)),
+        ):
+            attend(*shape, requests=requests, tokens=tokens, decodes=decodes)
     for tokens in (1, 2, 15, 16, 17, 256):
         run_the_rest(tokens, BF16)
     failed = bool(watch.late)

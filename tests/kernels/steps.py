@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import Ops, reference
-from kernels.types import AttentionInputs, KVCache, PagedKV, StepInputs
+from kernels.types import AttentionInputs, Decodes, KVCache, PagedKV, StepInputs
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NAN = float("nan")
@@ -51,16 +51,17 @@ def each_tensor(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
 
 
 def inputs_of(
-    lengths: list[tuple[int, int]], block_tables: Tensor, device: torch.device = CPU
+    lengths: list[tuple[int, int]], block_tables: Tensor, device: torch.device = CPU, most: int = 1
 ) -> AttentionInputs:
-    """Of a step of requests with these (queries, context)."""
+    """Of a step of requests with these (queries, context), the first of which decode: those that
+    have `most` queries at most."""
     counts = [queries for queries, _ in lengths]
     return AttentionInputs(
         torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)]).int().to(device),
         torch.tensor([context for _, context in lengths]).int().to(device),
         block_tables.to(device),
         slots=torch.empty(0, dtype=torch.int64, device=device),  # all is stored already
-        num_decodes=next((i for i, n in enumerate(counts) if n != 1), len(counts)),
+        decodes=Decodes.of(counts, most),
         max_query_len=max(counts),
     )
 
@@ -71,7 +72,7 @@ def assert_same_inputs(actual: StepInputs, expected: StepInputs, block_size: int
     for got, wanted in zip(actual.attention, expected.attention, strict=True):
         for name in ("query_starts", "context_lens", "slots"):
             assert_equal(getattr(got, name), getattr(wanted, name))
-        assert got.num_decodes == wanted.num_decodes and got.max_query_len == wanted.max_query_len
+        assert got.decodes == wanted.decodes and got.max_query_len == wanted.max_query_len
         for i, context in enumerate(wanted.context_lens.tolist()):
             used = -(-context // block_size)  # what lies past a context is not looked at
             assert_equal(got.block_tables[i, :used], wanted.block_tables[i, :used])
@@ -123,8 +124,9 @@ class Attention:
         self.sinks = torch.randn(kv_heads * group).to(dtype) * 3 if has_sinks else None
         self.device = device
 
-    def check(self, ops: Ops) -> None:
-        """The op's output is the reference's in float32."""
+    def check(self, ops: Ops, most: int = 1) -> None:
+        """The op's output is the reference's in float32, where requests with at most `most` queries
+        decode."""
         settings = (self.scale, self.window, self.softcap, self.sinks)
         expected = reference.attention.attend(
             self.q.float(),
@@ -134,7 +136,7 @@ class Attention:
         )
         cache = each_tensor(self.cache, lambda tensor: tensor.to(self.device))
         q = self.q.to(self.device)
-        inputs = inputs_of(self.lengths, self.block_tables, self.device)
+        inputs = inputs_of(self.lengths, self.block_tables, self.device, most)
         planned = ops.attention.plan(inputs, cache.spec)
         poison_allocations(self.device)
         actual = ops.attention.attend(q, cache, planned, *settings)

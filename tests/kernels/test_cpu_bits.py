@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import Ops
 from kernels.quantization import Quantization
+from tests.kernels import grouped
 from tests.kernels.steps import Attention, inputs_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,6 +67,21 @@ def test_rows_of_a_linear_layer_in_any_batch(
 ) -> None:
     for inputs in (64, 1344):
         check_rows_in_any_batch(ops, dtype, quantization, rows=230, inputs=inputs)
+
+
+def test_rows_times_weights_as_they_are_stored_in_any_batch(ops: Ops) -> None:
+    for kind in grouped.KINDS:
+        check_grouped_rows_in_any_batch(ops, kind, rows=120, inputs=512)
+
+
+def check_grouped_rows_in_any_batch(ops: Ops, kind: grouped.Kind, rows: int, inputs: int) -> None:
+    assert ops.pack_stored is not None
+    rng, x = random.Random(0), torch.randn(rows, inputs)
+    linear = ops.pack_stored([grouped.random_weight(kind, 70, inputs)], None)
+    assert linear is not None
+    whole = linear(x)
+    for start, end in random_cuts(rng, rows):
+        assert linear(x[start:end]).equal(whole[start:end]), (kind, start, end)
 
 
 def check_rows_in_any_batch(

@@ -20,7 +20,7 @@ import torch
 from kernels import Ops
 from kernels.cpu.build import choose_level
 from kernels.quantization import Quantization
-from tests.kernels import levels, test_cpu_bits, test_cpu_ops, test_cpu_sampling
+from tests.kernels import grouped, levels, test_cpu_bits, test_cpu_ops, test_cpu_sampling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -39,6 +39,12 @@ def test_products(ops: Ops, dtype: torch.dtype) -> None:
     for quantization in kinds:
         test_cpu_ops.check_linear(ops, dtype, quantization, rows=8, inputs=576, outputs=70)
         test_cpu_bits.check_rows_in_any_batch(ops, dtype, quantization, rows=8, inputs=576)
+
+
+def test_weights_as_they_are_stored(ops: Ops) -> None:
+    for kind in grouped.KINDS:
+        test_cpu_ops.check_grouped(ops, torch.bfloat16, kind, rows=7, inputs=256, outputs=40)
+        test_cpu_bits.check_grouped_rows_in_any_batch(ops, kind, rows=8, inputs=256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,8 +15,9 @@ from kernels import Ops, reference, select_ops
 from kernels.cpu import build
 from kernels.cpu.compiler import LEVELS
 from kernels.ops import REFERENCE
-from kernels.quantization import Quantization
-from kernels.types import PagedKV, StepRows
+from kernels.quantization import Quantization, linear_grouped
+from kernels.types import NO_DECODES, PagedKV, StepRows
+from tests.kernels import grouped
 from tests.kernels.levels import stub_compiler
 from tests.kernels.steps import (
     TOLERANCE,
@@ -134,7 +135,7 @@ def test_prepare_step(ops: Ops, seed: int) -> None:
     starts = torch.tensor([rng.randint(0, 9) for _ in rows]).int()
     lengths = [rng.choice([1, 1, 2, 20]) for _ in rows]
     query_starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    step = StepRows(rows, starts, query_starts, sum(lengths), 0, max(lengths))
+    step = StepRows(rows, starts, query_starts, sum(lengths), NO_DECODES, max(lengths))
     arguments = step, token_table, block_tables, block_size
     poison_allocations()
     actual, expected = ops.prepare_step(*arguments), reference.prepare_step(*arguments)
@@ -237,6 +238,35 @@ def check_linear(
     oracle = reference.pack_linear(weight.float(), exact, quantization)
     tolerance = max(TOLERANCE[dtype], 0.01 if quantization else 0)  # halves round either way
     torch.testing.assert_close(actual.float(), oracle(x.float()), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_as_they_are_stored(ops: Ops, dtype: torch.dtype) -> None:
+    rng = random.Random(0)
+    for kind in grouped.KINDS:
+        for rows in (1, 3, 6, 7, 97):
+            check_grouped(ops, dtype, kind, rows, inputs=rng.choice([256, 768]), outputs=70)
+
+
+def check_grouped(
+    ops: Ops, dtype: torch.dtype, kind: grouped.Kind, rows: int, inputs: int, outputs: int
+) -> None:
+    """Maps of two layouts and of values side by side, the first of two parts."""
+    assert ops.pack_stored is not None
+    torch.manual_seed(rows)
+    weights = [grouped.random_weight(kind, n, inputs) for n in (outputs, 5)]
+    other = grouped.random_weight(grouped.KINDS[0], 9, inputs)
+    plain = (torch.randn(7, inputs) / inputs**0.5).to(dtype)
+    bias = torch.randn(outputs + 21).to(dtype) if rows % 2 else None
+    x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]
+    poison_allocations()
+    linear = ops.pack_stored([*weights, other, plain], bias)
+    assert linear is not None
+    parts = [linear_grouped(x.float(), weight, None) for weight in (*weights, other)]
+    expected = torch.cat([*parts, x.float() @ plain.float().T], 1)
+    expected = expected if bias is None else expected + bias.float()
+    tolerance = max(TOLERANCE[dtype], 0.02)  # halves round either way
+    torch.testing.assert_close(linear(x).float(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("quantization", ["w8a8", "int4"])

@@ -12,7 +12,7 @@ from kernels import reference
 from kernels.cuda.ops import triton_ops
 from kernels.ops import REFERENCE
 from kernels.quantization import quantize_int4
-from kernels.types import PagedKV, StepRows
+from kernels.types import Decodes, PagedKV, StepRows
 from tests.kernels.steps import (
     Attention,
     assert_close,
@@ -100,6 +100,35 @@ def test_attention_random(seed: int) -> None:
     ).check(OPS)
 
 
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 100))]
+)
+def test_attention_of_rows_with_drafts(seed: int) -> None:
+    """Rows of 1 .. k + 1 tokens decode, in chunks of their contexts; those with more do not."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    most = rng.choice([2, 4, 9, 17])
+    lengths = [
+        (rng.randint(1, most), rng.choice([rng.randint(17, 200), 128, rng.randint(250, 500)]))
+        for _ in range(rng.randint(1, 5))
+    ]
+    lengths += [(most + 3, 100)] * rng.randint(0, 1)
+    eight_bits = rng.random() < 0.3
+    Attention(
+        rng,
+        torch.bfloat16 if eight_bits else rng.choice(DTYPES),
+        lengths,
+        head_dim=rng.choice([16, 80]),
+        kv_heads=rng.choice([1, 2]),
+        group=rng.choice([1, 2, 5, 8]),
+        block_size=rng.choice([16, 32, 7]),
+        window=rng.choice([None, None, 1, rng.randint(1, 300)]),
+        device=DEVICE,
+        cache_dtype=FP8 if eight_bits else None,
+        softcap=rng.choice([None, None, 2.0]),
+    ).check(OPS, most)
+
+
 def test_attention_of_a_long_context_beside_short_ones() -> None:
     """Its chunks spread over the device; the short ones have one each, a tail."""
     torch.manual_seed(0)
@@ -151,14 +180,18 @@ def test_what_counts_chunks_is_ready_for_the_next_layer() -> None:
     assert planned.plan.arrived.eq(0).all()
 
 
-def test_attention_of_rows_that_pad_a_batch() -> None:
+@pytest.mark.parametrize("queries", [[1, 1], [3, 60]], ids=["one each", "any number"])
+def test_attention_of_rows_that_pad_a_batch(queries: list[int]) -> None:
     """Requests without context among the decodes: nothing is read for them, and they get zeros."""
     torch.manual_seed(0)
-    lengths = [(1, 40), (1, 7)]
+    most = queries[0]
+    lengths = [(1, 40), (most, 7)]
     step = Attention(random.Random(0), torch.float32, lengths, 16, 1, 2, 16)
-    q = on_device(torch.cat((step.q, torch.full_like(step.q, 3.0))))
+    num_real = len(step.q)
+    q = on_device(torch.cat((step.q, torch.full((sum(queries), *step.q.shape[1:]), 3.0))))
     tables = torch.cat((step.block_tables, torch.full_like(step.block_tables, 2**30)))
-    inputs = inputs_of([*lengths, (1, 0), (1, 0)], tables, DEVICE)
+    inputs = inputs_of([*lengths, *((n, 0) for n in queries)], tables, DEVICE)
+    inputs = dataclasses.replace(inputs, decodes=Decodes(4, len(q), most))
     cache = each_tensor(step.cache, on_device)
     planned = OPS.attention.plan(inputs, cache.spec)
     poison_allocations(DEVICE)
@@ -166,8 +199,8 @@ def test_attention_of_rows_that_pad_a_batch() -> None:
     expected = reference.attention.attend(
         step.q, step.cache, inputs_of(lengths, step.block_tables), step.scale
     )
-    assert_close(out[:2], expected)
-    assert out[2:].eq(0).all()
+    assert_close(out[:num_real], expected)
+    assert out[num_real:].eq(0).all()
 
 
 @pytest.mark.parametrize("window", [None, 30])
@@ -394,7 +427,7 @@ def test_prepare_step(chunks: list[tuple[int, int, int]], block_size: int) -> No
     block_tables = torch.randint(0, 2**24, (2, 4, 60), dtype=torch.int32)
     rows, starts, lengths = (torch.tensor(part) for part in zip(*chunks, strict=True))
     query_starts = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
-    sizes = int(query_starts[-1]), 1, int(lengths.max())
+    sizes = int(query_starts[-1]), Decodes.of(lengths.tolist()), int(lengths.max())
     step = StepRows(rows.int(), starts.int(), query_starts, *sizes)
     expected = reference.prepare_step(step, token_table, block_tables, block_size)
     moved = StepRows(*map(on_device, (step.rows, step.starts, query_starts)), *sizes)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.models.early import UNSERVED
 from engine.models.transformers.distances import width_with_positions, with_positions
 from tests.models.sweep import Outcome, examine, on_two_ranks
 from tests.models.tiny import KINDS, save_random, tiny_config
@@ -17,11 +18,11 @@ NATIVE = {
     "maps stored as one": ("phi3", True),
     "half of each head stands still, pairs side by side": ("glm4", True),
     "norms over all heads, and behind attention and MLP": ("olmo3", True),
+    "layer norms, attention and MLP beside each other": ("cohere2", True),
     "multipliers": ("granite", False),
     "no positions where there is no window": ("exaone4", False),
 }
 SERVED = {
-    "one norm for attention and MLP, windows in some layers": ("cohere2", False),
     "learned positions, weights the other way round": ("gpt2", False),
     "experts": ("qwen3_moe", True),
     "latent attention, values narrower than keys": ("deepseek_v3", True),
@@ -78,6 +79,7 @@ def test_what_is_not_served_is_refused_before_weights_are_read(kind: str, tmp_pa
     outcome = examine(kind, tmp_path)
     assert outcome.state == "refused"
     assert re.search(REFUSED[kind], outcome.reason)
+    assert UNSERVED[kind] == outcome.reason  # what is told without looking closer
 
 
 @pytest.mark.slow

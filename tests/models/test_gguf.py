@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import LLM
+from engine import LLM, SamplingParams
 from engine.checkpoint import CheckpointError, resolve
 from engine.models.gguf.convert import convert
-from engine.models.gguf.file import GgufFile
+from engine.models.gguf.file import GgufFile, StoredTensor
+from engine.models.gguf.levels import KINDS, grouped_weight
+from kernels.cpu.linear import LinearPacker
+from kernels.grouped import GroupedWeight
 from kernels.quantization import quantize_int4
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -137,6 +141,53 @@ def test_the_text_is_that_of_its_values(make: Any, family: str, kind: str) -> No
             requests = new_requests(random_prompts(16, 60), ignore_eos=True)
             texts.append(tokens_of(run(engine, requests)))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_and_scales_are_those_of_the_library(kind: GGMLQuantizationType) -> None:
+    """Of any bytes, bit for bit."""
+    rng = np.random.default_rng(0)
+    per_block, size = GGML_QUANT_SIZES[kind]
+    rows = rng.integers(0, 256, (5, 512 // per_block * size), dtype=np.uint8)
+    weight = grouped_weight(StoredTensor((5, 512), kind, rows))
+    assert weight is not None
+    expected = torch.from_numpy(dequantize(rows, kind))
+    known = expected.isfinite()  # but where a scale is none
+    assert known.float().mean() > 0.5
+    assert torch.equal(weight.values()[known], expected[known])
+
+
+@pytest.mark.parametrize(
+    "family, kind", [("llama3", kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q8_0")]
+)
+def test_in_16_bits_products_are_of_the_bits_in_the_file(
+    make: Any, monkeypatch: pytest.MonkeyPatch, family: str, kind: str
+) -> None:
+    """The model's outputs are those of its values, but for activations of 8 bits."""
+    path, plain = make(family, kind)
+    unpacked = path.with_suffix(".unpacked")
+    unpacked.mkdir()
+    convert([path], unpacked)
+    text, likely, is_stored = [3 + 7 * i % 90 for i in range(40)], [], []
+    packed = LinearPacker.pack_stored
+
+    def spy(packer: LinearPacker, parts: Any, bias: Any) -> Any:
+        is_stored.append(all(isinstance(part, GroupedWeight) for part in parts))
+        return packed(packer, parts, bias)
+
+    monkeypatch.setattr(LinearPacker, "pack_stored", spy)
+    for model in (unpacked, plain):
+        llm = LLM(str(model), dtype="bfloat16", num_blocks=64, num_threads=1)
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        (output,) = llm.generate([text], params, use_tqdm=False)
+        likely.append(
+            [e[t].logprob for e, t in zip(output.prompt_logprobs, text, strict=True) if e]
+        )
+        llm.close()
+    num_layers = json.loads((plain / "config.json").read_text())["num_hidden_layers"]
+    assert is_stored == [True] * (4 * num_layers + 1)  # and the head
+    difference = (torch.tensor(likely[0]) - torch.tensor(likely[1])).abs()
+    assert difference.mean() < 0.1
 
 
 def test_int4_keeps_the_levels_of_q4_0() -> None:

@@ -14,6 +14,7 @@ from engine.checkpoint import CheckpointError
 from engine.models.config import ModelConfig
 from engine.models.registry import read_config
 from engine.models.weights.dequantize import scaled
+from engine.models.weights.stored import stored_format
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import random_prompts
@@ -173,6 +174,24 @@ def test_the_text_is_that_of_the_values(store: Callable[..., list[Path]], name: 
     assert text_of(stored) == text_of(plain)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_levels_and_scales_stand_for_the_values(name: str) -> None:
+    """Where kernels multiply them as they are stored; that is said for each format."""
+    torch.manual_seed(0)
+    config, quantize = FORMATS[name]
+    parts, values = quantize((torch.randn(48, 128) / 8).bfloat16().float())
+    if "scales" in parts:  # which such checkpoints have of 16 bits
+        parts["scales"] = parts["scales"].half()
+        values = stored_format(config).values(parts)
+    if "weight_scale" in parts:
+        parts["weight_scale"] = parts["weight_scale"].bfloat16()
+        values = stored_format(config).values(parts)
+    weight = stored_format(config).grouped(parts)
+    assert (weight is None) == ("fp8" in name or name == "gptq, by activations")
+    if weight is not None:
+        torch.testing.assert_close(weight.values(), values, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "format, group", [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)]
 )
@@ -213,3 +232,12 @@ def test_what_is_quantized_is_not_quantized_again(store: Callable[..., list[Path
         new_engine(store("llama3", "gptq")[0], quantization="w8a8"),
     ):
         pass
+
+
+def test_what_no_kernel_multiplies_as_it_is_stored_is_said(
+    store: Callable[..., list[Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    stored, _ = store("llama3", "gptq, by activations")
+    with new_engine(stored, dtype="bfloat16"):
+        pass
+    assert "stored with bits that no kernel multiplies here; as torch.bfloat16" in caplog.text

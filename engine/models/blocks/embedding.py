@@ -1,9 +1,12 @@
 """Token embedding and language-model head over a vocabulary spread over the ranks."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from engine.models.blocks.linear import BuildContext, ShardedModule, Source
 from kernels import Ops
+from kernels.grouped import GroupedWeight
 from kernels.quantization import Quantization
 from kernels.types import Linear
 
@@ -29,9 +32,18 @@ class VocabEmbedding(ShardedModule):
         embedded = self._ops.embed(local.masked_fill(elsewhere, 0), self.weight)
         return self._parallel.all_reduce(embedded.masked_fill(elsewhere.unsqueeze(1), 0))
 
+    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | GroupedWeight]) -> bool:
+        """As a head; to embed takes the values, whatever this says."""
+        is_whole = parts[0].shape[0] == len(self.weight)  # not filled up on the last rank
+        packed = ops.pack_stored(parts, None) if ops.pack_stored and is_whole else None
+        if packed is not None:
+            self._linear: Linear = packed
+        return packed is not None
+
     def pack_head(self, ops: Ops, quantization: Quantization | None, tied: bool) -> None:
         """Once it is loaded, be ready for `logits`; a tied weight stays, for `embed`."""
-        self._linear: Linear = ops.pack_linear(self.weight.data, None, quantization)
+        if not hasattr(self, "_linear"):
+            self._linear = ops.pack_linear(self.weight.data, None, quantization)
         if not tied:
             del self.weight
 

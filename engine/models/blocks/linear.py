@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from engine.models.weights.format import StoredTensor, WeightFormat
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
+from kernels.grouped import GroupedWeight
 from kernels.types import Linear
 
 
@@ -77,6 +78,14 @@ class ShardedModule(nn.Module):
     def pack(self, ops: Ops) -> None:
         """Its parameters are loaded: bring them into the device's layout, where that is another."""
 
+    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | GroupedWeight]) -> bool:
+        """Instead of loading `weight`: pack it with the bits that are stored, if that can be done.
+
+        Args:
+            parts: of its sources, in order.
+        """
+        return False
+
 
 class ShardedLinear(ShardedModule):
     """A rank's part of linear maps: as the checkpoint has them, and once packed as the device."""
@@ -105,6 +114,15 @@ class ShardedLinear(ShardedModule):
         self._linear: Linear = self._weights.pack(ops, tensors, self._packed_bias(), self._dtype)
         for name in self._tensors:
             delattr(self, name)
+
+    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | GroupedWeight]) -> bool:
+        packed = ops.pack_stored(parts, self._packed_bias()) if ops.pack_stored else None
+        if packed is None:
+            return False
+        self._linear = packed
+        for name in self._tensors:
+            delattr(self, name)
+        return True
 
     def _packed_bias(self) -> Tensor | None:
         return self.bias

@@ -40,7 +40,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as torch wants it
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         self._bytes = memoryview(mapped)

@@ -13,6 +13,8 @@ from engine.checkpoint import CheckpointError
 from engine.models.blocks.linear import Source
 from engine.models.gguf.convert import ROPE_FACTORS
 from engine.models.gguf.file import GgufFile, StoredTensor
+from engine.models.gguf.levels import grouped_weight
+from kernels.grouped import GroupedWeight
 
 _OUTSIDE = {
     "token_embd": "model.embed_tokens",
@@ -39,6 +41,7 @@ _IN_GEMMA_LAYER = {
 }
 
 
+_PLAIN = ("F64", "F32", "F16", "BF16")
 _VALUES = 1 << 21  # dequantized at once
 
 
@@ -58,6 +61,7 @@ class GgufReader:
             if name != ROPE_FACTORS  # they are in config.json
         }
         self.num_values = sum(math.prod(tensor.shape) for tensor in self._tensors.values())
+        self.narrow = {n for n, t in self._tensors.items() if t.kind.name not in _PLAIN}
         # Its converter reorders the rows of these, for rotary pairs that lie side by side.
         self._heads: dict[str, int] = {}
         if architecture == "llama":
@@ -90,6 +94,16 @@ class GgufReader:
         values = self.values(source.name)
         return values.narrow(source.dim, source.start, source.end - source.start)
 
+    def stored(self, source: Source) -> GroupedWeight | None:
+        whole = grouped_weight(self._tensors[source.name])
+        if whole is None:
+            return None
+        heads = self._heads.get(source.name.split(".")[-2])
+        if heads is not None:
+            order = torch.arange(whole.shape[0])
+            whole = whole.rows(_by_halves(order, heads))
+        return whole.narrow(source.dim, source.start, source.end)
+
     def values(self, name: str) -> Tensor:
         """The whole tensor in float32."""
         values = _dequantized(self._tensors[name])
@@ -98,7 +112,7 @@ class GgufReader:
         heads = self._heads.get(name.split(".")[-2])
         if heads is None:
             return values
-        return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        return _by_halves(values, heads)
 
     def equal(self, name: str, other: str) -> bool:
         return torch.equal(self.values(name), self.values(other))
@@ -108,6 +122,11 @@ class GgufReader:
 
     def __exit__(self, *_: Any) -> None:
         self._tensors.clear()
+
+
+def _by_halves(rows: Tensor, heads: int) -> Tensor:
+    """Rows of heads as transformers has them; of each rotary pair both lie side by side here."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _dequantized(stored: StoredTensor) -> Tensor:

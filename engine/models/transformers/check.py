@@ -10,7 +10,7 @@ from engine.checkpoint import CheckpointError
 from engine.models.transformers.config import TransformersShape
 from engine.models.transformers.model import TransformersModel
 from kernels import Ops
-from kernels.types import PagedKV, StepRows
+from kernels.types import Decodes, PagedKV, StepRows
 
 # Two requests share steps: whole, in chunks, and token by token.
 _LENGTHS = (7, 19)
@@ -87,7 +87,7 @@ def _paged_logits(
             starts.to(device),
             torch.tensor([0, first, first + second], dtype=torch.int32, device=device),
             num_tokens=first + second,
-            num_decodes=[first, second].count(1),
+            decodes=Decodes.of([first, second]),
             max_query_len=max(first, second),
         )
         step = ops.prepare_step(rows, tokens.to(device), tables, _BLOCK_SIZE)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import CheckpointError, read_json
-from engine.models.weights.dequantize import dequantizer
 from engine.models.weights.format import WeightFormat
 from engine.models.weights.plain import PlainWeights
+from engine.models.weights.stored import stored_format
 from kernels.quantization import Quantization
 
 # By quant_method of config.json's quantization_config, which each is given.
@@ -39,7 +39,7 @@ def weight_format(directory: Path, quantization: Quantization | None) -> WeightF
                 )
         return PlainWeights(quantization)
     method = stored.get("quant_method")
-    is_dequantized = method not in FORMATS and dequantizer(stored) is not None
+    is_dequantized = method not in FORMATS and stored_format(stored) is not None
     if method not in FORMATS and not is_dequantized:
         raise CheckpointError(
             f"config.json: quantization_config={stored!r} is not supported; supported: none, "

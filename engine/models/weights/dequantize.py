@@ -4,8 +4,7 @@ Formats of checkpoints, not of kernels: compressed-tensors, fp8 as DeepSeek and 
 and AWQ. What a function is given are a map's tensors by what follows the map's own name.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,9 +35,9 @@ def scaled(parts: Parts, block: Sequence[int] | None = None) -> Tensor:
     else:
         shape = [int(n) for n in parts["weight_shape"]]
         bits = packed.shape[1] * 32 // shape[1]
-        values = _unpacked(packed, bits)[:, : shape[1]].float() - (1 << (bits - 1))
+        values = unpacked(packed, bits)[:, : shape[1]].float() - (1 << (bits - 1))
         if zeros is not None:  # packed too, along the outputs
-            zeros = _unpacked(zeros.T, bits)[:, : shape[0]].T - (1 << (bits - 1))
+            zeros = unpacked(zeros.T, bits)[:, : shape[0]].T - (1 << (bits - 1))
     scale = _exponents(scale) if scale.dtype == torch.uint8 else scale.float()
     if "weight_global_scale" in parts:
         scale = scale / parts["weight_global_scale"].float()
@@ -54,24 +53,25 @@ def scaled(parts: Parts, block: Sequence[int] | None = None) -> Tensor:
 
 def gptq(parts: Parts, bits: int, zeros_are_less_by_one: bool) -> Tensor:
     words = parts["qweight"]  # [in * bits / 32, out]
-    values = _unpacked(words.T, bits).float()
+    values = unpacked(words.T, bits).float()
     scales = parts["scales"].float().T  # [out, groups]
-    zeros = _unpacked(parts["qzeros"], bits).T.float() + int(zeros_are_less_by_one)
+    zeros = unpacked(parts["qzeros"], bits).T.float() + int(zeros_are_less_by_one)
     groups = parts.get("g_idx")
     return (values - _spread(zeros, values, groups)) * _spread(scales, values, groups)
 
 
 def awq(parts: Parts) -> Tensor:
-    def unpacked(words: Tensor) -> Tensor:
-        values = _unpacked(words, 4).unflatten(1, (-1, 8))
-        return values[:, :, list(_AWQ_ORDER)].flatten(1).T.float()
-
-    values, zeros = unpacked(parts["qweight"]), unpacked(parts["qzeros"])
+    values, zeros = (unpacked_awq(parts[what]).float() for what in ("qweight", "qzeros"))
     scales = parts["scales"].float().T
     return (values - _spread(zeros, values)) * _spread(scales, values)
 
 
-def _unpacked(words: Tensor, bits: int) -> Tensor:
+def unpacked_awq(words: Tensor) -> Tensor:
+    """int32 [in, words] as values of four bits [words * 8, in]."""
+    return unpacked(words, 4).unflatten(1, (-1, 8))[:, :, list(_AWQ_ORDER)].flatten(1).T
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, words] as unsigned values [rows, words * 32 / bits], the lowest bits first."""
     if 32 % bits:
         raise CheckpointError(f"values of {bits} bits are not read")
@@ -101,23 +101,3 @@ def _spread(scale: Tensor, values: Tensor, groups: Tensor | None = None) -> Tens
         return scale[:, groups.long()]
     columns = -(-values.shape[1] // scale.shape[1])
     return scale.repeat_interleave(columns, 1)[:, : values.shape[1]]
-
-
-def dequantizer(stored: Mapping[str, Any]) -> Callable[[Parts], Tensor] | None:
-    """For a config.json's quantization_config; None when it is of no format above."""
-    method = stored.get("quant_method")
-    if method == "fp8":
-        block = stored.get("weight_block_size")
-        return lambda parts: scaled(parts, block)
-    if method == "compressed-tensors":
-        schemes = [group.get("weights") or {} for group in stored["config_groups"].values()]
-        blocks = [scheme.get("block_structure") for scheme in schemes]
-        if any(block != blocks[0] for block in blocks):
-            return None
-        return lambda parts: scaled(parts, blocks[0])
-    if method == "gptq":
-        bits, is_v2 = int(stored.get("bits", 4)), stored.get("checkpoint_format") == "gptq_v2"
-        return lambda parts: gptq(parts, bits, not is_v2)
-    if method == "awq" and stored.get("bits", 4) == 4 and stored.get("version", "gemm") == "gemm":
-        return awq
-    return None
