@@ -21,7 +21,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -94,9 +94,15 @@ def _counts(engine: Engine) -> tuple[int, int]:
 
 
 def pair(engine: Engine, make: Callable[[], list[Request]]) -> tuple[Run, Run]:
-    """The same requests without drafts and with, which knows nothing of the first run."""
+    """The same requests without drafts and with, which knows nothing of the first run.
+
+    Both find their prompts in the cache and their grammars compiled, so all rows begin together.
+    """
     requests = make()
     speculation, engine.scheduler.speculation = engine.scheduler.speculation, None
+    run(
+        engine, [replace(r, params=r.params.model_copy(update={"max_tokens": 1})) for r in requests]
+    )
     without = run(engine, requests)
     engine.scheduler.speculation = speculation
     return without, run(engine, requests)
