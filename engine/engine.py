@@ -200,7 +200,7 @@ class Engine:
         self._num_computed += plan.num_tokens
         seconds = self._speed.count_step(plan.num_tokens, oldest.launched_at)
         if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
-            self.speculator.costs.count(plan.num_tokens, seconds)
+            self.speculator.costs.count(len(plan.lengths), plan.num_tokens, seconds)
         deltas = self.scheduler.update(oldest.step, result)
         if self.step_log is not None:
             self.step_log.append(DoneStep(oldest.number, oldest.step, deltas))

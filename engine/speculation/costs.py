@@ -1,4 +1,4 @@
-"""What a step costs, as a function of its tokens: measured, while it serves."""
+"""What a step costs, by its rows and their drafts: measured, while it serves."""
 
 import numpy as np
 
@@ -9,8 +9,37 @@ _MOST = 3.0  # times what was expected; more is some accident
 _MAX_AGE = 512  # steps after which a size that has not come again counts as unknown
 
 
+class DecodeCosts:
+    """Seconds of a step that decodes, without drafts and with.
+
+    The two are measured apart: a step without may be one that is replayed, or run by other
+    kernels. One with drafts costs no less, and with fewer than were measured it lies between.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._without, self._with = StepCosts(), StepCosts()
+
+    def count(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """A step has taken so long."""
+        (self._with if num_tokens > num_rows else self._without).count(num_tokens, seconds)
+
+    def of(self, num_rows: int, num_drafts: np.ndarray) -> np.ndarray:
+        """Seconds of a step of these rows with so many drafts, [N]."""
+        num_tokens = num_rows + num_drafts
+        without = self._without.of(np.array([num_rows]))[0]
+        larger = [(n, s) for n, s in self._with.measured() if n > num_rows]
+        if not larger:
+            return np.maximum(self._without.of(num_tokens), without)
+        sizes, seconds = zip((num_rows, without), *larger, strict=True)
+        return np.interp(num_tokens, sizes, np.maximum(seconds, without))
+
+
 class StepCosts:
-    """Seconds of steps that decode, by their number of tokens.
+    """Seconds of steps of one kind, by their number of tokens.
 
     Sizes between two that are known lie on the line between them. What lies outside is guessed
     low: a larger step to cost no more than the largest, a smaller one as much less as it is
@@ -26,6 +55,10 @@ class StepCosts:
         self._num_steps = 0
         self._seconds: dict[int, float] = {}
         self._counted_at: dict[int, int] = {}
+
+    def measured(self) -> list[tuple[int, float]]:
+        """Sizes that are known and their seconds, smallest first."""
+        return sorted(self._seconds.items())
 
     def count(self, num_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
@@ -48,5 +81,5 @@ class StepCosts:
         """Seconds of steps of so many tokens, [N]; all alike until the first has been counted."""
         if not self._seconds:
             return np.full(len(num_tokens), self._unknown)
-        sizes = sorted(self._seconds)
-        return np.interp(num_tokens, [0, *sizes], [0.0, *(self._seconds[n] for n in sizes)])
+        sizes, seconds = zip((0, 0.0), *self.measured(), strict=True)
+        return np.interp(num_tokens, sizes, seconds)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.costs import StepCosts
+from engine.speculation.costs import DecodeCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Draft:
 class Drafter:
     name = ""
 
-    def prepare(self, sequences: list[Sequence], limit: int, costs: StepCosts) -> None:
+    def prepare(self, sequences: list[Sequence], limit: int, costs: DecodeCosts) -> None:
         """These are about to be asked about, for up to `limit` tokens, in steps of such costs.
 
         For who makes the drafts of all of them together.

@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.schedule.sequence import Sequence
 from engine.schedule.step import DraftedTokens, DraftRow
-from engine.speculation.costs import MIN_GAIN, StepCosts
+from engine.speculation.costs import MIN_GAIN, DecodeCosts, StepCosts
 from engine.speculation.drafter import Draft, Drafter
 
 _HITS, _MISSES = 3.0, 1.0  # as if it had been judged so before it begins
@@ -33,7 +33,7 @@ class ModelDrafter(Drafter):
     def _confidence(self) -> float:
         return self._hits / (self._hits + self._misses)
 
-    def prepare(self, sequences: list[Sequence], limit: int, costs: StepCosts) -> None:
+    def prepare(self, sequences: list[Sequence], limit: int, costs: DecodeCosts) -> None:
         count = self._choose(len(sequences), limit, costs)
         asked = {s: self._row(s, count) for s in sequences}
         rows = {sequence: row for sequence, row in asked.items() if row.num_drafts > 0}
@@ -45,13 +45,13 @@ class ModelDrafter(Drafter):
         self._own_costs.count(len(rows), drafted.seconds)
         self._drafts = dict(zip(rows, drafted.token_ids, strict=True))
 
-    def _choose(self, num_rows: int, limit: int, costs: StepCosts) -> int:
+    def _choose(self, num_rows: int, limit: int, costs: DecodeCosts) -> int:
         """How many tokens to draft for each row: as many as make tokens cheapest, its own steps
         and those that check them taken together."""
         counts = np.arange(limit + 1)
         expected = (self._confidence**counts).cumsum()
         own = self._own_costs.of(np.array([num_rows]))
-        rates = expected / (costs.of(num_rows * (1 + counts)) + counts * own)
+        rates = expected / (costs.of(num_rows, num_rows * counts) + counts * own)
         rates[1:] /= MIN_GAIN
         return int(rates.argmax())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.costs import MIN_GAIN, StepCosts
+from engine.speculation.costs import MIN_GAIN, DecodeCosts
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.prediction import PredictionDrafter
 
@@ -51,7 +51,7 @@ class Speculator:
         self._drafters = drafters
         self._max_drafts = max_drafts
         self._num_ahead = num_ahead
-        self.costs = StepCosts()
+        self.costs = DecodeCosts()
         self._rows: dict[Sequence, _Experience] = {}
         # By drafter: rows that were given drafts, drafts, and those that came true.
         self.num_drafts: Counter[str] = Counter()
@@ -82,7 +82,7 @@ class Speculator:
     def _may_pay(self, num_rows: int, budget: int) -> bool:
         """Whether the surest drafts would: else nobody is asked for any."""
         extra = 2 ** np.arange(budget.bit_length())
-        cost = self.costs.of(np.append(num_rows, num_rows + extra))
+        cost = self.costs.of(num_rows, np.append(0, extra))
         return bool(((num_rows + extra) * cost[0] > MIN_GAIN * num_rows * cost[1:]).any())
 
     def _draft(self, sequence: Sequence) -> tuple[list[int], np.ndarray]:
@@ -108,7 +108,7 @@ class Speculator:
         probabilities = np.concatenate(rows)
         order = np.argsort(-probabilities, kind="stable")[:budget]
         expected = num_rows + np.append(0.0, probabilities[order].cumsum())
-        rates = expected / self.costs.of(num_rows + np.arange(len(expected)))
+        rates = expected / self.costs.of(num_rows, np.arange(len(expected)))
         rates[1:] /= MIN_GAIN
         taken = order[: rates.argmax()]
         owners = np.repeat(np.arange(len(rows)), [len(p) for p in rows])

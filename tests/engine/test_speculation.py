@@ -21,7 +21,7 @@ from engine.runner.preflight import read_model
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
 from engine.schedule.step import DraftedTokens, DraftRow, TokenLogprobs, count_accepted
-from engine.speculation.costs import StepCosts
+from engine.speculation.costs import DecodeCosts, StepCosts
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.grammar import GrammarDrafter
 from engine.speculation.model import ModelDrafter
@@ -427,7 +427,7 @@ def test_memory_is_shared_by_both_caches(byte_model: Path, stranger: Path) -> No
     assert all(0.95 * (1 << 21) < size <= 1 << 21 for size in sizes)
 
 
-def model_drafts(own: float, accepted: int, costs: StepCosts, num_rows: int = 1) -> int:
+def model_drafts(own: float, accepted: int, costs: DecodeCosts, num_rows: int = 1) -> int:
     """Tokens that a draft model is asked for, whose steps take so long, after 50 judgements."""
 
     def draft(rows: list[DraftRow]) -> DraftedTokens:
@@ -445,9 +445,9 @@ def model_drafts(own: float, accepted: int, costs: StepCosts, num_rows: int = 1)
 
 
 def test_a_draft_model_is_asked_where_its_steps_and_the_check_pay() -> None:
-    costs = StepCosts()
+    costs = DecodeCosts()
     for num_tokens in (1, 64):
-        costs.count(num_tokens, 1.0 + num_tokens / 100)
+        costs.count(num_tokens, num_tokens, 1.0 + num_tokens / 100)
     assert model_drafts(own=0.05, accepted=4, costs=costs) == 8
     assert 0 < model_drafts(own=0.3, accepted=2, costs=costs) < 4
     assert model_drafts(own=0.05, accepted=0, costs=costs) == 0
@@ -576,7 +576,7 @@ def proposed(num_rows: int, drafter: Drafter, costs: dict[int, float], budget: i
     """Drafts for rows of an engine whose steps cost so much, by their tokens."""
     speculator = Speculator([drafter], max_drafts=8, num_ahead=0)
     for num_tokens, seconds in costs.items():
-        speculator.costs.count(num_tokens, seconds)
+        speculator.costs.count(num_tokens, num_tokens, seconds)
     rows = [sequence([1, 2, 3]) for _ in range(num_rows)]
     return sum(map(len, speculator.propose(rows, budget).values()))
 
@@ -606,7 +606,7 @@ def test_no_more_are_taken_than_the_budget_has() -> None:
 def test_a_row_whose_drafts_fail_gets_fewer() -> None:
     speculator = Speculator([Sure(8, 0.9)], max_drafts=8, num_ahead=0)
     for num_tokens in range(1, 20):
-        speculator.costs.count(num_tokens, 1 + 0.1 * num_tokens)
+        speculator.costs.count(num_tokens, num_tokens, 1 + 0.1 * num_tokens)
     row = sequence([1, 2, 3])
     first = len(speculator.propose([row], 999)[row])
     for _ in range(20):
@@ -622,6 +622,19 @@ def test_a_row_that_would_sit_out_a_step_must_gain_more_than_that() -> None:
     for confidence, count in ((0.3, 0), (0.9, 8)):
         speculator = Speculator([Sure(9, confidence)], max_drafts=8, num_ahead=1)
         assert sum(map(len, speculator.propose([sequence([1, 2, 3])], 99).values())) == count
+
+
+def test_a_step_with_drafts_costs_what_steps_with_drafts_have_cost() -> None:
+    """One without, of as many tokens, may be replayed."""
+    costs = DecodeCosts()
+    costs.count(8, 8, 4.0)
+    assert costs.of(8, np.array([0, 4, 8])).tolist() == [4, 4, 4]
+    costs.count(4, 8, 10.0)
+    costs.count(8, 16, 11.0)
+    assert costs.of(8, np.array([0, 4, 8])).tolist() == [4, 7.5, 11]
+    assert costs.of(4, np.array([0, 2, 4])).tolist() == [2, 6, 10]
+    costs.count(32, 32, 12.0)
+    assert costs.of(32, np.array([0, 1])).tolist() == [12, 12]  # no less than without
 
 
 def test_sizes_that_were_not_measured_are_guessed_low() -> None:
