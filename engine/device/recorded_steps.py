@@ -4,7 +4,8 @@ Steps of as many tokens and rows differ in nothing but the numbers in their inpu
 recorded over buffers that stay where they are. On a GPU, where that takes time and memory, it is
 done beforehand for ladders of shapes, and a step between two is padded to the next with rows that
 nobody reads, the first of which has the tokens that are too many. On a CPU, where padding costs
-more than recording, every batch size is recorded when it first decodes.
+more than recording, every batch size is recorded when it first decodes, and small steps of rows
+with drafts as they come.
 """
 
 import logging
@@ -23,6 +24,7 @@ from kernels.ops import Recorder
 from kernels.types import NO_DECODES, Decodes, StepRows
 
 _PADDING = -1  # no row of the tables
+_MOST_RECORDED = 512  # of those recorded as they come
 # Of steps with prompts, in which one kernel attends to all rows. With more of them a GPU takes
 # longer than launching does, and decodes faster by a kernel of its own.
 _ROWS = (8, 64)
@@ -75,7 +77,8 @@ class RecordedSteps:
     Args:
         sizes: the batch sizes that decode to record, all at once or, by the recorder's choice, as
             they come.
-        others: the shapes of steps with more tokens than rows to record.
+        others: the shapes of steps with more tokens than rows to record beforehand.
+        largest: of those with more tokens than rows to record as they come.
         step: from rows to hidden states [T, hidden]; a row of -1 is padding, of which nothing is
             kept.
     """
@@ -85,12 +88,14 @@ class RecordedSteps:
         recorder: Recorder,
         sizes: Sequence[int],
         others: Sequence[Shape],
+        largest: Shape | None,
         step: Callable[[StepRows], Tensor],
         device: torch.device,
     ) -> None:
         self.sizes = sorted(sizes)
         self.num_replays = 0
         self._recorder = recorder
+        self._largest = largest
         self._step = step
         self._device = device
         # Tokens and rows, by the most tokens of a row: those of rows that decode come first.
@@ -146,6 +151,8 @@ class RecordedSteps:
             self._works = False
         else:
             self._recorded[shape] = hidden, replay
+            if len(self._recorded) > max(_MOST_RECORDED, len(self.sizes)) and self._largest:
+                del self._recorded[next(iter(self._recorded))]
         return hidden
 
     def _shape(self, lengths: Sequence[int]) -> Shape | None:
@@ -154,6 +161,9 @@ class RecordedSteps:
         if tokens == rows:
             size = _next(self.sizes, rows)
             return None if size is None else Shape(size, size, 1)
+        if (most := self._largest) is not None:
+            fits = tokens <= most.tokens and rows <= most.rows and max(lengths) <= most.longest
+            return Shape(tokens, rows, most.longest) if fits else None
         for longest, (tokens_ladder, rows_ladder) in self._ladders.items():
             if longest == 0 or max(lengths) <= longest:
                 size, more = _next(tokens_ladder, tokens), _next(rows_ladder, rows + 1)

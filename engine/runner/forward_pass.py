@@ -26,6 +26,8 @@ from kernels.types import Decodes, KVCache, StepRows
 # Most tokens of a row that is attended to as one that decodes: each takes memory by its context's
 # chunks.
 _LONGEST = 32
+# Of a step that is recorded as it comes. Larger ones take long, and seldom come again alike.
+_MOST_TOKENS = 64
 
 
 class ForwardPass:
@@ -59,6 +61,7 @@ class ForwardPass:
         self._sizes: Sequence[int] = range(1, max_rows + 1)
         self._others: list[Shape] = []
         self._longest = min(1 + max_drafts, _LONGEST)  # most tokens of a row that decodes
+        self._largest: Shape | None = None
         if self.records_ahead:
             self._sizes = config.cuda_graph_sizes or default_sizes(max_rows)
             most = min(config.cuda_graph_max_tokens or 0, max_tokens)
@@ -66,6 +69,8 @@ class ForwardPass:
             if max_drafts > 0 and not config.deterministic:  # which attends to all as to prompts
                 self._others += draft_shapes(config.max_sampled, max_rows, self._longest)
         elif device.type == "cpu":
+            if max_drafts > 0:
+                self._largest = Shape(min(_MOST_TOKENS, max_tokens), max_rows, self._longest)
             for name in ("cuda_graph_sizes", "cuda_graph_max_tokens"):
                 if (value := getattr(config, name)) is not None:
                     raise ValueError(f"{name}: {value} is for GPUs only; leave it out")
@@ -102,7 +107,12 @@ class ForwardPass:
         """Record steps over this cache, where the device has a use for it."""
         if self._new_recorder is not None:
             self._recorded = RecordedSteps(
-                self._new_recorder(), self._sizes, self._others, self._run, self._device
+                self._new_recorder(),
+                self._sizes,
+                self._others,
+                self._largest,
+                self._run,
+                self._device,
             )
 
     def hidden_states(self, plan: StepPlan) -> Tensor:

@@ -81,7 +81,7 @@ def test_a_step_is_padded_to_the_next_shape_and_nothing_of_the_last_one_remains(
     recorder = FakeRecorder()
     shapes = [Shape(n, rows) for n in (16, 40) for rows in (3, 9)]
     shapes += [Shape(4, 3, 3), Shape(12, 3, 3), Shape(12, 9, 3)]
-    graphs = RecordedSteps(recorder, [2, 8, 4], shapes, step, torch.device("cpu"))
+    graphs = RecordedSteps(recorder, [2, 8, 4], shapes, None, step, torch.device("cpu"))
     assert graphs.sizes == [2, 4, 8] and recorder.num_recorded == 10
     assert str(graphs).startswith("10 steps recorded in ")
     assert all(rows == [-1] * len(rows) for rows, *_ in seen), "recorded over rows of requests"
@@ -125,7 +125,7 @@ def test_a_library_that_cannot_be_recorded_is_launched(caplog: pytest.LogCapture
             raise RuntimeError("operation not permitted when stream is capturing")
         return torch.zeros(rows.num_tokens, 1)
 
-    graphs = RecordedSteps(FakeRecorder(), [2], [Shape(16, 3)], step, torch.device("cpu"))
+    graphs = RecordedSteps(FakeRecorder(), [2], [Shape(16, 3)], None, step, torch.device("cpu"))
     assert graphs.run([0], [0], [5]) is None and graphs.run([0], [0], [1]) is not None
     assert "steps with prompts cannot be recorded" in caplog.text
 
