@@ -314,6 +314,29 @@ def test_a_cpu_records_each_batch_size_when_it_comes(
         assert 2 * both["replayed_steps"] > first["steps"]
 
 
+@has_recorder
+def test_a_cpu_records_small_steps_with_drafts_as_they_come(checkpoints: CheckpointFactory) -> None:
+    directory = checkpoints("qwen3", hidden_size=64, intermediate_size=128)
+    options: dict[str, Any] = dict(max_num_seqs=4, speculation="suffix", dtype="bfloat16")
+    with new_engine(directory, enforce_eager=True, **options) as engine:
+        engine.scheduler.speculation = None
+        expected = tokens_of(run(engine, requests()))
+    texts = {r.id: r.prompt_token_ids + text for r, text in zip(requests(), expected, strict=True)}
+    with new_engine(directory, **options) as engine:
+        replayed = []
+        for _ in range(2):
+            engine.step_log = deque()
+            speculate(engine, Liar(texts, 0.8, random.Random(0)))
+            before = engine.stats()["replayed_steps"]
+            assert tokens_of(run(engine, requests())) == expected
+            plans = [done.step.plan for done in engine.step_log]
+            drafted = [p for p in plans if p.lengths == p.num_sampled and max(p.lengths) > 1]
+            assert drafted
+            replayed.append(engine.stats()["replayed_steps"] - before)
+        # What came in the first round is there in the second; prompts are computed as ever.
+        assert replayed[1] > replayed[0] and replayed[1] > len(drafted)
+
+
 def test_what_torch_computes_is_not_recorded(
     checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
