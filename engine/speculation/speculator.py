@@ -97,6 +97,8 @@ class Speculator:
             return best
         for drafter in self._drafters:
             draft = drafter.draft(sequence, limit + num_pending)
+            if not draft.token_ids:
+                continue
             probabilities = experience.probabilities(draft, num_pending)
             if probabilities.sum() > best[1].sum():
                 best = draft.token_ids[num_pending:], probabilities
