@@ -464,7 +464,7 @@ def test_a_draft_model_goes_on_in_the_blocks_that_a_row_holds() -> None:
     for length, num_blocks, count in ((30, 1, 3), (32, 1, 1), (33, 1, 0), (33, 2, 8)):
         row, asked[:] = sequence([1] * length), []
         row.block_tables = [[0] * num_blocks]
-        ModelDrafter(draft, block_size=32).prepare([row], 8, StepCosts())
+        ModelDrafter(draft, block_size=32).prepare([row], 8, DecodeCosts())
         assert [(own.position, own.num_drafts) for own in asked] == [(length - 1, count)] * (
             count > 0
         )
