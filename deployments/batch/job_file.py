@@ -16,6 +16,8 @@ _FREE = {
     "num_replicas",
     "device",
     "profile_directory",
+    "enable_sleep_mode",
+    "keep_weights_s",
     "num_threads",
     "max_num_seqs",
     "max_num_batched_tokens",
