@@ -26,9 +26,17 @@ def main() -> None:
     if arguments.directory.exists():
         parser.error(f"{arguments.directory} is there already")
     try:
-        quantize(resolve(arguments.model), arguments.directory, arguments.scheme, arguments.group)
+        source = resolve(arguments.model)
+        quantize(source, arguments.directory, arguments.scheme, arguments.group)
     except CheckpointError as error:
         parser.error(str(error))
+    before, after = _megabytes(source), _megabytes(arguments.directory)
+    print(f"{arguments.directory}: {arguments.scheme}, {after:.1f} MB instead of {before:.1f}")
+
+
+def _megabytes(directory: Path) -> float:
+    """Of weights."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 1e6
 
 
 if __name__ == "__main__":
