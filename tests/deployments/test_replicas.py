@@ -91,6 +91,7 @@ def test_two_replicas_of_two_ranks_give_the_text_of_one(url: str, tiny_model: Pa
     assert asyncio.run(all_texts()) == wanted
 
 
+@pytest.mark.slow
 def test_a_rolling_update_and_a_scale_down_fail_no_request(url: str, tiny_model: Path) -> None:
     async def run() -> int:
         async with load(url, streams=6) as answers:
