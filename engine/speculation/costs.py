@@ -4,7 +4,7 @@ import numpy as np
 
 # What drafts must promise at least, against errors of measurement.
 MIN_GAIN = 1.03
-# A draft's share of a step that was not measured with any: sure ones are tried, others are not.
+# What a draft for each row adds to a step that was never measured with any: sure ones are tried.
 _GUESS = 0.05
 _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected; more is some accident
@@ -35,7 +35,7 @@ class DecodeCosts:
         without = self._without.of(np.array([num_rows]))[0]
         larger = [(n, s) for n, s in self._with.measured() if n > num_rows]
         if not larger:
-            guess = without * (1 + _GUESS * num_drafts)
+            guess = without * (1 + _GUESS * num_drafts / num_rows)
             return np.maximum(self._without.of(num_tokens), guess)
         sizes, seconds = zip((num_rows, without), *larger, strict=True)
         return np.interp(num_tokens, sizes, np.maximum(seconds, without))
