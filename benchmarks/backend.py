@@ -9,7 +9,7 @@ import time
 from statistics import median
 
 from benchmarks.floor import SHAPE
-from benchmarks.steps import fill
+from benchmarks.steps import fill, give_up
 from benchmarks.throughput import parse_option
 from engine import LLM
 from engine.engine import Engine
@@ -65,10 +65,7 @@ def main() -> None:
             flush=True,
         )
         for engine in engines.values():
-            for request_id in list(engine.scheduler.sequences):
-                engine.abort(request_id)
-            while engine.has_work:
-                engine.step()
+            give_up(engine)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,14 @@ def print_kernels(engine: Engine) -> None:
         print(f"  {each:8.1f} µs {times:6.1f} x  {name[:90]}")
 
 
+def give_up(engine: Engine) -> None:
+    """Leave the engine without requests."""
+    for request_id in list(engine.scheduler.sequences):
+        engine.abort(request_id)
+    while engine.has_work:
+        engine.step()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -115,10 +123,7 @@ def main() -> None:
         )
         if engine.runner.device.type == "cuda":
             print_kernels(engine)
-        for request_id in list(engine.scheduler.sequences):
-            engine.abort(request_id)
-        while engine.has_work:
-            engine.step()
+        give_up(engine)
 
 
 if __name__ == "__main__":

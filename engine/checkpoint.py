@@ -236,10 +236,7 @@ def _with(directory: Path, others: _Files) -> Path:
     """Links to the directory's files, but for these."""
     files: _Files = {path.name: path for path in sorted(directory.iterdir())}
     files |= others
-    states = [
-        f"{path.resolve()} {path.stat().st_mtime_ns}" if isinstance(path, Path) else repr(path)
-        for path in files.values()
-    ]
+    contents = [states([path]) if isinstance(path, Path) else path for path in files.values()]
 
     def make(made: Path) -> None:
         for name, content in files.items():
@@ -248,4 +245,4 @@ def _with(directory: Path, others: _Files) -> Path:
             elif content is not None:
                 (made / name).write_text(content, encoding="utf-8")
 
-    return _made_once(repr([*zip(files, states, strict=True)]), make)
+    return _made_once(repr([*zip(files, contents, strict=True)]), make)

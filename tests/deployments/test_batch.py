@@ -63,6 +63,11 @@ def make_line(index: int) -> dict[str, Any]:
     }
 
 
+def arguments_of(model: Path, rows: Path, output: Path) -> tuple[str, ...]:
+    where = ("--model", str(model), "--input", str(rows), "--output", str(output))
+    return (*where, "--rows-per-part", "8", *ENGINE, *GREEDY)
+
+
 def read_output(directory: Path) -> list[dict[str, Any]]:
     lines = [line for part in finished_parts(directory) for line in part.read_text().splitlines()]
     return [json.loads(line) for line in lines]
@@ -128,8 +133,7 @@ def test_a_killed_front_is_replaced_and_each_row_answered_once(
     for place, line in enumerate(BAD_LINES):  # anywhere among the good ones
         lines.insert(20 * place, line)
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n\n")
-    arguments = ("--model", str(model), "--input", str(tmp_path / "in.jsonl"))
-    arguments += ("--output", str(output), "--rows-per-part", "8", *ENGINE, *GREEDY)
+    arguments = arguments_of(model, tmp_path / "in.jsonl", output)
 
     job = jobs.submit(*arguments)
     wait_for_parts(job, output, 3)
@@ -165,8 +169,7 @@ def test_a_killed_job_goes_on_with_what_is_left(
     count, output = 240, tmp_path / "out"
     lines = (json.dumps(make_line(index)) for index in range(count))
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    arguments = ("--model", str(model), "--input", str(tmp_path / "in.jsonl"))
-    arguments += ("--output", str(output), "--rows-per-part", "8", *ENGINE, *GREEDY)
+    arguments = arguments_of(model, tmp_path / "in.jsonl", output)
 
     job = jobs.submit(*arguments)
     wait_for_parts(job, output, 3)
