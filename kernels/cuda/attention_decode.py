@@ -277,6 +277,17 @@ def plan_decodes(inputs: AttentionInputs, num_programs: int, kv_heads: int) -> D
     return DecodePlan(rows, target + rows, full_starts, tail_order, chunk_len, arrived)
 
 
+def _tile(itemsize: int, group: int, longest: int, block_d: int) -> tuple[int, int, bool]:
+    """Queries, times heads, and keys of a tile, and whether a narrow one has all of a request's.
+
+    Tiles of keys are of 16 KiB; in float32, which is for tests, there are no tensor cores.
+    """
+    block_n = 16 if itemsize == 4 else min(64, 8192 // block_d)
+    narrow = max(triton.next_power_of_2(group), _NARROW)
+    fits = longest * group <= narrow or itemsize == 4
+    return narrow if fits else max(narrow, _WIDE), block_n, fits
+
+
 def decode(
     q: Tensor,
     cache: KVCache,
@@ -291,11 +302,7 @@ def decode(
     kv_heads, head_dim, heads = cache.spec.num_kv_heads, cache.spec.head_dim, q.shape[1]
     rows, group, longest = plan.num_decodes, heads // kv_heads, inputs.decodes.longest
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    # Tiles of keys of 16 KiB; in float32, which is for tests, there are no tensor cores.
-    block_n = 16 if q.itemsize == 4 else min(64, 8192 // block_d)
-    narrow = max(triton.next_power_of_2(group), _NARROW)
-    fits = longest * group <= narrow or q.itemsize == 4
-    block_m = narrow if fits else max(narrow, _WIDE)
+    block_m, block_n, fits = _tile(q.itemsize, group, longest, block_d)
     num_tiles = triton.cdiv(longest, block_m // group)
     parts = (plan.max_chunks, longest, heads)
     chunk_out = q.new_empty(*parts, head_dim, dtype=torch.float32)
