@@ -30,6 +30,7 @@ from kernels.grouped import GroupedWeight
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 # Smaller checkpoints are read as fast as they are found.
 _WORTH_SHARING_BYTES = 64 << 20
+_CODE = {".py", ".cpp", ".h"}  # kernels say how weights lie
 _logger = logging.getLogger(__name__)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -94,7 +95,8 @@ def _name(
     parallel: RankGroup,
 ) -> str:
     """Of what the model is made of: the same name, the same model, to the bit."""
-    code = [path for room in (kernels, models) for path in Path(room.__path__[0]).rglob("*.py")]
+    rooms = (Path(room.__path__[0]) for room in (kernels, models))
+    code = [path for room in rooms for path in room.rglob("*") if path.suffix in _CODE]
     made_of = (
         *(states(sorted(directory.iterdir())), states(sorted(code)), torch.__version__),
         config.model_dump(include={"quantization", "load_format", "seed", "deterministic"}),
