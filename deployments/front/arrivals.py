@@ -1,4 +1,8 @@
-"""What engine steps bring the requests of one answer, until it is taken."""
+"""What engine steps bring the requests of one answer, until it is taken.
+
+Where steps come faster than their tokens can be sent, those of several steps are taken, and sent,
+at once: so a front that falls behind has less to do.
+"""
 
 import asyncio
 
@@ -9,7 +13,7 @@ class Arrivals:
     """One waits; all that has come by then is taken at once."""
 
     def __init__(self) -> None:
-        self._deltas: list[tuple[int, TokenDelta]] = []
+        self._deltas: dict[int, TokenDelta] = {}
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -18,8 +22,12 @@ class Arrivals:
         Args:
             index: of the request among those that are answered together.
         """
-        if self._failure is None:
-            self._deltas.append((index, delta))
+        if self._failure is not None:
+            return
+        if index in self._deltas:
+            self._deltas[index].extend(delta)
+        else:
+            self._deltas[index] = delta
             self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -31,12 +39,12 @@ class Arrivals:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self) -> list[tuple[int, TokenDelta]]:
-        """At least one delta. Raises what a request has failed with."""
+    async def take(self) -> dict[int, TokenDelta]:
+        """At least one delta, by index. Raises what a request has failed with."""
         if not self._deltas and self._failure is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if not self._deltas and self._failure is not None:
             raise self._failure
-        deltas, self._deltas = self._deltas, []
+        deltas, self._deltas = self._deltas, {}
         return deltas

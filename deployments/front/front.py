@@ -128,7 +128,7 @@ class Front:
         arrivals = Arrivals()
         live = self.client.start(prompt_token_ids, params, 0, options, record, arrivals)
         try:
-            ((_, delta),) = await arrivals.take()
+            (delta,) = (await arrivals.take()).values()
         finally:
             self.client.leave(live)
         if delta.vector is None:

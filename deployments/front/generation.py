@@ -84,7 +84,7 @@ class Generation:
         if self._num_ended == len(self._asked):
             raise StopAsyncIteration
         news: TextDeltas = []
-        for index, delta in await self._arrivals.take():
+        for index, delta in (await self._arrivals.take()).items():
             if self._lives[index] is not None:
                 for text in self._outputs[index].read(delta):
                     news.append((index, text))

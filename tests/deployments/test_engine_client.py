@@ -91,7 +91,7 @@ async def generate(
     live = client.start(prompt, params, 0, RequestOptions(), record, arrivals)
     try:
         while True:
-            for _, delta in await arrivals.take():
+            for delta in (await arrivals.take()).values():
                 yield delta
                 if delta.finish_reason is not None:
                     return

@@ -12,7 +12,7 @@ from deployments.api import build_api
 from deployments.api.streaming import Chunks, event
 from deployments.front.arrivals import Arrivals
 from deployments.front.front import Front
-from engine.schedule.step import TokenDelta
+from engine.schedule.step import TokenDelta, TokenLogprobs
 from tests.deployments.in_process import InProcessApi, serve_in_process
 from tests.deployments.scripted import ScriptedApi
 
@@ -61,14 +61,17 @@ def test_one_write_per_step_for_all_choices(api: InProcessApi) -> None:
             ignore_eos=True,
             seed=1,
             stream=True,
+            return_token_ids=True,
         )
     )
     api.assert_idle()
     *steps, end = writes
     assert end == "data: [DONE]\n\n"
-    events = "".join(steps).count("data: ")
-    assert 100 < events <= 2 * 3 * 20  # tokens without text have none
-    assert len(steps) <= api.engine.num_steps - steps_before + 1 < events / 2
+    events = [line.removeprefix("data: ") for line in "".join(steps).split("\n\n") if line]
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    num_tokens = sum(len(choice["token_ids"]) for choice in choices)
+    assert num_tokens == 2 * 3 * 20
+    assert len(steps) <= api.engine.num_steps - steps_before + 1 < num_tokens / 2
 
 
 def test_each_token_is_written_as_it_comes(tmp_path: Path) -> None:
@@ -79,21 +82,27 @@ def test_each_token_is_written_as_it_comes(tmp_path: Path) -> None:
     assert all(write.count("data: ") == 1 for write in writes)
 
 
-def test_what_comes_together_is_taken_together() -> None:
+def test_what_has_come_is_taken_at_once() -> None:
     """Then what has failed is raised, and nothing comes after it."""
 
     async def run() -> None:
         arrivals = Arrivals()
         taking = asyncio.create_task(arrivals.take())
         await asyncio.sleep(0)
-        first, second, third = (TokenDelta(name, [1]) for name in "abc")
-        arrivals.put(0, first)
-        arrivals.put(1, second)
-        assert await taking == [(0, first), (1, second)]
-        arrivals.put(1, third)
+        one, other = TokenDelta("a", [1], num_cached_tokens=3), TokenDelta("b", [2])
+        arrivals.put(0, one)
+        arrivals.put(1, other)
+        assert await taking == {0: one, 1: other}
+        logprobs = [TokenLogprobs(1, [token], [-1.0]) for token in (5, 6, 7)]
+        arrivals.put(1, TokenDelta("b", [5], logprobs=logprobs[:1], waits=[0.5]))
+        arrivals.put(
+            1, TokenDelta("b", [6, 7], finish_reason="stop", stop_token=7, logprobs=logprobs[1:])
+        )
         arrivals.fail(RuntimeError("broken"))
-        arrivals.put(0, first)
-        assert await arrivals.take() == [(1, third)]
+        arrivals.put(0, one)
+        assert await arrivals.take() == {
+            1: TokenDelta("b", [5, 6, 7], 0, "stop", 7, logprobs, waits=[0.5])
+        }
         for _ in range(2):
             with pytest.raises(RuntimeError, match="broken"):
                 await arrivals.take()
