@@ -91,7 +91,7 @@ class Breaker:
 
 
 # Room for one replica, of which a shard takes one CPU.
-NODE: dict[str, Any] = {"num_cpus": 1.5}
+NODE: dict[str, Any] = {"num_cpus": 2}
 
 
 def _pids(titles: tuple[str, ...]) -> list[int]:
