@@ -32,13 +32,14 @@ class DecodeCosts:
     def of(self, num_rows: int, num_drafts: np.ndarray) -> np.ndarray:
         """Seconds of a step of these rows with so many drafts, [N]."""
         num_tokens = num_rows + num_drafts
-        without = self._without.of(np.array([num_rows]))[0]
-        larger = [(n, s) for n, s in self._with.measured() if n > num_rows]
-        if not larger:
+        without = self._without.of(num_rows)
+        sizes, seconds = self._with.above(num_rows)
+        if not len(sizes):
             guess = without * (1 + _GUESS * num_drafts / num_rows)
             return np.maximum(self._without.of(num_tokens), guess)
-        sizes, seconds = zip((num_rows, without), *larger, strict=True)
-        return np.interp(num_tokens, sizes, np.maximum(seconds, without))
+        sizes = np.concatenate(((num_rows,), sizes))
+        seconds = np.concatenate(((without,), np.maximum(seconds, without)))
+        return np.interp(num_tokens, sizes, seconds)
 
 
 class StepCosts:
@@ -56,33 +57,39 @@ class StepCosts:
     def forget(self) -> None:
         """Begin anew."""
         self._num_steps = 0
-        self._seconds: dict[int, float] = {}
-        self._counted_at: dict[int, int] = {}
+        # What is known, by size: of none first, which takes no time.
+        self._sizes, self._seconds, self._counted_at = np.zeros((3, 1))
 
-    def measured(self) -> list[tuple[int, float]]:
-        """Sizes that are known and their seconds, smallest first."""
-        return sorted(self._seconds.items())
+    def above(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Larger sizes that are known, and their seconds."""
+        first = self._sizes.searchsorted(num_tokens, "right")
+        return self._sizes[first:], self._seconds[first:]
 
     def count(self, num_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
         self._num_steps += 1
-        known = self._seconds.get(num_tokens)
-        if known is None or self._counted_at[num_tokens] < self._num_steps - _MAX_AGE:
-            self._seconds[num_tokens] = seconds
+        i = int(self._sizes.searchsorted(num_tokens))
+        if i == len(self._sizes) or self._sizes[i] != num_tokens:
+            self._sizes = np.insert(self._sizes, i, num_tokens)
+            self._seconds = np.insert(self._seconds, i, seconds)
+            self._counted_at = np.insert(self._counted_at, i, 0)
+        elif self._counted_at[i] < self._num_steps - _MAX_AGE:
+            self._seconds[i] = seconds
         else:
-            self._seconds[num_tokens] += _WEIGHT * (min(seconds, _MOST * known) - known)
-        self._counted_at[num_tokens] = self._num_steps
+            known = self._seconds[i]
+            self._seconds[i] += _WEIGHT * (min(seconds, _MOST * known) - known)
+        self._counted_at[i] = self._num_steps
         if self._num_steps % _MAX_AGE == 0:
             self._drop_old()
 
     def _drop_old(self) -> None:
-        oldest = self._num_steps - _MAX_AGE
-        for num_tokens in [n for n, at in self._counted_at.items() if at < oldest]:
-            del self._seconds[num_tokens], self._counted_at[num_tokens]
+        keep = self._counted_at >= self._num_steps - _MAX_AGE
+        keep[0] = True
+        self._sizes, self._seconds = self._sizes[keep], self._seconds[keep]
+        self._counted_at = self._counted_at[keep]
 
-    def of(self, num_tokens: np.ndarray) -> np.ndarray:
-        """Seconds of steps of so many tokens, [N]; all alike until the first has been counted."""
-        if not self._seconds:
-            return np.full(len(num_tokens), self._unknown)
-        sizes, seconds = zip((0, 0.0), *self.measured(), strict=True)
-        return np.interp(num_tokens, sizes, seconds)
+    def of(self, num_tokens: int | np.ndarray) -> np.ndarray:
+        """Seconds of steps of so many tokens; all alike until the first has been counted."""
+        if len(self._sizes) == 1:
+            return np.full(np.shape(num_tokens), self._unknown)
+        return np.asarray(np.interp(num_tokens, self._sizes, self._seconds))
