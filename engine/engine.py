@@ -109,6 +109,7 @@ class Engine:
         self.step_log: deque[DoneStep] | None = None
         self._speed = _Speed()
         self._num_computed = 0  # tokens of all steps
+        self._num_recordings = 0  # of the runner, when a step was last taken in
         self._is_profiling = False
         self.is_sleeping = False
         self._uncomputed = 0.0, 0  # when it was counted, and how many tokens
@@ -206,7 +207,10 @@ class Engine:
         plan, num_tokens = done.step.plan, done.step.plan.num_tokens
         self._num_computed += num_tokens
         seconds = self._speed.count_step(num_tokens, done.began_at)
-        if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
+        before, self._num_recordings = self._num_recordings, self.runner.forward_pass.num_recordings
+        if self.speculator is None or before != self._num_recordings:
+            return
+        if plan.lengths == plan.num_sampled:  # it only decodes
             self.speculator.count(len(plan.lengths), num_tokens, seconds)
 
     def stats(self) -> dict[str, float]:

@@ -24,6 +24,9 @@ from engine.speculation.drafter import Drafter
 _PRIOR = 4.0
 _DECAY = 0.9  # of what a row has experienced, with each draft
 _FORGIVENESS = 0.99  # of its failures, with each step in which it was not given any
+# Tokens of a step with drafts, or all that there are: of few sizes it is soon known what they cost,
+# and they can be replayed.
+_SIZES = np.array([size for n in range(1, 20) for size in (1 << n, 3 << (n - 1))])
 _SELDOM = 8  # steps from one to the next in which drafters are asked who have not been worth it
 _WEIGHT = 0.03  # of a step, in what drafters are worth
 
@@ -149,7 +152,7 @@ class Speculator:
         row = self._rows[sequence]
         row.hits = _DECAY * row.hits + num_accepted
         row.misses = _DECAY * row.misses + (num_accepted < num_drafts)
-        self._worth += _WEIGHT * num_accepted / self._num_rows
+        self._worth += _WEIGHT * (num_accepted - self._num_ahead) / self._num_rows
         drafter = row.drafter
         assert drafter is not None
         drafter.judge(sequence, num_drafts, num_accepted)
@@ -187,8 +190,10 @@ def _choose(num_rows: int, rows: list[list[float]], costs: np.ndarray) -> list[i
     probabilities = np.concatenate(rows)
     order = (-probabilities).argsort(kind="stable")[: len(costs) - 1]
     expected = num_rows + np.concatenate(((0.0,), probabilities[order].cumsum()))
-    rates = expected / costs[: len(expected)]
+    counts = _SIZES[_SIZES.searchsorted(num_rows, "right") :] - num_rows
+    counts = np.concatenate(((0,), counts[counts < len(order)], (len(order),)))
+    rates = expected[counts] / costs[counts]
     rates[1:] /= MIN_GAIN
-    taken = order[: rates.argmax()]
+    taken = order[: counts[rates.argmax()]]
     owners = np.arange(len(rows)).repeat([len(own) for own in rows])
     return np.bincount(owners[taken], minlength=len(rows)).tolist()

@@ -638,6 +638,14 @@ def test_no_more_are_taken_than_the_budget_has() -> None:
     assert proposed(4, Sure(8, 0.9), {}, budget=0) == 0
 
 
+@pytest.mark.parametrize("confidence", [0.4, 0.6, 0.8, 0.95])
+def test_steps_with_drafts_are_of_few_sizes(confidence: float) -> None:
+    """So it is soon known what they cost, and they are replayed."""
+    for slope in (0.01, 0.03, 0.1, 0.2):
+        steps = {n: 1.0 + slope * n for n in range(1, 40)}
+        assert 4 + proposed(4, Sure(8, confidence), steps) in (4, 6, 8, 12, 16, 24, 32, 4 + 32)
+
+
 def test_a_row_whose_drafts_fail_gets_fewer() -> None:
     speculator = Speculator([Sure(8, 0.9)], max_drafts=8, num_ahead=0)
     for num_tokens in range(1, 20):
@@ -715,6 +723,22 @@ def test_planning_a_step_is_part_of_what_it_costs(
         monkeypatch.setattr(engine.scheduler, "schedule", lambda: (time.sleep(0.05), schedule())[1])
         run(engine, new_requests([[5, 6]], max_tokens=3, ignore_eos=True))
         assert engine.speculator.costs.of(1, np.zeros(1))[0] > 0.05
+
+
+def test_a_step_that_is_being_recorded_says_nothing_of_what_it_costs(
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dict(speculation="suffix", async_scheduling=False, enable_prefix_caching=False)
+    with new_engine(byte_model, **config) as engine:
+        assert engine.speculator is not None
+        counts: list[int] = []
+        monkeypatch.setattr(engine.speculator, "count", lambda *_: counts.append(1))
+        monkeypatch.setattr(engine.speculator, "propose", lambda *_: {})
+        for _ in range(2):
+            run(engine, new_requests([[5] * 40], max_tokens=6, ignore_eos=True))
+            counts.append(0)
+        records = engine.runner.forward_pass.num_recordings
+    assert counts == [1] * (5 - records) + [0] + [1] * 5 + [0]
 
 
 def test_a_step_with_drafts_costs_what_steps_with_drafts_have_cost() -> None:
