@@ -8,7 +8,9 @@ MIN_GAIN = 1.03
 _GUESS = 0.05
 _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected; more is some accident
-_MAX_AGE = 512  # steps after which a size that has not come again counts as unknown
+# Steps after which a size that has not come again counts as unknown: so many for each time that it
+# has been measured, for once may have been an accident, and at most.
+_AGE, _MAX_AGE = 32, 512
 
 
 class DecodeCosts:
@@ -57,39 +59,39 @@ class StepCosts:
     def forget(self) -> None:
         """Begin anew."""
         self._num_steps = 0
-        # What is known, by size: of none first, which takes no time.
-        self._sizes, self._seconds, self._counted_at = np.zeros((3, 1))
+        # By size: of none first, which takes no time.
+        self._sizes, self._seconds, self._times, self._expires = np.zeros((4, 1))
+        self._expires[0] = np.inf
+
+    def _known(self) -> tuple[np.ndarray, np.ndarray]:
+        is_known = self._expires >= self._num_steps
+        return self._sizes[is_known], self._seconds[is_known]
 
     def above(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Larger sizes that are known, and their seconds."""
-        first = self._sizes.searchsorted(num_tokens, "right")
-        return self._sizes[first:], self._seconds[first:]
+        sizes, seconds = self._known()
+        first = sizes.searchsorted(num_tokens, "right")
+        return sizes[first:], seconds[first:]
 
     def count(self, num_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
         self._num_steps += 1
         i = int(self._sizes.searchsorted(num_tokens))
         if i == len(self._sizes) or self._sizes[i] != num_tokens:
-            self._sizes = np.insert(self._sizes, i, num_tokens)
-            self._seconds = np.insert(self._seconds, i, seconds)
-            self._counted_at = np.insert(self._counted_at, i, 0)
-        elif self._counted_at[i] < self._num_steps - _MAX_AGE:
+            columns = np.array((self._sizes, self._seconds, self._times, self._expires))
+            columns = np.insert(columns, i, (num_tokens, 0, 0, 0), axis=1)
+            self._sizes, self._seconds, self._times, self._expires = columns
+        if self._expires[i] < self._num_steps:
             self._seconds[i] = seconds
         else:
             known = self._seconds[i]
             self._seconds[i] += _WEIGHT * (min(seconds, _MOST * known) - known)
-        self._counted_at[i] = self._num_steps
-        if self._num_steps % _MAX_AGE == 0:
-            self._drop_old()
-
-    def _drop_old(self) -> None:
-        keep = self._counted_at >= self._num_steps - _MAX_AGE
-        keep[0] = True
-        self._sizes, self._seconds = self._sizes[keep], self._seconds[keep]
-        self._counted_at = self._counted_at[keep]
+        self._times[i] += 1
+        self._expires[i] = self._num_steps + min(_AGE * self._times[i], _MAX_AGE)
 
     def of(self, num_tokens: int | np.ndarray) -> np.ndarray:
         """Seconds of steps of so many tokens; all alike until the first has been counted."""
-        if len(self._sizes) == 1:
+        sizes, seconds = self._known()
+        if len(sizes) == 1:
             return np.full(np.shape(num_tokens), self._unknown)
-        return np.asarray(np.interp(num_tokens, self._sizes, self._seconds))
+        return np.asarray(np.interp(num_tokens, sizes, seconds))

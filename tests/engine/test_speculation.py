@@ -772,3 +772,16 @@ def test_costs_follow_the_machine_and_forget_what_does_not_come_again() -> None:
         costs.count(1, 2.0)
     cost, larger = costs.of(np.array([1, 8]))
     assert cost == pytest.approx(2.0, rel=0.01) and larger == cost
+
+
+def test_what_seemed_dear_once_is_tried_again_soon() -> None:
+    """One step may have been an accident, many are not."""
+    costs, larger = StepCosts(), []
+    for times in (1, 10):
+        for _ in range(times):
+            costs.count(8, 9.0)
+        for num_steps in (20, 20, 200):
+            for _ in range(num_steps):
+                costs.count(1, 1.0)
+            larger.append(float(costs.of(8)))
+    assert larger == [9, 1, 1, 9, 9, 9]
