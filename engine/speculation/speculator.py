@@ -1,9 +1,10 @@
 """How many drafts a step takes: those that make its tokens cheapest.
 
 A step of more tokens brings more of them and takes longer. Each draft is worth the probability that
-it comes, which its drafter estimates and the row's own experience corrects; what it costs is
-measured. So the drafts are ordered by probability, and the step takes as many of them as make
-tokens per second most: many where a step is bound by memory, none where it is bound by arithmetic.
+it comes, which its drafter estimates, and its record and the row's own experience correct; what it
+costs is measured. So the drafts are ordered by probability, and the step takes as many of them as
+make tokens per second most: many where a step is bound by memory, none where it is bound by
+arithmetic.
 
 Drafting takes time as well. Where it has saved less than that of late, drafters are asked now and
 then only.
@@ -24,6 +25,8 @@ from engine.speculation.drafter import Drafter
 _PRIOR = 4.0
 _DECAY = 0.9  # of what a row has experienced, with each draft
 _FORGIVENESS = 0.99  # of its failures, with each step in which it was not given any
+_TRIALS = 8.0  # tokens that a drafter counts as having been right about as often as it said
+_MEMORY = 0.99  # of what it was right about since, with each draft, and each step without
 # Tokens of a step with drafts, or all that there are: of few sizes it is soon known what they cost,
 # and they can be replayed.
 _SIZES = np.array([size for n in range(1, 20) for size in (1 << n, 3 << (n - 1))])
@@ -31,22 +34,47 @@ _SELDOM = 8  # steps from one to the next in which drafters are asked who have n
 _WEIGHT = 0.03  # of a step, in what drafters are worth
 
 
+class _Record:
+    """How often a drafter has been right of late, in all rows, and how often it said it would."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter = drafter
+        self._right = self._said = _TRIALS
+
+    @property
+    def trust(self) -> float:
+        """What to multiply its confidence with."""
+        return self._right / self._said
+
+    def judge(self, confidences: Listed[float], num_accepted: int) -> None:
+        """Of a draft, the first tokens that came true, and one that did not if there were more."""
+        self.forget(1)
+        self._right += num_accepted
+        self._said += sum(confidences[: num_accepted + 1])
+
+    def forget(self, num_steps: int) -> None:
+        kept = _MEMORY**num_steps
+        self._right = _TRIALS + kept * (self._right - _TRIALS)
+        self._said = _TRIALS + kept * (self._said - _TRIALS)
+
+
 @dataclass(slots=True)
 class _Row:
     """A row's experience with the drafts that it has been given."""
 
-    drafters: list[Drafter]  # who may have drafts for it
+    records: list[_Record]  # of who may have drafts for it
     hits: float = 0.0
     misses: float = 0.0
-    drafter: Drafter | None = None  # whose the last one was
+    record: _Record | None = None  # of whose the last one was
+    confidences: Listed[float] = ()  # of that
 
-    def probabilities(self, confidences: Listed[float]) -> list[float]:
+    def probabilities(self, confidences: Listed[float], trust: float) -> list[float]:
         """That each token of a draft comes, and all before it."""
         total = self.hits + self.misses + _PRIOR
-        hits, weight = self.hits / total, _PRIOR / total
+        hits, weight, most = self.hits / total, trust * _PRIOR / total, _PRIOR / total
         probability, probabilities = 1.0, []
         for confidence in confidences:
-            probability *= hits + weight * confidence
+            probability *= hits + min(weight * confidence, most)
             probabilities.append(probability)
         return probabilities
 
@@ -61,7 +89,7 @@ class Speculator:
     """
 
     def __init__(self, drafters: Listed[Drafter], max_drafts: int, num_ahead: int) -> None:
-        self._drafters = drafters
+        self._records = [_Record(drafter) for drafter in drafters]
         self._max_drafts = max_drafts
         self._num_ahead = num_ahead
         self.costs = DecodeCosts()
@@ -103,8 +131,9 @@ class Speculator:
 
     def _ask(self, sequences: list[Sequence], costs: np.ndarray) -> dict[Sequence, list[int]]:
         """The drafts that a step is to take; it costs so much by how many there are."""
-        for drafter in self._drafters:
-            drafter.prepare(sequences, self._max_drafts, self.costs)
+        for record in self._records:
+            record.forget(self._num_steps)
+            record.drafter.prepare(sequences, self._max_drafts, self.costs)
         owners: list[Sequence] = []
         drafts: list[list[int]] = []
         probabilities: list[list[float]] = []
@@ -127,7 +156,7 @@ class Speculator:
         """Of all drafters' the one that promises most, and the probabilities of its tokens."""
         row = self._rows.get(sequence)
         if row is None:
-            row = _Row([drafter for drafter in self._drafters if drafter.serves(sequence)])
+            row = _Row([own for own in self._records if own.drafter.serves(sequence)])
             self._rows[sequence] = row
         row.misses *= _FORGIVENESS**self._num_steps
         num_pending = sequence.num_pending
@@ -137,14 +166,14 @@ class Speculator:
         if limit <= 0:
             return best
         promise = 0.0
-        for drafter in row.drafters:
-            tokens, confidences = drafter.draft(sequence, limit + num_pending)
+        for record in row.records:
+            tokens, confidences = record.drafter.draft(sequence, limit + num_pending)
             if len(tokens) <= num_pending:
                 continue
-            probabilities = row.probabilities(confidences)[num_pending:]
+            probabilities = row.probabilities(confidences, record.trust)[num_pending:]
             if (expected := sum(probabilities)) > promise:
                 best, promise = (tokens[num_pending:], probabilities), expected
-                row.drafter = drafter
+                row.record, row.confidences = record, confidences[num_pending:]
         return best
 
     def judge(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
@@ -153,8 +182,9 @@ class Speculator:
         row.hits = _DECAY * row.hits + num_accepted
         row.misses = _DECAY * row.misses + (num_accepted < num_drafts)
         self._worth += _WEIGHT * (num_accepted - self._num_ahead) / self._num_rows
-        drafter = row.drafter
-        assert drafter is not None
+        assert row.record is not None
+        row.record.judge(row.confidences[:num_drafts], num_accepted)
+        drafter = row.record.drafter
         drafter.judge(sequence, num_drafts, num_accepted)
         self.num_drafts[drafter.name] += 1
         self.num_draft_tokens[drafter.name] += num_drafts
@@ -175,8 +205,8 @@ class Speculator:
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         self._rows.pop(sequence, None)
-        for drafter in self._drafters:
-            drafter.end(sequence)
+        for record in self._records:
+            record.drafter.end(sequence)
 
 
 def _may_pay(num_rows: int, costs: np.ndarray) -> bool:

@@ -658,7 +658,27 @@ def test_a_row_whose_drafts_fail_gets_fewer() -> None:
             speculator.judge(row, len(drafts), 0)
     assert first > 5 and len(speculator.propose([row], 999).get(row, [])) <= 1
     speculator.end(row)
-    assert len(speculator.propose([sequence([1, 2, 3])], 999).popitem()[1]) == first
+    assert not speculator._rows
+
+
+def test_a_drafter_that_errs_is_believed_less_in_rows_to_come_and_again_in_time() -> None:
+    speculator = Speculator([Sure(8, 0.9)], max_drafts=8, num_ahead=0)
+    for num_tokens in range(1, 20):
+        speculator.costs.count(num_tokens, num_tokens, 1 + 0.1 * num_tokens)
+
+    def drafted(num_accepted: int | None = None) -> int:
+        row = sequence([1, 2, 3])
+        count = len(speculator.propose([row], 999).get(row, []))
+        if count and num_accepted is not None:
+            speculator.judge(row, count, min(count, num_accepted))
+        speculator.end(row)
+        return count
+
+    first = drafted()
+    for _ in range(40):
+        drafted(num_accepted=0)
+    assert first > 5 and drafted() <= 1
+    assert max([drafted() for _ in range(2000)][-8:]) == first
 
 
 def test_a_row_that_would_sit_out_a_step_must_gain_more_than_that() -> None:
