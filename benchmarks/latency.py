@@ -79,19 +79,20 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
         enable_prefix_caching=False,
     )
     options |= dict(map(parse_option, arguments.option))
-    machine = machine_for(EngineConfig(model=arguments.model, **options))
+    config = EngineConfig(model=arguments.model, **options)
+    machine = machine_for(config) if arguments.floor else None
     llm = LLM(arguments.model, **options)
     cache_bytes = llm.engine.runner.cache_dtype.itemsize
-    config = read_shape(checkpoint.resolve(arguments.model))
-    measure(llm, 2, 16, 4, seed=1)  # to warm up
+    measure(llm, 1, 16, 4, seed=1)  # to warm up
     results = []
     for batch in arguments.batch:
         with busy_neighbours(arguments.neighbours):
             result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
-        floor_s = decode_step_s(
-            config, batch, result["context"], machine, llm.config.quantization, cache_bytes
-        )
-        result["floor_ms"] = floor_s * 1e3
+        if machine is not None:
+            shape, context = read_shape(checkpoint.resolve(arguments.model)), result["context"]
+            quantization = llm.config.quantization
+            floor_s = decode_step_s(shape, batch, context, machine, quantization, cache_bytes)
+            result["floor_ms"] = floor_s * 1e3
         results.append(result)
     return results
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=300, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of each output")
+    parser.add_argument("--floor", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside it")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any EngineConfig field"
@@ -114,10 +116,10 @@ def main() -> None:
     results = run(arguments)
     print("batch  prompt tok/s   step ms    tok/s  floor ms  share")
     for r in results:
-        print(
-            f"{r['batch']:5} {r['prompt_tok_s']:13.0f} {r['step_ms']:9.1f} {r['tok_s']:8.1f} "
-            f"{r['floor_ms']:9.1f} {r['floor_ms'] / r['step_ms']:6.0%}"
-        )
+        line = f"{r['batch']:5} {r['prompt_tok_s']:13.0f} {r['step_ms']:9.1f} {r['tok_s']:8.1f}"
+        if "floor_ms" in r:
+            line += f" {r['floor_ms']:9.1f} {r['floor_ms'] / r['step_ms']:6.0%}"
+        print(line)
     if arguments.json:
         arguments.json.write_text(json.dumps(results) + "\n")
 

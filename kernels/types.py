@@ -7,7 +7,7 @@ D = head dimension, V = vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from kernels.quantization import Quantization
 
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A linear map that has its weight as it was given, so that it may be an embedding too."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [T, in] of the weight [out, in]; ids [T] int64."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from engine.models.blocks.linear import Source
 from engine.models.gguf.convert import ROPE_FACTORS
 from engine.models.gguf.file import GgufFile, StoredTensor
 from engine.models.gguf.levels import grouped_weight
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 
 _OUTSIDE = {
     "token_embd": "model.embed_tokens",
@@ -94,14 +94,14 @@ class GgufReader:
         values = self.values(source.name)
         return values.narrow(source.dim, source.start, source.end - source.start)
 
-    def stored(self, source: Source) -> GroupedWeight | None:
+    def stored(self, source: Source) -> StoredWeight | None:
         whole = grouped_weight(self._tensors[source.name])
         if whole is None:
             return None
         heads = self._heads.get(source.name.split(".")[-2])
         if heads is not None:
             order = torch.arange(whole.shape[0])
-            whole = whole.rows(_by_halves(order, heads))
+            whole = whole.ordered(_by_halves(order, heads))
         return whole.narrow(source.dim, source.start, source.end)
 
     def values(self, name: str) -> Tensor:
