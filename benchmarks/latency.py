@@ -2,6 +2,7 @@
 
 For each batch size: prompt tokens per second, then the median decode step and its share of the
 floor, which is the weights and the keys and values over the bandwidth measured in the same run.
+Beside neighbours, each is measured without them first, and "quiet" is the speed that is left of it.
 
     python -m benchmarks.latency --batch 1 8 32
     python -m benchmarks.latency --prompt 8000 --batch 4 --option quantization=w8a8
@@ -83,18 +84,34 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     machine = machine_for(config) if arguments.floor else None
     llm = LLM(arguments.model, **options)
     cache_bytes = llm.engine.runner.cache_dtype.itemsize
-    measure(llm, 1, 16, 4, seed=1)  # to warm up
+    measure(llm, min(2, max(arguments.batch)), 16, 4, seed=1)  # to warm up
+    of_floor = "  floor ms  share" if arguments.floor else ""
+    print(f"batch  prompt tok/s   step ms    tok/s{of_floor}  quiet")
     results = []
     for batch in arguments.batch:
-        with busy_neighbours(arguments.neighbours):
-            result = measure(llm, batch, arguments.prompt, arguments.output, seed=batch + 1)
+        lengths = (batch, arguments.prompt, arguments.output)
+        result = measure(llm, *lengths, seed=batch + 1)
+        if arguments.neighbours:
+            quiet_ms = result["step_ms"]
+            with busy_neighbours(arguments.neighbours):
+                result = measure(llm, *lengths, seed=batch + 2)
+            result["of_quiet"] = quiet_ms / result["step_ms"]
         if machine is not None:
             shape, context = read_shape(checkpoint.resolve(arguments.model)), result["context"]
             quantization = llm.config.quantization
             floor_s = decode_step_s(shape, batch, context, machine, quantization, cache_bytes)
             result["floor_ms"] = floor_s * 1e3
         results.append(result)
+        show(result)
     return results
+
+
+def show(result: dict[str, float]) -> None:
+    line = f"{result['batch']:5} {result['prompt_tok_s']:13.0f} {result['step_ms']:9.1f} "
+    line += f"{result['tok_s']:8.1f}"
+    if "floor_ms" in result:
+        line += f" {result['floor_ms']:9.1f} {result['floor_ms'] / result['step_ms']:6.0%}"
+    print(line + (f"{result['of_quiet']:7.0%}" if "of_quiet" in result else ""), flush=True)
 
 
 def main() -> None:
@@ -114,12 +131,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     arguments = parser.parse_args()
     results = run(arguments)
-    print("batch  prompt tok/s   step ms    tok/s  floor ms  share")
-    for r in results:
-        line = f"{r['batch']:5} {r['prompt_tok_s']:13.0f} {r['step_ms']:9.1f} {r['tok_s']:8.1f}"
-        if "floor_ms" in r:
-            line += f" {r['floor_ms']:9.1f} {r['floor_ms'] / r['step_ms']:6.0%}"
-        print(line)
     if arguments.json:
         arguments.json.write_text(json.dumps(results) + "\n")
 

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.checkpoint import directory_of
@@ -227,7 +227,7 @@ class Engine:
             "step_rows": self.config.step_size.rows,
             "step_tokens": self.config.step_size.tokens,
             "full_steps": self._speed.num_steps,
-            **asdict(scheduler.stats),
+            **vars(scheduler.stats),
             **(self.speculator.stats() if self.speculator is not None else {}),
         }
 

@@ -2,8 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,8 @@ from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.schema.tools import call_grammar, constrain, find_format, forced_tools
 from deployments.api.scope import scope
-from deployments.front.front import Front, TextDelta, TextStream
+from deployments.front.front import Front
+from deployments.front.generation import Generation, TextDelta
 from deployments.front.request_options import RequestOptions
 from deployments.off_loop import off_loop
 from deployments.parsing import THINK, Functions, OutputParser, Piece, ToolFormat
@@ -95,8 +95,8 @@ class Chat:
     def may_think(self) -> bool:
         return self.front.reasoning is not None and not self.is_shaped
 
-    def streams(self) -> list[TextStream]:
-        """The text to come for each choice, with the marks that its parser looks for."""
+    def answers(self) -> "Answers":
+        """The choices to come, each with the marks in its text that its parser looks for."""
         reasoning = self.front.reasoning
         marks = reasoning.marks if reasoning is not None and self.may_think else ()
         ends_early = False
@@ -108,13 +108,14 @@ class Chat:
             stream=self.options.stream or ends_early,
             shown_tokens=frozenset(self.front.special_tokens(marks).values()),
         )
-        return self.front.generate_choices(self.prompt, self.params, options)
+        generation = self.front.generate([self.prompt], self.params, options)
+        return Answers(generation, [self._new_parser() for _ in range(self.params.n)])
 
     async def count_tokens(self, text: str) -> int:
         """Of a part of an answer."""
         return len(await self.front.encode(text, add_special_tokens=False)) if text else 0
 
-    def new_parser(self) -> AnswerParser:
+    def _new_parser(self) -> AnswerParser:
         """For one choice."""
         if self.tools is None and not self.may_think:
             return AnswerParser()
@@ -238,16 +239,33 @@ class AnswerDelta:
     finish_reason: str | None
 
 
-async def read(stream: TextStream, parser: AnswerParser) -> AsyncGenerator[AnswerDelta]:
-    """A choice's stream, up to where its parser says that all has been said."""
-    async with aclosing(stream):
-        async for delta in stream:
-            reason = delta.finish_reason
-            pieces = parser.pieces(delta.text, last=reason is not None)
-            if parser.is_over:
-                reason = "stop"
-                with suppress(StopAsyncIteration):
-                    await stream.asend(True)
-            yield AnswerDelta(pieces, delta, parser.finish_reason(reason))
-            if parser.is_over:
-                return
+class Answers:
+    """Iterates over what steps bring a chat's choices, each up to where its parser says it is over.
+
+    By the index of the choice.
+    """
+
+    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser]) -> None:
+        self._generation = generation
+        self._parsers = parsers
+
+    def __aiter__(self) -> "Answers":
+        return self
+
+    async def __anext__(self) -> list[tuple[int, AnswerDelta]]:
+        return [
+            (index, self._read(index, delta))
+            for index, delta in await self._generation.__anext__()
+            if not self._parsers[index].is_over
+        ]
+
+    def _read(self, index: int, delta: TextDelta) -> AnswerDelta:
+        parser, reason = self._parsers[index], delta.finish_reason
+        pieces = parser.pieces(delta.text, last=reason is not None)
+        if parser.is_over:
+            reason = "stop"
+            self._generation.complete(index)
+        return AnswerDelta(pieces, delta, parser.finish_reason(reason))
+
+    async def aclose(self) -> None:
+        await self._generation.aclose()

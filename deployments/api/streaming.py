@@ -1,13 +1,13 @@
-"""Server-sent events, and several streams as one."""
+"""Server-sent events."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import pydantic_core
 from fastapi.responses import StreamingResponse
+from starlette.types import Message, Send
 
 from deployments.api.errors import report
 
@@ -38,44 +38,6 @@ async def cancel_all(tasks: Sequence["asyncio.Task[Any]"]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def merge(
-    streams: Sequence[AsyncGenerator[T]],
-) -> AsyncGenerator[list[tuple[int, T]]]:
-    """(index of stream, item) as items come, those of one step together.
-
-    Leaving early closes all streams.
-    """
-    if len(streams) == 1:
-        async for item in streams[0]:
-            yield [(0, item)]
-        return
-    arrived: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue()
-
-    async def forward(index: int, stream: AsyncGenerator[T]) -> None:
-        try:
-            async for item in stream:
-                arrived.put_nowait((index, item))
-            arrived.put_nowait(None)
-        except Exception as error:
-            arrived.put_nowait(error)
-
-    tasks = await start_all(itertools.starmap(forward, enumerate(streams)))
-    try:
-        open_streams = len(tasks)
-        while open_streams:
-            news = [await arrived.get()]
-            while not arrived.empty():  # a step's tokens have come in one turn of the event loop
-                news.append(arrived.get_nowait())
-            for error in news:
-                if isinstance(error, Exception):
-                    raise error
-            open_streams -= news.count(None)
-            if items := [item for item in news if isinstance(item, tuple)]:
-                yield items
-    finally:
-        await cancel_all(tasks)
 
 
 def to_json(value: Any) -> str:
@@ -120,30 +82,40 @@ def end_of_chunks(error: Exception | None) -> str:
     return ("" if error is None else event(report(error).body())) + "data: [DONE]\n\n"
 
 
-def event_stream(
-    events: AsyncGenerator[str],
-    end: Callable[[Exception | None], str] = end_of_chunks,
-    headers: Mapping[str, str] | None = None,
-) -> StreamingResponse:
-    """The response.
+class EventStream(StreamingResponse):
+    """Texts of events as they come, each in a write of its own."""
 
-    Args:
-        end: what comes last, given what went wrong, if anything did.
-    """
+    def __init__(
+        self,
+        events: AsyncGenerator[str],
+        end: Callable[[Exception | None], str] = end_of_chunks,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            end: what comes last, given what went wrong, if anything did.
+        """
+        headers = {"Cache-Control": "no-cache", **(headers or {})}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+        self._end = end
 
-    async def guarded() -> AsyncGenerator[str]:
+    async def stream_response(self, send: Send) -> None:
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
         failure: Exception | None = None
-        try:
-            async with aclosing(events):
-                async for item in events:
-                    yield item
-        except Exception as error:
-            failure = error
-        if last := end(failure):
-            yield last
+        async with aclosing(self._events) as events:
+            while True:
+                try:
+                    text = await anext(events)
+                except StopAsyncIteration:
+                    break
+                except Exception as error:
+                    failure = error
+                    break
+                await send(_body(text, more=True))
+        await send(_body(self._end(failure), more=False))
 
-    return StreamingResponse(
-        guarded(),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", **(headers or {})},
-    )
+
+def _body(text: str, more: bool) -> Message:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": more}

@@ -4,15 +4,14 @@ With log-probabilities they are as large as anything here: tens of megabytes. Su
 together and written in a thread, and in pieces, for the encoder in C lets nothing else run.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
 
-from deployments.api.streaming import cancel_all, start_all, to_json
-from deployments.front.front import TextDelta
+from deployments.api.streaming import to_json
+from deployments.front.generation import TextDelta, TextDeltas
 from deployments.off_loop import off_loop
 from engine.schedule.step import TokenLogprobs
 
@@ -23,18 +22,33 @@ _POSITION_CHARACTERS = 1000  # of a token with its log-probabilities
 _PIECE_DEPTH = 5  # lists of tokens are in: the answer, its choices, one of them, its logprobs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
-    """A whole output, for answers that are not streamed."""
+    """An output as far as it has come: whole in the end, for answers that are not streamed."""
 
-    text: str
-    num_tokens: int
-    num_cached_tokens: int
-    finish_reason: str | None
-    stop_reason: int | str | None
+    parts: list[str] = field(default_factory=list)  # of its text
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    token_ids: Sequence[int] = ()
+    token_ids: list[int] = field(default_factory=list)
+
+    def add(self, delta: TextDelta, finish_reason: str | None) -> None:
+        self.parts.append(delta.text)
+        self.num_tokens = delta.num_tokens
+        self.num_cached_tokens = delta.num_cached_tokens
+        self.finish_reason, self.stop_reason = finish_reason, delta.stop_reason
+        if delta.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.token_ids += delta.token_ids
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
 
     @property
     def mean_logprob(self) -> float:
@@ -44,36 +58,13 @@ class Output:
         return sum(position.logprobs[0] for position in self.logprobs) / len(self.logprobs)
 
 
-async def collect(deltas: AsyncGenerator[TextDelta]) -> Output:
-    """Raises what the stream raises."""
-    text: list[str] = []
-    token_ids: list[int] = []
-    logprobs, prompt_logprobs = None, None
-    async for delta in deltas:
-        text.append(delta.text)
-        token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            logprobs = (logprobs or []) + delta.logprobs
-        prompt_logprobs = prompt_logprobs or delta.prompt_logprobs
-    return Output(
-        "".join(text),
-        delta.num_tokens,
-        delta.num_cached_tokens,
-        delta.finish_reason,
-        delta.stop_reason,
-        logprobs,
-        prompt_logprobs,
-        token_ids,
-    )
-
-
-async def collect_all(streams: Sequence[AsyncGenerator[TextDelta]]) -> list[Output]:
-    """As `collect`, of several at once; if one fails the others are given up."""
-    tasks = await start_all(map(collect, streams))
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        await cancel_all(tasks)
+async def collect(steps: AsyncIterator[TextDeltas], num_outputs: int) -> list[Output]:
+    """Raises what the iteration raises."""
+    outputs = [Output() for _ in range(num_outputs)]
+    async for news in steps:
+        for index, delta in news:
+            outputs[index].add(delta, delta.finish_reason)
+    return outputs
 
 
 @dataclass(frozen=True)

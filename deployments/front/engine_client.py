@@ -9,13 +9,13 @@ import itertools
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from deployments.args import AppArgs, DeploymentArgs
 from deployments.cached_blocks import CachedBlocks
+from deployments.front.arrivals import Arrivals
 from deployments.front.heartbeat import Heartbeat
 from deployments.front.places import Places
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
@@ -49,14 +49,23 @@ class RequestTimeoutError(Exception):
 
 
 @dataclass(eq=False)
-class _Live:
+class Live:
+    """A request that has been started and not left."""
+
     request: Request
     packed: bytes  # until it is sent
     stream: bool
     record: RequestRecord
+    arrivals: Arrivals
+    index: int  # in them
     is_queued: bool = True  # no token has come yet
-    arrived: asyncio.Queue[TokenDelta | Exception] = field(default_factory=asyncio.Queue)
     predicted_before: tuple[int, int] = (0, 0)  # by engines before this one
+    deadline: asyncio.TimerHandle | None = None
+
+    def fail(self, error: Exception) -> None:
+        is_late = isinstance(error, RequestTimeoutError)
+        self.record.finish_reason = "timeout" if is_late else "error"
+        self.arrivals.fail(error)
 
     def count_predicted(self, delta: TokenDelta) -> None:
         accepted, rejected = self.predicted_before
@@ -78,7 +87,7 @@ class EngineClient:
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
         self.cached_blocks = CachedBlocks()  # a new one for every engine
         self.num_blamed = 0  # deaths of engines that are laid to a request
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._ids = itertools.count()
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._server: asyncio.Server | None = None
@@ -131,19 +140,21 @@ class EngineClient:
         """Whether an engine is connected but has sent nothing for longer than it would."""
         return self._writer is not None and self.heartbeat.is_silent
 
-    async def generate(
+    def start(
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
         seed: int,
         options: RequestOptions,
         record: RequestRecord,
-    ) -> AsyncGenerator[TokenDelta]:
-        """The tokens of one request, as they come; leaving the iteration early aborts it.
+        arrivals: Arrivals,
+        index: int = 0,
+    ) -> Live:
+        """Have an engine make the output of one request; what comes of it is put into `arrivals`.
 
-        Without `options.stream` they come all at once with the last one: nobody is woken every
-        step. Raises EngineUnavailableError, RequestRefusedError, RequestFailedError, and
-        RequestTimeoutError.
+        Without `options.stream` the tokens come all at once with the last one: nobody is woken
+        every step. What fails it is one of the errors above. Whoever starts it must `leave` it.
+        Raises EngineUnavailableError when there will be no engine.
         """
         self.check_available()
         request = Request(
@@ -160,39 +171,36 @@ class EngineClient:
             output_token_ids=list(options.known_tokens),
         )
         # Packed here, where it fails nobody else if it cannot be.
-        live = _Live(request, encode_request(request), options.stream, record)
+        packed = encode_request(request)
+        live = Live(request, packed, options.stream, record, arrivals, index)
         self._live[request.id] = live
         self.queue.take(request.flow, 1)
         self.queue_tokens.take(request.flow, len(prompt_token_ids))
         self._quarantine.add(request.id)
         self._flush_soon()
-        deadline = self._set_deadline(live, options.timeout_s)
-        try:
-            while True:
-                delta = await live.arrived.get()
-                if isinstance(delta, Exception):
-                    record.finish_reason = _reason(delta)
-                    raise delta
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            if deadline is not None:
-                deadline.cancel()
-            if self._live.pop(request.id, None) is not None:
-                self._aborted.append(request.id)
-            self._quarantine.remove(request.id)
-            self._flush_soon()
-            self._leave_queue(live)
-            self.metrics.count_end(record, time.monotonic())
+        if options.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            live.deadline = loop.call_later(
+                options.timeout_s, self._expire, live, options.timeout_s
+            )
+        return live
 
-    def _set_deadline(self, live: _Live, timeout_s: float | None) -> asyncio.TimerHandle | None:
-        if timeout_s is None:
-            return None
-        error = RequestTimeoutError(f"the request took longer than its {timeout_s:g} s")
-        return asyncio.get_running_loop().call_later(timeout_s, live.arrived.put_nowait, error)
+    def leave(self, live: Live) -> None:
+        """Nobody waits for it any more: it is aborted, unless it has ended."""
+        if live.deadline is not None:
+            live.deadline.cancel()
+        if self._live.pop(live.request.id, None) is not None:
+            self._aborted.append(live.request.id)
+        self._quarantine.remove(live.request.id)
+        self._flush_soon()
+        self._leave_queue(live)
+        self.metrics.count_end(live.record, time.monotonic())
 
-    def _leave_queue(self, live: _Live) -> None:
+    def _expire(self, live: Live, timeout_s: float) -> None:
+        if live.request.id in self._live:
+            live.fail(RequestTimeoutError(f"the request took longer than its {timeout_s:g} s"))
+
+    def _leave_queue(self, live: Live) -> None:
         if live.is_queued:
             live.is_queued = False
             self.queue.give_back(live.request.flow, 1)
@@ -229,7 +237,7 @@ class EngineClient:
         """End every live request with an error, and refuse new ones: no engine will come."""
         self._failure = error
         for live in self._live.values():
-            live.arrived.put_nowait(error)
+            live.fail(error)
         self._live.clear()
         self._quarantine = Quarantine()
 
@@ -303,7 +311,7 @@ class EngineClient:
         self._quarantine.remove(request_id)
         live = self._live.pop(request_id, None)
         if live is not None:
-            live.arrived.put_nowait(error)
+            live.fail(error)
 
     def _adopt(self, writer: asyncio.StreamWriter) -> None:
         self._stop_listening()
@@ -346,10 +354,10 @@ class EngineClient:
                 del self._live[delta.request_id]
                 live.record.finish_reason = delta.finish_reason
             if live.stream:
-                live.arrived.put_nowait(delta)
+                live.arrivals.put(live.index, delta)
             elif delta.finish_reason is not None:
                 whole = replace(delta, token_ids=live.request.output_token_ids)
-                live.arrived.put_nowait(whole)
+                live.arrivals.put(live.index, whole)
         for request_id, reason in message["errors"]:
             self._end(request_id, _refusal(reason))
         if "done" in message and self._orders:
@@ -367,7 +375,3 @@ def _refusal(reason: str | None) -> Exception:
     if reason is None:
         return RequestFailedError("the engine could not take the request in; its log says why")
     return RequestRefusedError(reason)
-
-
-def _reason(error: Exception) -> str:
-    return "timeout" if isinstance(error, RequestTimeoutError) else "error"

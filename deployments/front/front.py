@@ -2,13 +2,15 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from deployments.args import DeploymentArgs
+from deployments.front.arrivals import Arrivals
 from deployments.front.engine_client import EngineClient, EngineUnavailableError
+from deployments.front.generation import Generation
 from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
 from deployments.off_loop import off_loop
@@ -22,32 +24,10 @@ from engine.generation_config import (
     sampling_defaults,
 )
 from engine.sampling_params import SamplingParams
-from engine.schedule.step import TokenDelta, TokenLogprobs
-from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import load_tokenizer
 
 # How long proxies may take to pass on the end of an answer.
 _DRAIN_S = 0.5
-
-
-@dataclass(slots=True)  # not frozen, which would double what making one costs
-class TextDelta:
-    """What one engine step brought a request, as text."""
-
-    text: str
-    num_tokens: int  # output tokens so far
-    num_cached_tokens: int
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    # If asked for: of the tokens whose text has come, and of the prompt, once.
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    token_ids: Sequence[int] = ()  # that the step brought, also where their text is held back
-    is_known: bool = False  # the client has it, of a stream that broke
-
-
-# Sending it True ends the request: its text is complete.
-TextStream = AsyncGenerator[TextDelta, bool | None]
 
 
 class Front:
@@ -129,74 +109,14 @@ class Front:
         limits = self.client.limits
         return params.truncated(prompt_token_ids, limits.max_len) if limits else prompt_token_ids
 
-    def generate_choices(
-        self,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        options: RequestOptions,
-    ) -> list[TextStream]:
-        """The texts of a request's n choices, each as `generate` has it."""
+    def generate(
+        self, prompts: Sequence[list[int]], params: SamplingParams, options: RequestOptions
+    ) -> Generation:
+        """The outputs of a request: of each prompt its n choices, one after another."""
         assert params.seed is not None  # the request has been admitted with one
-        return [
-            self.generate(prompt_token_ids, own, seed, options)
-            for own, seed in params.choices(params.seed)
-        ]
-
-    async def generate(
-        self,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        seed: int,
-        options: RequestOptions,
-    ) -> TextStream:
-        """The text of one request; at least one delta, the last one with a finish_reason.
-
-        Without `options.stream` the text comes in one piece where nothing in it can end the
-        request. Leaving the iteration early aborts it. Raises EngineUnavailableError when there is
-        no engine, RequestTimeoutError when its time is up, RequestFailedError when the engine
-        fails at it. The caller has passed it to `in_tokens` and `check`.
-        """
-        detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params, options.shown_tokens)
-        # A stop string is found only in the text, and logprobs come token by token.
-        stream = options.stream or bool(params.stop) or params.logprobs is not None
-        stream = stream or params.prompt_logprobs is not None
-        record = RequestRecord(len(prompt_token_ids), params.max_tokens)
-        options.records.append(record)
-        options = replace(options, stream=stream)
-        tokens = self.client.generate(prompt_token_ids, params, seed, options, record)
-        if options.position:
-            tokens = _parted(tokens, options)
-        held: list[TokenLogprobs] = []  # of tokens whose text is held back
-        async with aclosing(tokens):
-            async for delta in tokens:
-                reason: str | None = delta.finish_reason
-                stop_reason: int | str | None = delta.stop_token
-                logprobs: list[TokenLogprobs] | None = None
-                text = detokenizer.push(
-                    delta.token_ids, last=reason is not None, stopped=reason == "stop"
-                )
-                if detokenizer.stop_string is not None:
-                    reason, stop_reason = "stop", detokenizer.stop_string
-                    record.finish_reason = reason
-                if delta.logprobs is not None:
-                    held += delta.logprobs
-                    if reason or not detokenizer.holds_back:
-                        logprobs, held = held, []
-                is_complete = yield TextDelta(
-                    text,
-                    detokenizer.num_tokens,
-                    record.num_cached,
-                    reason,
-                    stop_reason,
-                    logprobs,
-                    delta.prompt_logprobs,
-                    delta.token_ids,
-                    is_known=detokenizer.num_tokens <= options.position,
-                )
-                if is_complete:
-                    record.finish_reason = "stop"
-                if is_complete or detokenizer.stop_string is not None:
-                    return
+        choices = params.choices(params.seed)
+        asked = [(prompt, own, seed) for prompt in prompts for own, seed in choices]
+        return Generation(self.client, self.tokenizer, asked, options)
 
     async def embed(
         self, prompt_token_ids: list[int], params: SamplingParams, options: RequestOptions
@@ -205,13 +125,15 @@ class Front:
         record = RequestRecord(len(prompt_token_ids), params.max_tokens)
         options.records.append(record)
         options = replace(options, stream=False)
-        async with aclosing(
-            self.client.generate(prompt_token_ids, params, 0, options, record)
-        ) as deltas:
-            async for delta in deltas:
-                if delta.vector is not None:
-                    return delta.vector
-        raise EngineUnavailableError("the engine has started anew; try again")
+        arrivals = Arrivals()
+        live = self.client.start(prompt_token_ids, params, 0, options, record, arrivals)
+        try:
+            (delta,) = (await arrivals.take()).values()
+        finally:
+            self.client.leave(live)
+        if delta.vector is None:
+            raise EngineUnavailableError("the engine has started anew; try again")
+        return delta.vector
 
     async def watch_own_engine(self) -> list[dict[str, Any]]:
         return [{"replica": "", **self.client.watch()}]
@@ -236,23 +158,3 @@ class Front:
         if self.client.is_silent:
             limit = self.client.heartbeat.timeout_s
             raise EngineUnavailableError(f"the engine has been silent for more than {limit:.0f} s")
-
-
-async def _parted(
-    deltas: AsyncGenerator[TokenDelta], options: RequestOptions
-) -> AsyncGenerator[TokenDelta]:
-    """With the tokens that are there already before them, and none across `options.position`."""
-    num_tokens = len(options.known_tokens)
-    if num_tokens:
-        yield TokenDelta(request_id="", token_ids=list(options.known_tokens))
-    async with aclosing(deltas):
-        async for delta in deltas:
-            cut = options.position - num_tokens
-            num_tokens += len(delta.token_ids)
-            if 0 < cut < len(delta.token_ids):
-                ids, logprobs = delta.token_ids, delta.logprobs
-                first = replace(delta, token_ids=ids[:cut], finish_reason=None, stop_token=None)
-                yield replace(first, logprobs=logprobs and logprobs[:cut])
-                rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
-                delta = replace(rest, logprobs=logprobs and logprobs[cut:])
-            yield delta

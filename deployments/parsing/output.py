@@ -68,15 +68,16 @@ class OutputParser:
         if not self.is_over:
             self._source.add(text, last)
             next(self._reading, None)
-        pieces = [self._with_id(piece) for piece in joined(self._pieces)]
+        pieces = [
+            self._with_id(piece) if isinstance(piece, CallStart) else piece
+            for piece in joined(self._pieces)
+        ]
         self._pieces.clear()
         if self._is_forced:
             pieces = [piece for piece in pieces if not isinstance(piece, Content)]
         return pieces
 
-    def _with_id(self, piece: Piece) -> Piece:
-        if not isinstance(piece, CallStart):
-            return piece
+    def _with_id(self, piece: CallStart) -> CallStart:
         assert self._tools is not None
         return replace(piece, id=self._tools.new_id(piece.name, self._num_called + piece.index))
 

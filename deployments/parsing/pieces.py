@@ -1,21 +1,21 @@
-"""What the parsers cut a text into."""
+"""What the parsers cut a text into: one per token, and to make a frozen one would cost double."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Content:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reasoning:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallStart:
     """A tool call begins; its arguments follow."""
 
@@ -24,7 +24,7 @@ class CallStart:
     id: str = ""  # given where it leaves the parser
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Arguments:
     """A part of the JSON text of call `index`'s arguments."""
 

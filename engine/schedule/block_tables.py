@@ -128,10 +128,14 @@ class BlockTables:
     ) -> bool:
         """Whether all its tokens fit next to what the running ones still need for theirs.
 
-        One further block for each running sequence keeps the newcomer from being thrown out at
-        the next block boundary. An idle engine takes whatever fits the pools.
+        One further block for each running sequence that may grow into it keeps the newcomer from
+        being thrown out at the next block boundary. An idle engine takes whatever fits the pools.
         """
-        num_new = [self.num_new(other, other.num_uncomputed) + 1 for other in running]
+        num_new = [
+            self.num_blocks(min(other.num_tokens + self._block_size, other.max_len))
+            - len(other.block_tables[0])
+            for other in running
+        ]
         num_total = self.num_blocks(sequence.num_tokens)
         for pool, most, table in zip(self.pools, self._most_held, cached, strict=True):
             own = num_total - len(table)

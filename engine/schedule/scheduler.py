@@ -46,7 +46,7 @@ class Step:
         return list(compress(self.sequences, self.plan.num_sampled))
 
 
-@dataclass(slots=True)
+@dataclass
 class SchedulerStats:
     """Counters since the start."""
 

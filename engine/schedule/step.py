@@ -161,7 +161,7 @@ class StepResult:
 
 @dataclass(slots=True)  # not frozen: there is one per row and step
 class TokenDelta:
-    """What one step brought a request: its new tokens, and its ending if this was the last."""
+    """What a step brought a request: its new tokens, and its ending if this was the last."""
 
     request_id: str
     token_ids: list[int]
@@ -183,6 +183,16 @@ class TokenDelta:
             self.logprobs = result.logprobs[row][: len(self.token_ids)]
         self.prompt_logprobs = result.prompt_logprobs.get(row)
         self.vector = result.vectors.get(row)
+
+    def extend(self, later: "TokenDelta") -> None:
+        """With what later steps have brought the same request."""
+        self.token_ids = [*self.token_ids, *later.token_ids]
+        if later.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.finish_reason, self.stop_token = later.finish_reason, later.stop_token
+        self.vector, self.error = later.vector, later.error
+        self.num_predicted, self.num_drafted = later.num_predicted, later.num_drafted
+        self.waits = [*self.waits, *later.waits]
 
     @classmethod
     def failed(cls, request_id: str, error: str) -> "TokenDelta":

@@ -1,7 +1,7 @@
 """The API before an engine that says what a test has told it to, one token a step."""
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import httpx
 
 from deployments.api import build_api
 from deployments.args import AppArgs
+from deployments.front.arrivals import Arrivals
 from deployments.front.front import Front
 from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
@@ -42,34 +43,47 @@ class ScriptedApi:
         self.args = AppArgs(model=str(directory), **args)
         self.front = Front(self.args)
         self.front.client.limits = RequestLimits(1000, 2000, 1000, 16)
-        self.front.client.generate = self._generate  # type: ignore[method-assign]
+        self.front.client.start = self._start  # type: ignore[assignment]
+        self.front.client.leave = self._leave  # type: ignore[assignment]
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(build_api(self.front, self.args)), base_url="http://test"
         )
 
-    async def _generate(
+    def _start(
         self,
         prompt_token_ids: list[int],
         params: SamplingParams,
         seed: int,
         options: RequestOptions,
         record: RequestRecord,
-    ) -> AsyncGenerator[TokenDelta]:
+        arrivals: Arrivals,
+        index: int = 0,
+    ) -> tuple[RequestRecord, "asyncio.Task[None]"]:
+        async def generate() -> None:
+            for start in range(0, len(tokens), step):
+                self.num_made = start + step
+                if start + step == len(tokens):
+                    record.finish_reason = "stop" if tokens[-1] == EOS else "length"
+                arrivals.put(
+                    index,
+                    TokenDelta(
+                        request_id="0",
+                        token_ids=tokens[start : start + step],
+                        finish_reason=record.finish_reason,
+                    ),
+                )
+                for _ in range(5):  # who reads it has its turn
+                    await asyncio.sleep(0)
+
         tokens = [*self.front.tokenizer.encode(self.says), EOS][: params.max_tokens]
         self.num_made = 0
         step = 1 if options.stream else len(tokens)
-        try:
-            for start in range(0, len(tokens), step):
-                self.num_made += step
-                if self.num_made == len(tokens):
-                    record.finish_reason = "stop" if tokens[-1] == EOS else "length"
-                yield TokenDelta(
-                    request_id="0",
-                    token_ids=tokens[start : start + step],
-                    finish_reason=record.finish_reason,
-                )
-        finally:
-            self.finish_reason = record.finish_reason
+        return record, asyncio.create_task(generate())
+
+    def _leave(self, live: tuple[RequestRecord, "asyncio.Task[None]"]) -> None:
+        record, task = live
+        task.cancel()
+        self.finish_reason = record.finish_reason
 
     async def chat(self, **options: Any) -> dict[str, Any]:
         """The one choice of an answer, whole, or put together if it is streamed."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 
 from deployments.api import build_api
 from deployments.args import AppArgs
+from deployments.front.arrivals import Arrivals
 from deployments.front.engine_client import EngineClient, RequestFailedError
 from deployments.front.front import Front
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
@@ -77,9 +78,25 @@ class FakeEngine:
 
 
 async def complete(client: EngineClient, prompt: list[int], **params: Any) -> list[int]:
-    record = RequestRecord(len(prompt), None)
-    deltas = client.generate(prompt, SamplingParams(**params), 0, RequestOptions(), record)
-    return [token async for delta in deltas for token in delta.token_ids]
+    sampling, record = SamplingParams(**params), RequestRecord(len(prompt), None)
+    return [
+        t async for delta in generate(client, prompt, sampling, record) for t in delta.token_ids
+    ]
+
+
+async def generate(
+    client: EngineClient, prompt: list[int], params: SamplingParams, record: RequestRecord
+) -> AsyncGenerator[TokenDelta]:
+    arrivals = Arrivals()
+    live = client.start(prompt, params, 0, RequestOptions(), record, arrivals)
+    try:
+        while True:
+            for delta in (await arrivals.take()).values():
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+    finally:
+        client.leave(live)
 
 
 def run(test: Callable[[EngineClient], Coroutine[Any, Any, None]]) -> None:
@@ -103,9 +120,8 @@ def test_what_engines_before_have_counted_of_a_request_is_kept() -> None:
     record = RequestRecord(3, None)
 
     async def test(client: EngineClient) -> None:
-        async def generate() -> None:
-            params = SamplingParams(max_tokens=9)
-            async for _ in client.generate([1, 2, 3], params, 0, RequestOptions(), record):
+        async def whole() -> None:
+            async for _ in generate(client, [1, 2, 3], SamplingParams(max_tokens=9), record):
                 pass
 
         async def bring(cached: int, predicted: tuple[int, int], reason: str | None = None) -> None:
@@ -118,7 +134,7 @@ def test_what_engines_before_have_counted_of_a_request_is_kept() -> None:
                 await asyncio.sleep(0)
 
         engine = await FakeEngine.connect(client)
-        task = asyncio.create_task(generate())
+        task = asyncio.create_task(whole())
         await engine.receive()
         await bring(2, (0, 0))
         await bring(2, (4, 1))
@@ -166,8 +182,7 @@ def test_parameters_arrive_as_they_are_and_are_not_checked_again() -> None:
         params = SamplingParams(structured_outputs={"json": schema}, logit_bias={5: 1.5}, stop="a")
         refused = params.model_copy(update={"temperature": -1.0})
         for sent in (params, refused):
-            options, record = RequestOptions(), RequestRecord(1, None)
-            task = asyncio.create_task(anext(client.generate([1], sent, 0, options, record)))
+            task = asyncio.create_task(anext(generate(client, [1], sent, RequestRecord(1, None))))
             (request,) = await engine.receive()
             assert request.params == sent
             task.cancel()

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments.api import build_api
-from deployments.api.streaming import Chunks, event, merge
+from deployments.api.streaming import Chunks, event
+from deployments.front.arrivals import Arrivals
+from deployments.front.front import Front
+from engine.schedule.step import TokenDelta, TokenLogprobs
 from tests.deployments.in_process import InProcessApi, serve_in_process
+from tests.deployments.scripted import ScriptedApi
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +24,7 @@ def api(tiny_model: Path) -> Iterator[InProcessApi]:
         yield api
 
 
-async def _writes(api: InProcessApi, path: str, **body: Any) -> list[str]:
+async def _writes(front: Front, path: str, **body: Any) -> list[str]:
     """The bodies that the application hands to the HTTP server, one by one."""
     sent = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
     writes: list[str] = []
@@ -41,7 +45,7 @@ async def _writes(api: InProcessApi, path: str, **body: Any) -> list[str]:
         "headers": [(b"content-type", b"application/json")],
         "query_string": b"",
     }
-    await build_api(api.front)(scope, receive, send)
+    await build_api(front)(scope, receive, send)
     return writes
 
 
@@ -49,7 +53,7 @@ def test_one_write_per_step_for_all_choices(api: InProcessApi) -> None:
     steps_before = api.engine.num_steps
     writes = api.run(
         _writes(
-            api,
+            api.front,
             "/v1/completions",
             prompt=["ab", "cd"],
             n=3,
@@ -57,63 +61,58 @@ def test_one_write_per_step_for_all_choices(api: InProcessApi) -> None:
             ignore_eos=True,
             seed=1,
             stream=True,
+            return_token_ids=True,
         )
     )
     api.assert_idle()
     *steps, end = writes
     assert end == "data: [DONE]\n\n"
-    events = "".join(steps).count("data: ")
-    assert 100 < events <= 2 * 3 * 20  # tokens without text have none
-    assert len(steps) <= api.engine.num_steps - steps_before + 1 < events / 2
+    events = [line.removeprefix("data: ") for line in "".join(steps).split("\n\n") if line]
+    choices = [choice for event in events for choice in json.loads(event)["choices"]]
+    num_tokens = sum(len(choice["token_ids"]) for choice in choices)
+    assert num_tokens == 2 * 3 * 20
+    assert len(steps) <= api.engine.num_steps - steps_before + 1 < num_tokens / 2
 
 
-def test_each_token_is_written_as_it_comes(api: InProcessApi) -> None:
-    writes = api.run(
-        _writes(
-            api, "/v1/completions", prompt="ab", max_tokens=20, ignore_eos=True, seed=1, stream=True
-        )
-    )
-    assert 15 < len(writes) <= 20 + 1
+def test_each_token_is_written_as_it_comes(tmp_path: Path) -> None:
+    api = ScriptedApi(tmp_path, [])
+    api.says = "each of them"
+    writes = asyncio.run(_writes(api.front, "/v1/completions", prompt="ab", stream=True))
+    assert len(writes) == len(api.front.tokenizer.encode(api.says)) + 2  # the end's, and [DONE]
     assert all(write.count("data: ") == 1 for write in writes)
 
 
-def test_merge_keeps_what_comes_together_together() -> None:
-    """And ends when all streams have, or with the first failure."""
+def test_what_has_come_is_taken_at_once() -> None:
+    """Then what has failed is raised, and nothing comes after it."""
 
-    async def ticks(
-        step: asyncio.Condition, count: int, fails: bool = False
-    ) -> AsyncGenerator[int]:
-        for i in range(count):
-            async with step:
-                await step.wait()
-            yield i
-        if fails:
-            raise RuntimeError("broken")
+    async def run() -> None:
+        arrivals = Arrivals()
+        taking = asyncio.create_task(arrivals.take())
+        await asyncio.sleep(0)
+        one, other = TokenDelta("a", [1], num_cached_tokens=3), TokenDelta("b", [2])
+        arrivals.put(0, one)
+        arrivals.put(1, other)
+        assert await taking == {0: one, 1: other}
+        logprobs = [TokenLogprobs(1, [token], [-1.0]) for token in (5, 6, 7)]
+        arrivals.put(1, TokenDelta("b", [5], logprobs=logprobs[:1], waits=[0.5]))
+        arrivals.put(
+            1, TokenDelta("b", [6, 7], finish_reason="stop", stop_token=7, logprobs=logprobs[1:])
+        )
+        arrivals.fail(RuntimeError("broken"))
+        arrivals.put(0, one)
+        assert await arrivals.take() == {
+            1: TokenDelta("b", [5, 6, 7], 0, "stop", 7, logprobs, waits=[0.5])
+        }
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="broken"):
+                await arrivals.take()
+        taking = asyncio.create_task(Arrivals().take())
+        await asyncio.sleep(0)
+        taking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
 
-    async def run(*counts: int, fails: bool = False) -> list[list[tuple[int, int]]]:
-        step = asyncio.Condition()
-        streams = [ticks(step, count, fails) for count in counts]
-
-        async def clock() -> None:
-            while True:
-                await asyncio.sleep(0.001)
-                async with step:
-                    step.notify_all()
-
-        ticking = asyncio.create_task(clock())
-        try:
-            return [sorted(batch) async for batch in merge(streams)]
-        finally:
-            ticking.cancel()
-
-    batches = asyncio.run(run(3, 2))
-    assert sorted(item for batch in batches for item in batch) == [
-        *((0, 0), (0, 1), (0, 2)),
-        *((1, 0), (1, 1)),
-    ]
-    assert len(batches) <= 4
-    with pytest.raises(RuntimeError, match="broken"):
-        asyncio.run(run(1, 10, fails=True))
+    asyncio.run(asyncio.wait_for(run(), 30))
 
 
 def test_chunks_are_the_events_that_they_stand_for() -> None:

@@ -405,6 +405,17 @@ def test_a_newcomer_waits_until_its_prompt_fits_beside_the_others() -> None:
     assert scheduler.stats.preemptions == 0
 
 
+def test_who_can_grow_no_further_keeps_no_block_from_a_newcomer() -> None:
+    """Three of 12 tokens at most take all nine blocks, and from the first step on."""
+    scheduler = new_scheduler(num_blocks=9)
+    for name in "abc":
+        add(scheduler, name, 8, max_tokens=4)
+    assert set(step(scheduler)) == {"a", "b", "c"}
+    while scheduler.sequences:
+        step(scheduler)
+    assert scheduler.stats.preemptions == 0
+
+
 def test_cached_blocks_that_are_free_do_not_make_a_newcomer_smaller() -> None:
     """Taking them uses up free blocks as well."""
     scheduler = new_scheduler(num_blocks=5)

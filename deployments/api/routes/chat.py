@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from fastapi.responses import Response
 
 from deployments.api.admission import metrics, usage
 from deployments.api.bodies import BodyRoute
-from deployments.api.chat import AnswerDelta, Chat, read
+from deployments.api.chat import AnswerDelta, Chat
 from deployments.api.requests.resume import event_id, given_resume
 from deployments.api.schema import answers
 from deployments.api.schema.answer_parser import AnswerParser
@@ -20,13 +19,13 @@ from deployments.api.schema.openai_logprobs import chat_logprobs, prompt_logprob
 from deployments.api.schema.protocol import ChatCompletionRequest
 from deployments.api.streaming import (
     Chunks,
+    EventStream,
     await_first,
     event,
-    event_stream,
-    merge,
 )
-from deployments.api.whole import Output, Whole, collect_all
-from deployments.front.front import Front, TextDelta
+from deployments.api.whole import Output, Whole
+from deployments.front.front import Front
+from deployments.front.generation import TextDelta
 from deployments.parsing import Piece, Reasoning
 
 
@@ -43,7 +42,7 @@ def routes(front: Front) -> APIRouter:
             return await (await complete_chat(front, request)).response()
         chat = await Chat.start(front, request, given_resume(request.resume))
         events = _events(chat)
-        return event_stream(await await_first(events) if chat.may_be_refused else events)
+        return EventStream(await await_first(events) if chat.may_be_refused else events)
 
     return router
 
@@ -51,13 +50,13 @@ def routes(front: Front) -> APIRouter:
 async def complete_chat(front: Front, request: ChatCompletionRequest) -> Whole:
     """Raises ApiError for a request that cannot be served."""
     chat = await Chat.start(front, request, request.resume)
-    said: list[list[Piece]] = [[] for _ in range(chat.params.n)]
-    outputs = await collect_all(
-        [
-            _heard(read(stream, chat.new_parser()), pieces)
-            for stream, pieces in zip(chat.streams(), said, strict=True)
-        ]
-    )
+    outputs = [Output() for _ in range(chat.params.n)]
+    said: list[list[Piece]] = [[] for _ in outputs]
+    async with aclosing(chat.answers()) as answers:
+        async for news in answers:
+            for index, step in news:
+                said[index] += step.pieces
+                outputs[index].add(step.delta, step.finish_reason)
     num_thinking = await _count_thoughts(chat, [piece for own in said for piece in own])
     return Whole(outputs, partial(_answer, chat, said, num_thinking))
 
@@ -127,16 +126,6 @@ async def _count_thoughts(chat: Chat, said: Iterable[Piece]) -> int:
     )
 
 
-async def _heard(
-    steps: AsyncGenerator[AnswerDelta], pieces: list[Piece]
-) -> AsyncGenerator[TextDelta]:
-    """A choice's stream, when its pieces are put away."""
-    async with aclosing(steps):
-        async for step in steps:
-            pieces += step.pieces
-            yield replace(step.delta, finish_reason=step.finish_reason)
-
-
 class _ChatChunks(Chunks):
     """A chat's events."""
 
@@ -193,26 +182,28 @@ class _ChatChunks(Chunks):
 
 
 async def _events(chat: Chat) -> AsyncGenerator[str]:
-    """One text per step, however many events it has: each is one write."""
+    """One text for all that has come, however many events it has: each is one write."""
     chunks = _ChatChunks(chat)
-    streams = [read(stream, chat.new_parser()) for stream in chat.streams()]
+    num_choices = chat.params.n
     last: dict[int, TextDelta] = {}
     thoughts: list[Piece] = []
-    async with aclosing(merge(streams)) as steps:
-        async for news in steps:
-            is_first = not last and not chat.options.position
-            events = chunks.opening(len(streams)) if is_first else []
+    async with aclosing(chat.answers()) as answers:
+        async for news in answers:
+            events: list[str] = []
             for index, step in news:
+                is_first = not last and not chat.options.position
+                own = chunks.opening(num_choices) if is_first else []
+                own += chunks.step(index, step)
+                if own and num_choices == 1:
+                    own[-1] = event_id(chat.params, step.delta.num_tokens) + own[-1]
+                events += own
                 last[index] = step.delta
                 thoughts += [piece for piece in step.pieces if isinstance(piece, Reasoning)]
-                events += chunks.step(index, step)
             if events:
-                if len(streams) == 1:
-                    events[-1] = event_id(chat.params, last[0].num_tokens) + events[-1]
                 yield "".join(events)
     ending = metrics(chat.request, chat.options)
     if chat.request.include_usage:
-        outputs = [last[index] for index in range(len(streams))]
+        outputs = [last[index] for index in range(num_choices)]
         ending["usage"] = _whole_usage(chat, outputs, await _count_thoughts(chat, thoughts))
     if ending:
         yield event(chunks.head | {"choices": []} | ending)

@@ -30,20 +30,20 @@ from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.scope import scope
 from deployments.api.streaming import (
     Chunks,
+    EventStream,
     await_first,
     event,
-    event_stream,
-    merge,
 )
-from deployments.api.whole import Output, Whole, collect_all
-from deployments.front.front import Front, TextDelta
+from deployments.api.whole import Output, Whole, collect
+from deployments.front.front import Front
+from deployments.front.generation import Generation, TextDelta, TextDeltas
 from deployments.front.request_options import RequestOptions
 from engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class _Started:
-    """A request under way: each prompt has num_choices streams, one after another."""
+    """A request under way: each prompt has num_choices outputs, one after another."""
 
     front: Front
     request: CompletionRequest
@@ -51,7 +51,8 @@ class _Started:
     options: RequestOptions
     head: dict[str, Any]  # what all answers begin with
     prompts: list[list[int]]
-    streams: list[AsyncGenerator[TextDelta]]
+    num_outputs: int
+    steps: Generation | AsyncGenerator[TextDeltas]
 
     def logprobs(self, prompt: list[int]) -> TextLogprobs | None:
         """What makes the logprobs of a choice, if they are asked for."""
@@ -71,7 +72,7 @@ class _Started:
         return {**of_prompt, "token_ids": list(output.token_ids)}
 
     def usage(self, outputs: Sequence[Output | TextDelta]) -> dict[str, Any]:
-        """Token counts, given the outputs of all streams."""
+        """Token counts, given all outputs."""
         firsts = outputs[:: self.request.num_choices]
         return usage(
             sum(map(len, self.prompts)),
@@ -92,7 +93,7 @@ def routes(front: Front) -> APIRouter:
         if not request.stream:
             return await (await complete_text(front, request)).response()
         events = _events(await _start(front, request))
-        return event_stream(await await_first(events) if request.may_be_refused else events)
+        return EventStream(await await_first(events) if request.may_be_refused else events)
 
     return router
 
@@ -100,7 +101,9 @@ def routes(front: Front) -> APIRouter:
 async def complete_text(front: Front, request: CompletionRequest) -> Whole:
     """Raises ApiError for a request that cannot be served."""
     started = await _start(front, request)
-    return Whole(await collect_all(started.streams), partial(_answer, started))
+    async with aclosing(started.steps) as steps:
+        outputs = await collect(steps, started.num_outputs)
+    return Whole(outputs, partial(_answer, started))
 
 
 def _answer(started: _Started, outputs: list[Output]) -> dict[str, Any]:
@@ -126,7 +129,8 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
     resume, num_prompts = given_resume(request.resume), len(request.prompts)
     params, options = await go_on(resume, front, params, options, num_prompts)
     handed = scope().handed if num_prompts == 1 else None
-    prompts, texts = [], []
+    prompts: list[list[int]] = []
+    texts: list[str] = []  # of them, for echo
     for prompt in request.prompts:
         tokens = handed.tokens if handed else await _encode(front, prompt, params)
         kept = front.truncate(tokens, params)
@@ -135,7 +139,7 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         is_whole = isinstance(prompt, str) and len(kept) == len(tokens)
         if request.echo and not is_whole:
             prompt = await front.decode(kept, params.skip_special_tokens)
-        texts.append(prompt)
+        texts.append(str(prompt))
     num_choices = request.num_choices
     check_queue(front, len(prompts) * num_choices, sum(map(len, prompts)) * num_choices)
     scope().end_reading()
@@ -146,17 +150,10 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
         "model": front.model_name,
         "system_fingerprint": front.fingerprint,
     }
-    streams: list[AsyncGenerator[TextDelta]] = []
-    for tokens, text in zip(prompts, texts, strict=True):
-        choices: Sequence[AsyncGenerator[TextDelta]] = front.generate_choices(
-            tokens, params, options
-        )
-        if request.max_tokens == 0:
-            choices = [_without_output(deltas) for deltas in choices]
-        if request.echo:
-            choices = [_echo(str(text), deltas) for deltas in choices]
-        streams += choices
-    return _Started(front, request, params, options, head, prompts, streams)
+    generation = front.generate(prompts, params, options)
+    has_shape = request.echo or request.max_tokens == 0
+    steps = _as_asked(generation, request, texts) if has_shape else generation
+    return _Started(front, request, params, options, head, prompts, len(generation), steps)
 
 
 async def _encode(front: Front, prompt: str | list[int], params: SamplingParams) -> list[int]:
@@ -168,28 +165,35 @@ async def _encode(front: Front, prompt: str | list[int], params: SamplingParams)
         raise prompt_error(error, "prompt") from error
 
 
-async def _echo(prompt: str, deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
-    """The prompt as the beginning of the text."""
-    async with aclosing(deltas):
-        async for delta in deltas:
-            yield replace(delta, text=prompt + delta.text)
-            prompt = ""
+async def _as_asked(
+    generation: Generation, request: CompletionRequest, prompts: Sequence[str]
+) -> AsyncGenerator[TextDeltas]:
+    """With `echo` the prompt begins the text; with max_tokens=0 nothing generated is in it."""
+    begun: set[int] = set()
+    async with aclosing(generation):
+        async for news in generation:
+            shaped: TextDeltas = []
+            for index, delta in news:
+                if request.max_tokens == 0:
+                    generation.complete(index)
+                    delta = _without_output(delta)
+                if request.echo and index not in begun:
+                    delta.text = prompts[index // request.num_choices] + delta.text
+                begun.add(index)
+                shaped.append((index, delta))
+            yield shaped
 
 
-async def _without_output(deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
-    """Nothing of what was generated, as if max_tokens had been 0."""
-    async with aclosing(deltas):
-        async for delta in deltas:
-            yield replace(
-                delta,
-                text="",
-                num_tokens=0,
-                token_ids=(),
-                finish_reason="length",
-                stop_reason=None,
-                logprobs=None,
-            )
-            return
+def _without_output(delta: TextDelta) -> TextDelta:
+    return replace(
+        delta,
+        text="",
+        num_tokens=0,
+        token_ids=(),
+        finish_reason="length",
+        stop_reason=None,
+        logprobs=None,
+    )
 
 
 def _choice(started: _Started, index: int, prompt: list[int], output: Output) -> dict[str, Any]:
@@ -209,12 +213,12 @@ def _choice(started: _Started, index: int, prompt: list[int], output: Output) ->
 
 
 async def _events(started: _Started) -> AsyncGenerator[str]:
-    """One text per step, however many events it has: each is one write."""
+    """One text for all that has come, however many events it has: each is one write."""
     head, num_choices = started.head, started.request.num_choices
     chunks = Chunks(head)
     logprobs = [started.logprobs(p) for p in started.prompts for _ in range(num_choices)]
     last: dict[int, TextDelta] = {}
-    async with aclosing(merge(started.streams)) as steps:
+    async with aclosing(started.steps) as steps:
         async for news in steps:
             events = []
             for index, delta in news:
@@ -237,14 +241,14 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
                     counts = None
                     if started.request.continuous_usage:
                         counts = usage(len(prompt), delta.num_tokens, delta.num_cached_tokens)
-                    events.append(chunks.event(choice, counts))
+                    is_only = started.num_outputs == 1
+                    id_line = event_id(started.params, delta.num_tokens) if is_only else ""
+                    events.append(id_line + chunks.event(choice, counts))
             if events:
-                if len(started.streams) == 1:
-                    events[-1] = event_id(started.params, delta.num_tokens) + events[-1]
                 yield "".join(events)
     ending = metrics(started.request, started.options)
     if started.request.include_usage:
-        outputs = [last[index] for index in range(len(started.streams))]
+        outputs = [last[index] for index in range(started.num_outputs)]
         ending["usage"] = started.usage(outputs)
     if ending:
         yield event(head | {"choices": []} | ending)

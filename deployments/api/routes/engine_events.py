@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from deployments.api.streaming import event, event_stream
+from deployments.api.streaming import EventStream, event
 from deployments.front.front import Front
 
 _INTERVAL_S = 0.1
@@ -27,7 +27,7 @@ def routes(front: Front) -> APIRouter:
 
     @router.get("/engine/events", response_model=None, include_in_schema=False)
     async def engine_events() -> Response:
-        return event_stream(_events(front))
+        return EventStream(_events(front))
 
     return router
 

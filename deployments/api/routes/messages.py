@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.api.admission import check_model, max_counted_tokens, prompt_error
 from deployments.api.bodies import BodyRoute
-from deployments.api.chat import AnswerDelta, Chat, as_chat, read
+from deployments.api.chat import AnswerDelta, Chat, as_chat
 from deployments.api.errors import report
 from deployments.api.schema.answers import documented
 from deployments.api.schema.message_output import (
@@ -25,7 +25,7 @@ from deployments.api.schema.message_request import (
 )
 from deployments.api.schema.tools import left_out_header
 from deployments.api.scope import scope
-from deployments.api.streaming import await_first, event_stream, named_event
+from deployments.api.streaming import EventStream, await_first, named_event
 from deployments.front.front import Front
 
 
@@ -46,7 +46,7 @@ def routes(front: Front) -> APIRouter:
         if request.stream:
             if chat.may_be_refused:
                 events = await await_first(events)
-            return event_stream(events, _failed, headers)
+            return EventStream(events, _failed, headers)
         async with aclosing(events):
             async for _ in events:
                 pass
@@ -75,16 +75,16 @@ def routes(front: Front) -> APIRouter:
 
 
 async def _events(chat: Chat, output: MessageOutput) -> AsyncGenerator[str]:
-    (stream,) = chat.streams()
     step: AnswerDelta | None = None
     has_begun = False
-    async with aclosing(read(stream, chat.new_parser())) as steps:
-        async for step in steps:
-            news = [] if has_begun else [output.begin(_usage(chat, step, 0))]
-            has_begun = True
-            news += [e for piece in step.pieces for e in output.add(piece)]
-            if news:
-                yield "".join(map(named_event, news))
+    async with aclosing(chat.answers()) as answers:
+        async for steps in answers:
+            for _, step in steps:
+                news = [] if has_begun else [output.begin(_usage(chat, step, 0))]
+                has_begun = True
+                news += [e for piece in step.pieces for e in output.add(piece)]
+                if news:
+                    yield "".join(map(named_event, news))
     assert step is not None, "a stream has at least one delta"
     num_thinking = await chat.count_tokens(output.reasoning)
     usage = _usage(chat, step, num_thinking)

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import TypeAdapter
 
 from deployments.api.bodies import BodyRoute
-from deployments.api.chat import Chat, as_chat, read
+from deployments.api.chat import AnswerDelta, Chat, as_chat
 from deployments.api.errors import ApiError, report
 from deployments.api.response_store import ResponseStore, StoredResponse
 from deployments.api.schema import answers
@@ -19,8 +19,9 @@ from deployments.api.schema.responses.output import ResponseOutput
 from deployments.api.schema.responses.request import ENCRYPTED, OTHER_NAMES, ResponseRequest
 from deployments.api.schema.tools import left_out_header
 from deployments.api.scope import scope
-from deployments.api.streaming import await_first, event_stream, named_event
-from deployments.front.front import Front, TextDelta
+from deployments.api.streaming import EventStream, await_first, named_event
+from deployments.front.front import Front
+from deployments.front.generation import TextDelta
 from engine.strict import shown
 from engine.text.messages import Message
 
@@ -49,7 +50,7 @@ def routes(front: Front) -> APIRouter:
         if request.stream:
             if chat.may_be_refused:
                 events = await await_first(events)
-            return event_stream(events, lambda error: _failed(output, error), headers)
+            return EventStream(events, lambda error: _failed(output, error), headers)
         async with aclosing(events):
             async for _ in events:
                 pass
@@ -99,18 +100,17 @@ async def _stored(
 
 async def _events(chat: Chat, output: ResponseOutput) -> AsyncGenerator[str]:
     opening = list(map(named_event, output.begin()))
-    (stream,) = chat.streams()
-    reason: str | None = None
-    delta: TextDelta | None = None
-    async with aclosing(read(stream, chat.new_parser())) as steps:
-        async for step in steps:
-            delta, reason = step.delta, step.finish_reason
-            news = [named_event(e) for piece in step.pieces for e in output.add(piece)]
-            if opening or news:
-                yield "".join(opening + news)
-                opening = []
-    assert delta is not None, "a stream has at least one delta"
-    yield "".join(map(named_event, output.end(reason, await _usage(chat, output, delta))))
+    step: AnswerDelta | None = None
+    async with aclosing(chat.answers()) as answers:
+        async for steps in answers:
+            for _, step in steps:
+                news = [named_event(e) for piece in step.pieces for e in output.add(piece)]
+                if opening or news:
+                    yield "".join(opening + news)
+                    opening = []
+    assert step is not None, "a stream has at least one delta"
+    usage = await _usage(chat, output, step.delta)
+    yield "".join(map(named_event, output.end(step.finish_reason, usage)))
 
 
 def _failed(output: ResponseOutput, error: Exception | None) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deployments.api.whole import Output
-from deployments.front.front import TextDelta
+from deployments.front.generation import TextDelta
 from engine.schedule.step import TokenLogprobs
 from engine.text.tokenizer import Tokenizer
 

@@ -1,0 +1,187 @@
+"""The outputs of a request on their way: what engine steps bring them, as text.
+
+Between the engine's message and the event that is made of it there is one place to wait, for all
+outputs of a request together; what lies behind is called, not awaited.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from deployments.front.arrivals import Arrivals
+from deployments.front.engine_client import EngineClient, Live
+from deployments.front.request_options import RequestOptions
+from deployments.observe.request_record import RequestRecord
+from engine.sampling_params import SamplingParams
+from engine.schedule.step import TokenDelta, TokenLogprobs
+from engine.text.detokenizer import Detokenizer
+from engine.text.tokenizer import Tokenizer
+
+# Outputs begin a few at a time: each has something to do, and others want to run too.
+_STARTED_AT_ONCE = 16
+
+
+@dataclass(slots=True)  # not frozen, which would double what making one costs
+class TextDelta:
+    """What one engine step brought an output, as text."""
+
+    text: str
+    num_tokens: int  # output tokens so far
+    num_cached_tokens: int
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    # If asked for: of the tokens whose text has come, and of the prompt, once.
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    token_ids: Sequence[int] = ()  # that the step brought, also where their text is held back
+    is_known: bool = False  # the client has it, of a stream that broke
+
+
+# By the index of the output.
+TextDeltas = list[tuple[int, TextDelta]]
+
+
+class Generation:
+    """Iterates over what the steps bring, to the last output's end. To close it aborts the others.
+
+    Every output has at least one delta, and its last one has a finish_reason. Without
+    `options.stream` the text of each comes in one piece where nothing in it can end it. Raises what
+    `EngineClient.start` and the requests it starts raise. The caller has had the parameters
+    passed by `Front.in_tokens` and `Front.check`.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        asked: Sequence[tuple[list[int], SamplingParams, int]],
+        options: RequestOptions,
+    ) -> None:
+        """
+        Args:
+            asked: of each output the prompt, the parameters and the seed.
+        """
+        self._client = client
+        self._tokenizer = tokenizer
+        self._asked = asked
+        self._options = options
+        self._outputs: list[_Output] = []
+        self._lives: list[Live | None] = []  # None once it has ended
+        self._num_ended = 0
+        self._arrivals = Arrivals()
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> TextDeltas:
+        if not self._outputs:
+            known = await self._start()
+            if known:
+                return known
+        if self._num_ended == len(self._asked):
+            raise StopAsyncIteration
+        news: TextDeltas = []
+        for index, delta in (await self._arrivals.take()).items():
+            if self._lives[index] is not None:
+                for text in self._outputs[index].read(delta):
+                    news.append((index, text))
+                    if text.finish_reason is not None:
+                        self._leave(index)
+        return news
+
+    async def _start(self) -> TextDeltas:
+        """Returns the text that is there already, of an output that is gone on with."""
+        for index, (prompt, params, seed) in enumerate(self._asked):
+            record = RequestRecord(len(prompt), params.max_tokens)
+            self._options.records.append(record)
+            self._outputs.append(_Output(self._tokenizer, prompt, params, self._options, record))
+            options = self._options
+            if not options.stream and _comes_in_parts(params):
+                options = replace(options, stream=True)
+            arrivals = self._arrivals
+            self._lives.append(
+                self._client.start(prompt, params, seed, options, record, arrivals, index)
+            )
+            if index % _STARTED_AT_ONCE == _STARTED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        known = list(self._options.known_tokens)  # of the only output
+        return [(0, text) for text in self._outputs[0].read(TokenDelta("", known))] if known else []
+
+    def complete(self, index: int) -> None:
+        """The output is told to be complete; there will be no more of it."""
+        if self._lives[index] is not None:
+            self._outputs[index].record.finish_reason = "stop"
+            self._leave(index)
+
+    def _leave(self, index: int) -> None:
+        live, self._lives[index] = self._lives[index], None
+        if live is not None:
+            self._num_ended += 1
+            self._client.leave(live)
+
+    async def aclose(self) -> None:
+        for index in range(len(self._lives)):
+            self._leave(index)
+
+
+class _Output:
+    """One output's tokens as text."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        params: SamplingParams,
+        options: RequestOptions,
+        record: RequestRecord,
+    ) -> None:
+        self.record = record
+        self._detokenizer = Detokenizer(tokenizer, prompt, params, options.shown_tokens)
+        self._num_known = options.position  # tokens whose text the client has
+        self._held: list[TokenLogprobs] = []  # of tokens whose text is held back
+
+    def read(self, delta: TokenDelta) -> list[TextDelta]:
+        """The text that a step brings, the last one up to a stop string."""
+        cut = self._num_known - self._detokenizer.num_tokens
+        if not 0 < cut < len(delta.token_ids):
+            return [self._text_of(delta)]
+        ids, logprobs = delta.token_ids, delta.logprobs
+        first = replace(delta, token_ids=ids[:cut], finish_reason=None, stop_token=None)
+        rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
+        return [
+            self._text_of(replace(first, logprobs=logprobs and logprobs[:cut])),
+            self._text_of(replace(rest, logprobs=logprobs and logprobs[cut:])),
+        ]
+
+    def _text_of(self, delta: TokenDelta) -> TextDelta:
+        detokenizer, reason = self._detokenizer, delta.finish_reason
+        stop_reason: int | str | None = delta.stop_token
+        text = detokenizer.push(delta.token_ids, last=reason is not None, stopped=reason == "stop")
+        if detokenizer.stop_string is not None:
+            self.record.finish_reason = reason = "stop"
+            stop_reason = detokenizer.stop_string
+        logprobs: list[TokenLogprobs] | None = None
+        if delta.logprobs is not None:
+            self._held += delta.logprobs
+            if reason or not detokenizer.holds_back:
+                logprobs, self._held = self._held, []
+        return TextDelta(
+            text,
+            detokenizer.num_tokens,
+            self.record.num_cached,
+            reason,
+            stop_reason,
+            logprobs,
+            delta.prompt_logprobs,
+            delta.token_ids,
+            is_known=detokenizer.num_tokens <= self._num_known,
+        )
+
+
+def _comes_in_parts(params: SamplingParams) -> bool:
+    """A stop string is found only in the text, and logprobs come token by token."""
+    asks_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    return bool(params.stop) or asks_logprobs
