@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 from kernels.quantization import Quantization
 from kernels.types import (
     AttentionInputs,
@@ -155,7 +155,7 @@ class Ops:
     # Weights [out, in] of one input, one below the other, with the bits that are stored; None, here
     # or of what is given, where no kernel multiplies those.
     pack_stored: (
-        Callable[[Sequence[Tensor | GroupedWeight], Tensor | None], Linear | None] | None
+        Callable[[Sequence[Tensor | StoredWeight], Tensor | None], Linear | None] | None
     ) = None
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = (

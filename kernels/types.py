@@ -7,7 +7,7 @@ D = head dimension, V = vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ class Rounded(NamedTuple):
         """Of x [T, N]; contents are undefined."""
         values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
         return cls(values, x.new_empty(x.shape[0], 1, dtype=torch.float32), x.dtype)
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A linear map that has its weight as it was given, so that it may be an embedding too."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [T, in] of the weight [out, in]; ids [T] int64."""
 
 
 @dataclass(frozen=True)

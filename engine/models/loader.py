@@ -24,7 +24,7 @@ from engine.models.weights import weight_format
 from engine.progress import Progress
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -189,17 +189,16 @@ def load_weights(
         _check(wanted.values(), reader, model.is_tied)
         widened: list[Tensor] = []
         for _, module in modules:
-            is_head, embeds = module is model.lm_head, module is model.model.embed_tokens
             is_packed = False
             for name in sorted(module.sources):  # a bias before the weight that is packed with it
                 parameter, sources = module.get_parameter(name), wanted[module, name]
                 progress.update(parameter.nbytes)
-                if stored_for and name == "weight" and (is_head or not embeds):
+                if stored_for and name == "weight":
                     parts = _stored(sources, reader, parameter.dtype)
                     is_packed = bool(parts) and module.pack_stored(stored_for, parts)
-                    if is_packed and not embeds:
+                    if is_packed:
                         continue
-                    if not is_packed and reader.narrow.intersection(s.name for s in sources):
+                    if reader.narrow.intersection(source.name for source in sources):
                         widened.append(parameter)
                 _fill(parameter, sources, reader)
             if not is_packed:
@@ -217,15 +216,15 @@ def load_weights(
 
 def _stored(
     sources: list[Source], reader: TensorReader, dtype: torch.dtype
-) -> list[Tensor | GroupedWeight]:
+) -> list[Tensor | StoredWeight]:
     """Of a weight what is stored of it, and what is as values; nothing where all of it is."""
     if not reader.narrow.intersection(source.name for source in sources):
         return []
-    parts: list[Tensor | GroupedWeight] = []
+    parts: list[Tensor | StoredWeight] = []
     for source in sources:
-        grouped = reader.stored(source) if source.name in reader.narrow else None
-        parts.append(reader.read(source).to(dtype) if grouped is None else grouped)
-    return parts if any(isinstance(part, GroupedWeight) for part in parts) else []
+        stored = reader.stored(source) if source.name in reader.narrow else None
+        parts.append(reader.read(source).to(dtype) if stored is None else stored)
+    return parts if any(isinstance(part, StoredWeight) for part in parts) else []
 
 
 def _check(wanted: Iterable[list[Source]], reader: TensorReader, is_tied: bool) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.models.weights.format import StoredTensor, WeightFormat
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 from kernels.types import Rounded
 
 
@@ -79,7 +79,7 @@ class ShardedModule(nn.Module):
     def pack(self, ops: Ops) -> None:
         """Its parameters are loaded: bring them into the device's layout, where that is another."""
 
-    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | GroupedWeight]) -> bool:
+    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | StoredWeight]) -> bool:
         """Instead of loading `weight`: pack it with the bits that are stored, if that can be done.
 
         Args:
@@ -117,7 +117,7 @@ class ShardedLinear(ShardedModule):
         for name in self._tensors:
             delattr(self, name)
 
-    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | GroupedWeight]) -> bool:
+    def pack_stored(self, ops: Ops, parts: Sequence[Tensor | StoredWeight]) -> bool:
         packed = ops.pack_stored(parts, self._packed_bias()) if ops.pack_stored else None
         if packed is None:
             return False
