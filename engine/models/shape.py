@@ -47,6 +47,7 @@ class LanguageModel(Protocol):
     """A loaded model over a paged KV cache."""
 
     is_recordable: bool  # whether its decoding may be recorded and replayed
+    is_all_ops: bool  # whether nothing but the device's ops computes it
 
     def __call__(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden] of a step; writes its keys and values."""

@@ -168,7 +168,7 @@ class ModelRunner:
         exact_dtypes = self.dtype is self.cache_dtype is torch.float32
         if self.config.deterministic or (exact_dtypes and not self.config.quantization):
             return True
-        return self.ops.is_invariant and self.model.is_recordable and self.ranks.tensor.size <= 2
+        return self.ops.is_invariant and self.model.is_all_ops and self.ranks.tensor.size <= 2
 
     @property
     def max_drafts(self) -> int:

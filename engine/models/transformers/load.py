@@ -52,9 +52,11 @@ def load_module(
     let_us_attend(module)
     groups = {i: g for g, layers in enumerate(shape.cache_groups(parallel.size)) for i in layers}
     windows = [cache.window for cache in probed.caches]
-    # As CUDA graphs, that is, and where no step waits for what experts were chosen.
-    has_experts = any("experts" in path for path, _ in module.named_modules())
-    is_recordable = device.type == "cuda" and module._can_compile_fullgraph and not has_experts
+    if device.type == "cuda":  # no step may wait for what experts were chosen
+        has_experts = any("experts" in path for path, _ in module.named_modules())
+        is_recordable = module._can_compile_fullgraph and not has_experts
+    else:  # which is tried
+        is_recordable = parallel.size == 1 and ops.new_recorder is not None
     model = TransformersModel(
         module, windows, [groups[i] for i in range(len(groups))], ops, dtype, is_recordable
     )
