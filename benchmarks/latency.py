@@ -80,12 +80,13 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
         enable_prefix_caching=False,
     )
     options |= dict(map(parse_option, arguments.option))
-    machine = machine_for(EngineConfig(model=arguments.model, **options))
+    config = EngineConfig(model=arguments.model, **options)
+    machine = machine_for(config) if arguments.floor else None
     llm = LLM(arguments.model, **options)
     cache_bytes = llm.engine.runner.cache_dtype.itemsize
-    config = read_shape(checkpoint.resolve(arguments.model))
     measure(llm, min(2, max(arguments.batch)), 16, 4, seed=1)  # to warm up
-    print("batch  prompt tok/s   step ms    tok/s  floor ms  share  quiet")
+    of_floor = "  floor ms  share" if arguments.floor else ""
+    print(f"batch  prompt tok/s   step ms    tok/s{of_floor}  quiet")
     results = []
     for batch in arguments.batch:
         lengths = (batch, arguments.prompt, arguments.output)
@@ -95,23 +96,22 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
             with busy_neighbours(arguments.neighbours):
                 result = measure(llm, *lengths, seed=batch + 2)
             result["of_quiet"] = quiet_ms / result["step_ms"]
-        floor_s = decode_step_s(
-            config, batch, result["context"], machine, llm.config.quantization, cache_bytes
-        )
-        result["floor_ms"] = floor_s * 1e3
+        if machine is not None:
+            shape, context = read_shape(checkpoint.resolve(arguments.model)), result["context"]
+            quantization = llm.config.quantization
+            floor_s = decode_step_s(shape, batch, context, machine, quantization, cache_bytes)
+            result["floor_ms"] = floor_s * 1e3
         results.append(result)
         show(result)
     return results
 
 
 def show(result: dict[str, float]) -> None:
-    left = f"{result['of_quiet']:7.0%}" if "of_quiet" in result else ""
-    print(
-        f"{result['batch']:5} {result['prompt_tok_s']:13.0f} {result['step_ms']:9.1f} "
-        f"{result['tok_s']:8.1f} {result['floor_ms']:9.1f} "
-        f"{result['floor_ms'] / result['step_ms']:6.0%}{left}",
-        flush=True,
-    )
+    line = f"{result['batch']:5} {result['prompt_tok_s']:13.0f} {result['step_ms']:9.1f} "
+    line += f"{result['tok_s']:8.1f}"
+    if "floor_ms" in result:
+        line += f" {result['floor_ms']:9.1f} {result['floor_ms'] / result['step_ms']:6.0%}"
+    print(line + (f"{result['of_quiet']:7.0%}" if "of_quiet" in result else ""), flush=True)
 
 
 def main() -> None:
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=300, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of each output")
+    parser.add_argument("--floor", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--neighbours", type=int, default=0, help="busy processes beside it")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="any EngineConfig field"

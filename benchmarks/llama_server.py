@@ -5,6 +5,7 @@
 Says its address, and ends with its input.
 """
 
+import os
 import sys
 
 import xllamacpp  # type: ignore[import-not-found]
@@ -22,6 +23,7 @@ def main() -> None:
     server = xllamacpp.Server(params)
     print("address", server.listening_address, flush=True)
     sys.stdin.read()
+    os._exit(0)  # its destructor waits for a loop that nothing ends
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class PeakMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.own = self.files = self.shared = 0
+        self.own = self.files = self.shared = self.all = 0
         self._done = threading.Event()
 
     def run(self) -> None:
@@ -39,9 +39,12 @@ class PeakMemory(threading.Thread):
             status = dict(
                 line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
             )
-            self.own = max(self.own, int(status["RssAnon"].split()[0]) * 1024)
-            self.shared = max(self.shared, int(status["RssShmem"].split()[0]) * 1024)
-            self.files = max(self.files, int(status["RssFile"].split()[0]) * 1024)
+            own, shared, files = (
+                int(status[f"Rss{kind}"].split()[0]) * 1024 for kind in ("Anon", "Shmem", "File")
+            )
+            self.own, self.shared = max(self.own, own), max(self.shared, shared)
+            self.files = max(self.files, files)
+            self.all = max(self.all, own + shared + files)
 
     def stop(self) -> None:
         self._done.set()
@@ -111,13 +114,17 @@ def run(model: str, options: dict[str, Any], load_format: str, file: str | None)
     shape = read_shape(checkpoint.resolve(model))
     embedding = shape.vocab_size * shape.hidden_size * runner.dtype.itemsize
     weights = weight_bytes(shape, llm.config.quantization, runner.dtype.itemsize) + embedding
+    if (file_of_bits := Path(model)).suffix == ".gguf":
+        weights = file_of_bits.stat().st_size
+        per_gb = phases.seconds["load and pack weights"] / weights * 1e9
+        print(f"a file of {weights / _GIB:.2f} GiB, packed in {per_gb:.1f} s for each GB")
     print(" ".join(f"{name} {seconds:.2f} s;" for name, seconds in phases.seconds.items()))
     print(f"{total:.2f} s to the first token")
     print(
         f"weights {weights / _GIB:.2f} + pool {pool / _GIB:.2f} GiB; peak {memory.own / _GIB:.2f},"
         f" {(memory.own - weights - pool) / _GIB:+.2f} GiB beside them; "
         f"in shared memory {memory.shared / _GIB:.2f}, pages of files at most "
-        f"{memory.files / _GIB:.2f} GiB"
+        f"{memory.files / _GIB:.2f}, all of it at most {memory.all / _GIB:.2f} GiB"
     )
 
 

@@ -1,7 +1,8 @@
 """Weights of few bits in groups of inputs that share a scale, as many formats have them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,40 +59,74 @@ class GroupedWeight:
             levels = (levels - zeros) * scales[:, :, None]
         return levels.flatten(1)
 
-    def rows(self, order: Tensor | slice) -> "GroupedWeight":
-        """Some of the outputs, in this order."""
-        return self.with_tensors({name: tensor[order] for name, tensor in self.tensors.items()})
+    @property
+    def common(self) -> int:
+        """Inputs that share a group or a super-block."""
+        return self.group if self.super_scales is None else SUPER_GROUP
 
-    def narrow(self, dim: int, start: int, end: int) -> "GroupedWeight | None":
-        """[start, end) of the outputs (0) or of the inputs; None where that would cut a group."""
-        if dim == 0:
-            return self.rows(slice(start, end))
-        inputs, whole = self.shape[1], self.group if self.super_scales is None else SUPER_GROUP
-        if start % whole or end % whole:
-            return None
+    def stored(self) -> "StoredWeight":
+        return StoredWeight(self.shape, lambda rows: self._each(lambda t: t.index_select(0, rows)))
+
+    def inputs(self, start: int, end: int) -> "GroupedWeight":
+        """[start, end) of the inputs, which cut no group."""
 
         def cut(tensor: Tensor) -> Tensor:
             entries = tensor.shape[1]
-            return tensor[:, start * entries // inputs : end * entries // inputs]
+            first, last = (n * entries // self.shape[1] for n in (start, end))
+            return tensor[:, first:last]
 
-        return self.with_tensors({name: cut(tensor) for name, tensor in self.tensors.items()})
+        return self._each(cut)
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Those that it has, by their names here."""
+    def times(self, factor: float) -> "GroupedWeight":
+        """With scales that are rounded anew."""
+        of_super = self.super_scales is not None
+        names = ("super_scales", "super_minimums") if of_super else ("scales", "minimums")
+        own = {name: getattr(self, name) for name in names}
+        changes: dict[str, Any] = {
+            name: (tensor.float() * factor).to(tensor.dtype)
+            for name, tensor in own.items()
+            if tensor is not None
+        }
+        return replace(self, **changes)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "GroupedWeight":
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> "GroupedWeight":
-        changes: dict[str, Any] = dict(tensors)
+        changes: dict[str, Any] = {
+            name: function(value) for name, value in found.items() if isinstance(value, Tensor)
+        }
         return replace(self, **changes)
 
 
-def joined(parts: Sequence[GroupedWeight]) -> GroupedWeight:
-    """Weights of one layout below each other."""
-    if len(parts) == 1:
-        return parts[0]
-    found = [part.tensors for part in parts]
-    return parts[0].with_tensors(
-        {name: torch.cat([each[name] for each in found]) for name in found[0]}
-    )
+@dataclass(frozen=True)
+class StoredWeight:
+    """A grouped weight whose rows are taken from where they are stored when they are wanted."""
+
+    shape: tuple[int, int]
+    rows: Callable[[Tensor], GroupedWeight]  # of these outputs
+
+    @cached_property
+    def first(self) -> GroupedWeight:
+        return self.rows(torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        return self.first.layout
+
+    def ordered(self, order: Tensor) -> "StoredWeight":
+        """With its outputs in this order, or some of them."""
+        return StoredWeight((len(order), self.shape[1]), lambda rows: self.rows(order[rows]))
+
+    def narrow(self, dim: int, start: int, end: int) -> "StoredWeight | None":
+        """[start, end) of the outputs (0) or of the inputs; None where that would cut a group."""
+        outputs, inputs = self.shape
+        if dim == 0:
+            return StoredWeight((end - start, inputs), lambda rows: self.rows(rows + start))
+        if (start, end) == (0, inputs):
+            return self
+        if start % self.first.common or end % self.first.common:
+            return None
+        cut = outputs, end - start
+        return StoredWeight(cut, lambda rows: self.rows(rows).inputs(start, end))
+
+    def times(self, factor: float) -> "StoredWeight":
+        return StoredWeight(self.shape, lambda rows: self.rows(rows).times(factor))

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.checkpoint import CheckpointError, read_json
 from engine.models.blocks.linear import Source
 from engine.models.weights.stored import StoredFormat, stored_format
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 
 _ROWS = 4096
 _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
@@ -33,7 +33,7 @@ class TensorReader(Protocol):
     def read(self, source: Source) -> Tensor:
         """The slice, from disk; raises CheckpointError when there is no such tensor."""
 
-    def stored(self, source: Source) -> GroupedWeight | None:
+    def stored(self, source: Source) -> StoredWeight | None:
         """The slice with the bits that it has on disk; None where no kernel multiplies those."""
 
     def values(self, name: str) -> Tensor:
@@ -116,7 +116,7 @@ class SafetensorsReader:
             raise CheckpointError(f"the checkpoint's {source.name} has values that are no numbers")
         return values
 
-    def stored(self, source: Source) -> GroupedWeight | None:
+    def stored(self, source: Source) -> StoredWeight | None:
         return None
 
     def values(self, name: str) -> Tensor:
@@ -146,6 +146,9 @@ _BESIDE = frozenset(
     (
         *("qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "weight_zero_point"),
         *("weight_shape", "weight_g_idx", "weight_global_scale"),
+        *("SCB", "weight_format", "weight.absmax", "weight.quant_map"),
+        *("weight.nested_absmax", "weight.nested_quant_map"),
+        *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"),
     )
 )
 # Of activations, which are computed as they are.
@@ -167,9 +170,8 @@ class DequantizedReader:
         self._format = format
         self._parts: dict[str, dict[str, str]] = {}  # names by what follows the map's, by map
         for name in stored.names:
-            linear, _, what = name.rpartition(".")
-            if what in _BESIDE:
-                self._parts.setdefault(linear, {})[what] = name
+            for what in (what for what in _BESIDE if name.endswith(f".{what}")):
+                self._parts.setdefault(name.removesuffix(f".{what}"), {})[what] = name
         for linear, parts in self._parts.items():
             parts |= {w: f"{linear}.{w}" for w in _MAIN if f"{linear}.{w}" in stored.names}
         self.num_values = stored.num_values
@@ -202,12 +204,12 @@ class DequantizedReader:
             return self._stored.values(name)
         return self._format.values(self._read(parts))
 
-    def stored(self, source: Source) -> GroupedWeight | None:
+    def stored(self, source: Source) -> StoredWeight | None:
         parts = self._parts.get(source.name.removesuffix(".weight"))
         whole = None if parts is None else self._format.grouped(self._read(parts))
         if whole is None or whole.shape != source.shape:
             return None
-        return whole.narrow(source.dim, source.start, source.end)
+        return whole.stored().narrow(source.dim, source.start, source.end)
 
     def _read(self, parts: dict[str, str]) -> dict[str, Tensor]:
         return {what: self._stored.values(name) for what, name in parts.items()}

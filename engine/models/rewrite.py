@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.models.blocks.linear import Source
 from engine.models.reader import TensorReader
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,15 @@ class RewrittenReader:
             values = values.float() - values.float().mean(dim, keepdim=True)
         return values if rewrite.times == 1 else values * rewrite.times
 
-    def stored(self, source: Source) -> GroupedWeight | None:
+    def stored(self, source: Source) -> StoredWeight | None:
         rewrite = self._stored[source.name][1]
-        if rewrite.plus or rewrite.times != 1:
+        if rewrite.plus or rewrite.without_mean_of is not None:
             return None
         weight = self._reader.stored(self._source(source))
         if weight is not None and rewrite.order:
             rows = torch.arange(weight.shape[0]).unflatten(0, (-1, len(rewrite.order)))
-            weight = weight.rows(rows[:, list(rewrite.order)].flatten())
-        return weight
+            weight = weight.ordered(rows[:, list(rewrite.order)].flatten())
+        return weight if weight is None or rewrite.times == 1 else weight.times(rewrite.times)
 
     def values(self, name: str) -> Tensor:
         return self._reader.values(self._stored[name][0])

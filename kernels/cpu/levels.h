@@ -69,6 +69,12 @@ struct DotBytes {
             }
         }
     }
+    // The i-th level of a word.
+    static int32_t level(const int32_t (*words)[COLUMNS], int64_t column, int64_t i) {
+        if constexpr (PARTS == 2) return static_cast<int16_t>(words[i % 2][column] >> i / 2 * 16);
+        const auto byte = static_cast<uint8_t>(words[0][column] >> i * 8);
+        return BYTE_OFFSET == 0 ? static_cast<int8_t>(byte) : byte;
+    }
 };
 
 // Levels of up to 4 bits, of 5 in groups of 32, of 6 in groups of 16: their sums fit into 16 bits
@@ -89,6 +95,9 @@ struct DotLevels {
         return static_cast<int32_t>((first & 0xFFFF) | static_cast<uint32_t>(second) << 16);
     }
     static void take_apart(const int8_t* bytes, int32_t*& to) { std::memcpy(to++, bytes, 4); }
+    static int32_t level(const int32_t (*words)[COLUMNS], int64_t column, int64_t i) {
+        return words[0][column] >> i * 8 & 0xFF;
+    }
 };
 #else
 using DotLevels = DotBytes;
@@ -221,27 +230,29 @@ const char* take_apart(const Layout& layout, int64_t inputs, const char* from, i
 // ---- packing ----
 
 // A plane of `bits` of 32 levels in a column, from bit `shift` on.
-inline void pack_plane(const uint8_t* levels, int bits, int shift, int32_t* to) {
-    for (int i = 0; i < 32; ++i) {
-        const int word = i / 4, j = word % bits, t = word / bits;
-        const uint32_t level = levels[i] >> shift & ((1 << bits) - 1);
-        to[j * COLUMNS] |= static_cast<int32_t>(level << (i % 4 * 8 + t * bits));
+inline void pack_plane(const uint32_t* levels, int bits, int shift, int32_t* to) {
+    const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
+    for (int j = 0; j < bits; ++j) {
+        uint32_t word = 0;
+        for (int t = 0; j + bits * t < 8; ++t)
+            word |= (levels[j + bits * t] >> shift & mask) << (t * bits);
+        to[j * COLUMNS] = static_cast<int32_t>(word);
     }
 }
 
-// Outputs [output, output + COLUMNS) of levels [outputs, inputs].
-inline void pack_levels(const Layout& layout, const uint8_t* levels, int64_t output,
-                        int64_t outputs, int64_t inputs, char* to) {
+// Outputs [begin, end) of a panel at `to`, of levels [end - begin, inputs].
+inline void pack_levels(const Layout& layout, const uint8_t* levels, int64_t begin, int64_t end,
+                        int64_t inputs, char* to) {
     const int low = layout.bits == 8 ? 8 : layout.bits < 4 ? 2 : 4, high = layout.bits - low;
-    const uint8_t flip = layout.bits == 8 && layout.excess() == 0 ? 128 : 0;
+    const uint32_t flip = layout.bits == 8 && layout.excess() == 0 ? 0x80808080u : 0;
     for (int64_t i = 0; i < inputs; i += 32) {
         const int64_t block = i / layout.block_inputs(), within = i % layout.block_inputs();
         auto* words = reinterpret_cast<int32_t*>(to + block * layout.block_bytes() +
                                                  within * layout.bits / 8 * COLUMNS);
-        std::memset(words, 0, layout.bits * COLUMNS * sizeof(int32_t));
-        for (int64_t c = 0; c < std::min(COLUMNS, outputs - output); ++c) {
-            uint8_t own[32];
-            for (int j = 0; j < 32; ++j) own[j] = levels[(output + c) * inputs + i + j] ^ flip;
+        for (int64_t c = begin; c < end; ++c) {
+            uint32_t own[8];
+            std::memcpy(own, levels + (c - begin) * inputs + i, sizeof own);
+            for (auto& four : own) four ^= flip;
             pack_plane(own, low, 0, words + c);
             if (high) pack_plane(own, high, low, words + low * COLUMNS + c);
         }

@@ -56,6 +56,23 @@ void linear(const T* x, const int32_t* packed, const T* bias, T* out, int64_t ro
                   });
 }
 
+// Outputs `ids` of a weight, to out [count, inputs].
+template <class T>
+void rows_of_linear(const int64_t* ids, int64_t count, const int32_t* packed, T* out,
+                    int64_t inputs) {
+    constexpr int64_t PER_GROUP = 4 / sizeof(T);
+    parallel_for(count, inputs, [=](int64_t row) {
+        const T* panel = (const T*)packed + ids[row] / COLUMNS * COLUMNS * inputs;
+        const int64_t column = ids[row] % COLUMNS;
+        T* to = out + row * inputs;
+        for (int64_t i = 0; i < inputs; ++i) {
+            const int64_t k = i / PER_GROUP, j = i % PER_GROUP;
+            const int64_t within = DotOf<T>::PARTS == 1 ? column * PER_GROUP + j : j * COLUMNS + column;
+            to[i] = panel[k * PER_GROUP * COLUMNS + within];
+        }
+    });
+}
+
 }  // namespace
 }  // namespace manta
 
@@ -81,5 +98,14 @@ MANTA_API void manta_linear(int dtype, const void* x, const int32_t* packed, con
         using T = decltype(t);
         manta::linear((const T*)x, packed, (const T*)bias, (T*)out, rows, inputs, outputs,
                       stride);
+    });
+}
+
+// Outputs `ids` of a weight, to out [count, inputs].
+MANTA_API void manta_linear_rows(int dtype, const int64_t* ids, int64_t count,
+                                 const int32_t* packed, void* out, int64_t inputs) {
+    manta::dispatch(dtype, [=](auto t) {
+        using T = decltype(t);
+        manta::rows_of_linear(ids, count, packed, (T*)out, inputs);
     });
 }

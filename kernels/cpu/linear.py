@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +15,7 @@ from kernels.cpu import huge_pages
 from kernels.cpu.build import load_library
 from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
-from kernels.grouped import SUPER_GROUP, GroupedWeight, joined
+from kernels.grouped import SUPER_GROUP, GroupedWeight, StoredWeight
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.types import Linear
 
@@ -23,13 +23,17 @@ _SIZES = [c_int64] * 4  # rows, inputs, outputs, and how far apart the rows of `
 _LAYOUT = [c_int] * 4  # of groups: see levels.h
 _SIGNATURES = {
     "pack_weight": [c_int, c_void_p, c_int64, c_int64, c_void_p],
-    "pack_levels": [*_LAYOUT, c_void_p, c_int64, c_int64, c_void_p],
-    "pack_scales": [*_LAYOUT, c_void_p, *[c_int64] * 5, c_void_p],
+    "pack_levels": [*_LAYOUT, c_void_p, *[c_int64] * 3, c_void_p],
+    "pack_scales": [*_LAYOUT, c_void_p, *[c_int64] * 6, c_void_p],
     # dtype, x, what the weight is made of, bias, out
     "linear": [c_int, c_void_p, c_void_p, c_void_p, c_void_p, *_SIZES],
     "linear_int8": [c_int, c_void_p, *[c_void_p] * 3, c_void_p, c_void_p, *_SIZES],
     "linear_groups": [c_int, c_void_p, *_LAYOUT, c_void_p, c_void_p, c_void_p, *_SIZES],
+    # dtype, ids and how many, what the weight is made of, out, inputs
+    "linear_rows": [c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64],
+    "linear_groups_rows": [c_int, c_void_p, c_int64, *_LAYOUT, c_void_p, c_void_p, c_int64],
 }
+_VALUES = 1 << 22  # taken apart at once
 _SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -50,22 +54,31 @@ def pack_linear_onednn(
 
 @dataclass(frozen=True)
 class _Product:
-    """Of some outputs: the library's function, and what it takes between x and the bias."""
+    """Of some outputs: the library's function, and what it takes between x and the bias.
+
+    And the one that gives rows of the weight, where it has its values.
+    """
 
     run: Callable[..., None]
     outputs: int
     weight: tuple[Tensor | int, ...]
+    rows: Callable[..., None] | None = None
 
     def addresses(self) -> list[int]:
         return [part.data_ptr() if isinstance(part, Tensor) else part for part in self.weight]
 
     def __reduce__(self) -> tuple[Callable[..., "_Product"], tuple[Any, ...]]:
-        return _product, (self.run.__name__, self.outputs, self.weight)
+        rows = self.rows.__name__ if self.rows else None
+        return _product, (self.run.__name__, self.outputs, self.weight, rows)
 
 
-def _product(name: str, outputs: int, weight: tuple[Tensor | int, ...]) -> _Product:
+def _product(
+    name: str, outputs: int, weight: tuple[Tensor | int, ...], rows: str | None
+) -> _Product:
     """By the same library, in a process that has loaded it too."""
-    return _Product(getattr(load_library(), name), outputs, weight)
+    library = load_library()
+    found = None if rows is None else getattr(library, rows)
+    return _Product(getattr(library, name), outputs, weight, found)
 
 
 class PackedLinear:
@@ -86,7 +99,7 @@ class PackedLinear:
             start += product.outputs
 
     def __reduce__(self) -> tuple[type["PackedLinear"], tuple[Any, ...]]:
-        return PackedLinear, self._made_of
+        return type(self), self._made_of
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -103,6 +116,24 @@ class PackedLinear:
                 product.outputs,
                 self._outputs,
             )
+        return out
+
+
+class PackedTable(PackedLinear):
+    """One whose weight is whole, so that it can be an embedding as well; see `types.Table`."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        (product,) = self._products
+        assert product.rows is not None
+        out = empty((len(ids), self._inputs), dtype)
+        product.rows(
+            DTYPES[dtype],
+            ids.data_ptr(),
+            len(ids),
+            *product.addresses(),
+            out.data_ptr(),
+            self._inputs,
+        )
         return out
 
 
@@ -124,35 +155,36 @@ class LinearPacker:
             product = self._int8(weight)
         elif quantization == "int4" and inputs % GROUP == 0:
             levels, scales = quantize_int4(weight)
-            product = self._groups(GroupedWeight(levels, 4, scales))
+            product = replace(self._groups([GroupedWeight(levels, 4, scales).stored()]), rows=None)
         elif quantization is None and _is_packable(weight):
             product = self._plain(weight)
         else:
             return pack_linear_onednn(weight, bias, quantization)
-        return PackedLinear(inputs, [product], bias)
+        return _packed(inputs, [product], bias)
 
     def pack_stored(
-        self, parts: Sequence[Tensor | GroupedWeight], bias: Tensor | None
+        self, parts: Sequence[Tensor | StoredWeight], bias: Tensor | None
     ) -> Linear | None:
         """See `kernels.ops.Ops`."""
         inputs = parts[0].shape[1]
-        if not all(isinstance(p, GroupedWeight) or _is_packable(p) for p in parts):
+        if not all(isinstance(p, StoredWeight) or _is_packable(p) for p in parts):
             return None
         products: list[_Product] = []
-        for _, alike in groupby(parts, lambda p: p.layout if isinstance(p, GroupedWeight) else ()):
+        for _, alike in groupby(parts, lambda p: p.layout if isinstance(p, StoredWeight) else ()):
             own = list(alike)
-            if grouped := [part for part in own if isinstance(part, GroupedWeight)]:
-                products.append(self._groups(joined(grouped)))
+            if stored := [part for part in own if isinstance(part, StoredWeight)]:
+                products.append(self._groups(stored))
             else:
                 plain = [part for part in own if isinstance(part, Tensor)]
                 products.append(self._plain(torch.cat(plain)))
-        return PackedLinear(inputs, products, bias)
+        return _packed(inputs, products, bias)
 
     def _num_panels(self, outputs: int) -> int:
         return -(-outputs // self._columns)
 
     def _plain(self, weight: Tensor) -> _Product:
-        return _Product(self._library.manta_linear, len(weight), (self._pack_panels(weight),))
+        packed, library = self._pack_panels(weight), self._library
+        return _Product(library.manta_linear, len(weight), (packed,), library.manta_linear_rows)
 
     def _pack_panels(self, weight: Tensor) -> Tensor:
         """weight [out, in] in the layout of matmul.h, whatever its type."""
@@ -175,31 +207,59 @@ class LinearPacker:
         parts = self._pack_panels(quantized), scales, sums
         return _Product(self._library.manta_linear_int8, len(weight), parts)
 
-    def _groups(self, weight: GroupedWeight) -> _Product:
-        """weight in the layout of levels.h."""
-        outputs, inputs = weight.shape
-        second = 1 if weight.minimums is not None else 2 if weight.zeros is not None else 0
-        layout = weight.bits, weight.group, _SCALES[weight.scales.dtype], second
-        zeros = weight.zeros  # from the middle on
-        if zeros is not None:
-            zeros = (zeros.int() - (1 << (weight.bits - 1))).to(torch.int8)
-        in_order = weight.scales, weight.minimums, zeros, weight.super_scales, weight.super_minimums
-        planes = [plane.contiguous() for plane in in_order if plane is not None]
+    def _groups(self, parts: Sequence[StoredWeight]) -> _Product:
+        """Weights of one layout below each other, as levels.h has them; some rows at a time."""
+        outputs, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        layout, each = _layout(parts[0].first)
         padded = self._num_panels(outputs) * self._columns
-        size = padded * (inputs * weight.bits // 8 + sum(plane[0].nbytes for plane in planes))
-        packed = huge_pages.empty((size,), torch.uint8)
-        shape = outputs, inputs, packed.data_ptr()
+        packed = huge_pages.empty((padded * each,), torch.uint8)
+        step, first = max(_VALUES // inputs, 1), 0
+        for part in parts:
+            for rows in torch.arange(part.shape[0]).split(step):
+                self._pack_rows(layout, part.rows(rows), first, packed)
+                first += len(rows)
+        library = self._library
+        weight: tuple[Tensor | int, ...] = (*layout, packed)
+        rows_of = library.manta_linear_groups_rows
+        return _Product(library.manta_linear_groups, outputs, weight, rows_of)
+
+    def _pack_rows(
+        self, layout: tuple[int, ...], weight: GroupedWeight, first: int, packed: Tensor
+    ) -> None:
+        outputs, inputs = weight.shape
+        shape = first, outputs, inputs, packed.data_ptr()
         levels = weight.levels.contiguous()
         self._library.manta_pack_levels(*layout, levels.data_ptr(), *shape)
         blocks = inputs // (weight.group if weight.super_scales is None else SUPER_GROUP)
         offset = 0  # in a block, of one output
-        for plane in planes:
+        for plane in _planes(weight):
             each = plane.shape[1] // blocks
             self._library.manta_pack_scales(
                 *layout, plane.data_ptr(), plane.itemsize, each, offset, *shape
             )
             offset += each * plane.itemsize
-        return _Product(self._library.manta_linear_groups, outputs, (*layout, packed))
+
+
+def _planes(weight: GroupedWeight) -> list[Tensor]:
+    """What a block has behind its levels, in order."""
+    zeros = weight.zeros  # from the middle on
+    if zeros is not None:
+        zeros = (zeros.int() - (1 << (weight.bits - 1))).to(torch.int8)
+    in_order = weight.scales, weight.minimums, zeros, weight.super_scales, weight.super_minimums
+    return [plane.contiguous() for plane in in_order if plane is not None]
+
+
+def _layout(weight: GroupedWeight) -> tuple[tuple[int, ...], int]:
+    """Of levels.h, and bytes of an output."""
+    second = 1 if weight.minimums is not None else 2 if weight.zeros is not None else 0
+    layout = weight.bits, weight.group, _SCALES[weight.scales.dtype], second
+    of_levels = weight.shape[1] * weight.bits // 8
+    return layout, of_levels + sum(plane[0].nbytes for plane in _planes(weight))
+
+
+def _packed(inputs: int, products: list[_Product], bias: Tensor | None) -> PackedLinear:
+    is_table = len(products) == 1 and products[0].rows is not None and bias is None
+    return (PackedTable if is_table else PackedLinear)(inputs, products, bias)
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -153,38 +153,106 @@ void with_minimums(const Layout& layout, Arguments... arguments) {
         linear_groups<Dot, GROUP, true>(arguments...);
 }
 
-}  // namespace
-}  // namespace manta
-
-// levels [outputs, inputs] bytes, to their places in packed, which is all of a weight; columns
-// past the last output are left as they are.
-MANTA_API void manta_pack_levels(int bits, int group, int scale, int second, const uint8_t* levels,
-                                 int64_t outputs, int64_t inputs, void* packed) {
-    using namespace manta;
-    const Layout layout{bits, group, scale, second};
-    const int64_t blocks = inputs / layout.block_inputs();
-    parallel_for((outputs + COLUMNS - 1) / COLUMNS, COLUMNS * inputs, [=](int64_t panel) {
-        char* to = static_cast<char*>(packed) + panel * blocks * layout.block_bytes();
-        pack_levels(layout, levels, panel * COLUMNS, outputs, inputs, to);
+// Outputs `ids` of a weight, to out [count, inputs].
+template <class Dot, int GROUP, class T>
+void rows_of_groups(const int64_t* ids, int64_t count, const char* packed, const Layout& layout,
+                    T* out, int64_t inputs) {
+    const int64_t panel_bytes = inputs / layout.block_inputs() * layout.block_bytes();
+    parallel_for(count, COLUMNS * inputs, [=, &layout](int64_t row) {
+        alignas(64) Chunk chunk;
+        const int64_t panel = ids[row] / COLUMNS, column = ids[row] % COLUMNS;
+        const char* from = packed + panel * panel_bytes;
+        for (int64_t i = 0; i < inputs; i += CHUNK) {
+            const int64_t size = std::min(CHUNK, inputs - i);
+            from = take_apart<Dot, GROUP>(layout, size, from, 0, chunk);
+            float values[CHUNK];
+            for (int64_t j = 0; j < size; ++j) {
+                const auto* words = chunk.words + j / 4 * Dot::PARTS;
+                const int32_t level = Dot::level(words, column, j % 4) - layout.excess();
+                values[j] = level * chunk.scales[j / GROUP][column];
+                if (layout.second != NOTHING) values[j] += chunk.minimums[j / GROUP][column];
+            }
+            for_lanes(size, [&](int64_t j, auto lanes) {
+                lanes.store(out + row * inputs + i + j, lanes.load(values + j));
+            });
+        }
     });
 }
 
-// values [outputs, blocks, per_block] of `size` bytes each, to `offset` of each block, where they
-// lie [per_block, COLUMNS].
-MANTA_API void manta_pack_scales(int bits, int group, int scale, int second, const uint8_t* values,
-                                 int64_t size, int64_t per_block, int64_t offset, int64_t outputs,
-                                 int64_t inputs, void* packed) {
+// run(Dot{}, integral_constant<GROUP>{}) of a layout.
+template <class Run>
+void with_dot(const Layout& layout, const Run& run) {
+    if (layout.bits == 8)
+        run(DotBytes{}, std::integral_constant<int, 32>{});
+    else if (layout.group == 16)
+        run(DotLevels{}, std::integral_constant<int, 16>{});
+    else
+        run(DotLevels{}, std::integral_constant<int, 32>{});
+}
+
+// each(panel, begin, end) for the columns [begin, end) of panels that outputs [first, first +
+// count) are in.
+template <class Each>
+void for_panels(int64_t first, int64_t count, int64_t inputs, const Each& each) {
+    const int64_t panel = first / COLUMNS, last = first + count;
+    parallel_for((last - 1) / COLUMNS - panel + 1, COLUMNS * inputs, [=, &each](int64_t i) {
+        const int64_t start = (panel + i) * COLUMNS;
+        each(panel + i, std::max(first - start, int64_t{0}), std::min(last - start, COLUMNS));
+    });
+}
+
+}  // namespace
+}  // namespace manta
+
+// levels [count, inputs] bytes, of outputs from `first` on, to their places in packed, which is all
+// of a weight.
+MANTA_API void manta_pack_levels(int bits, int group, int scale, int second, const uint8_t* levels,
+                                 int64_t first, int64_t count, int64_t inputs, void* packed) {
     using namespace manta;
     const Layout layout{bits, group, scale, second};
-    const int64_t blocks = inputs / layout.block_inputs();
-    for (int64_t output = 0; output < outputs; ++output)
-        for (int64_t i = 0; i < blocks * per_block; ++i) {
-            char* block = static_cast<char*>(packed) +
-                          (output / COLUMNS * blocks + i / per_block) * layout.block_bytes();
-            const int64_t at = i % per_block * COLUMNS + output % COLUMNS;
-            std::memcpy(block + layout.value_bytes() + offset * COLUMNS + at * size,
-                        values + (output * blocks * per_block + i) * size, size);
+    const int64_t panel_bytes = inputs / layout.block_inputs() * layout.block_bytes();
+    for_panels(first, count, inputs, [=](int64_t panel, int64_t begin, int64_t end) {
+        const uint8_t* own = levels + (panel * COLUMNS + begin - first) * inputs;
+        char* to = static_cast<char*>(packed) + panel * panel_bytes;
+        pack_levels(layout, own, begin, end, inputs, to);
+    });
+}
+
+// values [count, blocks, per_block] of `size` bytes each, to `offset` of each block, where they
+// lie [per_block, COLUMNS].
+MANTA_API void manta_pack_scales(int bits, int group, int scale, int second, const uint8_t* values,
+                                 int64_t size, int64_t per_block, int64_t offset, int64_t first,
+                                 int64_t count, int64_t inputs, void* packed) {
+    using namespace manta;
+    const Layout layout{bits, group, scale, second};
+    const int64_t blocks = inputs / layout.block_inputs(), bytes = layout.block_bytes();
+    const int64_t start = layout.value_bytes() + offset * COLUMNS;
+    for_panels(first, count, inputs, [=](int64_t panel, int64_t begin, int64_t end) {
+        char* to = static_cast<char*>(packed) + panel * blocks * bytes + start;
+        for (int64_t c = begin; c < end; ++c) {
+            const uint8_t* from =
+                values + (panel * COLUMNS + c - first) * blocks * per_block * size;
+            for (int64_t block = 0; block < blocks; ++block)
+                for (int64_t i = 0; i < per_block; ++i, from += size)
+                    for (int64_t byte = 0; byte < size; ++byte)
+                        to[block * bytes + (i * COLUMNS + c) * size + byte] = from[byte];
         }
+    });
+}
+
+// Outputs `ids` of a weight, to out [count, inputs].
+MANTA_API void manta_linear_groups_rows(int dtype, const int64_t* ids, int64_t count, int bits,
+                                        int group, int scale, int second, const void* packed,
+                                        void* out, int64_t inputs) {
+    manta::dispatch(dtype, [=](auto t) {
+        using T = decltype(t);
+        using namespace manta;
+        const Layout layout{bits, group, scale, second};
+        with_dot(layout, [&](auto dot, auto size) {
+            rows_of_groups<decltype(dot), decltype(size)::value>(
+                ids, count, (const char*)packed, layout, (T*)out, inputs);
+        });
+    });
 }
 
 // x [rows, inputs], bias [outputs] or null, out [rows, stride]; the rest as in Layout.
@@ -195,16 +263,10 @@ MANTA_API void manta_linear_groups(int dtype, const void* x, int bits, int group
         using T = decltype(t);
         using namespace manta;
         const Layout layout{bits, group, scale, second};
-        const auto run = [&](auto dot, auto size) {
+        with_dot(layout, [&](auto dot, auto size) {
             with_minimums<decltype(dot), decltype(size)::value>(
                 layout, (const T*)x, (const char*)packed, layout, (const T*)bias, (T*)out, rows,
                 inputs, outputs, stride);
-        };
-        if (bits == 8)
-            run(DotBytes{}, std::integral_constant<int, 32>{});
-        else if (group == 16)
-            run(DotLevels{}, std::integral_constant<int, 16>{});
-        else
-            run(DotLevels{}, std::integral_constant<int, 32>{});
+        });
     });
 }

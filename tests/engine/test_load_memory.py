@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.random_gguf import write_gguf
+from benchmarks.shape import DenseShape
+from engine.checkpoint import resolve
 from tests.conftest import CheckpointFactory
 
 MIB = 1 << 20
@@ -20,11 +23,13 @@ from pathlib import Path
 from engine.models import loader
 from engine.config import EngineConfig
 from engine.models.registry import read_config
+from engine.models.shape import ModelSpec
 from engine.device.memory import MemoryMeter
 from engine.ranks.rank_group import RankGroup
 from kernels import select_ops
 
 directory, quantization = Path(sys.argv[1]), sys.argv[2] or None
+dtype = getattr(torch, sys.argv[3])
 shape = read_config(directory)
 device = torch.device("cpu")
 torch.set_num_threads(1)
@@ -43,7 +48,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 config = EngineConfig(model=str(directory), quantization=quantization)
 model = loader.load_model(
-    config, shape, directory, 64, torch.float32, device, ops, RankGroup()
+    ModelSpec(config, shape, directory, 64, dtype, device, ops, RankGroup())
 )
 done.set()
 watcher.join()
@@ -59,8 +64,29 @@ def test_weights_are_never_there_twice(
     directory = checkpoints("llama3", hidden_size=512, intermediate_size=2048, num_hidden_layers=10)
     weights = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
     assert weights > 150 * MIB
+    peak, left = load(directory, quantization, "float32")
+    assert abs(left - share * weights) < 25 * MIB
+    assert peak < left + 45 * MIB, "more than a layer's linear maps besides"
+
+
+def test_a_gguf_file_is_packed_some_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its embedding, which is the head as well, is there once, and with the bits of the file."""
+    monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
+    path = tmp_path / "tied.gguf"
+    write_gguf(
+        DenseShape(65_536, 1024, 2048, 2, 8, 2, 128, 1e-6, 512, True, None, True), path, "Q4_0"
+    )
+    peak, left = load(resolve(str(path)), "", "bfloat16")
+    assert abs(left - path.stat().st_size) < 15 * MIB
+    assert peak < left + 45 * MIB, "the head has levels of 64 MiB"
+
+
+def load(directory: Path, quantization: str, dtype: str) -> tuple[int, int]:
+    """Bytes at the peak, and in the end."""
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(directory), quantization],
+        [sys.executable, "-c", SCRIPT, str(directory), quantization, dtype],
         # Else glibc keeps some of what was freed, more or less by chance.
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB)},
         capture_output=True,
@@ -69,5 +95,4 @@ def test_weights_are_never_there_twice(
     )
     assert result.returncode == 0, result.stderr
     peak, left = json.loads(result.stdout)
-    assert abs(left - share * weights) < 25 * MIB
-    assert peak < left + 45 * MIB, "more than a layer's linear maps besides"
+    return peak, left

@@ -56,6 +56,16 @@ def test_logits_stay_close(tmp_path: Path, quantization: str, similarity: float)
     assert torch.cosine_similarity(full, rounded, dim=0) > similarity
 
 
+def test_an_embedding_that_is_the_head_is_there_once(checkpoints: CheckpointFactory) -> None:
+    """Packed; one that is rounded to be a head stays beside it, for tokens have its values."""
+    model = str(checkpoints("qwen3"))
+    for quantization, kept in ((None, set()), ("w8a8", {"model.embed_tokens.weight"})):
+        llm = LLM(model, dtype="bfloat16", num_blocks=8, num_threads=1, quantization=quantization)
+        named = llm.engine.runner.model.named_parameters()
+        assert {name for name, tensor in named if tensor.dim() == 2} == kept
+        llm.close()
+
+
 @pytest.mark.parametrize(("scheme", "tolerance"), [("W4A16", 2e-3), ("W8A8", 0.1)])
 def test_a_written_checkpoint_is_the_same_model_to_transformers(
     checkpoints: CheckpointFactory, tmp_path: Path, scheme: str, tolerance: float

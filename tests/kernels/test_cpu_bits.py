@@ -77,7 +77,7 @@ def test_rows_times_weights_as_they_are_stored_in_any_batch(ops: Ops) -> None:
 def check_grouped_rows_in_any_batch(ops: Ops, kind: grouped.Kind, rows: int, inputs: int) -> None:
     assert ops.pack_stored is not None
     rng, x = random.Random(0), torch.randn(rows, inputs)
-    linear = ops.pack_stored([grouped.random_weight(kind, 70, inputs)], None)
+    linear = ops.pack_stored([grouped.random_weight(kind, 70, inputs).stored()], None)
     assert linear is not None
     whole = linear(x)
     for start, end in random_cuts(rng, rows):

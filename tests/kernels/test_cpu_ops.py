@@ -16,7 +16,7 @@ from kernels.cpu import build
 from kernels.cpu.compiler import LEVELS
 from kernels.ops import REFERENCE
 from kernels.quantization import Quantization, linear_grouped
-from kernels.types import NO_DECODES, PagedKV, StepRows
+from kernels.types import NO_DECODES, PagedKV, StepRows, Table
 from tests.kernels import grouped
 from tests.kernels.levels import stub_compiler
 from tests.kernels.steps import (
@@ -260,13 +260,37 @@ def check_grouped(
     bias = torch.randn(outputs + 21).to(dtype) if rows % 2 else None
     x = torch.randn(rows, 2 * inputs).to(dtype)[:, :inputs]
     poison_allocations()
-    linear = ops.pack_stored([*weights, other, plain], bias)
+    linear = ops.pack_stored([*(w.stored() for w in (*weights, other)), plain], bias)
     assert linear is not None
     parts = [linear_grouped(x.float(), weight, None) for weight in (*weights, other)]
     expected = torch.cat([*parts, x.float() @ plain.float().T], 1)
     expected = expected if bias is None else expected + bias.float()
     tolerance = max(TOLERANCE[dtype], 0.02)  # halves round either way
     torch.testing.assert_close(linear(x).float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_is_a_table_of_its_rows(ops: Ops, dtype: torch.dtype) -> None:
+    """So an embedding need not be there beside the head that it is tied to."""
+    torch.manual_seed(0)
+    ids = torch.tensor([69, 0, 17, 16, 33, 17])
+    plain = torch.randn(70, 96).to(dtype)
+    linear = ops.pack_linear(plain, None, None)
+    assert isinstance(linear, Table) and torch.equal(linear.rows(ids, dtype), plain[ids])
+    for kind in grouped.KINDS:
+        weight = grouped.random_weight(kind, 70, 768)
+        assert ops.pack_stored is not None
+        linear = ops.pack_stored([weight.stored()], None)
+        assert isinstance(linear, Table)
+        expected = weight.values()[ids].to(dtype).float()
+        torch.testing.assert_close(
+            linear.rows(ids, dtype).float(), expected, rtol=TOLERANCE[dtype], atol=1e-6
+        )
+
+
+def test_what_is_rounded_when_it_is_packed_is_no_table(ops: Ops) -> None:
+    for quantization in ("w8a8", "int4"):
+        assert not isinstance(ops.pack_linear(torch.randn(5, 64), None, quantization), Table)
 
 
 @pytest.mark.parametrize("quantization", ["w8a8", "int4"])

@@ -19,7 +19,7 @@ from engine.models.gguf.convert import convert
 from engine.models.gguf.file import GgufFile, StoredTensor
 from engine.models.gguf.levels import KINDS, grouped_weight
 from kernels.cpu.linear import LinearPacker
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 from kernels.quantization import quantize_int4
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
@@ -154,7 +154,7 @@ def test_levels_and_scales_are_those_of_the_library(kind: GGMLQuantizationType) 
     expected = torch.from_numpy(dequantize(rows, kind))
     known = expected.isfinite()  # but where a scale is none
     assert known.float().mean() > 0.5
-    assert torch.equal(weight.values()[known], expected[known])
+    assert torch.equal(weight.rows(torch.arange(5)).values()[known], expected[known])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_in_16_bits_products_are_of_the_bits_in_the_file(
     packed = LinearPacker.pack_stored
 
     def spy(packer: LinearPacker, parts: Any, bias: Any) -> Any:
-        is_stored.append(all(isinstance(part, GroupedWeight) for part in parts))
+        is_stored.append(all(isinstance(part, StoredWeight) for part in parts))
         return packed(packer, parts, bias)
 
     monkeypatch.setattr(LinearPacker, "pack_stored", spy)
@@ -185,7 +185,7 @@ def test_in_16_bits_products_are_of_the_bits_in_the_file(
         )
         llm.close()
     num_layers = json.loads((plain / "config.json").read_text())["num_hidden_layers"]
-    assert is_stored == [True] * (4 * num_layers + 1)  # and the head
+    assert is_stored == [True] * (4 * num_layers + 2)  # and the embedding and the head
     difference = (torch.tensor(likely[0]) - torch.tensor(likely[1])).abs()
     assert difference.mean() < 0.1
 

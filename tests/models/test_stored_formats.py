@@ -11,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.checkpoint import CheckpointError
+from engine.models.blocks.linear import Source
 from engine.models.config import ModelConfig
+from engine.models.reader import open_tensors
 from engine.models.registry import read_config
+from engine.models.rewrite import Rewrite, Rewrites, RewrittenReader
 from engine.models.weights.dequantize import scaled
 from engine.models.weights.stored import stored_format
 from tests.conftest import CheckpointFactory
@@ -100,12 +103,25 @@ def fp8_blocks(weight: Tensor) -> Stored:
     return {"weight": stored, "weight_scale_inv": scale}, stored.float() * spread
 
 
+def by_bitsandbytes(weight: Tensor, **arguments: Any) -> Stored:
+    """Of the library that defines the format; LLM.int8 without arguments."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    if not arguments:
+        stored, largest, _ = functional.int8_vectorwise_quant(weight.half())
+        parts = {"weight": stored, "SCB": largest, "weight_format": torch.tensor(0).byte()}
+        return parts, functional.int8_vectorwise_dequant(stored, largest)
+    stored, state = functional.quantize_4bit(weight, **arguments)
+    beside = {f"weight.{what}": part for what, part in state.as_dict(packed=True).items()}
+    return {"weight": stored} | beside, functional.dequantize_4bit(stored, state)
+
+
 def compressed(format: str, **arguments: Any) -> tuple[dict[str, Any], Callable[[Tensor], Stored]]:
     groups = {"group_0": {"targets": ["Linear"], "weights": arguments}}
     config = dict(quant_method="compressed-tensors", format=format, config_groups=groups)
     return config, lambda weight: by_compressed_tensors(weight, format, **arguments)
 
 
+BITSANDBYTES = dict(quant_method="bitsandbytes")
 GPTQ = dict(quant_method="gptq", bits=4, group_size=GROUP)
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Stored]]] = {
     "int8, by channel": compressed("int-quantized", **int_args(8, strategy="channel")),
@@ -126,6 +142,12 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Stored]]] = {
     "gptq v2": (GPTQ | dict(checkpoint_format="gptq_v2"), lambda w: gptq(w, "gptq_v2")),
     "gptq, by activations": (GPTQ | dict(desc_act=True), lambda w: gptq(w, act_order=True)),
     "awq": (dict(quant_method="awq", bits=4, version="gemm", group_size=GROUP), awq),
+    "bitsandbytes, int8": (BITSANDBYTES, by_bitsandbytes),
+    "bitsandbytes, nf4": (BITSANDBYTES, lambda w: by_bitsandbytes(w, quant_type="nf4")),
+    "bitsandbytes, fp4 with nested scales": (
+        BITSANDBYTES,
+        lambda w: by_bitsandbytes(w, quant_type="fp4", compress_statistics=True),
+    ),
 }
 
 
@@ -187,7 +209,8 @@ def test_levels_and_scales_stand_for_the_values(name: str) -> None:
         parts["weight_scale"] = parts["weight_scale"].bfloat16()
         values = stored_format(config).values(parts)
     weight = stored_format(config).grouped(parts)
-    assert (weight is None) == ("fp8" in name or name == "gptq, by activations")
+    is_widened = ("fp8", "bitsandbytes", "gptq, by activations")
+    assert (weight is None) == any(part in name for part in is_widened)
     if weight is not None:
         torch.testing.assert_close(weight.values(), values, rtol=1e-6, atol=1e-7)
 
@@ -215,6 +238,31 @@ def test_four_bit_floats_are_those_of_the_library(format: str, group: int) -> No
     compressor = compressors.BaseCompressor.get_value_from_registry(format)
     expected = compressor.decompress(dict(parts), scheme)["weight"].float()
     torch.testing.assert_close(scaled(parts), expected, rtol=2**-7, atol=0)
+
+
+def test_what_is_rewritten_as_it_is_loaded_is_not_multiplied_as_it_is_stored(
+    store: Callable[..., list[Path]],
+) -> None:
+    """Scales can be another's times; to take a mean off needs values."""
+    stored, _ = store("llama3", "int4, in groups")
+    tensors = load_file(stored / "model.safetensors")
+    scales = {name: scale.bfloat16() for name, scale in tensors.items() if "_scale" in name}
+    save_file(tensors | scales, stored / "model.safetensors")
+    for rewrite, is_stored in (
+        (Rewrite(), True),
+        (Rewrite(times=3.0), True),
+        (Rewrite(without_mean_of=0), False),
+        (Rewrite(plus=1.0), False),
+    ):
+        with RewrittenReader(open_tensors(stored), Rewrites({"o_proj": rewrite})) as reader:
+            name = "model.layers.0.self_attn.o_proj.weight"
+            rows, columns = reader.values(name).shape
+            source = Source(name, (rows, columns), 0, 0, rows)
+            weight = reader.stored(source)
+            assert (weight is not None) == is_stored
+            if weight is not None:
+                values = weight.rows(torch.arange(rows)).values()
+                torch.testing.assert_close(values, reader.read(source), rtol=2**-8, atol=0)
 
 
 def test_so_it_is_where_transformers_module_computes(store: Callable[..., list[Path]]) -> None:

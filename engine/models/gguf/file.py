@@ -43,7 +43,7 @@ class GgufFile:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # as torch wants it
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        self._bytes = memoryview(mapped)
+        self._mapped, self._bytes = mapped, memoryview(mapped)
         self._at = 0
         try:
             magic, version, num_tensors, num_fields = self._unpack("4sIQQ")
@@ -62,6 +62,11 @@ class GgufFile:
             }
         except (struct.error, ValueError, KeyError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is no GGUF file that can be read: {error}") from error
+
+    def let_go(self) -> None:
+        """Of pages that were read: they count as this process's, and it has packed them."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{form}", self._bytes, self._at)

@@ -10,18 +10,19 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from engine.models.gguf.file import StoredTensor
-from kernels.grouped import GroupedWeight
+from kernels.grouped import GroupedWeight, StoredWeight
 
 _Kind = GGMLQuantizationType
 
 
-def grouped_weight(stored: StoredTensor) -> GroupedWeight | None:
+def grouped_weight(stored: StoredTensor) -> StoredWeight | None:
     """The same weight; None for kinds that no kernel multiplies as they are."""
     take_apart = KINDS.get(stored.kind)
     if take_apart is None or len(stored.shape) != 2:
         return None
+    outputs, inputs = stored.shape
     blocks = torch.from_numpy(stored.rows).unflatten(1, (-1, GGML_QUANT_SIZES[stored.kind][1]))
-    return take_apart(blocks)
+    return StoredWeight((outputs, inputs), lambda rows: take_apart(blocks.index_select(0, rows)))
 
 
 def _halves(parts: Tensor) -> Tensor:

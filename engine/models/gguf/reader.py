@@ -14,7 +14,7 @@ from engine.models.blocks.linear import Source
 from engine.models.gguf.convert import ROPE_FACTORS
 from engine.models.gguf.file import GgufFile, StoredTensor
 from engine.models.gguf.levels import grouped_weight
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 
 _OUTSIDE = {
     "token_embd": "model.embed_tokens",
@@ -49,7 +49,7 @@ class GgufReader:
     """Implements `TensorReader`."""
 
     def __init__(self, paths: list[Path]) -> None:
-        files = [GgufFile(path) for path in paths]
+        self._files = files = [GgufFile(path) for path in paths]
         metadata = files[0].metadata
         architecture: str = metadata["general.architecture"]
         self._is_gemma = architecture.startswith("gemma")
@@ -94,19 +94,24 @@ class GgufReader:
         values = self.values(source.name)
         return values.narrow(source.dim, source.start, source.end - source.start)
 
-    def stored(self, source: Source) -> GroupedWeight | None:
-        whole = grouped_weight(self._tensors[source.name])
+    def _tensor(self, name: str) -> StoredTensor:
+        for file in self._files:
+            file.let_go()
+        return self._tensors[name]
+
+    def stored(self, source: Source) -> StoredWeight | None:
+        whole = grouped_weight(self._tensor(source.name))
         if whole is None:
             return None
         heads = self._heads.get(source.name.split(".")[-2])
         if heads is not None:
             order = torch.arange(whole.shape[0])
-            whole = whole.rows(_by_halves(order, heads))
+            whole = whole.ordered(_by_halves(order, heads))
         return whole.narrow(source.dim, source.start, source.end)
 
     def values(self, name: str) -> Tensor:
         """The whole tensor in float32."""
-        values = _dequantized(self._tensors[name])
+        values = _dequantized(self._tensor(name))
         if self._is_gemma and name.endswith("norm.weight"):
             return values - 1  # transformers adds it
         heads = self._heads.get(name.split(".")[-2])

@@ -43,7 +43,8 @@ def weight_format(directory: Path, quantization: Quantization | None) -> WeightF
     if method not in FORMATS and not is_dequantized:
         raise CheckpointError(
             f"config.json: quantization_config={stored!r} is not supported; supported: none, "
-            f"compressed-tensors, fp8, gptq, awq with 4 bits{''.join(f', {m}' for m in FORMATS)}"
+            "compressed-tensors, fp8, gptq, awq with 4 bits, bitsandbytes"
+            + "".join(f", {other}" for other in FORMATS)
         )
     if quantization is not None:
         raise CheckpointError(

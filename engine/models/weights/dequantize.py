@@ -1,9 +1,12 @@
 """Weights of fewer bits as floats, from the tensors that formats store of a linear map.
 
-Formats of checkpoints, not of kernels: compressed-tensors, fp8 as DeepSeek and Qwen have it, GPTQ
-and AWQ. What a function is given are a map's tensors by what follows the map's own name.
+Formats of checkpoints, not of kernels: compressed-tensors, fp8 as DeepSeek and Qwen have it, GPTQ,
+AWQ and bitsandbytes. What a function is given are a map's tensors by what follows the map's own
+name.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -64,6 +67,27 @@ def awq(parts: Parts) -> Tensor:
     values, zeros = (unpacked_awq(parts[what]).float() for what in ("qweight", "qzeros"))
     scales = parts["scales"].float().T
     return (values - _spread(zeros, values)) * _spread(scales, values)
+
+
+def bitsandbytes(parts: Parts) -> Tensor:
+    """LLM.int8's rows, and 4 bits that stand for the values of a table, by blocks of the whole."""
+    stored = parts["weight"]
+    if "SCB" in parts:
+        return stored.float() * (parts["SCB"].float() / 127)[:, None]
+    state = next((part for what, part in parts.items() if "quant_state" in what), None)
+    if state is None:
+        raise CheckpointError(f"there is no quant_state beside {sorted(parts)}")
+    says = json.loads(bytes(state.tolist()))
+    largest = parts["weight.absmax"]
+    if largest.dtype == torch.uint8:  # which are quantized themselves
+        of_blocks = parts["weight.nested_absmax"].repeat_interleave(says["nested_blocksize"])
+        codes = parts["weight.nested_quant_map"][largest.int()]
+        largest = codes * of_blocks[: len(codes)] + says["nested_offset"]
+    pairs = stored.flatten()
+    codes = torch.stack((pairs >> 4, pairs & 15), 1).flatten()
+    values = parts["weight.quant_map"][codes.int()]
+    values *= largest.repeat_interleave(says["blocksize"])[: len(values)]
+    return values[: math.prod(says["shape"])].view(says["shape"])
 
 
 def unpacked_awq(words: Tensor) -> Tensor:

@@ -41,4 +41,6 @@ def stored_format(stored: Mapping[str, Any]) -> StoredFormat | None:
         )
     if method == "awq" and stored.get("bits", 4) == 4 and stored.get("version", "gemm") == "gemm":
         return StoredFormat(dequantize.awq, grouped.awq)
+    if method == "bitsandbytes":
+        return StoredFormat(dequantize.bitsandbytes)
     return None
