@@ -14,6 +14,7 @@ RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_BUFSIZE is how much of a body they see,
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import statistics
@@ -54,7 +55,7 @@ class LeastLoadedRouter(PrefixRequestRouter):
     async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
         if pending_request is not None and pending_request.args:
             balancer, prompt = pending_request.args
-            blind = RoutedPrompt((), prompt.num_tokens, prompt.block_size)
+            blind = RoutedPrompt((), prompt.num_tokens, prompt.tokens_per_block)
             pending_request.args = [balancer, blind]
         return await super().choose_replicas(candidate_replicas, pending_request)
 
@@ -244,8 +245,8 @@ def oracle_hits(outcome: Outcome, model: str, num_blocks: int, isolate: bool) ->
     return hits
 
 
-def measure(name: str, arguments: argparse.Namespace) -> Outcome:
-    """Fresh replicas, the same conversations."""
+def measure(name: str, seed: int, arguments: argparse.Namespace) -> Outcome:
+    """Fresh replicas, the same conversations for every policy."""
     args = AppArgs(
         model=arguments.model,
         num_replicas=arguments.replicas,
@@ -256,11 +257,24 @@ def measure(name: str, arguments: argparse.Namespace) -> Outcome:
         num_cpus_per_shard=1,
     )
     serve.run(build(args, policies()[name]), name="app", route_prefix="/")
-    asyncio.run(run_clients(make_conversations(arguments, seed=1)[:8], arguments))
+    asyncio.run(run_clients(make_conversations(arguments, seed=1000)[:8], arguments))
     time.sleep(3)  # so that the warm-up is in everybody's reports
-    outcome = asyncio.run(run_clients(make_conversations(arguments, seed=0), arguments))
+    outcome = asyncio.run(run_clients(make_conversations(arguments, seed), arguments))
     serve.delete("app")
     return outcome
+
+
+def report(name: str, outcome: Outcome, arguments: argparse.Namespace) -> None:
+    num_blocks = arguments.num_blocks * arguments.replicas
+    oracle = oracle_hits(outcome, arguments.model, num_blocks, arguments.isolate)
+    cuts = statistics.quantiles(outcome.ttft, n=100)
+    print(
+        f"{name:14} hits {outcome.cached / outcome.prompt_tokens:6.1%} of prompt tokens, "
+        f"{outcome.cached / max(oracle, 1):6.1%} of the oracle's; TTFT p50 "
+        f"{cuts[49] * 1e3:5.0f} ms, p99 {cuts[98] * 1e3:5.0f} ms; "
+        f"{outcome.output_tokens / outcome.seconds:5.0f} output tok/s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -279,24 +293,27 @@ def main() -> None:
     parser.add_argument("--protocol", default="chat", choices=PROTOCOLS)
     parser.add_argument("--body-bytes", type=int, default=0, help="fill bodies up with spaces")
     parser.add_argument("--isolate", action="store_true", help="a key for every tenant")
+    parser.add_argument("--rounds", type=int, default=1, help="of all policies, in turn")
     parser.add_argument("--policies", nargs="+", default=list(policies()), choices=policies())
     arguments = parser.parse_args()
     if arguments.isolate:
         names = [f"tenant-{i}" for i in range(arguments.tenants)]
         os.environ["MANTA_API_KEYS"] = ",".join(f"{name}:key-of-{name}" for name in names)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray's logging would have each request
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
-    for name in arguments.policies:
-        outcome = measure(name, arguments)
-        num_blocks = arguments.num_blocks * arguments.replicas
-        oracle = oracle_hits(outcome, arguments.model, num_blocks, arguments.isolate)
-        cuts = statistics.quantiles(outcome.ttft, n=100)
+    speeds: dict[str, list[float]] = {name: [] for name in arguments.policies}
+    for seed in range(arguments.rounds):
+        for name in arguments.policies[:: -1 if seed % 2 else 1]:
+            outcome = measure(name, seed, arguments)
+            speeds[name].append(outcome.output_tokens / outcome.seconds)
+            report(name, outcome, arguments)
+    first, *others = speeds
+    for name in others if arguments.rounds > 1 else ():
+        ratios = [a / b for a, b in zip(speeds[first], speeds[name], strict=True)]
         print(
-            f"{name:14} hits {outcome.cached / outcome.prompt_tokens:6.1%} of prompt tokens, "
-            f"{outcome.cached / max(oracle, 1):6.1%} of the oracle's; TTFT p50 "
-            f"{cuts[49] * 1e3:5.0f} ms, p99 {cuts[98] * 1e3:5.0f} ms; "
-            f"{outcome.output_tokens / outcome.seconds:5.0f} output tok/s",
-            flush=True,
+            f"tokens/s of {first} against {name}, by round: median "
+            f"{statistics.median(ratios):.3f}, {min(ratios):.2f} to {max(ratios):.2f}"
         )
     serve.shutdown()
     ray.shutdown()

@@ -232,6 +232,7 @@ class Chats:
         )
         self.engine = self.llm.engine
         self._draw = random.Random(arguments.seed)
+        self._max_tokens = arguments.output
         self._num_made = 0
 
     def make(self, case: str, batch: int) -> list[Request]:
@@ -243,7 +244,7 @@ class Chats:
             if case == "b":
                 rules["structured_outputs"] = StructuredOutputs(json=schema_of(sample.answer))
             prompt = self.llm.get_tokenizer().encode_chat(sample.messages, enable_thinking=False)
-            params = SamplingParams(temperature=0, max_tokens=128, **rules)
+            params = SamplingParams(temperature=0, max_tokens=self._max_tokens, **rules)
             self._num_made += 1
             requests.append(Request(str(self._num_made), prompt, params, seed=0))
         return requests

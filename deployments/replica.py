@@ -41,7 +41,7 @@ class Replica:
         self._reports = ReplicaReports(self._front.client)
         if args.may_have_several_replicas:
             self._front.watch = ReplicaWatch().pictures
-        await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.warm_up))
+        await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.tokenizer.warm_up))
         metrics = RayMetrics(self._front.client.metrics)
         self._tasks = [asyncio.create_task(metrics.publish_forever())]
         if ingress_router is not None:

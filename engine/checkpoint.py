@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a directory, a GGUF file, or a Hugging Face hub repository.
+"""Where a checkpoint's files are: a directory, a GGUF file, a repository on the hub, or a URI.
 
 Some may be others: its tokenizer, its chat template, its settings.
 """
@@ -10,8 +10,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,10 @@ _TOKENIZER = (
 # Instead of a file: where it lies, what it says, or nothing.
 _Files = dict[str, Path | str | None]
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+# Of an object store, one connection gets a part of what a network can: so many reads, of so many
+# bytes.
+_NUM_READS = 16
+_PART = 16 << 20
 
 
 class CheckpointError(ValueError):
@@ -43,7 +49,7 @@ def resolve(model: str, revision: str | None = None, wanted: list[str] = _FILES)
     """The local directory of a checkpoint, of which these files are downloaded if it is not here.
 
     "manta-demo" is the model that comes with the package. A GGUF file, or REPOSITORY:QUANTIZATION
-    for one on the hub, gets a directory with what its metadata say.
+    for one on the hub, gets a directory with what its metadata say. What is a URI is copied.
     """
     if model == "manta-demo":
         return DEMO_MODEL
@@ -52,6 +58,8 @@ def resolve(model: str, revision: str | None = None, wanted: list[str] = _FILES)
         return _directory_of_gguf(path)
     if path.is_dir():
         return path
+    if "://" in model:
+        return _copy_of(model, wanted)
     if path.is_absolute() or model.startswith((".", "~")):
         raise CheckpointError(f"model: there is no directory or GGUF file {model!r}")
     repository, _, quantization = model.partition(":")
@@ -74,6 +82,83 @@ def resolve(model: str, revision: str | None = None, wanted: list[str] = _FILES)
     if not files:
         raise CheckpointError(f"model: {repository!r} has no GGUF file of {quantization!r}")
     return _directory_of_gguf(files[0])
+
+
+def _copy_of(uri: str, wanted: list[str]) -> Path:
+    """Made once and kept, as long as the files there do not change."""
+    try:
+        remote = _RemoteFiles(uri, [*wanted, "*.gguf"] if uri.endswith(".gguf") else wanted)
+        directory = _made_once(remote.identity, remote.copy_to)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"model: {uri!r} cannot be copied ({error})") from error
+    files = sorted(directory.glob("*.gguf"))
+    return _directory_of_gguf(files[0]) if files else directory
+
+
+class _RemoteFiles:
+    """Those of a checkpoint. Raises OSError, ValueError or ImportError where they cannot be had.
+
+    Args:
+        uri: a directory's or a file's, on S3, GCS, or whatever else Arrow or fsspec can open.
+        wanted: patterns of a directory's files.
+    """
+
+    def __init__(self, uri: str, wanted: Collection[str]) -> None:
+        from pyarrow.fs import FileSelector  # takes a while, and few need it
+
+        self._uri = uri
+        self._filesystem, path = _opened(uri)
+        info = self._filesystem.get_file_info(path)
+        found = [info] if info.is_file else self._filesystem.get_file_info(FileSelector(path))
+        found = [each for each in found if each.is_file]
+        self._found = sorted(
+            (each for each in found if any(fnmatch(each.base_name, name) for name in wanted)),
+            key=lambda each: str(each.path),
+        )
+        if not self._found:
+            raise FileNotFoundError(f"none of its {len(found)} files is one of a checkpoint")
+
+    @property
+    def identity(self) -> str:
+        """What tells whether the files are still the same."""
+        files = (f"{each.base_name} {each.size} {each.mtime_ns}" for each in self._found)
+        return "\n".join([self._uri, *files])
+
+    def copy_to(self, directory: Path) -> None:
+        total = sum(each.size for each in self._found)
+        with (
+            Progress(total=total, unit="B", unit_scale=True, desc=self._uri) as progress,
+            ThreadPoolExecutor(_NUM_READS) as pool,
+        ):
+            copies = []
+            for each in self._found:
+                target = directory / each.base_name
+                target.touch()
+                for start in range(0, each.size, _PART):
+                    copies.append(pool.submit(self._copy, each.path, target, start))
+            for copy in as_completed(copies):
+                progress.update(copy.result())
+
+    def _copy(self, source: str, target: Path, start: int) -> int:
+        """Returns how many bytes."""
+        with self._filesystem.open_input_file(source) as file:
+            part = file.read_at(_PART, start)
+        with target.open("r+b") as file:
+            return os.pwrite(file.fileno(), part, start)
+
+
+def _opened(uri: str) -> tuple[Any, str]:
+    """(Arrow's file system, the path on it)"""
+    import fsspec
+    import pyarrow
+    from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+
+    try:
+        filesystem, path = FileSystem.from_uri(uri)
+    except pyarrow.ArrowInvalid:  # not one of Arrow's own
+        source, path = fsspec.core.url_to_fs(uri)
+        filesystem = PyFileSystem(FSSpecHandler(source))
+    return filesystem, path.rstrip("/")
 
 
 def _directory_of_gguf(file: Path) -> Path:

@@ -28,7 +28,9 @@ _GRAPH_TOKENS = 2048
 class EngineConfig(StrictModel):
     """Settings of one engine. Every field has one meaning and is obeyed or refused."""
 
-    model: str = Field(min_length=1, description="Checkpoint directory or Hugging Face hub id.")
+    model: str = Field(
+        min_length=1, description="Checkpoint directory, Hugging Face hub id, or URI."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     model_impl: Literal["auto", "transformers"] = Field(
         "auto",

@@ -44,7 +44,7 @@ class _InFlight:
 
     number: int
     step: Step
-    launched_at: float  # on the clock of time.monotonic()
+    began_at: float  # to be planned, on the clock of time.monotonic()
     wait: Callable[[], StepResult]
 
 
@@ -109,6 +109,7 @@ class Engine:
         self.step_log: deque[DoneStep] | None = None
         self._speed = _Speed()
         self._num_computed = 0  # tokens of all steps
+        self._num_recordings = 0  # of the runner, when a step was last taken in
         self._is_profiling = False
         self.is_sleeping = False
         self._uncomputed = 0.0, 0  # when it was counted, and how many tokens
@@ -186,25 +187,31 @@ class Engine:
     def _step(self) -> list[TokenDelta]:
         refused = self._queue_ready()
         while len(self._in_flight) < self.executor.max_in_flight:
-            step = self.scheduler.schedule()
+            now, step = time.monotonic(), self.scheduler.schedule()
             if step is None:
                 break
             self.num_steps += 1
-            now, wait = time.monotonic(), self.executor.launch(step.plan)
+            wait = self.executor.launch(step.plan)
             self._in_flight.append(_InFlight(self.num_steps, step, now, wait))
         if not self._in_flight:
             return refused
         oldest = self._in_flight.popleft()
         result = oldest.wait()
-        plan = oldest.step.plan
-        self._num_computed += plan.num_tokens
-        seconds = self._speed.count_step(plan.num_tokens, oldest.launched_at)
-        if self.speculator is not None and plan.lengths == plan.num_sampled:  # it only decodes
-            self.speculator.costs.count(len(plan.lengths), plan.num_tokens, seconds)
         deltas = self.scheduler.update(oldest.step, result)
+        self._count_step(oldest)
         if self.step_log is not None:
             self.step_log.append(DoneStep(oldest.number, oldest.step, deltas))
         return refused + deltas
+
+    def _count_step(self, done: _InFlight) -> None:
+        plan, num_tokens = done.step.plan, done.step.plan.num_tokens
+        self._num_computed += num_tokens
+        seconds = self._speed.count_step(num_tokens, done.began_at)
+        before, self._num_recordings = self._num_recordings, self.runner.forward_pass.num_recordings
+        if self.speculator is None or before != self._num_recordings:
+            return
+        if plan.lengths == plan.num_sampled:  # it only decodes
+            self.speculator.count(len(plan.lengths), num_tokens, seconds)
 
     def stats(self) -> dict[str, float]:
         """What is going on now, and counts since the start."""
@@ -301,10 +308,10 @@ class _Speed:
         self.num_steps = 0  # that were full
         self._last_end = 0.0
 
-    def count_step(self, num_tokens: int, launched_at: float) -> float:
-        """A step has ended; it ran since its launch or since the one before it ended: seconds."""
+    def count_step(self, num_tokens: int, began_at: float) -> float:
+        """A step has been taken in, which began then or when the one before it was: seconds."""
         now = time.monotonic()
-        seconds = max(now - max(launched_at, self._last_end), 1e-9)
+        seconds = max(now - max(began_at, self._last_end), 1e-9)
         if num_tokens >= self._FULL_STEP_TOKENS:
             self.num_steps += 1
             self.tokens_per_s += self._WEIGHT * (num_tokens / seconds - self.tokens_per_s)

@@ -10,7 +10,15 @@ from torch import Tensor
 from kernels import reference
 from kernels.grouped import StoredWeight
 from kernels.quantization import Quantization
-from kernels.types import AttentionInputs, KVCache, Linear, PagedKV, StepInputs, StepRows
+from kernels.types import (
+    AttentionInputs,
+    KVCache,
+    Linear,
+    PagedKV,
+    Rounded,
+    StepInputs,
+    StepRows,
+)
 
 
 class Attention(Protocol):
@@ -114,6 +122,18 @@ class CompilationWatch(Protocol):
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What comes before a linear map that takes rounded inputs (it says so by `takes_rounded`).
+
+    As those of `Ops`, with the rounding in the same kernel; where that cannot be, without.
+    """
+
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Rounded, Tensor]]
+    silu_and_mul: Callable[[Tensor], Rounded | Tensor]
+    gelu_and_mul: Callable[[Tensor], Rounded | Tensor]
+
+
+@dataclass(frozen=True)
 class Ops:
     """The functions of `kernels.reference`, which documents them, for one device.
 
@@ -144,6 +164,7 @@ class Ops:
     rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rotary
     silu_and_mul: Callable[[Tensor], Tensor] = reference.silu_and_mul
     gelu_and_mul: Callable[[Tensor], Tensor] = reference.gelu_and_mul
+    rounding: Rounding | None = None
     # `norm_rotary_store` in one kernel, for caches of the attention it comes with.
     fused_norm_rotary_store: (
         Callable[

@@ -32,7 +32,7 @@ def select_ops(device: torch.device, attention: AttentionNeeds | None = None) ->
 def watch_compilation(device: torch.device) -> CompilationWatch:
     """From now on; where nothing is compiled at run time, its list stays empty."""
     if device.type == "cuda":
-        from kernels.cuda.compile_watch import CompileWatch
+        from kernels.cuda.launch import CompileWatch
 
         return CompileWatch()
     return _NothingCompiles()

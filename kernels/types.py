@@ -18,6 +18,20 @@ Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
+class Rounded(NamedTuple):
+    """Rows in 8 bits, for linear maps that would round them themselves."""
+
+    values: Tensor  # [T, N] float8_e4m3fn
+    scales: Tensor  # [T, 1] float32, to multiply a row's values with
+    dtype: torch.dtype  # that they stand for
+
+    @classmethod
+    def empty_like(cls, x: Tensor) -> "Rounded":
+        """Of x [T, N]; contents are undefined."""
+        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        return cls(values, x.new_empty(x.shape[0], 1, dtype=torch.float32), x.dtype)
+
+
 @runtime_checkable
 class Table(Protocol):
     """A linear map that has its weight as it was given, so that it may be an embedding too."""

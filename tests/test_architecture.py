@@ -138,7 +138,7 @@ import sys
 from deployments.args import AppArgs
 from deployments.front.front import Front
 front = Front(AppArgs())
-front.warm_up()
+front.tokenizer.warm_up()
 before = set(sys.modules)
 front.tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 print(sorted(set(sys.modules) - before))

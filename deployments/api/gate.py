@@ -107,7 +107,9 @@ class Gate:
             if current.error:
                 self._metrics.errors[current.error] += 1
             self._log.write(current)
-            self._tracing.write(current)
+            if trace_id := self._tracing.write(current):
+                for record in current.records:
+                    self._metrics.note_trace(record, trace_id)
 
     async def _pass(self, http: Scope, receive: Receive, send: Send, current: RequestScope) -> None:
         """Whatever goes wrong before an answer has begun becomes one in its API's shape."""

@@ -53,10 +53,11 @@ class Tracing:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         return cls(provider.get_tracer("manta"), model_name)
 
-    def write(self, scope: RequestScope) -> None:
+    def write(self, scope: RequestScope) -> str:
+        """Returns the trace's id; empty where none is written."""
         if self._tracer is None or not scope.records:
-            return
-        from opentelemetry.trace import SpanKind, StatusCode
+            return ""
+        from opentelemetry.trace import SpanKind, StatusCode, format_trace_id
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         start_ns = int(scope.arrived_at * 1e9)
@@ -79,3 +80,5 @@ class Tracing:
         if scope.status >= 500 or any(r.finish_reason == "error" for r in scope.records):
             span.set_status(StatusCode.ERROR)
         span.end(start_ns + int(scope.seconds * 1e9))
+        context = span.get_span_context()
+        return format_trace_id(context.trace_id) if context.trace_flags.sampled else ""

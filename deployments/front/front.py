@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -74,11 +73,6 @@ class Front:
 
     async def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return await off_loop(len(token_ids), self.tokenizer.decode, token_ids, skip_special_tokens)
-
-    def warm_up(self) -> None:
-        """Import what renders chats before the first one waits for it."""
-        with suppress(ValueError):  # the template may refuse this one, or there is none
-            self.tokenizer.encode_chat([{"role": "user", "content": ""}])
 
     async def in_tokens(self, params: SamplingParams) -> SamplingParams:
         """The parameters as `generate` takes them; raises ValueError when no engine does."""

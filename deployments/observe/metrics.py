@@ -5,6 +5,7 @@ the engine's own counts come once per step as they are. Histograms are not `prom
 because those take a lock, and a call per label, for every observation.
 """
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +14,19 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
+    Exemplar,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from deployments.args import DeploymentArgs
 from deployments.observe.request_record import RequestRecord
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+_OPENMETRICS = "application/openmetrics-text"
 
 # Bounds of the buckets, as vLLM has them.
 _TTFT_S = (
@@ -57,17 +61,25 @@ class Buckets:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
+        self._exemplars: dict[int, Exemplar] = {}  # the last of each bucket that has a trace
 
     def observe(self, value: float, times: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
-    def cumulative(self) -> list[tuple[str, int]]:
-        """(upper bound, observations up to it) as Prometheus has them."""
-        total, buckets = 0, []
-        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound is None else str(bound), total))
+    def note_trace(self, value: float, trace_id: str) -> None:
+        """Of a request whose `value` has been observed."""
+        exemplar = Exemplar({"trace_id": trace_id}, value, time.time())
+        self._exemplars[bisect_left(self._bounds, value)] = exemplar
+
+    def cumulative(self) -> list[tuple[str, int] | tuple[str, int, Exemplar]]:
+        """(upper bound, observations up to it[, exemplar]) as Prometheus has them."""
+        total, buckets = 0, list[tuple[str, int] | tuple[str, int, Exemplar]]()
+        for i, bound in enumerate((*self._bounds, None)):
+            total += self._counts[i]
+            bucket = "+Inf" if bound is None else str(bound), total
+            exemplar = self._exemplars.get(i)
+            buckets.append((*bucket, exemplar) if exemplar else bucket)
         return buckets
 
     @property
@@ -148,9 +160,20 @@ class Metrics(Collector):
             if record.num_output > 1:
                 self._mean_itl.observe(record.decode_s / (record.num_output - 1))
 
-    def exposition(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+    def note_trace(self, record: RequestRecord, trace_id: str) -> None:
+        """Lets who looks at a slow bucket see one of its requests: exemplars, in OpenMetrics."""
+        if record.ttft_s is not None:
+            self.ttft.note_trace(record.ttft_s, trace_id)
+        if record.ended_at is not None:
+            self._latency.note_trace(record.ended_at - record.arrived_at, trace_id)
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """(metrics, their content type): Prometheus' text, or OpenMetrics for who accepts it."""
+        if _OPENMETRICS not in accept:
+            return generate_latest(self.registry), _TEXT
+        # Escaped by its default, names lose their colons.
+        text = openmetrics.generate_latest(self.registry, escaping="allow-utf-8")
+        return text, f"{_OPENMETRICS}; version=1.0.0; charset=utf-8"
 
     def collect(self) -> Iterator[Metric]:
         yield from self._engine_metrics()

@@ -59,7 +59,9 @@ class RoutedPrompt:
 
     hashes: Sequence[bytes] = ()  # short names of its full blocks; empty when unknown
     num_tokens: int = 0
-    block_size: int = 1
+    # That a block which is found spares. More than are in it where the end of the prompt is not
+    # known: whoever has come before with its beginning may well have come with the rest.
+    tokens_per_block: float = 1
 
 
 @dataclass(frozen=True)
@@ -192,13 +194,13 @@ class PrefixBalancer:
             self._sent.append(Sent(chosen, join(prompt.hashes), tokens))
             return chosen
 
-    def _costs(self, prompt: RoutedPrompt, now: float) -> tuple[dict[str, int], dict[str, float]]:
+    def _costs(self, prompt: RoutedPrompt, now: float) -> tuple[dict[str, float], dict[str, float]]:
         """(tokens that a replica would have to compute, and what that costs), by name."""
         crowding = {name: replica.crowding(now) for name, replica in self._replicas.items()}
         least = min(crowding.values())
         uncached, costs = {}, {}
         for name, replica in self._replicas.items():
-            hits = replica.count_hits(prompt.hashes) * prompt.block_size
+            hits = replica.count_hits(prompt.hashes) * prompt.tokens_per_block
             uncached[name] = max(prompt.num_tokens - hits, 0)
             pushed_out = min(crowding[name] - least, 1.0) * _CROWDING_COST
             costs[name] = replica.load(now) + uncached[name] * (1 + pushed_out)

@@ -3,8 +3,8 @@
 HAProxy posts the body here and connects the client straight to the replica of the answer: about
 2 ms per request, and nothing per token. A body that cannot be read is not refused here, for the
 replica says better what is wrong with it: it goes to the replica with the least load. So does one
-that is not worth the work: of a client without a key, or one too many at a time. What HAProxy or
-the reader has cut is routed by its beginning.
+that is not worth the work: of a client without a key, one too many at a time, or one that takes too
+long to read. What HAProxy or the reader has cut is routed by its beginning.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ class IngressRouter:
 
     async def __init__(self, replicas: DeploymentHandle[Any], args: AppArgs) -> None:  # type: ignore[misc]
         tokenizer = await asyncio.to_thread(lambda: load_tokenizer(directory_of(args)))
+        await asyncio.to_thread(tokenizer.warm_up)
         keys = KeyRing.load(args) if ray_private.routers_see_keys() else None
         self._replicas = replicas
         self._balancer = PrefixBalancer()

@@ -1,7 +1,6 @@
 """Reads what is worth it of the bodies that a router sees, off the event loop."""
 
 import asyncio
-import threading
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -23,6 +22,10 @@ _MAX_BYTES = 2**20
 # key may have one in a header that HAProxy does not show: they have one thread for them all.
 _MAX_READERS = 2
 _MAX_KEYLESS_READERS = 1
+# Most are read in milliseconds, for which others wait; for those that take long, they wait so long.
+_PATIENCE_S = 0.05
+# HAProxy waits five seconds for an answer, and then has a 503 for the client.
+_READ_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._keys = keys
         self._room = room
-        self._free = threading.Semaphore(_MAX_READERS)
-        self._free_keyless = threading.Semaphore(_MAX_KEYLESS_READERS)
+        self._free = asyncio.Semaphore(_MAX_READERS)
+        self._free_keyless = asyncio.Semaphore(_MAX_KEYLESS_READERS)
 
     async def read(self, request: Request) -> ReadBody | None:
-        """None, at once, for what is not worth it; and for what has no prompt."""
+        """None, soon, for what is not worth it; for what has no prompt, or takes too long."""
         body = bytearray()
         size = 0
         async for chunk in request.stream():  # to its end: HAProxy listens only then
@@ -63,12 +66,14 @@ class PromptReader:
             if "authorization" in request.headers:
                 return None
             free = self._free_keyless
-        if not free.acquire(False):
-            return None
         try:
-            return await asyncio.to_thread(self._read, bytes(body), size)
-        finally:
-            free.release()
+            await asyncio.wait_for(free.acquire(), _PATIENCE_S)
+        except TimeoutError:
+            return None
+        reading = asyncio.ensure_future(asyncio.to_thread(self._read, bytes(body), size))
+        reading.add_done_callback(lambda _: free.release())
+        done, _ = await asyncio.wait({reading}, timeout=_READ_S)
+        return reading.result() if done else None
 
     def _read(self, body: bytes, size: int) -> ReadBody | None:
         """
@@ -89,6 +94,7 @@ class PromptReader:
             return None
         has_room = sealed is not None and size + len(sealed) <= self._room
         headers = {HEADER: sealed} if sealed is not None and has_room else {}
-        num_tokens = len(prompt.tokens) * size // max(len(body), 1)
+        whole = size / max(len(body), 1)  # of what is known
         names = [short(block_hash) for block_hash in hashes]
-        return ReadBody(RoutedPrompt(names, num_tokens, self._hasher.block_size), headers)
+        num_tokens, tokens_per_block = len(prompt.tokens) * whole, self._hasher.block_size * whole
+        return ReadBody(RoutedPrompt(names, round(num_tokens), tokens_per_block), headers)

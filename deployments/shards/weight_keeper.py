@@ -5,7 +5,9 @@ import logging
 import os
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
@@ -18,8 +20,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "manta"
 # How often the keeper looks whether weights are used, in seconds.
 _LOOK_S = 2.0
-# How long it may take to start one.
-_ANSWER_S = 60
+# How long finding one may take, or starting it; without an answer, the disk is read.
+_ANSWER_S = 20.0
 # A keeper that has had nothing to keep for so long ends.
 _IDLE_S = 600.0
 # With less of the node's memory left, what nobody uses goes at once.
@@ -108,14 +110,24 @@ class KeptWeights:
         """None, and the log says why, where none can be kept."""
         if not self._keep_s or not hasattr(os, "memfd_create"):
             return None
+        answer: Future[str] = Future()
+        ask = partial(_answer, answer, name, self._keep_s)
+        # In a thread: Ray's control plane, where keepers are found, is asked without a deadline.
+        threading.Thread(target=ask, daemon=True).start()
         try:
-            asked: ray.ObjectRef[str] = _keeper().path.remote(name, self._keep_s)
-            path = ray.get(asked, timeout=_ANSWER_S)
+            path = answer.result(_ANSWER_S)
             with open(path, "rb"):
                 return path
         except (RayError, OSError, ValueError) as error:
-            logger.warning("Weights are not kept on this node: %s", error)
+            logger.warning("Weights are not kept on this node: %r", error)
             return None
+
+
+def _answer(answer: "Future[str]", name: str, keep_s: float) -> None:
+    try:
+        answer.set_result(ray.get(_keeper().path.remote(name, keep_s), timeout=_ANSWER_S))
+    except Exception as error:
+        answer.set_exception(error)
 
 
 def _keeper() -> Any:

@@ -93,7 +93,7 @@ class RecordedSteps:
         device: torch.device,
     ) -> None:
         self.sizes = sorted(sizes)
-        self.num_replays = 0
+        self.num_replays = self.num_recordings = 0
         self._recorder = recorder
         self._largest = largest
         self._step = step
@@ -151,6 +151,7 @@ class RecordedSteps:
             self._works = False
         else:
             self._recorded[shape] = hidden, replay
+            self.num_recordings += 1
             if len(self._recorded) > max(_MOST_RECORDED, len(self.sizes)) and self._largest:
                 del self._recorded[next(iter(self._recorded))]
         return hidden

@@ -45,7 +45,7 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     """A decoder and its head. Parameters are uninitialized until loaded."""
 
-    is_recordable = True
+    is_recordable = is_all_ops = True
 
     def __init__(self, config: ModelConfig, max_model_len: int, context: BuildContext) -> None:
         super().__init__()

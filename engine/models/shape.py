@@ -3,10 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from engine.config import EngineConfig
+from engine.ranks.rank_group import RankGroup
+from kernels import Ops
 from kernels.types import KVCache, StepInputs
 
 
@@ -43,10 +48,25 @@ class ModelShape(ABC):
         return [groups[cache] for cache in sorted(groups, key=lambda own: own.window is not None)]
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a rank's model is made of."""
+
+    config: EngineConfig
+    shape: ModelShape
+    directory: Path
+    max_len: int
+    dtype: torch.dtype
+    device: torch.device
+    ops: Ops
+    parallel: RankGroup
+
+
 class LanguageModel(Protocol):
     """A loaded model over a paged KV cache."""
 
     is_recordable: bool  # whether its decoding may be recorded and replayed
+    is_all_ops: bool  # whether nothing but the device's ops computes it
 
     def __call__(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         """Hidden states [T, hidden] of a step; writes its keys and values."""

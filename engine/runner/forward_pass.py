@@ -86,6 +86,11 @@ class ForwardPass:
         """Of recorded steps."""
         return self._recorded.num_replays if self._recorded is not None else 0
 
+    @property
+    def num_recordings(self) -> int:
+        """Steps that were recorded, which takes longer than running them."""
+        return self._recorded.num_recordings if self._recorded is not None else 0
+
     def close(self) -> None:
         """Let go of the KV cache and of what was recorded over it."""
         self._recorded = None

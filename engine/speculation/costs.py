@@ -8,7 +8,9 @@ MIN_GAIN = 1.03
 _GUESS = 0.05
 _WEIGHT = 0.2  # of a new measurement
 _MOST = 3.0  # times what was expected; more is some accident
-_MAX_AGE = 512  # steps after which a size that has not come again counts as unknown
+# Steps after which a size that has not come again counts as unknown: so many for each time that it
+# has been measured, for once may have been an accident, and at most.
+_AGE, _MAX_AGE = 32, 512
 
 
 class DecodeCosts:
@@ -32,13 +34,14 @@ class DecodeCosts:
     def of(self, num_rows: int, num_drafts: np.ndarray) -> np.ndarray:
         """Seconds of a step of these rows with so many drafts, [N]."""
         num_tokens = num_rows + num_drafts
-        without = self._without.of(np.array([num_rows]))[0]
-        larger = [(n, s) for n, s in self._with.measured() if n > num_rows]
-        if not larger:
+        without = self._without.of(num_rows)
+        sizes, seconds = self._with.above(num_rows)
+        if not len(sizes):
             guess = without * (1 + _GUESS * num_drafts / num_rows)
             return np.maximum(self._without.of(num_tokens), guess)
-        sizes, seconds = zip((num_rows, without), *larger, strict=True)
-        return np.interp(num_tokens, sizes, np.maximum(seconds, without))
+        sizes = np.concatenate(((num_rows,), sizes))
+        seconds = np.concatenate(((without,), np.maximum(seconds, without)))
+        return np.interp(num_tokens, sizes, seconds)
 
 
 class StepCosts:
@@ -56,33 +59,39 @@ class StepCosts:
     def forget(self) -> None:
         """Begin anew."""
         self._num_steps = 0
-        self._seconds: dict[int, float] = {}
-        self._counted_at: dict[int, int] = {}
+        # By size: of none first, which takes no time.
+        self._sizes, self._seconds, self._times, self._expires = np.zeros((4, 1))
+        self._expires[0] = np.inf
 
-    def measured(self) -> list[tuple[int, float]]:
-        """Sizes that are known and their seconds, smallest first."""
-        return sorted(self._seconds.items())
+    def _known(self) -> tuple[np.ndarray, np.ndarray]:
+        is_known = self._expires >= self._num_steps
+        return self._sizes[is_known], self._seconds[is_known]
+
+    def above(self, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Larger sizes that are known, and their seconds."""
+        sizes, seconds = self._known()
+        first = sizes.searchsorted(num_tokens, "right")
+        return sizes[first:], seconds[first:]
 
     def count(self, num_tokens: int, seconds: float) -> None:
         """A step has taken so long."""
         self._num_steps += 1
-        known = self._seconds.get(num_tokens)
-        if known is None or self._counted_at[num_tokens] < self._num_steps - _MAX_AGE:
-            self._seconds[num_tokens] = seconds
+        i = int(self._sizes.searchsorted(num_tokens))
+        if i == len(self._sizes) or self._sizes[i] != num_tokens:
+            columns = np.array((self._sizes, self._seconds, self._times, self._expires))
+            columns = np.insert(columns, i, (num_tokens, 0, 0, 0), axis=1)
+            self._sizes, self._seconds, self._times, self._expires = columns
+        if self._expires[i] < self._num_steps:
+            self._seconds[i] = seconds
         else:
-            self._seconds[num_tokens] += _WEIGHT * (min(seconds, _MOST * known) - known)
-        self._counted_at[num_tokens] = self._num_steps
-        if self._num_steps % _MAX_AGE == 0:
-            self._drop_old()
+            known = self._seconds[i]
+            self._seconds[i] += _WEIGHT * (min(seconds, _MOST * known) - known)
+        self._times[i] += 1
+        self._expires[i] = self._num_steps + min(_AGE * self._times[i], _MAX_AGE)
 
-    def _drop_old(self) -> None:
-        oldest = self._num_steps - _MAX_AGE
-        for num_tokens in [n for n, at in self._counted_at.items() if at < oldest]:
-            del self._seconds[num_tokens], self._counted_at[num_tokens]
-
-    def of(self, num_tokens: np.ndarray) -> np.ndarray:
-        """Seconds of steps of so many tokens, [N]; all alike until the first has been counted."""
-        if not self._seconds:
-            return np.full(len(num_tokens), self._unknown)
-        sizes, seconds = zip((0, 0.0), *self.measured(), strict=True)
-        return np.interp(num_tokens, sizes, seconds)
+    def of(self, num_tokens: int | np.ndarray) -> np.ndarray:
+        """Seconds of steps of so many tokens; all alike until the first has been counted."""
+        sizes, seconds = self._known()
+        if len(sizes) == 1:
+            return np.full(np.shape(num_tokens), self._unknown)
+        return np.asarray(np.interp(num_tokens, sizes, seconds))

@@ -50,7 +50,7 @@ class ModelDrafter(Drafter):
         and those that check them taken together."""
         counts = np.arange(limit + 1)
         expected = (self._confidence**counts).cumsum()
-        own = self._own_costs.of(np.array([num_rows]))
+        own = self._own_costs.of(num_rows)
         rates = expected / (costs.of(num_rows, num_rows * counts) + counts * own)
         rates[1:] /= MIN_GAIN
         return int(rates.argmax())
@@ -66,7 +66,7 @@ class ModelDrafter(Drafter):
         tokens = self._drafts.get(sequence, [])[:limit]
         return Draft(tokens, [self._confidence] * len(tokens))
 
-    def judge(self, num_drafts: int, num_accepted: int) -> None:
+    def judge(self, sequence: Sequence, num_drafts: int, num_accepted: int) -> None:
         self._hits = _DECAY * self._hits + num_accepted
         self._misses = _DECAY * self._misses + (num_accepted < num_drafts)
 

@@ -3,21 +3,29 @@
 After Saxena, "Prompt lookup decoding", 2023.
 """
 
+from collections.abc import Iterable
+
 from engine.schedule.sequence import Sequence
 from engine.speculation.drafter import Draft, Drafter
-from engine.speculation.texts import TextIndex
+from engine.speculation.texts import Match, TextIndex
 
 
 class NgramDrafter(Drafter):
     name = "ngram"
 
     def __init__(self) -> None:
-        self._own: dict[str, TextIndex] = {}
+        self._matches: dict[Sequence, Match] = {}
 
     def draft(self, sequence: Sequence, limit: int) -> Draft:
-        index = self._own.setdefault(sequence.id, TextIndex(sequence.token_ids))
-        index.catch_up()
-        return index.draft(sequence.token_ids, limit)
+        match = self._matches.get(sequence)
+        if match is None:
+            text = sequence.token_ids
+            match = self._matches[sequence] = Match(text, TextIndex(text))
+        return match.draft(limit, self._others(sequence))
+
+    def _others(self, sequence: Sequence) -> Iterable[TextIndex]:
+        """Texts that it may go on like, beside its own."""
+        return ()
 
     def end(self, sequence: Sequence) -> None:
-        self._own.pop(sequence.id, None)
+        self._matches.pop(sequence, None)

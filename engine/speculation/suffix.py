@@ -5,9 +5,9 @@ requests of one salt and one owner. What is kept of them is bounded.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from engine.schedule.sequence import Sequence
-from engine.speculation.drafter import Draft
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.texts import END_OF_TEXT, RUN, TextIndex
 
@@ -36,13 +36,9 @@ class SuffixDrafter(NgramDrafter):
         super().__init__()
         self._shared: OrderedDict[tuple[str, str], _Outputs] = OrderedDict()
 
-    def draft(self, sequence: Sequence, limit: int) -> Draft:
-        drafts = [super().draft(sequence, limit)]
-        outputs = self._shared.get(_share(sequence))
-        for index in outputs.generations if outputs is not None else ():
-            index.catch_up()
-            drafts.append(index.draft(sequence.token_ids, limit))
-        return max(drafts, key=lambda draft: draft.confidences[:1])
+    def _others(self, sequence: Sequence) -> Iterable[TextIndex]:
+        outputs = self._shared.get(_share(sequence)) if self._shared else None
+        return outputs.generations if outputs is not None else ()
 
     def end(self, sequence: Sequence) -> None:
         super().end(sequence)

@@ -6,6 +6,7 @@ beneath it, `tokenizers`.
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,11 @@ class Tokenizer:
         for piece in others:
             ids += self._encode_further(piece)
         return ids
+
+    def warm_up(self) -> None:
+        """Import what renders chats, which takes seconds, before the first one waits for it."""
+        with suppress(ValueError):  # the template may refuse this one, or there is none
+            self.encode_chat([{"role": "user", "content": ""}])
 
     def _encode_further(self, text: str) -> list[int]:
         """Token ids of a text that others precede: no space comes before its first word.

@@ -11,6 +11,9 @@ thread_local Recording* recording = nullptr;
 
 MANTA_API void manta_start_recording() { manta::recording = new manta::Recording; }
 
+// Of this thread so far: the next call's number.
+MANTA_API int64_t manta_num_recorded() { return manta::recording->size(); }
+
 // What this thread has recorded, for `replay` as often as wanted, then for `discard`.
 MANTA_API void* manta_stop_recording() {
     manta::Recording* recorded = manta::recording;
@@ -18,8 +21,10 @@ MANTA_API void* manta_stop_recording() {
     return recorded;
 }
 
-MANTA_API void manta_replay(const void* recorded) {
-    for (const auto& kernel : *static_cast<const manta::Recording*>(recorded)) kernel();
+// The calls from `begin` until `end`.
+MANTA_API void manta_replay(const void* recorded, int64_t begin, int64_t end) {
+    const auto& calls = *static_cast<const manta::Recording*>(recorded);
+    for (int64_t i = begin; i < end; ++i) calls[i]();
 }
 
 MANTA_API void manta_discard(void* recorded) { delete static_cast<manta::Recording*>(recorded); }

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.attention_tile import STAGES, as_computed, attend_tile, kv_offsets, score_unit
+from kernels.cuda.launch import cdiv, launch, next_power_of_2
 from kernels.types import AttentionInputs, KVCache
 
 _MIN_CHUNK = 128  # tokens; below, reading the chunk is cheaper than combining it
@@ -259,7 +260,9 @@ def plan_decodes(inputs: AttentionInputs, num_programs: int, kv_heads: int) -> D
         2 * rows + 2 + rows * kv_heads
     ).split([rows + 1, rows, 1, rows * kv_heads])
     if rows > 0:
-        _plan_kernel[(1,)](
+        launch(
+            _plan_kernel,
+            (1,),
             context_lens,
             full_starts,
             tail_order,
@@ -283,7 +286,7 @@ def _tile(itemsize: int, group: int, longest: int, block_d: int) -> tuple[int, i
     Tiles of keys are of 16 KiB; in float32, which is for tests, there are no tensor cores.
     """
     block_n = 16 if itemsize == 4 else min(64, 8192 // block_d)
-    narrow = max(triton.next_power_of_2(group), _NARROW)
+    narrow = max(next_power_of_2(group), _NARROW)
     fits = longest * group <= narrow or itemsize == 4
     return narrow if fits else max(narrow, _WIDE), block_n, fits
 
@@ -301,13 +304,15 @@ def decode(
     """Attention of the first plan.num_decodes requests, into out [T, H, D]; cf. `attend`."""
     kv_heads, head_dim, heads = cache.spec.num_kv_heads, cache.spec.head_dim, q.shape[1]
     rows, group, longest = plan.num_decodes, heads // kv_heads, inputs.decodes.longest
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
     block_m, block_n, fits = _tile(q.itemsize, group, longest, block_d)
-    num_tiles = triton.cdiv(longest, block_m // group)
+    num_tiles = cdiv(longest, block_m // group)
     parts = (plan.max_chunks, longest, heads)
     chunk_out = q.new_empty(*parts, head_dim, dtype=torch.float32)
     chunk_lse = q.new_empty(*parts, dtype=torch.float32)
-    _decode_kernel[(kv_heads, plan.max_chunks, num_tiles)](
+    launch(
+        _decode_kernel,
+        (kv_heads, plan.max_chunks, num_tiles),
         q,
         cache.keys,
         cache.values,
@@ -339,7 +344,9 @@ def decode(
         num_stages=STAGES if fits or block_d <= 128 else 3,
     )
     if longest > 1:
-        _combine_kernel[(rows, longest, heads)](
+        launch(
+            _combine_kernel,
+            (rows, longest, heads),
             chunk_out,
             chunk_lse,
             plan.full_starts,

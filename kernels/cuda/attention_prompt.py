@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.attention_tile import STAGES, as_computed, attend_tile, kv_offsets, score_unit
+from kernels.cuda.launch import launch, next_power_of_2
 from kernels.types import AttentionInputs, KVCache
 
 
@@ -116,12 +117,14 @@ def prompts(
     )
     num_tokens, heads, _ = q.shape
     rows, group = inputs.context_lens.shape[0] - first_row, heads // kv_heads
-    block_d = max(triton.next_power_of_2(head_dim), 16)
+    block_d = max(next_power_of_2(head_dim), 16)
     # What fits the registers.
     exact, big = q.itemsize == 4, block_d > 128
-    block_m = max(16 if exact else 64 if big else 128, triton.next_power_of_2(group))
+    block_m = max(16 if exact else 64 if big else 128, next_power_of_2(group))
     num_tiles = (num_tokens - inputs.decodes.tokens) // (block_m // group) + rows
-    _prompt_kernel[(num_tiles, kv_heads)](
+    launch(
+        _prompt_kernel,
+        (num_tiles, kv_heads),
         q,
         cache.keys,
         cache.values,

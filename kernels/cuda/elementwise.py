@@ -1,4 +1,7 @@
-"""Norms and the gated activations: one pass over memory each."""
+"""Norms and the gated activations: one pass over memory each.
+
+Where a product of 8 bits comes next, they round their result for it, in the same pass.
+"""
 
 import math
 
@@ -7,11 +10,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.launch import cdiv, launch, next_power_of_2
+from kernels.types import FP8_MAX, Rounded
+
+# A row of so many outputs of an activation is one program's.
+_LONGEST_ROW = 1 << 15
+
+
+@triton.jit
+def store_rounded(value, out, scale_out, columns, inside, LIMIT: tl.constexpr):
+    """A row in 8 bits, and the scale that brings it back."""
+    exact = value.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(exact), 0), 1e-20) / LIMIT
+    tl.store(scale_out, scale)
+    rounded = tl.clamp(exact / scale, -LIMIT, LIMIT)
+    tl.store(out + columns, rounded.to(out.dtype.element_ty), inside)
+
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, out, total_out, x_stride, out_stride, eps,
-    HAS_RESIDUAL: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, out, scales, total_out, x_stride, out_stride, eps,
+    HAS_RESIDUAL: tl.constexpr, ROUNDED: tl.constexpr, LIMIT: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -26,24 +46,39 @@ def _rms_norm_kernel(
     normed = exact * tl.rsqrt(tl.sum(exact * exact, 0) / N + eps)
     scaled = normed.to(x.dtype.element_ty).to(tl.float32)
     scaled *= tl.load(weight + columns, inside, 0.0).to(tl.float32)
-    tl.store(out + row * out_stride + columns, scaled.to(out.dtype.element_ty), inside)
+    result = scaled.to(x.dtype.element_ty)
+    if ROUNDED:
+        store_rounded(result, out + row * out_stride, scales + row, columns, inside, LIMIT)
+    else:
+        tl.store(out + row * out_stride + columns, result, inside)
 
 
 def _launch_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    total: Tensor,
+    scales: Tensor | None = None,
 ) -> None:
     size = x.shape[-1]
-    block = triton.next_power_of_2(size)
-    _rms_norm_kernel[(x.shape[0],)](
+    block = next_power_of_2(size)
+    launch(
+        _rms_norm_kernel,
+        (x.shape[0],),
         x,
         x if residual is None else residual,
         weight,
         out,
+        out if scales is None else scales,
         total,
         x.stride(0),
         out.stride(0),
         eps,
         HAS_RESIDUAL=residual is not None,
+        ROUNDED=scales is not None,
+        LIMIT=FP8_MAX,
         N=size,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
@@ -66,10 +101,23 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, total
 
 
+def add_rms_norm_rounded(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Rounded, Tensor]:
+    x, residual = x.contiguous(), residual.contiguous()
+    out, total = Rounded.empty_like(x), torch.empty_like(x)
+    if x.shape[0] > 0:
+        _launch_rms_norm(x, residual, weight, eps, out.values, total, out.scales)
+    return out, total
+
+
 @triton.jit
 def _gate_and_mul_kernel(
-    x, out, LINEAR: tl.constexpr, CUBIC: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
-):  # gates g by g * sigmoid(LINEAR * (g + CUBIC * g^3))
+    x, out, scales,
+    LINEAR: tl.constexpr, CUBIC: tl.constexpr, ROUNDED: tl.constexpr, LIMIT: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gates g by g * sigmoid(LINEAR * (g + CUBIC * g^3))."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
@@ -79,25 +127,71 @@ def _gate_and_mul_kernel(
     if CUBIC != 0:  # no 0 times infinity
         z += CUBIC * gate * gate * gate
     activated = (gate * tl.sigmoid(LINEAR * z)).to(x.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * N + columns, (activated * up).to(out.dtype.element_ty), inside)
-
-
-def silu_and_mul(x: Tensor) -> Tensor:
-    return _gated(x, 1.0, 0.0)
-
-
-def gelu_and_mul(x: Tensor) -> Tensor:
-    return _gated(x, 2 * math.sqrt(2 / math.pi), 0.044715)
+    result = (activated * up).to(x.dtype.element_ty)
+    if ROUNDED:
+        store_rounded(result, out + row * N, scales + row, columns, inside, LIMIT)
+    else:
+        tl.store(out + row * N + columns, result, inside)
 
 
 def _gated(x: Tensor, linear: float, cubic: float) -> Tensor:
     x = x.contiguous()
     rows, size = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, size)
-    block = min(triton.next_power_of_2(size), 2048)
-    warps = min(max(block // 256, 1), 8)
+    block = min(next_power_of_2(size), 2048)
     if rows > 0:
-        _gate_and_mul_kernel[(rows, triton.cdiv(size, block))](
-            x, out, LINEAR=linear, CUBIC=cubic, N=size, BLOCK=block, num_warps=warps
-        )
+        _launch_gate(x, (linear, cubic), out, None, block)
     return out
+
+
+def _gated_rounded(x: Tensor, linear: float, cubic: float) -> Rounded | Tensor:
+    x = x.contiguous()
+    rows, size = x.shape[0], x.shape[1] // 2
+    block = next_power_of_2(size)
+    if block > _LONGEST_ROW:
+        return _gated(x, linear, cubic)
+    out = Rounded.empty_like(x[:, :size])
+    if rows > 0:
+        _launch_gate(x, (linear, cubic), out.values, out.scales, block)
+    return out
+
+
+def _launch_gate(
+    x: Tensor, gate: tuple[float, float], out: Tensor, scales: Tensor | None, block: int
+) -> None:
+    rows, size = out.shape
+    most = 8 if scales is None else 32
+    launch(
+        _gate_and_mul_kernel,
+        (rows, cdiv(size, block)),
+        x,
+        out,
+        out if scales is None else scales,
+        LINEAR=gate[0],
+        CUBIC=gate[1],
+        ROUNDED=scales is not None,
+        LIMIT=FP8_MAX,
+        N=size,
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), most),
+    )
+
+
+_SILU = 1.0, 0.0
+_GELU = 2 * math.sqrt(2 / math.pi), 0.044715
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    return _gated(x, *_SILU)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    return _gated(x, *_GELU)
+
+
+def silu_and_mul_rounded(x: Tensor) -> Rounded | Tensor:
+    return _gated_rounded(x, *_SILU)
+
+
+def gelu_and_mul_rounded(x: Tensor) -> Rounded | Tensor:
+    return _gated_rounded(x, *_GELU)

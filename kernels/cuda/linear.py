@@ -6,6 +6,7 @@ Triton's as well, with inputs as they are. Weights of 8 bits torch multiplies wi
 row by row, to as many.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
+from kernels.cuda.launch import cdiv, launch, next_power_of_2
 from kernels.quantization import GROUP, Quantization, quantize_fp8, quantize_int4
-from kernels.types import FP8_MAX, Linear
+from kernels.types import FP8_MAX, Linear, Rounded
 
 
 def pack_linear(
@@ -41,7 +43,7 @@ def pack_linear(
         return partial(linear_int4, packed=packed, scales=scales, zeros=zeros, bias=bias)
     if quantization == "fp8" and outs % 16 == ins % 16 == 0:  # as the library demands
         rounded, of_outs = quantize_fp8(weight)
-        return partial(linear_fp8, weight=rounded.t(), scales=of_outs[None, :], bias=bias)
+        return LinearFp8(rounded.t(), of_outs[None, :], bias)
     return reference.pack_linear(weight, bias, None)
 
 
@@ -78,7 +80,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     exact = x.itemsize == 4  # for tests: there are no tensor cores
     block_m, block_n, block_k = (16, 32, 32) if exact else (64, 128, 64)
     if rows > 0:
-        _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outs, block_n))](
+        launch(
+            _linear_kernel,
+            (cdiv(rows, block_m), cdiv(outs, block_n)),
             x,
             weight,
             weight if bias is None else bias,
@@ -143,7 +147,9 @@ def linear_int4(
     few = rows <= 16 or x.itemsize == 4  # which is for tests
     block_m, block_n = (16, 32) if few else (64, 128)
     if rows > 0:
-        _int4_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outs, block_n))](
+        launch(
+            _int4_kernel,
+            (cdiv(rows, block_m), cdiv(outs, block_n)),
             x,
             packed,
             scales,
@@ -181,27 +187,46 @@ def _round_kernel(x, out, scales, N: tl.constexpr, BLOCK: tl.constexpr, LIMIT: t
         tl.store(out + row * N + columns, value, columns < N)
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, N] as (e4m3 [T, N], scales float32 [T, 1])."""
+def round_rows(x: Tensor) -> Rounded:
+    """Of x [T, N]."""
     x = x.contiguous()
-    rows, size = x.shape
-    out = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(size), 4096)
+    (rows, size), out = x.shape, Rounded.empty_like(x)
+    block = min(next_power_of_2(size), 4096)
     if rows > 0:
-        _round_kernel[(rows,)](
-            x, out, scales, N=size, BLOCK=block, LIMIT=FP8_MAX, num_warps=min(block // 256 or 1, 8)
+        launch(
+            _round_kernel,
+            (rows,),
+            x,
+            out.values,
+            out.scales,
+            N=size,
+            BLOCK=block,
+            LIMIT=FP8_MAX,
+            num_warps=min(block // 256 or 1, 8),
         )
-    return out, scales
+    return out
 
 
-def linear_fp8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+@dataclass(frozen=True)
+class LinearFp8:
     """x [T, in], its rows rounded to 8 bits, times weight [in, out] with scales [1, out]."""
-    if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[1])
-    rounded, of_rows = round_rows(x)
-    # Rows that are scaled come out in bfloat16 only.
-    out = torch._scaled_mm(
-        rounded, weight, scale_a=of_rows, scale_b=scales, out_dtype=torch.bfloat16
-    ).to(x.dtype)
-    return out if bias is None else out + bias
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    takes_rounded = True
+
+    def __call__(self, x: Tensor | Rounded) -> Tensor:
+        rounded = x if isinstance(x, Rounded) else round_rows(x)
+        rows, outs = len(rounded.values), self.weight.shape[1]
+        if rows == 0:
+            return self.weight.new_empty(0, outs, dtype=x.dtype)
+        # Rows that are scaled come out in bfloat16 only.
+        out = torch._scaled_mm(
+            rounded.values,
+            self.weight,
+            scale_a=rounded.scales,
+            scale_b=self.scales,
+            out_dtype=torch.bfloat16,
+        ).to(x.dtype)
+        return out if self.bias is None else out + self.bias

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.launch import cdiv, launch, next_power_of_2
+
 _BLOCK = 1024
 
 
@@ -51,7 +53,9 @@ def penalize(
     rows, length = token_ids.shape
     penalized = torch.empty(rows, length, dtype=logits.dtype, device=logits.device)
     for write in (False, True):
-        _penalize_kernel[(rows, triton.cdiv(length, _BLOCK))](
+        launch(
+            _penalize_kernel,
+            (rows, cdiv(length, _BLOCK)),
             logits,
             logits.stride(0),
             token_ids,
@@ -83,7 +87,9 @@ def _apply_bitmask_kernel(logits, logits_stride, bitmask, mask_stride, vocab, BL
 def apply_bitmask(logits: Tensor, bitmask: Tensor) -> None:
     rows, vocab = logits.shape
     if rows > 0:
-        _apply_bitmask_kernel[(rows, triton.cdiv(vocab, _BLOCK))](
+        launch(
+            _apply_bitmask_kernel,
+            (rows, cdiv(vocab, _BLOCK)),
             logits,
             logits.stride(0),
             bitmask,
@@ -123,14 +129,16 @@ def top_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor,
     sums = torch.empty(rows, 1, dtype=torch.float32, device=logits.device)
     ranks = torch.empty_like(token_ids)
     if rows > 0:
-        _weigh_kernel[(rows,)](
+        launch(
+            _weigh_kernel,
+            (rows,),
             logits,
             logits.stride(0),
             vocab,
             token_ids,
             sums,
             ranks,
-            BLOCK=min(4096, triton.next_power_of_2(vocab)),
+            BLOCK=min(4096, next_power_of_2(vocab)),
             num_warps=8,
         )
     given = token_ids.unsqueeze(1)

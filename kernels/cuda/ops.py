@@ -13,7 +13,7 @@ import torch
 
 from kernels.cuda import flash_attention
 from kernels.cuda.recorder import CudaRecorder
-from kernels.ops import Ops
+from kernels.ops import Ops, Rounding
 from kernels.types import AttentionNeeds
 
 _logger = logging.getLogger(__name__)
@@ -88,5 +88,10 @@ def triton_ops(num_processors: int, deterministic: bool = False) -> Ops:
         add_rms_norm=elementwise.add_rms_norm,
         silu_and_mul=elementwise.silu_and_mul,
         gelu_and_mul=elementwise.gelu_and_mul,
+        rounding=Rounding(
+            elementwise.add_rms_norm_rounded,
+            elementwise.silu_and_mul_rounded,
+            elementwise.gelu_and_mul_rounded,
+        ),
         fused_norm_rotary_store=rotary.norm_rotary_store,
     )

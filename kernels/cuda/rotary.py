@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.launch import cdiv, launch, next_power_of_2
 from kernels.types import FP8_MAX, KVCache
 
 _BLOCK_HEADS = 8
@@ -90,7 +91,9 @@ def norm_rotary_store(
     q = qkv.new_empty(num_tokens, heads, head_dim)
     q_norm, k_norm = norms or (qkv, qkv)
     if num_tokens > 0:
-        _norm_rotary_store_kernel[(num_tokens, triton.cdiv(heads + 2 * kv_heads, _BLOCK_HEADS))](
+        launch(
+            _norm_rotary_store_kernel,
+            (num_tokens, cdiv(heads + 2 * kv_heads, _BLOCK_HEADS)),
             qkv,
             q_norm,
             k_norm,
@@ -107,7 +110,7 @@ def norm_rotary_store(
             D=head_dim,
             BLOCK_SIZE=cache.spec.block_size,
             BLOCK_H=_BLOCK_HEADS,
-            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+            BLOCK_HALF=next_power_of_2(head_dim // 2),
             FP8=cache.keys.itemsize == 1,
             FP8_LIMIT=FP8_MAX,
             num_warps=4,
@@ -142,7 +145,9 @@ def store(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     num_tokens, kv_heads, head_dim = k.shape
     k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (k, v))
     if num_tokens > 0:
-        _store_kernel[(num_tokens,)](
+        launch(
+            _store_kernel,
+            (num_tokens,),
             k,
             v,
             k.stride(0),
@@ -153,7 +158,7 @@ def store(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
             KV_HEADS=kv_heads,
             D=head_dim,
             BLOCK_SIZE=cache.spec.block_size,
-            BLOCK=triton.next_power_of_2(kv_heads * head_dim),
+            BLOCK=next_power_of_2(kv_heads * head_dim),
             FP8=cache.keys.itemsize == 1,
             FP8_LIMIT=FP8_MAX,
             num_warps=4,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.launch import launch, next_power_of_2
 from kernels.cuda.logits import apply_bitmask, penalize, top_logprobs
 
 __all__ = ["apply_bitmask", "penalize", "sample", "top_logprobs"]  # `kernels.ops.Sampling`
@@ -279,9 +280,11 @@ def sample(
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     tokens = torch.empty(rows, _CANDIDATES, dtype=torch.int32, device=logits.device)
     values = torch.empty(rows, _CANDIDATES, dtype=torch.float32, device=logits.device)
-    block = min(_BLOCK, triton.next_power_of_2(vocab))
+    block = min(_BLOCK, next_power_of_2(vocab))
     if rows > 0:
-        _sample_kernel[(rows,)](
+        launch(
+            _sample_kernel,
+            (rows,),
             logits,
             logits.stride(0),
             vocab,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cuda.launch import launch
 from kernels.types import StepInputs, StepRows
 
 
@@ -63,7 +64,9 @@ def prepare_step(
     slots = torch.empty(groups, num_tokens, dtype=torch.int64, device=device)
     context_lens = torch.empty(num_rows, dtype=torch.int32, device=device)
     tables = torch.empty(groups, num_rows, max_blocks, dtype=torch.int32, device=device)
-    _prepare_step_kernel[(num_rows, 1 if num_tokens == num_rows else 8, groups)](
+    launch(
+        _prepare_step_kernel,
+        (num_rows, 1 if num_tokens == num_rows else 8, groups),
         step.rows,
         step.starts,
         step.query_starts,

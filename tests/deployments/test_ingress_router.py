@@ -16,6 +16,7 @@ from deployments import ray_private
 from deployments.api.keys import KeyRing
 from deployments.api.requests.handed_tokens import HEADER, MAX_HEADER_BYTES, HandedTokens, TokenSeal
 from deployments.args import AppArgs
+from deployments.routing import prompt_reader
 from deployments.routing.prompt_reader import PromptReader, ReadBody
 from engine import checkpoint
 from engine.text.tokenizer import Tokenizer
@@ -135,6 +136,9 @@ def test_what_is_cut_is_routed_by_its_beginning(body: dict[str, Any]) -> None:
         # Of half of the text, the blocks of nearly half of it.
         assert len(hashes) >= len(whole.prompt.hashes) * 0.4
         assert found.prompt.num_tokens == pytest.approx(whole.prompt.num_tokens, rel=0.25)
+        # Who has all blocks that are known spares all of it, but for less than a block's part.
+        spared = len(found.prompt.hashes) * found.prompt.tokens_per_block
+        assert -1 < found.prompt.num_tokens - spared <= found.prompt.tokens_per_block + 1
         assert not found.headers
 
 
@@ -152,7 +156,9 @@ def test_what_has_no_prompt_is_routed_by_load(body: dict[str, Any]) -> None:
     assert read(body) is None
 
 
-def test_two_are_read_at_a_time_and_nobody_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_are_read_at_a_time_and_nobody_waits_long_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     may_go_on, num_reading = threading.Event(), threading.Semaphore(0)
     really: Callable[..., Any] = TOKENIZER.encode
 
@@ -172,7 +178,48 @@ def test_two_are_read_at_a_time_and_nobody_waits_for_them(monkeypatch: pytest.Mo
         assert await own.read(question(content)) is not None
 
     monkeypatch.setattr(TOKENIZER, "encode", encode)
+    monkeypatch.setattr(prompt_reader, "_READ_S", 30)
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_what_takes_too_long_to_read_is_routed_by_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the time that HAProxy has; who reads it is not free for another until it has ended."""
+    may_go_on = threading.Event()
+    really: Callable[..., Any] = TOKENIZER.encode
+
+    def encode(*args: Any, **options: Any) -> list[int]:
+        assert may_go_on.wait(30)
+        return really(*args, **options)
+
+    async def run() -> None:
+        content, own = b'{"prompt": "hi"}', reader()
+        for _ in range(3):
+            assert await own.read(question(content)) is None
+        assert num_read == 2
+        may_go_on.set()
+        while await own.read(question(content)) is None:
+            await asyncio.sleep(0.01)
+
+    num_read = 0
+    read_one = PromptReader._read
+
+    def count(*arguments: Any) -> ReadBody | None:
+        nonlocal num_read
+        num_read += 1
+        return read_one(*arguments)
+
+    monkeypatch.setattr(TOKENIZER, "encode", encode)
+    monkeypatch.setattr(PromptReader, "_read", count)
+    monkeypatch.setattr(prompt_reader, "_READ_S", 0.05)
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_who_comes_while_others_are_read_is_read_after_them() -> None:
+    async def run() -> None:
+        content, own = b'{"prompt": "hi"}', reader()
+        assert all(await asyncio.gather(*(own.read(question(content)) for _ in range(8))))
+
+    asyncio.run(run())
 
 
 def test_handed_tokens_are_believed_of_one_body_from_who_has_the_secret() -> None:

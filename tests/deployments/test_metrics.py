@@ -12,6 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api.schema import answers
@@ -143,7 +146,7 @@ def test_what_waits_is_told_apart_by_why() -> None:
     stats = {"running": 4, "waiting": 5, "deferred": 2, "num_blocks": 8, "free_blocks": 1}
     counts = dict.fromkeys(SchedulerStats.__dataclass_fields__, 0)
     metrics = Metrics(AppArgs(), lambda: stats | counts | {"host_blocks": 0})
-    seen = parse(metrics.exposition().decode())
+    seen = parse(metrics.exposition()[0].decode())
     assert seen["vllm:num_requests_waiting"] == 5
     assert seen["vllm:num_requests_waiting_by_reason{reason=capacity}"] == 3
     assert seen["vllm:num_requests_waiting_by_reason{reason=deferred}"] == 2
@@ -326,6 +329,17 @@ def test_a_span_for_each_request_where_a_collector_is_configured(
                 headers={"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "mine"},
             )
             wait_until(lambda: bool(spans), timeout_s=10)
+            accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+            scraped = httpx.get(f"{server.url}/metrics", headers=accept).text
+            samples = [one for family in openmetrics_families(scraped) for one in family.samples]
+            plain = httpx.get(f"{server.url}/metrics")
+    exemplars = {s.name: s.exemplar.labels for s in samples if s.exemplar is not None}
+    assert exemplars == {
+        "vllm:time_to_first_token_seconds_bucket": {"trace_id": trace},
+        "vllm:e2e_request_latency_seconds_bucket": {"trace_id": trace},
+    }
+    assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert trace not in plain.text
     (span,) = spans
     assert span.name == "POST /v1/completions"
     assert span.trace_id.hex() == trace and span.parent_span_id.hex() == parent

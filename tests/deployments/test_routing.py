@@ -56,6 +56,14 @@ def test_a_prompt_goes_where_its_blocks_are(balancer: Balancer) -> None:
     assert balancer.choose(RoutedPrompt(prompt, 160, BLOCK)) == "b"
 
 
+def test_prompts_whose_end_is_not_known_stay_with_their_beginning(balancer: Balancer) -> None:
+    """Each is 16 times what is known of it, and not taken for so much work where that is cached."""
+    known = blocks("p", 10)
+    balancer.update({"a": report(), "b": report(cached=known), "c": report()})
+    cut = RoutedPrompt(known, 16 * 160, 16 * BLOCK)
+    assert [balancer.choose(cut) for _ in range(4)] == ["b"] * 4
+
+
 def test_blocks_count_only_as_a_prefix(balancer: Balancer) -> None:
     prompt = blocks("p", 10)
     balancer.update({"a": report(cached=prompt[1:]), "b": report(cached=prompt[:2])})

@@ -3,22 +3,29 @@
 import asyncio
 import fcntl
 import os
+import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import ray
+from ray import serve
 from ray.util.placement_group import PlacementGroup, placement_group
 
+from deployments import app
 from deployments.args import AppArgs
 from deployments.front.engine_client import EngineClient
+from deployments.shards import weight_keeper
 from deployments.shards.shard import group_bundles
 from deployments.shards.shard_group import ShardGroup
-from deployments.shards.weight_keeper import WeightKeeper
+from deployments.shards.weight_keeper import KeptWeights, WeightKeeper
 from tests.checkpoints import make_checkpoint
+from tests.deployments.conftest import free_port, wait_until
 
 Keeper: Any = WeightKeeper.__ray_metadata__.modified_class  # type: ignore[attr-defined]
 
@@ -64,23 +71,29 @@ def test_what_nobody_uses_goes_where_memory_is_scarce(clock: list[float]) -> Non
     assert keeper.sizes() == {}
 
 
+def test_who_gets_no_answer_reads_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's control plane, or a keeper, may not answer for as long as it likes."""
+    answers = threading.Event()
+    monkeypatch.setattr(weight_keeper, "_keeper", answers.wait)
+    monkeypatch.setattr(weight_keeper, "_ANSWER_S", 0.05)
+    try:
+        assert KeptWeights(600)("model") is None
+    finally:
+        answers.set()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_next_engine_reads_nothing_and_nothing_is_left(tmp_path: Path) -> None:
-    """On a real cluster, with an engine and a keeper that are killed."""
-    directory = make_checkpoint(
-        tmp_path / "model", "llama3", hidden_size=512, intermediate_size=2048, num_hidden_layers=8
-    )
-    assert next(directory.glob("*.safetensors")).stat().st_size > 100 << 20
-    args = AppArgs(
-        model=str(directory), device="cpu", num_blocks=64, max_model_len=256, keep_weights_s=600
-    )
+    """On a real cluster, with engines and a keeper that are killed."""
+    args = args_of(tmp_path)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         bundles = placement_group(group_bundles(args, 0.1))
         ray.get(bundles.ready())
-        first, second = asyncio.run(start_twice(args, bundles))
-        assert second < first / 2
+        first, second, without_keeper = asyncio.run(start_thrice(args, bundles))
+        assert second < first / 2 < without_keeper
     finally:
         ray.shutdown()
     deadline = time.monotonic() + 20
@@ -89,8 +102,51 @@ def test_the_next_engine_reads_nothing_and_nothing_is_left(tmp_path: Path) -> No
     assert not mapped()
 
 
-async def start_twice(args: AppArgs, bundles: PlacementGroup) -> list[float]:
-    """Seconds that weights took an engine, and the one after it, which loses its keeper."""
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_redeployment_and_a_start_from_zero_read_nothing(tmp_path: Path) -> None:
+    args, from_zero = args_of(tmp_path), {"num_replicas": 0, "max_replicas": 1}
+    port, took = free_port(), []
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        for changes in ({}, {"max_num_seqs": 4}, from_zero | {"downscale_delay_s": 1}):
+            serve.run(app(args.model_copy(update=changes)), name="kept", route_prefix="/")
+            if from_zero.items() <= changes.items():
+                wait_until(lambda: not replicas(), 120, "there are none without requests")
+            took.append(weights_s(f"http://127.0.0.1:{port}"))
+        assert max(took[1:]) < took[0] / 2, took
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def args_of(tmp_path: Path) -> AppArgs:
+    """Of a model that is large enough to be kept."""
+    directory = make_checkpoint(
+        tmp_path / "model", "llama3", hidden_size=512, intermediate_size=2048, num_hidden_layers=8
+    )
+    assert next(directory.glob("*.safetensors")).stat().st_size > 100 << 20
+    return AppArgs(
+        model=str(directory), device="cpu", num_blocks=64, max_model_len=256, keep_weights_s=600
+    )
+
+
+def weights_s(url: str) -> float:
+    """How long they took the engine that now runs, or is started for this."""
+    text = httpx.get(f"{url}/metrics", timeout=120).text
+    found = re.search(r'manta:engine_startup_seconds{phase="weights"} (\S+)', text)
+    assert found is not None, text
+    return float(found[1])
+
+
+def replicas() -> dict[Any, int]:
+    return serve.status().applications["kept"].deployments["Replica"].replica_states
+
+
+async def start_thrice(args: AppArgs, bundles: PlacementGroup) -> list[float]:
+    """Seconds that weights took an engine, and two after it, of which the last has no keeper."""
     client = EngineClient(args)
     group = ShardGroup(args, client, bundles)
     await group.start()
@@ -102,6 +158,10 @@ async def start_twice(args: AppArgs, bundles: PlacementGroup) -> list[float]:
     os.kill(keeper_pid(), signal.SIGKILL)
     await asyncio.sleep(1)
     assert client.is_connected and client.metrics.engine_starts == 2, "an engine needs no keeper"
+    os.kill(group.pids[0], signal.SIGKILL)
+    while client.metrics.engine_starts < 3:
+        await asyncio.sleep(0.05)
+    took.append(client.metrics.startup_s["weights"])
     group.stop()
     await client.close()
     return took

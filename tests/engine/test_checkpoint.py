@@ -80,3 +80,32 @@ def test_fields_of_the_config_may_be_others() -> None:
     for wrong, message in (("{", "should be a JSON object"), ("3", "valid dictionary")):
         with pytest.raises(ValueError, match=message):
             directory(hf_overrides=wrong)
+
+
+def test_an_object_store_is_copied_once_until_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """file:// stands for the stores of objects: they are all opened by one library."""
+    monkeypatch.setattr("engine.checkpoint._PART", 100_000)  # less than a file
+    store = tmp_path / "store"
+    shutil.copytree(DEMO_MODEL, store)
+    (store / "pytorch_model.bin").write_text("not wanted")
+    found = directory(model=f"file://{store}")
+    assert found.is_relative_to(tmp_path / "cache") and not (found / "pytorch_model.bin").exists()
+    for path in DEMO_MODEL.iterdir():
+        if path.suffix in (".json", ".safetensors", ".jinja"):
+            assert (found / path.name).read_bytes() == path.read_bytes()
+    assert directory(model=f"file://{store}") == found
+    (store / "config.json").write_text("{}")
+    assert (directory(model=f"file://{store}") / "config.json").read_text() == "{}"
+
+
+def test_an_object_store_without_a_checkpoint_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    for uri, reason in (
+        (f"file://{tmp_path}", "none of its 1 files is one of a checkpoint"),
+        (f"file://{tmp_path}/nowhere", "nowhere"),
+        ("ss3://bucket/model", "Protocol not known: ss3"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{uri}' cannot be copied .*{reason}"):
+            directory(model=uri)

@@ -2,12 +2,14 @@
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -287,6 +289,7 @@ CPU_CONFIGS: dict[str, dict[str, Any]] = {
     "w8a8": dict(dtype="bfloat16", quantization="w8a8"),
     "int4": dict(dtype="bfloat16", quantization="int4"),
     "fp8 cache": dict(dtype="bfloat16", kv_cache_dtype="fp8"),
+    "transformers": dict(model_impl="transformers"),
     "preempted": dict(block_size=4, num_blocks=30, max_num_seqs=16),
 }
 
@@ -337,17 +340,68 @@ def test_a_cpu_records_small_steps_with_drafts_as_they_come(checkpoints: Checkpo
         assert replayed[1] > replayed[0] and replayed[1] > len(drafted)
 
 
-def test_what_torch_computes_is_not_recorded(
+@has_recorder
+def test_what_torch_computes_is_replayed_too(
     checkpoints: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replay would leave it out."""
     ops = replace(select_ops(torch.device("cpu")), rms_norm=REFERENCE.rms_norm)
     monkeypatch.setattr(model_runner, "select_ops", lambda *_: ops)
     with new_engine(checkpoints("qwen3"), enforce_eager=True) as engine:
         expected = tokens_of(run(engine, requests()))
     with new_engine(checkpoints("qwen3")) as engine:
-        assert tokens_of(run(engine, requests())) == expected
-        assert engine.stats()["replayed_steps"] == 0
+        for _ in range(2):
+            assert tokens_of(run(engine, requests())) == expected
+        assert engine.stats()["replayed_steps"] > 0
+
+
+@has_recorder
+def test_a_replay_calls_kernels_and_torch_in_their_order() -> None:
+    ops = select_ops(torch.device("cpu"))
+    assert ops.new_recorder is not None
+    x, norm, state = torch.randn(1, 4, 2, 8), torch.rand(32), torch.zeros(2)
+
+    def work() -> Tensor:
+        flat = x.transpose(1, 2).reshape(2, 32) * 2  # a copy, then a function of it
+        turned = torch.cat((-flat[:, 16:], flat[:, :16]), dim=-1).to(torch.bfloat16)
+        y = ops.rms_norm(flat, norm, 1e-6) + turned.float().pow(2).mean(-1, keepdim=True)
+        y[:, :1] += 1
+        state.add_(torch.tensor([1.0, 2.0]))  # of numbers that Python holds
+        values, indices = y.topk(3)
+        dropped = F.dropout(y[torch.arange(2), indices[:, 0]], training=False)
+        return ops.silu_and_mul(torch.stack((dropped, values.sum(-1), state, y[0, :2])))
+
+    with torch.inference_mode():
+        result, replay = ops.new_recorder().record(work)
+        assert replay is not None
+        for _ in range(3):
+            x.normal_()
+            before, state = state, state.clone()
+            expected = work()
+            state = before
+            assert not torch.equal(result, expected)
+            replay()
+            assert torch.equal(result, expected)
+
+
+@has_recorder
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x * len(x[0].tolist()),
+        lambda x: x + torch.from_numpy(x.numpy() * 2),
+        lambda x: x[x > 0],
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x + x.nonzero().sum(),
+        lambda x: x + torch.rand_like(x),
+    ],
+    ids=["item", "tolist", "numpy", "mask", "bool", "nonzero", "random"],
+)
+def test_what_depends_on_values_is_not_recorded(look: Callable[[Tensor], Tensor]) -> None:
+    ops, x = select_ops(torch.device("cpu")), torch.randn(2, 8)
+    assert ops.new_recorder is not None
+    with torch.inference_mode():
+        assert ops.new_recorder().record(lambda: look(x))[1] is None
 
 
 def test_memory_of_a_recording_is_reused_when_nothing_views_it() -> None:

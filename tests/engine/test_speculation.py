@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Listed
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from engine.runner.preflight import read_model
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
 from engine.schedule.step import DraftedTokens, DraftRow, TokenLogprobs, count_accepted
+from engine.speculation import speculator
 from engine.speculation.costs import DecodeCosts, StepCosts
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.grammar import GrammarDrafter
@@ -29,7 +31,7 @@ from engine.speculation.ngram import NgramDrafter
 from engine.speculation.prediction import PredictionDrafter
 from engine.speculation.speculator import Speculator
 from engine.speculation.suffix import SuffixDrafter
-from engine.speculation.texts import TextIndex
+from engine.speculation.texts import RUN, Match, TextIndex
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.test_commands import engine_of
@@ -279,6 +281,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft model goes on drafting: nobody knows what steps cost, nor how often it was right."""
     monkeypatch.setattr(StepCosts, "count", lambda *_: None)
     monkeypatch.setattr(ModelDrafter, "judge", lambda *_: None)
+    monkeypatch.setattr(speculator, "_SELDOM", 1)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +310,7 @@ def test_what_a_draft_model_says_changes_nothing(
     config = dict(speculation="model", draft_model=str(draft_model), dtype=engines[0].config.dtype)
     with new_engine(byte_model, **config | SCARCE[seed % len(SCARCE)]) as engine:
         assert_same(play(engine, arrivals), expected)
-        assert engine.speculator is not None and engine.speculator.num_draft_tokens["model"] > 20
+        assert engine.speculator is not None and engine.speculator.num_draft_tokens["model"] > 5
 
 
 def accepted(engine: Engine) -> float:
@@ -439,7 +442,7 @@ def model_drafts(own: float, accepted: int, costs: DecodeCosts, num_rows: int = 
         row.block_tables = [[0]]
     drafter.prepare(rows, 8, costs)
     for _ in range(50):
-        drafter.judge(4, accepted)
+        drafter.judge(rows[0], 4, accepted)
     drafter.prepare(rows, 8, costs)
     return len(drafter.draft(rows[0], 8).token_ids)
 
@@ -484,27 +487,56 @@ def sequence(tokens: list[int], num_prompt: int = 0, **fields: Any) -> Sequence:
     return Sequence(request, 10_000, frozenset(), 0, (0, 0, 0))
 
 
+def lookup(text: list[int], limit: int, end: list[int] | None = None) -> Draft:
+    """How a text goes on, or what ends like this, if it goes on as there."""
+    return Match(text if end is None else end, TextIndex(text)).draft(limit)
+
+
 def test_a_text_goes_on_as_after_the_longest_agreement() -> None:
     text = [*range(10), 50, 7, 8, 9, 60, *range(10)]
-    index = TextIndex(text)
-    index.catch_up()
-    assert index.draft(text, 3).token_ids == [50, 7, 8]
-    assert index.draft([7, 8, 9], 2).token_ids == [60, 0], "of equals the latest"
-    assert index.draft([8, 9], 2).token_ids == index.draft([1, 3, 5], 2).token_ids == []
+    assert lookup(text, 3).token_ids == [50, 7, 8]
+    assert lookup(text, 2, [7, 8, 9]).token_ids == [60, 0], "of equals the latest"
+    assert lookup(text, 2, [8, 9]).token_ids == lookup(text, 2, [1, 3, 5]).token_ids == []
 
 
 def test_what_repeats_itself_to_its_end_goes_on_repeating() -> None:
     text = [9, *[1, 2, 3, 4] * 3]
-    index = TextIndex(text)
-    index.catch_up()
-    assert index.draft(text, 10).token_ids == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+    assert lookup(text, 10).token_ids == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
 
 
 def test_the_longer_the_agreement_the_surer() -> None:
-    index = TextIndex([*range(60), 99, *range(40, 60)])
-    index.catch_up()
-    few, many = (index.draft([*range(start, 60)], 2).confidences for start in (57, 10))
+    text = [*range(60), 99, *range(40, 60)]
+    few, many = (lookup(text, 2, [*range(start, 60)]).confidences for start in (57, 10))
     assert few[0] < few[1] < many[0] < many[1] < 1
+
+
+def test_a_text_is_followed_from_where_it_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it agrees it is looked for no more; and agrees as long as it says."""
+    rng, finds = random.Random(0), [0]
+    find = TextIndex.find
+
+    def counted(self: TextIndex, text: list[int]) -> tuple[int, int]:
+        finds[0] += 1
+        return find(self, text)
+
+    monkeypatch.setattr(TextIndex, "find", counted)
+    others = TextIndex([rng.randrange(40) for _ in range(300)])
+    text = [rng.randrange(40) for _ in range(300)]
+    match = Match(text, TextIndex(text))
+    copied = [*text[50:250], *others.token_ids[:200]]
+    num_right = 0
+    while copied:
+        draft = match.draft(4, [others])
+        if draft.token_ids:
+            num_agree = round(RUN * draft.confidences[0] / (1 - draft.confidences[0]))
+            line = [*text[-num_agree:], *draft.token_ids]
+            known = text + draft.token_ids, others.token_ids
+            assert any(line == own[i : i + len(line)] for own in known for i in range(len(own)))
+        count = rng.randint(1, 5)
+        num_right += count_accepted(draft.token_ids, copied[:count])
+        text += [rng.randrange(40)] if rng.random() < 0.05 else copied[:count]
+        del copied[:count]
+    assert num_right > 250 and finds[0] < 80
 
 
 def test_outputs_are_shared_where_cached_blocks_are() -> None:
@@ -608,6 +640,14 @@ def test_no_more_are_taken_than_the_budget_has() -> None:
     assert proposed(4, Sure(8, 0.9), {}, budget=0) == 0
 
 
+@pytest.mark.parametrize("confidence", [0.4, 0.6, 0.8, 0.95])
+def test_steps_with_drafts_are_of_few_sizes(confidence: float) -> None:
+    """So it is soon known what they cost, and they are replayed."""
+    for slope in (0.01, 0.03, 0.1, 0.2):
+        steps = {n: 1.0 + slope * n for n in range(1, 40)}
+        assert 4 + proposed(4, Sure(8, confidence), steps) in (4, 6, 8, 12, 16, 24, 32, 4 + 32)
+
+
 def test_a_row_whose_drafts_fail_gets_fewer() -> None:
     speculator = Speculator([Sure(8, 0.9)], max_drafts=8, num_ahead=0)
     for num_tokens in range(1, 20):
@@ -620,13 +660,107 @@ def test_a_row_whose_drafts_fail_gets_fewer() -> None:
             speculator.judge(row, len(drafts), 0)
     assert first > 5 and len(speculator.propose([row], 999).get(row, [])) <= 1
     speculator.end(row)
-    assert len(speculator.propose([sequence([1, 2, 3])], 999).popitem()[1]) == first
+    assert not speculator._rows
+
+
+def test_a_drafter_that_errs_is_believed_less_in_rows_to_come_and_again_in_time() -> None:
+    speculator = Speculator([Sure(8, 0.9)], max_drafts=8, num_ahead=0)
+    for num_tokens in range(1, 20):
+        speculator.costs.count(num_tokens, num_tokens, 1 + 0.1 * num_tokens)
+
+    def drafted(num_accepted: int | None = None) -> int:
+        row = sequence([1, 2, 3])
+        count = len(speculator.propose([row], 999).get(row, []))
+        if count and num_accepted is not None:
+            speculator.judge(row, count, min(count, num_accepted))
+        speculator.end(row)
+        return count
+
+    first = drafted()
+    for _ in range(40):
+        drafted(num_accepted=0)
+    assert first > 5 and drafted() <= 1
+    assert max([drafted() for _ in range(2000)][-8:]) == first
 
 
 def test_a_row_that_would_sit_out_a_step_must_gain_more_than_that() -> None:
     for confidence, count in ((0.3, 0), (0.9, 8)):
         speculator = Speculator([Sure(9, confidence)], max_drafts=8, num_ahead=1)
         assert sum(map(len, speculator.propose([sequence([1, 2, 3])], 99).values())) == count
+
+
+def asked(drafter: Sure, num_steps: int, num_accepted: int) -> tuple[int, int]:
+    """In how many steps a drafter is asked, and in the last 80 of them, so many drafts right."""
+    speculator, row = Speculator([drafter], max_drafts=8, num_ahead=0), sequence([1, 2, 3])
+    for num_tokens in range(1, 9):
+        speculator.costs.count(1, num_tokens, 1e-9)
+    before = 0
+    for step in range(num_steps):
+        before = drafter.num_asked if step == num_steps - 80 else before
+        if drafts := speculator.propose([row], 8):
+            speculator.judge(row, len(drafts[row]), min(num_accepted, len(drafts[row])))
+    return drafter.num_asked, drafter.num_asked - before
+
+
+def test_drafters_whose_drafts_save_less_than_making_them_are_asked_seldom() -> None:
+    """Here a step takes a nanosecond, and no drafter is as fast."""
+    assert asked(Sure(8, 0.9), 800, num_accepted=8)[1] == 10
+    num_asked, of_last = asked(Sure(0, 0.9), 800, num_accepted=0)
+    assert num_asked < 200 and of_last == 10
+
+
+def test_drafts_that_save_steps_are_worth_their_making() -> None:
+    drafter, row = Sure(8, 0.9), sequence([1, 2, 3])
+    speculator = Speculator([drafter], max_drafts=8, num_ahead=0)
+    for _ in range(200):
+        speculator.judge(row, len(speculator.propose([row], 8)[row]), 8)
+    assert drafter.num_asked == 200
+
+
+def test_making_drafts_is_no_part_of_what_a_step_costs_unless_one_runs_meanwhile() -> None:
+    class Slow(Sure):
+        def draft(self, sequence: Sequence, limit: int) -> Draft:
+            time.sleep(0.02)
+            return super().draft(sequence, limit)
+
+    for num_ahead in (0, 1):
+        speculator = Speculator([Slow(8, 0.9)], max_drafts=8, num_ahead=num_ahead)
+        begin = time.perf_counter()
+        speculator.propose([sequence([1, 2, 3])], 8)
+        drafting = time.perf_counter() - begin
+        speculator.count(1, 1, drafting + 0.01)
+        assert speculator.costs.of(1, np.zeros(1))[0] == pytest.approx(
+            0.01 + num_ahead * drafting, abs=0.005
+        )
+
+
+def test_planning_a_step_is_part_of_what_it_costs(
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with new_engine(byte_model, speculation="suffix", async_scheduling=False) as engine:
+        schedule = engine.scheduler.schedule
+        run(engine, new_requests([[5, 6]], max_tokens=3, ignore_eos=True))
+        assert engine.speculator is not None
+        engine.speculator.costs.forget()
+        monkeypatch.setattr(engine.scheduler, "schedule", lambda: (time.sleep(0.05), schedule())[1])
+        run(engine, new_requests([[5, 6]], max_tokens=3, ignore_eos=True))
+        assert engine.speculator.costs.of(1, np.zeros(1))[0] > 0.05
+
+
+def test_a_step_that_is_being_recorded_says_nothing_of_what_it_costs(
+    byte_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dict(speculation="suffix", async_scheduling=False, enable_prefix_caching=False)
+    with new_engine(byte_model, **config) as engine:
+        assert engine.speculator is not None
+        counts: list[int] = []
+        monkeypatch.setattr(engine.speculator, "count", lambda *_: counts.append(1))
+        monkeypatch.setattr(engine.speculator, "propose", lambda *_: {})
+        for _ in range(2):
+            run(engine, new_requests([[5] * 40], max_tokens=6, ignore_eos=True))
+            counts.append(0)
+        records = engine.runner.forward_pass.num_recordings
+    assert counts == [1] * (5 - records) + [0] + [1] * 5 + [0]
 
 
 def test_a_step_with_drafts_costs_what_steps_with_drafts_have_cost() -> None:
@@ -660,3 +794,16 @@ def test_costs_follow_the_machine_and_forget_what_does_not_come_again() -> None:
         costs.count(1, 2.0)
     cost, larger = costs.of(np.array([1, 8]))
     assert cost == pytest.approx(2.0, rel=0.01) and larger == cost
+
+
+def test_what_seemed_dear_once_is_tried_again_soon() -> None:
+    """One step may have been an accident, many are not."""
+    costs, larger = StepCosts(), []
+    for times in (1, 10):
+        for _ in range(times):
+            costs.count(8, 9.0)
+        for num_steps in (20, 20, 200):
+            for _ in range(num_steps):
+                costs.count(1, 1.0)
+            larger.append(float(costs.of(8)))
+    assert larger == [9, 1, 1, 9, 9, 9]

@@ -13,12 +13,15 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.schedule.request import Request
 from engine.schedule.step import StepPlan
+from kernels.cuda import linear
+from kernels.types import Rounded
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
 from tests.conftest import CheckpointFactory
-from tests.engine.helpers import new_engine, new_requests, run, tokens_of
+from tests.engine.helpers import new_engine, new_requests, prompt_logits, run, tokens_of
 from tests.gpu.device import DEVICE, ON_GPU, gpu_engine, needs_gpu
 
 NUM_OUTPUT = 24 if ON_GPU else 3
@@ -165,6 +168,36 @@ def test_weights_of_fewer_bits(tmp_path: Path, format: str) -> None:
     directory = make_checkpoint(tmp_path / "model", "qwen3", **sizes)
     outputs = text(directory, dtype="bfloat16", quantization=format)
     assert worst_lag(directory, PROMPTS, outputs, torch.bfloat16) < 1.5
+
+
+def test_what_norms_round_is_what_products_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same logits; attention's output alone is rounded by a kernel of its own."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    directory = make_checkpoint(tmp_path / "model", "qwen3", **sizes)
+    num_rounded, round_rows = [0], linear.round_rows
+
+    def counted(x: Tensor) -> Rounded:
+        num_rounded[0] += 1
+        return round_rows(x)
+
+    def multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, **_: Any) -> Tensor:
+        return ((a.float() * scale_a) @ (b.float() * scale_b)).bfloat16()
+
+    monkeypatch.setattr(linear, "round_rows", counted)
+    if not ON_GPU:
+        monkeypatch.setattr(torch, "_scaled_mm", multiply)
+        monkeypatch.setattr(EngineConfig, "check_device", lambda *_: None)
+    results = []
+    for takes_rounded in (True, False):
+        monkeypatch.setattr(linear.LinearFp8, "takes_rounded", takes_rounded)
+        num_rounded[0] = 0
+        config = dict(dtype="bfloat16", quantization="fp8", enforce_eager=True)
+        with gpu_engine(directory, **SMALL | config) as engine:
+            results.append((prompt_logits(engine.runner, [5, 6, 7], [0]), num_rounded[0]))
+    assert [count for _, count in results] == [1 + 2, 4 * 2]
+    assert torch.equal(results[0][0], results[1][0])
 
 
 @needs_gpu

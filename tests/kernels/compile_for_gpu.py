@@ -4,8 +4,8 @@
 
 Runs the ops on CPU tensors, with a driver that only says which GPU to compile for and launches
 nothing. Prints what each kernel takes of a multiprocessor; fails if a kernel does not compile,
-spills more than a few registers, wants more shared memory than there is, or is compiled again for
-other lengths. With --few only what Qwen3 needs.
+spills more than a few registers, wants more shared memory than there is, is compiled again for
+other lengths, or is launched otherwise than by Triton. With --few only what Qwen3 needs.
 """
 
 import re
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.launches import NoGpu, NoLauncher
 from kernels import Ops
-from kernels.cuda import linear
-from kernels.cuda.compile_watch import CompileWatch
+from kernels.cuda import launch, linear
+from kernels.cuda.launch import CompileWatch
 from kernels.cuda.ops import triton_ops
 from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV, StepRows
 
@@ -36,25 +36,40 @@ FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
 
 
-class NoDriver:
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 compiled: dict[str, tuple[str, Any]] = {}
-launch = JITFunction.run
+run = JITFunction.run
 
 
-def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+def run_and_note(self: Any, *args: Any, **options: Any) -> Any:
+    kernel = run(self, *args, **options)
     compiled[kernel.hash] = (self.__name__, kernel)
     return kernel
+
+
+launched: list[list[object]] = []
+
+
+class Noting(NoLauncher):
+    def __call__(self, *args: object) -> None:
+        """But for the stream, the handle and hooks; results lie elsewhere each time."""
+        noted = [*args[:3], args[5], *args[9:]]
+        launched.append([(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in noted])
+
+
+class NotingGpu(NoGpu):
+    launcher_cls = Noting
+
+
+def is_launched_as_by_triton() -> bool:
+    """Whether kernels get the same grids and arguments by the shorter way."""
+    ways = []
+    for is_known in (True, False):
+        launch._IS_KNOWN = is_known
+        launched.clear()
+        attend(*ATTENTION[0], requests=16, tokens=32, decodes=Decodes(16, 32, 2))
+        run_the_rest(17, BF16)
+        ways.append([*launched])
+    return len(ways[0]) > 10 and ways[0] == ways[1]
 
 
 def attend(
@@ -97,8 +112,11 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     weight_of_layer = torch.zeros(4096, 1024, dtype=BF16)
     DETERMINISTIC.pack_linear(weight_of_layer, None, None)(x)
     OPS.pack_linear(weight_of_layer, None, "int4")(x)
-    if FP8 in CACHES:
+    if FP8 in CACHES and ops.rounding is not None:
         linear.round_rows(x)
+        ops.rounding.add_rms_norm(x, x, weight, 1e-6)
+        ops.rounding.silu_and_mul(torch.empty(tokens, 6144, dtype=BF16))
+        ops.rounding.silu_and_mul(torch.empty(tokens, 2 * 28672, dtype=BF16))  # Llama-70B's
     kv_cache = new_cache(32, 128, cache)
     norm, at = torch.empty(128, dtype=BF16), torch.zeros(tokens, dtype=torch.int64)
     qkv = torch.empty(tokens, 4096, dtype=BF16)
@@ -151,8 +169,8 @@ if CAPABILITY >= 89:  # those before have no instructions for 8 bits
 FEW_TOKENS = (2, 17)  # of a request with drafts; in tiles of both sizes
 
 if __name__ == "__main__":
-    driver.set_active(NoDriver())
-    JITFunction.run = only_compile
+    driver.set_active(NotingGpu(CAPABILITY))
+    JITFunction.run = run_and_note
     watch = CompileWatch()
     for shape in ATTENTION:
         attend(*shape)
@@ -175,7 +193,7 @@ if __name__ == "__main__":
             attend(*shape, requests=requests, tokens=tokens, decodes=decodes)
     for tokens in (1, 2, 15, 16, 17, 256):
         run_the_rest(tokens, BF16)
-    failed = bool(watch.late)
+    failed = bool(watch.late) or not is_launched_as_by_triton()
     for name, kernel in compiled.values():
         registers, spilled = resources(kernel)
         shared = kernel.metadata.shared

@@ -24,7 +24,7 @@ from tests.kernels.steps import Attention
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels.cuda.compile_watch import CompileWatch
+from kernels.cuda.launch import CompileWatch
 
 HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
 NEEDS = AttentionNeeds("auto", torch.bfloat16, torch.bfloat16, head_dim=128, block_size=256)

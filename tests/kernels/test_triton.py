@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cuda.linear import round_rows
 from kernels.cuda.ops import triton_ops
 from kernels.ops import REFERENCE
-from kernels.quantization import quantize_int4
-from kernels.types import Decodes, PagedKV, StepRows
+from kernels.quantization import quantize_fp8, quantize_int4
+from kernels.types import Decodes, PagedKV, Rounded, StepRows
 from tests.kernels.steps import (
     Attention,
     assert_close,
@@ -322,6 +323,7 @@ def test_products_with_weights_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> Non
             x = (torch.randn(rows, 1008) * torch.rand(rows, 1) * 100).bfloat16()
             expected = REFERENCE.pack_linear(weight, own_bias, "fp8")(x)
             torch.testing.assert_close(linear(on_device(x)).cpu(), expected, rtol=0.02, atol=0.5)
+            assert torch.equal(linear(round_rows(on_device(x))), linear(on_device(x)))
     # What the library does not multiply stays as it is.
     odd = OPS.pack_linear(on_device(weight[:5]), None, "fp8")(on_device(weight))
     assert_close(odd.cpu(), weight @ weight[:5].T)
@@ -349,6 +351,37 @@ def test_norms_and_activation(dtype: torch.dtype, size: int) -> None:
         for name in ("silu_and_mul", "gelu_and_mul"):
             actual = getattr(OPS, name)(on_device(gate_up)).cpu()
             assert_close(actual, getattr(reference, name)(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_and_activations_round_as_a_kernel_of_its_own_does(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rounding = OPS.rounding
+    assert rounding is not None
+    for rows, size in ((0, 80), (1, 1000), (3, 1024), (2, 3000)):
+        x, residual = on_device(torch.randn(2, rows, size).to(dtype) * 30)
+        weight = on_device(torch.randn(size).to(dtype))
+        gate_up = on_device(torch.randn(rows, 2 * size).to(dtype) * 8)
+        gate_up[1:2] = 0
+        normed, total = OPS.add_rms_norm(x, residual, weight, 1e-6)
+        poison_allocations(DEVICE)
+        rounded, same_total = rounding.add_rms_norm(x, residual, weight, 1e-6)
+        assert torch.equal(same_total, total)
+        for got, exact in (
+            (rounded, normed),
+            (rounding.silu_and_mul(gate_up), OPS.silu_and_mul(gate_up)),
+            (rounding.gelu_and_mul(gate_up), OPS.gelu_and_mul(gate_up)),
+        ):
+            assert isinstance(got, Rounded) and got.dtype == dtype
+            values, scales = quantize_fp8(exact.cpu())
+            assert_close(got.scales.cpu()[:, 0], scales)
+            back = got.values.cpu().float() * got.scales.cpu()
+            expected = values.float() * scales[:, None]
+            if DEVICE.type == "cpu":
+                assert torch.equal(back, expected)
+            torch.testing.assert_close(back, expected, rtol=0.13, atol=0.01)
+    # A row that is too long for one program is left to the product.
+    assert isinstance(rounding.silu_and_mul(on_device(torch.zeros(1, 2 << 16))), Tensor)
 
 
 def test_norm_of_strided_rows() -> None:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from deployments.api.errors import ApiError
@@ -11,7 +11,6 @@ from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
-from deployments.observe.metrics import CONTENT_TYPE
 from deployments.version import VERSION
 
 
@@ -44,9 +43,10 @@ def routes(front: Front) -> APIRouter:
         return {"server_load": front.client.num_live}
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """This replica's numbers in Prometheus' text format."""
-        return Response(front.client.metrics.exposition(), media_type=CONTENT_TYPE)
+    async def metrics(http: Request) -> Response:
+        """This replica's numbers in Prometheus' text format, or in OpenMetrics' with traces."""
+        text, content_type = front.client.metrics.exposition(http.headers.get("accept", ""))
+        return Response(text, media_type=content_type)
 
     @router.get("/version", responses=documented(answers.Version))
     async def get_version() -> dict[str, str]:

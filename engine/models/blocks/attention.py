@@ -9,7 +9,7 @@ from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
 from engine.models.blocks.norm import Norm
 from engine.models.blocks.rotary import RopeConfig
 from engine.models.shape import LayerCache
-from kernels.types import AttentionInputs, KVCache
+from kernels.types import AttentionInputs, KVCache, Rounded
 
 QKNorm = Literal["of heads", "of all"]  # each head by itself, or all heads as one
 
@@ -81,9 +81,13 @@ class Attention(nn.Module):
             self.q_norm = Norm(size if is_of_all else config.head_dim)
             self.k_norm = Norm(kv_size if is_of_all else config.head_dim)
 
+    @property
+    def takes_rounded(self) -> bool:
+        return self.qkv_proj.takes_rounded
+
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Rounded,
         positions: Tensor,
         cos_sin: Tensor,
         cache: KVCache,

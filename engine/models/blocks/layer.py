@@ -1,7 +1,7 @@
 """A transformer layer: attention and MLP between norms; the residual runs beside them."""
 
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -75,18 +75,27 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x is what the layer before adds to the residual; the first layer has none yet."""
         norms = self._norms
-        x, residual = self._add(x, residual, norms.before_attention)
+        x, residual = self._add(x, residual, norms.before_attention, self.self_attn)
         x = self.self_attn(x, positions, cos_sin, cache, inputs)
         x = self._normed(x, norms.after_attention)
-        x, residual = self._add(x, residual, norms.before_mlp)
+        x, residual = self._add(x, residual, norms.before_mlp, self.mlp)
         x = self._normed(self.mlp(x), norms.after_mlp)
         return x, residual
 
-    def _add(self, x: Tensor, residual: Tensor | None, norm: str | None) -> tuple[Tensor, Tensor]:
-        """(what comes next, residual): the latter with x, and normed where there is a norm."""
+    def _add(
+        self, x: Tensor, residual: Tensor | None, norm: str | None, *into: nn.Module
+    ) -> tuple[Any, Tensor]:
+        """(what comes next, residual): the latter with x, and normed where there is a norm.
+
+        Args:
+            into: what alone reads the former, which is rounded if all of them would do so.
+        """
         if residual is None:
             return self._normed(x, norm), x
         weight = self._weight(norm or self._any_norm)  # the sum alone is no kernel
+        rounding = self._ops.rounding
+        if rounding and norm and into and all(getattr(own, "takes_rounded", False) for own in into):
+            return rounding.add_rms_norm(x, residual, weight, self._eps)
         normed, total = self._ops.add_rms_norm(x, residual, weight, self._eps)
         return total if norm is None else normed, total
 

@@ -1,7 +1,8 @@
 """Modules that know which slice of which checkpoint tensors they hold on this rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from engine.models.weights.format import StoredTensor, WeightFormat
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
 from kernels.grouped import StoredWeight
-from kernels.types import Linear
+from kernels.types import Rounded
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class ShardedLinear(ShardedModule):
         self._weights = weights
         self._dtype = torch.get_default_dtype()  # the model's
         self._tensors: list[str] = []
+        self._linear: Callable[[Any], Tensor]
         self.bias: nn.Parameter | None = None
 
     def add_weights(self, sources: Mapping[str, list[Source]]) -> None:
@@ -111,7 +113,7 @@ class ShardedLinear(ShardedModule):
 
     def pack(self, ops: Ops) -> None:
         tensors = {name: self.get_parameter(name).data for name in self._tensors}
-        self._linear: Linear = self._weights.pack(ops, tensors, self._packed_bias(), self._dtype)
+        self._linear = self._weights.pack(ops, tensors, self._packed_bias(), self._dtype)
         for name in self._tensors:
             delattr(self, name)
 
@@ -127,7 +129,12 @@ class ShardedLinear(ShardedModule):
     def _packed_bias(self) -> Tensor | None:
         return self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def takes_rounded(self) -> bool:
+        """Whether it would round its inputs itself; see `kernels.ops.Rounding`."""
+        return getattr(self._linear, "takes_rounded", False)
+
+    def forward(self, x: Tensor | Rounded) -> Tensor:
         return self._linear(x)
 
 
@@ -182,7 +189,7 @@ class RowLinear(ShardedLinear):
     def _packed_bias(self) -> Tensor | None:
         return self.bias if self._parallel.rank == 0 else None  # added once, not by every rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rounded) -> Tensor:
         return self._parallel.all_reduce(self._linear(x))
 
 

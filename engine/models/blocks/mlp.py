@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.models.blocks.attention import check_split
 from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
+from kernels.types import Rounded
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,17 @@ class GatedMlp(nn.Module):
     def __init__(self, config: GatedMlpConfig, context: BuildContext) -> None:
         super().__init__()
         ops, hidden, inner = context.ops, context.hidden_size, config.intermediate_size
-        self._act_and_mul = {"silu": ops.silu_and_mul, "gelu": ops.gelu_and_mul}[config.activation]
+        name = f"{config.activation}_and_mul"
+        self._act_and_mul = getattr(ops, name)
+        self._act_and_round = getattr(ops.rounding or ops, name)
         maps = {"gate_proj": inner, "up_proj": inner}
         self.gate_up_proj = ColumnLinear(context, maps, hidden, config.bias)
         self.down_proj = RowLinear(context, inner, hidden, config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self._act_and_mul(self.gate_up_proj(x)))
+    @property
+    def takes_rounded(self) -> bool:
+        return self.gate_up_proj.takes_rounded
+
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        act = self._act_and_round if self.down_proj.takes_rounded else self._act_and_mul
+        return self.down_proj(act(self.gate_up_proj(x)))

@@ -36,7 +36,8 @@ class ParallelLayer(Layer):
         cache: KVCache,
         inputs: AttentionInputs,
     ) -> tuple[Tensor, Tensor]:
-        normed, residual = self._add(x, residual, self._norms.before_attention)
+        into = self.self_attn, self.mlp
+        normed, residual = self._add(x, residual, self._norms.before_attention, *into)
         attended = self.self_attn(normed, positions, cos_sin, cache, inputs)
         _, residual = self._add(attended, residual, None)
         return self.mlp(normed), residual

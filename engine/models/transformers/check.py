@@ -1,6 +1,7 @@
 """Whether a model computes through the paged cache what its module computes by itself."""
 
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,12 +11,13 @@ from engine.checkpoint import CheckpointError
 from engine.models.transformers.config import TransformersShape
 from engine.models.transformers.model import TransformersModel
 from kernels import Ops
+from kernels.ops import Recorder
 from kernels.types import Decodes, PagedKV, StepRows
 
 # Two requests share steps: whole, in chunks, and token by token.
-_LENGTHS = (7, 19)
+_LENGTHS = (8, 20)
 # (tokens of the first, tokens of the second) in each step; single tokens come first.
-_STEPS = ((5, 9), (1, 9), (1, 1))
+_STEPS = ((5, 9), (1, 9), (1, 1), (1, 1))
 _BLOCK_SIZE, _NUM_BLOCKS = 16, 4
 # How far logits may be from the module's, as a share of their own size.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -45,10 +47,16 @@ def refuse_if_wrong(
     dtype: torch.dtype,
     quantization: str | None,
 ) -> None:
-    """Raises CheckpointError if, in chunks and in a batch, it says something else."""
-    found = _paged_logits(model, shape, num_ranks, ops, device, dtype)
+    """Raises CheckpointError if, in chunks and in a batch, it says something else.
+
+    If its steps cannot be recorded on this CPU, the model learns it.
+    """
+    steps = _Steps(model, shape, num_ranks, ops, device, dtype)
+    hidden = [steps.run(lengths) for lengths in _STEPS]
     errors = []
-    for ours, theirs, begun in zip(found, expected, _STEPS[0], strict=True):
+    for row, (theirs, begun) in enumerate(zip(expected, _STEPS[0], strict=True)):
+        parts = [x.split(lengths)[row] for x, lengths in zip(hidden, _STEPS, strict=True)]
+        ours = model.logits(torch.cat(parts)).float().cpu()
         difference = (ours - theirs)[begun:].norm(dim=-1)
         size = (theirs - theirs.mean(-1, keepdim=True))[begun:].norm(dim=-1)
         errors.append(difference / size.clamp(min=1e-6))
@@ -59,44 +67,70 @@ def refuse_if_wrong(
             "from those of transformers, so it is not served: something but attention looks at "
             "several tokens, or attention does what is not supported"
         )
+    if model.is_recordable and device.type == "cpu" and ops.new_recorder is not None:
+        steps = _Steps(model, shape, num_ranks, ops, device, dtype)
+        for lengths in _STEPS[:-2]:
+            steps.run(lengths)
+        replayed = steps.replay(_STEPS[-1], ops.new_recorder())
+        model.is_recordable = replayed is not None and torch.equal(replayed, hidden[-1])
 
 
-def _paged_logits(
-    model: TransformersModel,
-    shape: TransformersShape,
-    num_ranks: int,
-    ops: Ops,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    specs = [
-        PagedKV(_BLOCK_SIZE, c.num_kv_heads, c.head_dim, dtype) for c in shape.caches(num_ranks)
-    ]
-    caches = [ops.attention.new_cache(_NUM_BLOCKS, spec, device) for spec in specs]
-    groups = [specs[layers[0]] for layers in shape.cache_groups(num_ranks)]
-    tokens = torch.zeros(2, max(_LENGTHS), dtype=torch.int64)
-    for row, ids in enumerate(_sequences(shape.vocab_size)):
-        tokens[row, : len(ids)] = ids
-    tables = torch.tensor([[[3, 1], [0, 2]]] * len(groups), dtype=torch.int32, device=device)
-    found: list[list[Tensor]] = [[], []]
-    starts = torch.zeros(2, dtype=torch.int32)
-    for first, second in _STEPS:
-        lengths = torch.tensor([first, second], dtype=torch.int32)
-        rows = StepRows(
-            torch.arange(2, dtype=torch.int32, device=device),
-            starts.to(device),
-            torch.tensor([0, first, first + second], dtype=torch.int32, device=device),
-            num_tokens=first + second,
-            decodes=Decodes.of([first, second]),
-            max_query_len=max(first, second),
+class _Steps:
+    """Runs the two requests over a cache of its own, from their start on."""
+
+    def __init__(
+        self,
+        model: TransformersModel,
+        shape: TransformersShape,
+        num_ranks: int,
+        ops: Ops,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        specs = [
+            PagedKV(_BLOCK_SIZE, c.num_kv_heads, c.head_dim, dtype) for c in shape.caches(num_ranks)
+        ]
+        self._model, self._ops, self._device = model, ops, device
+        self._caches = [ops.attention.new_cache(_NUM_BLOCKS, spec, device) for spec in specs]
+        self._groups = [specs[layers[0]] for layers in shape.cache_groups(num_ranks)]
+        tokens = torch.zeros(2, max(_LENGTHS), dtype=torch.int64)
+        for row, ids in enumerate(_sequences(shape.vocab_size)):
+            tokens[row, : len(ids)] = ids
+        tables = [[[3, 1], [0, 2]]] * len(self._groups)
+        self._tokens = tokens.to(device)
+        self._tables = torch.tensor(tables, dtype=torch.int32, device=device)
+        self._starts = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def run(self, lengths: tuple[int, int]) -> Tensor:
+        """Hidden states of the next tokens, so many of each."""
+        hidden = self._compute(self._rows(lengths))
+        self._starts += torch.tensor(lengths, dtype=torch.int32, device=self._device)
+        return hidden
+
+    def replay(self, lengths: tuple[int, int], recorder: Recorder) -> Tensor | None:
+        """Those of the step after the next, which is recorded; None if that cannot be."""
+        rows = self._rows(lengths)
+        hidden, replay = recorder.record(lambda: self._compute(rows))
+        if replay is None:
+            return None
+        self._starts += torch.tensor(lengths, dtype=torch.int32, device=self._device)
+        replay()
+        return hidden
+
+    def _rows(self, lengths: tuple[int, int]) -> StepRows:
+        return StepRows(
+            torch.arange(2, dtype=torch.int32, device=self._device),
+            self._starts,
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self._device),
+            num_tokens=sum(lengths),
+            decodes=Decodes.of(lengths),
+            max_query_len=max(lengths),
         )
-        step = ops.prepare_step(rows, tokens.to(device), tables, _BLOCK_SIZE)
+
+    def _compute(self, rows: StepRows) -> Tensor:
+        step = self._ops.prepare_step(rows, self._tokens, self._tables, _BLOCK_SIZE)
+        plan = self._ops.attention.plan
         planned = tuple(
-            ops.attention.plan(own, spec) for own, spec in zip(step.attention, groups, strict=True)
+            plan(own, spec) for own, spec in zip(step.attention, self._groups, strict=True)
         )
-        hidden = model(replace(step, attention=planned), caches)
-        logits = model.logits(hidden).float().cpu()
-        for row, part in enumerate(logits.split([first, second])):
-            found[row].append(part)
-        starts = starts + lengths
-    return [torch.cat(parts) for parts in found]
+        return self._model(replace(step, attention=planned), self._caches)

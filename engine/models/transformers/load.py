@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.checkpoint import CheckpointError
-from engine.config import EngineConfig
 from engine.models.reader import SafetensorsReader, open_tensors
-from engine.models.shape import ModelShape
+from engine.models.shape import ModelSpec
 from engine.models.transformers.check import expected_logits, refuse_if_wrong
 from engine.models.transformers.config import TransformersShape
 from engine.models.transformers.model import TransformersModel
@@ -18,24 +17,16 @@ from engine.models.transformers.parallel import shard
 from engine.models.transformers.probe import let_us_attend, model_class
 from engine.models.weights import weight_format
 from engine.models.weights.plain import PlainWeights
-from engine.ranks.rank_group import RankGroup
-from kernels import Ops
 
 
 @torch.inference_mode()
-def load_module(
-    config: EngineConfig,
-    shape: ModelShape,
-    directory: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    ops: Ops,
-    parallel: RankGroup,
-) -> TransformersModel:
+def load_module(spec: ModelSpec) -> TransformersModel:
     """One rank's model. Raises CheckpointError when it does not compute what transformers does.
 
     Files are mapped: a rank takes memory for its parts only, in the layout of the device.
     """
+    config, shape, directory, parallel = spec.config, spec.shape, spec.directory, spec.parallel
+    dtype, device, ops = spec.dtype, spec.device, spec.ops
     assert isinstance(shape, TransformersShape)
     if not isinstance(weight_format(directory, config.quantization), PlainWeights):
         raise CheckpointError(f"{directory}: only our own blocks compute weights of this format")
@@ -52,9 +43,11 @@ def load_module(
     let_us_attend(module)
     groups = {i: g for g, layers in enumerate(shape.cache_groups(parallel.size)) for i in layers}
     windows = [cache.window for cache in probed.caches]
-    # As CUDA graphs, that is, and where no step waits for what experts were chosen.
-    has_experts = any("experts" in path for path, _ in module.named_modules())
-    is_recordable = device.type == "cuda" and module._can_compile_fullgraph and not has_experts
+    if device.type == "cuda":  # no step may wait for what experts were chosen
+        has_experts = any("experts" in path for path, _ in module.named_modules())
+        is_recordable = module._can_compile_fullgraph and not has_experts
+    else:  # which is tried
+        is_recordable = parallel.size == 1 and ops.new_recorder is not None
     model = TransformersModel(
         module, windows, [groups[i] for i in range(len(groups))], ops, dtype, is_recordable
     )

@@ -26,6 +26,8 @@ class TransformersModel:
         groups: which of a step's block tables each of these times uses.
     """
 
+    is_all_ops = False
+
     def __init__(
         self,
         module: PreTrainedModel,
