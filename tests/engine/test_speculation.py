@@ -28,7 +28,7 @@ from engine.speculation.grammar import GrammarDrafter
 from engine.speculation.model import ModelDrafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.prediction import PredictionDrafter
-from engine.speculation.speculator import Speculator
+from engine.speculation.speculator import DrafterRecord, Speculator
 from engine.speculation.suffix import SuffixDrafter
 from engine.speculation.texts import RUN, Match, TextIndex
 from tests.conftest import CheckpointFactory
@@ -280,6 +280,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft model goes on drafting: nobody knows what steps cost, nor how often it was right."""
     monkeypatch.setattr(StepCosts, "count", lambda *_: None)
     monkeypatch.setattr(ModelDrafter, "judge", lambda *_: None)
+    monkeypatch.setattr(DrafterRecord, "judge", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
