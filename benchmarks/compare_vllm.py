@@ -10,7 +10,8 @@ end of sequence, on dummy weights. The others live in virtual environments of th
     vllm-venv/bin/pip install -r requirements.txt
     python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python
 
-`--no-deps` because torchvision, torchaudio and torchcodec are not needed. On a GPU, with vllm and
+`--no-deps` because torchvision, torchaudio and torchcodec are not needed. Without AVX-512 vLLM is
+many times slower in bfloat16 than with `--vllm-option dtype=float32`. On a GPU, with vllm and
 nano-vllm installed in an environment each, the workload that nano-vLLM publishes is
 
     python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python \\
@@ -76,8 +77,7 @@ def run_here(package: str, model: str, workload: dict[str, Any], options: dict[s
         load_format="dummy",
         max_model_len=workload["max_model_len"],
         max_num_seqs=workload["max_num_seqs"],
-        **_OPTIONS[package],
-        **options,
+        **_OPTIONS[package] | options,
     )
     start_seconds = time.perf_counter() - start
     if package == "engine":

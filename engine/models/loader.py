@@ -1,83 +1,50 @@
-"""A model with its weights from safetensors files, each rank reading only its slices."""
+"""One rank's model with its weights: who computes it, and whether another process has it."""
 
 import hashlib
-import logging
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import kernels
 from engine import models
-from engine.checkpoint import CheckpointError, states
-from engine.config import EngineConfig
-from engine.models.blocks.linear import BuildContext, ShardedModule, Source
+from engine.checkpoint import states
+from engine.models.blocks.linear import BuildContext, ShardedModule
 from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM
-from engine.models.reader import TensorReader, open_tensors
-from engine.models.rewrite import UNCHANGED, Rewrites, RewrittenReader
-from engine.models.shape import LanguageModel, ModelShape
+from engine.models.shape import LanguageModel, ModelSpec
 from engine.models.shared import SharedFile, WeightFiles
+from engine.models.weight_loader import has_own_head, load_dummy_weights, load_weights
 from engine.models.weights import weight_format
-from engine.progress import Progress
-from engine.ranks.rank_group import RankGroup
-from kernels import Ops
-from kernels.grouped import StoredWeight
 
-# In old checkpoints, though recomputed by every loader.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 # Smaller checkpoints are read as fast as they are found.
 _WORTH_SHARING_BYTES = 64 << 20
 _CODE = {".py", ".cpp", ".h"}  # kernels say how weights lie
-_logger = logging.getLogger(__name__)
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, ShardedModule]]:
-    """With their paths; shared ones come once."""
-    for path, module in model.named_modules():
-        if isinstance(module, ShardedModule):
-            yield path, module
 
 
 def load_model(
-    config: EngineConfig,
-    shape: ModelShape,
-    directory: Path,
-    max_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ops: Ops,
-    parallel: RankGroup,
-    show_progress: bool = False,
-    files: WeightFiles | None = None,
+    spec: ModelSpec, show_progress: bool = False, files: WeightFiles | None = None
 ) -> LanguageModel:
-    """One rank's model with its weights, in the layout of the device's ops.
+    """In the layout of the device's ops.
 
     Args:
         files: where models of our own blocks are shared with other processes, if they are.
     """
-    if isinstance(shape, ModelConfig):
+    if not isinstance(spec.shape, ModelConfig):
+        from engine.models.transformers.load import load_module  # its modules take long
 
-        def load() -> CausalLM:
-            return _load_blocks(
-                config, shape, directory, max_len, dtype, device, ops, parallel, show_progress
-            )
-
-        path = None
-        if files is not None and _weighs(directory) >= _WORTH_SHARING_BYTES:
-            path = files(_name(config, directory, max_len, dtype, device, ops, parallel))
-        if path is None:
-            return load()
-        own = {f"ops.{f.name}": getattr(ops, f.name) for f in fields(ops)}
-        known = {name: value for name, value in own.items() if callable(value)}
-        known |= {"ops": ops, "parallel": parallel}
-        return SharedFile[CausalLM](path, known, device).model(load)
-    from engine.models.transformers.load import load_module  # its modules take long
-
-    return load_module(config, shape, directory, dtype, device, ops, parallel)
+        return load_module(spec)
+    shape, path = spec.shape, None
+    if files is not None and _weighs(spec.directory) >= _WORTH_SHARING_BYTES:
+        path = files(_name(spec))
+    if path is None:
+        return _load_blocks(spec, shape, show_progress)
+    ops = spec.ops
+    own = {f"ops.{f.name}": getattr(ops, f.name) for f in fields(ops)}
+    known = {name: value for name, value in own.items() if callable(value)}
+    known |= {"ops": ops, "parallel": spec.parallel}
+    shared = SharedFile[CausalLM](path, known, spec.device)
+    return shared.model(lambda: _load_blocks(spec, shape, show_progress))
 
 
 def _weighs(directory: Path) -> int:
@@ -85,192 +52,43 @@ def _weighs(directory: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _name(
-    config: EngineConfig,
-    directory: Path,
-    max_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ops: Ops,
-    parallel: RankGroup,
-) -> str:
+def _name(spec: ModelSpec) -> str:
     """Of what the model is made of: the same name, the same model, to the bit."""
     rooms = (Path(room.__path__[0]) for room in (kernels, models))
     code = [path for room in rooms for path in room.rglob("*") if path.suffix in _CODE]
+    options = {"quantization", "load_format", "seed", "deterministic"}
     made_of = (
-        *(states(sorted(directory.iterdir())), states(sorted(code)), torch.__version__),
-        config.model_dump(include={"quantization", "load_format", "seed", "deterministic"}),
-        *(max_len, dtype, device.type, ops.name, parallel.rank, parallel.size),
+        *(states(sorted(spec.directory.iterdir())), states(sorted(code)), torch.__version__),
+        spec.config.model_dump(include=options),
+        *(spec.max_len, spec.dtype, spec.device.type, spec.ops.name),
+        *(spec.parallel.rank, spec.parallel.size),
     )
     return hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
 
 
-def _load_blocks(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    directory: Path,
-    max_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ops: Ops,
-    parallel: RankGroup,
-    show_progress: bool,
-) -> CausalLM:
-    if model_config.tied_embeddings and config.load_format != "dummy":
-        model_config = replace(
-            model_config, tied_embeddings=not _has_own_head(model_config, directory)
-        )
-    weights = weight_format(directory, config.quantization)
-    context = BuildContext(model_config.hidden_size, model_config.rms_eps, ops, parallel, weights)
+def _load_blocks(spec: ModelSpec, shape: ModelConfig, show_progress: bool) -> CausalLM:
+    ops = spec.ops
+    if shape.tied_embeddings and spec.config.load_format != "dummy":
+        shape = replace(shape, tied_embeddings=not has_own_head(shape, spec.directory))
+    weights = weight_format(spec.directory, spec.config.quantization)
+    context = BuildContext(shape.hidden_size, shape.rms_eps, ops, spec.parallel, weights)
     previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(spec.dtype)
     try:
-        with device:
-            model = CausalLM(model_config, max_len, context)
+        with spec.device:
+            model = CausalLM(shape, spec.max_len, context)
     finally:
         torch.set_default_dtype(previous)
 
     def pack(module: ShardedModule) -> None:
         module.pack(ops)
 
-    if config.load_format == "dummy":
-        load_dummy_weights(model, config.seed, pack)
+    if spec.config.load_format == "dummy":
+        load_dummy_weights(model, spec.config.seed, pack)
     else:
-        stored_for = None if config.quantization or dtype == torch.float32 else ops
+        stored_for = None if spec.config.quantization or spec.dtype == torch.float32 else ops
         load_weights(
-            model, directory, show_progress, pack, model_config.rewrites, stored_for=stored_for
+            model, spec.directory, show_progress, pack, shape.rewrites, stored_for=stored_for
         )
-    model.pack_head(ops, config.quantization)
+    model.pack_head(ops, spec.config.quantization)
     return model
-
-
-def _has_own_head(config: ModelConfig, directory: Path) -> bool:
-    """Whether there is a head other than the embedding: it counts, whatever the config says."""
-    with RewrittenReader(open_tensors(directory), config.rewrites) as reader:
-        return {_HEAD, _EMBEDDING} <= reader.names and not reader.equal(_HEAD, _EMBEDDING)
-
-
-def _do_nothing(_: ShardedModule) -> None: ...
-
-
-@torch.no_grad()
-def load_weights(
-    model: CausalLM,
-    directory: Path,
-    show_progress: bool = True,
-    filled: Callable[[ShardedModule], None] = _do_nothing,
-    rewrites: Rewrites = UNCHANGED,
-    stored_for: Ops | None = None,
-) -> None:
-    """Fill every parameter; a tensor missing, left over or of the wrong shape is an error.
-
-    Files are mapped, and the memory of a parameter is only taken when it is filled (on a CPU). So
-    with `filled`, called with each module once it is, never more than one exists in two layouts.
-
-    Args:
-        stored_for: whose kernels multiply weights with the bits that they are stored with.
-    """
-    modules = list(_sharded_modules(model))
-    with (
-        RewrittenReader(open_tensors(directory), rewrites) as reader,
-        Progress(
-            total=sum(p.nbytes for _, module in modules for p in module.parameters(recurse=False)),
-            desc="Loading weights",
-            unit="B",
-            unit_scale=True,
-            disable=not show_progress,
-        ) as progress,
-    ):
-        wanted = {
-            (module, name): [replace(part, name=part.full_name(path)) for part in parts]
-            for path, module in modules
-            for name, parts in module.sources.items()
-        }
-        _check(wanted.values(), reader, model.is_tied)
-        widened: list[Tensor] = []
-        for _, module in modules:
-            is_packed = False
-            for name in sorted(module.sources):  # a bias before the weight that is packed with it
-                parameter, sources = module.get_parameter(name), wanted[module, name]
-                progress.update(parameter.nbytes)
-                if stored_for and name == "weight":
-                    parts = _stored(sources, reader, parameter.dtype)
-                    is_packed = bool(parts) and module.pack_stored(stored_for, parts)
-                    if is_packed:
-                        continue
-                    if reader.narrow.intersection(source.name for source in sources):
-                        widened.append(parameter)
-                _fill(parameter, sources, reader)
-            if not is_packed:
-                filled(module)
-        if widened:
-            size = sum(parameter.nbytes for parameter in widened) / 2**20
-            _logger.warning(
-                "%d of the weights are stored with bits that no kernel multiplies here; as %s they "
-                "take %.1f MiB",
-                len(widened),
-                widened[0].dtype,
-                size,
-            )
-
-
-def _stored(
-    sources: list[Source], reader: TensorReader, dtype: torch.dtype
-) -> list[Tensor | StoredWeight]:
-    """Of a weight what is stored of it, and what is as values; nothing where all of it is."""
-    if not reader.narrow.intersection(source.name for source in sources):
-        return []
-    parts: list[Tensor | StoredWeight] = []
-    for source in sources:
-        stored = reader.stored(source) if source.name in reader.narrow else None
-        parts.append(reader.read(source).to(dtype) if stored is None else stored)
-    return parts if any(isinstance(part, StoredWeight) for part in parts) else []
-
-
-def _check(wanted: Iterable[list[Source]], reader: TensorReader, is_tied: bool) -> None:
-    """Raises CheckpointError for what is missing, misshapen or left over, before any is read."""
-    names = reader.names
-    used = {_HEAD} if is_tied else set()  # files of tied models may repeat the embedding
-    for source in (source for sources in wanted for source in sources):
-        used.add(source.name)
-        if not _is_no_bias(source, names):
-            reader.check(source)
-    leftover = {name for name in names - used if not name.endswith(_IGNORED_SUFFIXES)}
-    if leftover:
-        listed = ", ".join(sorted(leftover)[:5])
-        raise CheckpointError(f"the checkpoint has tensors this model has no place for: {listed}")
-
-
-def _is_no_bias(source: Source, names: set[str]) -> bool:
-    """Whether it is a bias that the checkpoint does not have: zeros, also for transformers."""
-    return source.name.endswith(".bias") and source.name not in names
-
-
-def _fill(parameter: Tensor, sources: list[Source], reader: TensorReader) -> None:
-    offset, into = 0, sources[0].into_dim
-    for source in sources:
-        size = source.cut_shape[into]
-        if _is_no_bias(source, reader.names):
-            parameter.narrow(into, offset, size).zero_()
-        else:
-            parameter.narrow(into, offset, size).copy_(reader.read(source))
-        offset += size
-    parameter.narrow(into, offset, parameter.shape[into] - offset).zero_()  # pads a vocabulary
-
-
-@torch.no_grad()
-def load_dummy_weights(
-    model: nn.Module, seed: int, filled: Callable[[ShardedModule], None] = _do_nothing
-) -> None:
-    """Random weights of a trained model's size, so that activations stay finite."""
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
-    for _, module in _sharded_modules(model):
-        for name in module.sources:
-            parameter = module.get_parameter(name)
-            if parameter.dim() == 1 and name == "weight":
-                parameter.fill_(1.0)
-            elif not parameter.is_floating_point():
-                parameter.random_(generator=generator)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-        filled(module)

@@ -3,10 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from engine.config import EngineConfig
+from engine.ranks.rank_group import RankGroup
+from kernels import Ops
 from kernels.types import KVCache, StepInputs
 
 
@@ -41,6 +46,20 @@ class ModelShape(ABC):
         for i, cache in enumerate(self.caches(num_ranks)):
             groups.setdefault(cache, []).append(i)
         return [groups[cache] for cache in sorted(groups, key=lambda own: own.window is not None)]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a rank's model is made of."""
+
+    config: EngineConfig
+    shape: ModelShape
+    directory: Path
+    max_len: int
+    dtype: torch.dtype
+    device: torch.device
+    ops: Ops
+    parallel: RankGroup
 
 
 class LanguageModel(Protocol):

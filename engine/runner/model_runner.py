@@ -16,7 +16,7 @@ from engine.device.select import select_device
 from engine.device.tables import DeviceTables
 from engine.device.threads import num_compute_threads
 from engine.models.loader import load_model
-from engine.models.shape import LanguageModel, ModelShape
+from engine.models.shape import LanguageModel, ModelShape, ModelSpec
 from engine.models.shared import RestingModel, WeightFiles
 from engine.ranks.rank_group import Ranks
 from engine.runner.draft_model import DraftModel
@@ -140,7 +140,7 @@ class ModelRunner:
         return KVCacheLayout.of(shape, ranks, block_size, self.cache_dtype, draft)
 
     def _load(self, directory: Path, shape: ModelShape, show_progress: bool) -> LanguageModel:
-        return load_model(
+        spec = ModelSpec(
             self.config,
             shape,
             directory,
@@ -149,9 +149,8 @@ class ModelRunner:
             self.device,
             self.ops,
             self.ranks.tensor,
-            show_progress,
-            self._files,
         )
+        return load_model(spec, show_progress, self._files)
 
     @property
     def _passes(self) -> list[ForwardPass]:

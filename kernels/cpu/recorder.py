@@ -171,7 +171,7 @@ class _WorkOfTorch(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         inputs, outputs = _storages((args, kwargs)), _storages(result)
-        if func in _READS:
+        if func in _READS or func.namespace != "aten":  # as of ranks that talk to each other
             self.is_repeatable = False
         elif func is torch.ops.aten.lift_fresh.default:
             self.constants[min(outputs)] = result
@@ -199,7 +199,7 @@ def _storages(tensors: Any) -> set[int]:
 
 
 def _is_repeatable(func: Any, args: Any, result: Any) -> bool:
-    if func.namespace != "aten" or not all(isinstance(x, Tensor) for x in tree_leaves(result)):
+    if not all(isinstance(x, Tensor) for x in tree_leaves(result)):
         return False
     unrepeatable = _UNREPEATABLE.intersection(func.tags)
     if func is torch.ops.aten.index.Tensor:  # of dynamic shape where a mask selects

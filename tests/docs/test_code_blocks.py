@@ -138,7 +138,7 @@ def test_the_rule_leaves_out_only_what_cannot_run_here() -> None:
     for block in BLOCKS:
         assert block.page != "README.md" or not block.need, f"{block} would not say so on GitHub"
     assert {block.need.split(":")[0].split(",")[0] for block in BLOCKS if block.need} <= {
-        "a GPU", "several GPUs", "a Ray cluster", "a Kubernetes cluster", "the network",
+        "a GPU", "several GPUs", "a Ray cluster", "a Kubernetes cluster", "the network", "a bucket",
         "an idle machine", "an interactive shell", "a terminal of its own",
     }  # fmt: skip
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from engine.models import loader
 from engine.config import EngineConfig
 from engine.models.registry import read_config
+from engine.models.shape import ModelSpec
 from engine.device.memory import MemoryMeter
 from engine.ranks.rank_group import RankGroup
 from kernels import select_ops
@@ -47,7 +48,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 config = EngineConfig(model=str(directory), quantization=quantization)
 model = loader.load_model(
-    config, shape, directory, 64, dtype, device, ops, RankGroup()
+    ModelSpec(config, shape, directory, 64, dtype, device, ops, RankGroup())
 )
 done.set()
 watcher.join()

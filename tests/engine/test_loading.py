@@ -16,9 +16,9 @@ from engine.checkpoint import CheckpointError, resolve
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM
-from engine.models.loader import load_dummy_weights, load_weights
 from engine.models.reader import SafetensorsReader
 from engine.models.registry import read_config
+from engine.models.weight_loader import load_dummy_weights, load_weights
 from engine.models.weights.plain import PlainWeights
 from engine.ranks.rank_group import RankGroup, Ranks
 from engine.runner.model_runner import ModelRunner

@@ -43,6 +43,7 @@ class FakeRunner:
         self.host_cache = SimpleNamespace(num_slots=num_slots) if num_slots else None
         self.eos_token_ids = frozenset([EOS])
         self.sampler = SimpleNamespace(matchers=None)  # nobody asks for a grammar
+        self.forward_pass = SimpleNamespace(num_recordings=0)
         self._device = FakeDevice(config.block_size, VOCAB_SIZE)
         self._launched: deque[tuple[StepPlan, list[StepResult]]] = deque()
 

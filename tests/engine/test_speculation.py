@@ -22,6 +22,7 @@ from engine.runner.preflight import read_model
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
 from engine.schedule.step import DraftedTokens, DraftRow, TokenLogprobs, count_accepted
+from engine.speculation import speculator
 from engine.speculation.costs import DecodeCosts, StepCosts
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.grammar import GrammarDrafter
@@ -281,6 +282,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepCosts, "count", lambda *_: None)
     monkeypatch.setattr(ModelDrafter, "judge", lambda *_: None)
     monkeypatch.setattr(DrafterRecord, "judge", lambda *_: None)
+    monkeypatch.setattr(speculator, "_SELDOM", 1)
 
 
 @pytest.fixture(scope="module")

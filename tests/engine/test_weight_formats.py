@@ -14,8 +14,8 @@ from engine.checkpoint import CheckpointError
 from engine.models import weights
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM
-from engine.models.loader import load_weights
 from engine.models.registry import read_config
+from engine.models.weight_loader import load_weights
 from engine.models.weights.format import StoredTensor
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops, select_ops

@@ -228,8 +228,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads": ("qwen3", dict(num_key_value_heads=3), r"num_attention_heads \(4\) is no multiple"),
     "bits": (
         "qwen3",
-        dict(quantization_config=dict(quant_method="bitsandbytes")),
-        "bitsandbytes.*is not supported; supported: none, compressed-tensors",
+        dict(quantization_config=dict(quant_method="eetq")),
+        "eetq.*is not supported; supported: none, compressed-tensors",
     ),
     "mlx": ("qwen3", dict(quantization=dict(bits=4)), "format of MLX, as quantization tells"),
 }

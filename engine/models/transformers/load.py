@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.checkpoint import CheckpointError
-from engine.config import EngineConfig
 from engine.models.reader import SafetensorsReader, open_tensors
-from engine.models.shape import ModelShape
+from engine.models.shape import ModelSpec
 from engine.models.transformers.check import expected_logits, refuse_if_wrong
 from engine.models.transformers.config import TransformersShape
 from engine.models.transformers.model import TransformersModel
@@ -18,24 +17,16 @@ from engine.models.transformers.parallel import shard
 from engine.models.transformers.probe import let_us_attend, model_class
 from engine.models.weights import weight_format
 from engine.models.weights.plain import PlainWeights
-from engine.ranks.rank_group import RankGroup
-from kernels import Ops
 
 
 @torch.inference_mode()
-def load_module(
-    config: EngineConfig,
-    shape: ModelShape,
-    directory: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    ops: Ops,
-    parallel: RankGroup,
-) -> TransformersModel:
+def load_module(spec: ModelSpec) -> TransformersModel:
     """One rank's model. Raises CheckpointError when it does not compute what transformers does.
 
     Files are mapped: a rank takes memory for its parts only, in the layout of the device.
     """
+    config, shape, directory, parallel = spec.config, spec.shape, spec.directory, spec.parallel
+    dtype, device, ops = spec.dtype, spec.device, spec.ops
     assert isinstance(shape, TransformersShape)
     if not isinstance(weight_format(directory, config.quantization), PlainWeights):
         raise CheckpointError(f"{directory}: only our own blocks compute weights of this format")
