@@ -33,6 +33,13 @@ MESSAGES = {"max_tokens": 1, "system": LONG, "messages": CHAT["messages"][1:]}
 PATHS = {"messages": "/v1/chat/completions", "input": "/v1/responses", "prompt": "/v1/completions"}
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy with other tests is slow to read."""
+    monkeypatch.setattr(prompt_reader, "_READ_S", 30)
+    monkeypatch.setattr(prompt_reader, "_PATIENCE_S", 30)
+
+
 def path_of(body: dict[str, Any]) -> str:
     if "system" in body:
         return "/v1/messages"
@@ -178,7 +185,7 @@ def test_two_are_read_at_a_time_and_nobody_waits_long_for_them(
         assert await own.read(question(content)) is not None
 
     monkeypatch.setattr(TOKENIZER, "encode", encode)
-    monkeypatch.setattr(prompt_reader, "_READ_S", 30)
+    monkeypatch.setattr(prompt_reader, "_PATIENCE_S", 0.01)
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
@@ -211,6 +218,7 @@ def test_what_takes_too_long_to_read_is_routed_by_load(monkeypatch: pytest.Monke
     monkeypatch.setattr(TOKENIZER, "encode", encode)
     monkeypatch.setattr(PromptReader, "_read", count)
     monkeypatch.setattr(prompt_reader, "_READ_S", 0.05)
+    monkeypatch.setattr(prompt_reader, "_PATIENCE_S", 0.01)
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
