@@ -108,7 +108,7 @@ def describe(config: EngineConfig) -> dict[str, str]:
     config.check_device(device.type)
     dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
     cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype
-    bits = {None: 8 * dtype.itemsize, "w8a8": 8, "fp8": 8, "int4": 4.5}[config.quantization]
+    bits = {None: 8 * dtype.itemsize, "w8a8": 8, "fp8": 8, "int4": 4.75}[config.quantization]
     ranks = RankGroup(0, config.num_ranks)
     own = KVCacheLayout.of(draft[1], ranks, config.block_size, cache_dtype) if draft else None
     layout = KVCacheLayout.of(shape, ranks, config.block_size, cache_dtype, own)
