@@ -73,7 +73,7 @@ def linear_cases(ops: Ops, config: DenseShape) -> Iterator[Case]:
     kinds: dict[str, tuple[Quantization | None, float]] = {
         "bf16": (None, 2),
         "w8a8": ("w8a8", 1),
-        "int4": ("int4", 4.5 / 8),
+        "int4": ("int4", 4.75 / 8),
     }
     for name, (outputs, inputs) in shapes.items():
         weight = torch.randn(outputs, inputs, dtype=_DTYPE)

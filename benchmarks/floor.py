@@ -20,7 +20,7 @@ SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"  # a config.json, for dummy 
 # Bits per weight: (layers, head). Groups of int4 share a scale; the head stays at 8 bits.
 _WEIGHT_BITS: dict[str | None, tuple[float, float]] = {
     "w8a8": (8, 8),
-    "int4": (4.5, 8),
+    "int4": (4.75, 8),
     "fp8": (8, 16),
 }
 

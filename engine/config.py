@@ -72,8 +72,8 @@ class EngineConfig(StrictModel):
     )
     quantization: Literal["w8a8", "int4", "fp8"] | None = Field(
         None,
-        description="Round the linear layers' weights when they are loaded: int4 to 4.5 bits, on a "
-        "CPU w8a8 to 8, on a GPU fp8 (e4m3) to 8. Activations are rounded to 8 as well, but for "
+        description="Round the linear layers' weights when they are loaded: int4 to 4.75 bits, on "
+        "a CPU w8a8 to 8, on a GPU fp8 (e4m3) to 8. Activations are rounded to 8 as well, but for "
         "int4 on a GPU. The language-model head takes 8 bits on a CPU, and stays on a GPU.",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = Field(

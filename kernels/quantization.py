@@ -10,6 +10,8 @@ from kernels.grouped import GroupedWeight
 
 Quantization = Literal["w8a8", "int4", "fp8"]
 GROUP = 32  # inputs that share a scale in int4
+_STEPS = (14.0, 15.0)  # of 15 that int4 has
+_VALUES = 1 << 18  # quantized at once: they stay in a processor's caches
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 
@@ -21,18 +23,46 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
-def quantize_int4(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
-    """weight [out, in] as (uint8 0 .. 15 [out, in], scales bfloat16 [out, in / group]).
+def quantize_int4(weight: Tensor, group: int = GROUP) -> GroupedWeight:
+    """weight [out, in] with scales of bfloat16 and zeros for each group of inputs.
 
-    A value is (q - 8) * scale. The scale maps the group's largest magnitude to -8, the one level
-    without a counterpart, as in llama.cpp's Q4_0.
+    Of some ranges that levels may stand for, each group takes the one that leaves the least
+    squares of errors.
     """
-    groups = weight.float().unflatten(-1, (-1, group))
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scales = (extreme / -8).bfloat16()
-    divisor = scales.float().masked_fill(scales == 0, 1.0)
-    levels = (groups / divisor).round_().add_(8).clamp_(0, 15)
-    return levels.to(torch.uint8).flatten(-2), scales.squeeze(-1)
+    values = _VALUES if weight.device.type == "cpu" else 64 * _VALUES
+    parts = weight.split(max(values // weight.shape[1], 1))
+    found = [_int4_groups(part.float().reshape(-1, group).T.contiguous()) for part in parts]
+    levels, scales, zeros = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    outputs = len(weight)
+    return GroupedWeight(
+        levels.view(outputs, -1), 4, scales.view(outputs, -1), zeros.view(outputs, -1)
+    )
+
+
+def _int4_groups(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels [n, group], scales and zeros [n] of values [group, n]: so sums are of registers."""
+    lowest, highest = values.amin(0), values.amax(0)
+    extreme = torch.where(-lowest > highest, lowest, highest)
+    width = highest.clamp(min=0) - lowest.clamp(max=0)
+    # As Q4_0 has it, which is so kept; then from end to end in so many steps.
+    tries = [extreme / -8, *(width / steps for steps in _STEPS)]
+    best, scale, zero = (torch.full_like(lowest, fill) for fill in (-1.0, 0.0, 8.0))
+    levels, squares = torch.empty_like(values), torch.empty_like(values)
+    for i, step in enumerate(tries):
+        step = step.masked_fill(step == 0, 1.0)
+        middle = (lowest / -step).round_().clamp_(0, 15) if i else zero
+        torch.mul(values, 1 / step, out=levels)
+        levels.round_().clamp_(-middle, 15 - middle)
+        product = torch.mul(levels, values, out=squares).sum(0)
+        fit = product / torch.mul(levels, levels, out=squares).sum(0).clamp_(min=1)
+        gain = product * fit  # by so much the squares are less than with nothing but zeros
+        is_better = gain > best
+        best = torch.where(is_better, gain, best)
+        scale, zero = torch.where(is_better, fit, scale), torch.where(is_better, middle, zero)
+    scale = scale.bfloat16()
+    torch.div(values, scale.float().masked_fill(scale == 0, 1.0), out=levels)
+    levels.round_().add_(zero).clamp_(0, 15)
+    return levels.T.to(torch.uint8), scale, zero.to(torch.uint8)
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:

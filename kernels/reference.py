@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.grouped import GroupedWeight
 from kernels.quantization import (
     Quantization,
     linear_fp8,
@@ -174,8 +173,7 @@ def pack_linear(
         quantized, scales = quantize_int8(weight)
         return partial(linear_int8, weight=quantized, scales=scales, bias=bias)
     if quantization == "int4":
-        quantized, scales = quantize_int4(weight)
-        return partial(linear_grouped, weight=GroupedWeight(quantized, 4, scales), bias=bias)
+        return partial(linear_grouped, weight=quantize_int4(weight), bias=bias)
     if quantization == "fp8":
         quantized, scales = quantize_fp8(weight)
         return partial(linear_fp8, weight=quantized, scales=scales, bias=bias)

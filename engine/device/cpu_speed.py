@@ -11,7 +11,7 @@ import torch
 from kernels import Ops
 
 Weights = Literal["float32", "bfloat16", "w8a8", "int4"]
-_BYTES: dict[Weights, float] = {"float32": 4, "bfloat16": 2, "w8a8": 1, "int4": 4.5 / 8}
+_BYTES: dict[Weights, float] = {"float32": 4, "bfloat16": 2, "w8a8": 1, "int4": 4.75 / 8}
 
 
 @dataclass(frozen=True)

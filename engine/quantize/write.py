@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -44,7 +45,7 @@ def _config(scheme: str, group: int) -> dict[str, Any]:
     if scheme == "W8A8":
         weights["strategy"] = "channel"
     else:
-        weights |= {"num_bits": 4, "strategy": "group", "group_size": group}
+        weights |= {"num_bits": 4, "strategy": "group", "group_size": group, "symmetric": False}
     of_linear = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     return {
         "quant_method": "compressed-tensors",
@@ -83,14 +84,17 @@ def _stored(
                 raise CheckpointError(
                     f"--group: {name} has {values.shape[1]} inputs, not groups of {group}"
                 )
-            levels, scales = quantize_int4(values, group)
-            yield f"{name}_packed", _packed(levels)
-            yield f"{name}_scale", scales.to(values.dtype)
+            rounded = quantize_int4(values, group)
+            assert rounded.zeros is not None
+            yield f"{name}_packed", _packed(rounded.levels)
+            yield f"{name}_scale", rounded.scales.to(values.dtype)
+            yield f"{name}_zero_point", _packed(rounded.zeros.T.contiguous()).T
             yield f"{name}_shape", torch.tensor(values.shape)
 
 
 def _packed(levels: Tensor) -> Tensor:
     """uint8 0 .. 15 [out, in] as int32 [out, in / 8], the first in the lowest bits."""
+    levels = F.pad(levels, (0, -levels.shape[1] % 8))
     pairs = levels.unflatten(1, (-1, 2))
     return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
 

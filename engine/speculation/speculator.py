@@ -34,7 +34,7 @@ _SELDOM = 8  # steps from one to the next in which drafters are asked who have n
 _WEIGHT = 0.03  # of a step, in what drafters are worth
 
 
-class _Record:
+class DrafterRecord:
     """How often a drafter has been right of late, in all rows, and how often it said it would."""
 
     def __init__(self, drafter: Drafter) -> None:
@@ -62,10 +62,10 @@ class _Record:
 class _Row:
     """A row's experience with the drafts that it has been given."""
 
-    records: list[_Record]  # of who may have drafts for it
+    records: list[DrafterRecord]  # of who may have drafts for it
     hits: float = 0.0
     misses: float = 0.0
-    record: _Record | None = None  # of whose the last one was
+    record: DrafterRecord | None = None  # of whose the last one was
     confidences: Listed[float] = ()  # of that
 
     def probabilities(self, confidences: Listed[float], trust: float) -> list[float]:
@@ -89,7 +89,7 @@ class Speculator:
     """
 
     def __init__(self, drafters: Listed[Drafter], max_drafts: int, num_ahead: int) -> None:
-        self._records = [_Record(drafter) for drafter in drafters]
+        self._records = [DrafterRecord(drafter) for drafter in drafters]
         self._max_drafts = max_drafts
         self._num_ahead = num_ahead
         self.costs = DecodeCosts()

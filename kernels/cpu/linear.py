@@ -154,8 +154,8 @@ class LinearPacker:
         if quantization == "w8a8" and inputs % 64 == 0:
             product = self._int8(weight)
         elif quantization == "int4" and inputs % GROUP == 0:
-            levels, scales = quantize_int4(weight)
-            product = replace(self._groups([GroupedWeight(levels, 4, scales).stored()]), rows=None)
+            rounded = StoredWeight((len(weight), inputs), lambda rows: quantize_int4(weight[rows]))
+            product = replace(self._groups([rounded]), rows=None)
         elif quantization is None and _is_packable(weight):
             product = self._plain(weight)
         else:

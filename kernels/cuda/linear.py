@@ -38,8 +38,9 @@ def pack_linear(
     if quantization == "int4":
         if ins % (2 * GROUP):
             raise ValueError(f"quantization: 'int4' needs inputs in multiples of 64, not {ins}")
-        levels, scales = quantize_int4(weight)
-        return partial(linear_int4, weight=pack_int4(levels), scales=scales, bias=bias)
+        grouped = quantize_int4(weight)
+        packed, scales, zeros = pack_int4(grouped.levels), grouped.scales, grouped.zeros
+        return partial(linear_int4, packed=packed, scales=scales, zeros=zeros, bias=bias)
     if quantization == "fp8" and outs % 16 == ins % 16 == 0:  # as the library demands
         rounded, of_outs = quantize_fp8(weight)
         return LinearFp8(rounded.t(), of_outs[None, :], bias)
@@ -107,7 +108,7 @@ def pack_int4(levels: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _int4_kernel(
-    x, weight, scales, bias, out, num_rows,
+    x, weight, scales, zeros, bias, out, num_rows,
     HAS_BIAS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -118,15 +119,16 @@ def _int4_kernel(
     lanes = tl.arange(0, GROUP)
     at_x = x + rows.to(tl.int64)[:, None] * INS + lanes[None, :]
     at_weight = weight + outs.to(tl.int64)[:, None] * (INS // 2) + lanes[None, :]
-    at_scales = scales + outs.to(tl.int64) * (INS // GROUP)
+    of_out = outs.to(tl.int64) * (INS // GROUP)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for pair in range(INS // (2 * GROUP)):
         packed = tl.load(at_weight + pair * GROUP, is_out[:, None], 0)
         for half in tl.static_range(2):
             group = 2 * pair + half
-            levels = ((packed >> (4 * half)) & 15).to(tl.int8) - 8
+            zero = tl.load(zeros + of_out + group, is_out, 0).to(tl.int8)
+            levels = ((packed >> (4 * half)) & 15).to(tl.int8) - zero[:, None]
             own = tl.load(at_x + group * GROUP, is_row, 0.0)
-            scale = tl.load(at_scales + group, is_out, 0.0).to(tl.float32)
+            scale = tl.load(scales + of_out + group, is_out, 0.0).to(tl.float32)
             product = tl.dot(own, tl.trans(levels.to(own.dtype)), input_precision="ieee")
             acc += product * scale[None, :]
     if HAS_BIAS:
@@ -135,10 +137,12 @@ def _int4_kernel(
     tl.store(at_out, acc.to(out.dtype.element_ty), is_row & is_out[None, :])
 
 
-def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def linear_int4(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """x [T, in] times a weight of `pack_int4`, summed in float32."""
     x = x.contiguous()
-    (rows, ins), outs = x.shape, weight.shape[0]
+    (rows, ins), outs = x.shape, packed.shape[0]
     out = x.new_empty(rows, outs)
     few = rows <= 16 or x.itemsize == 4  # which is for tests
     block_m, block_n = (16, 32) if few else (64, 128)
@@ -147,9 +151,10 @@ def linear_int4(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) 
             _int4_kernel,
             (cdiv(rows, block_m), cdiv(outs, block_n)),
             x,
-            weight,
+            packed,
             scales,
-            weight if bias is None else bias,
+            zeros,
+            packed if bias is None else bias,
             out,
             rows,
             HAS_BIAS=bias is not None,

@@ -76,7 +76,7 @@ def test_a_gguf_file_is_packed_some_rows_at_a_time(
     monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
     path = tmp_path / "tied.gguf"
     write_gguf(
-        DenseShape(65_536, 1024, 2048, 2, 8, 2, 128, 1e-6, 512, True, None, True), path, "Q4_0"
+        DenseShape(32_768, 2048, 2048, 2, 8, 2, 128, 1e-6, 512, True, None, True), path, "Q4_0"
     )
     peak, left = load(resolve(str(path)), "", "bfloat16")
     assert abs(left - path.stat().st_size) < 15 * MIB
