@@ -106,26 +106,26 @@ def print_report(report: Report, kinds: list[str]) -> None:
 @contextmanager
 def server(arguments: argparse.Namespace) -> Iterator[tuple[str, Cluster | None]]:
     cluster = None
-    if "node" in arguments.faults:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        for _ in range(arguments.replicas):
-            cluster.add_node(**NODE)
-        ray.init(address=cluster.address, log_to_driver=False)
-    else:
-        ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False)
-    http = {"host": "127.0.0.1", "port": arguments.port, "location": "HeadOnly"}
-    serve.start(http_options=http)
-    args = AppArgs(
-        model=arguments.model,
-        dtype=arguments.dtype,
-        max_model_len=1024,
-        num_blocks=4000,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        num_replicas=arguments.replicas,
-        heartbeat_timeout_s=arguments.heartbeat_timeout,
-        max_restarts=10_000,
-    )
     try:
+        if "node" in arguments.faults:
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+            for _ in range(arguments.replicas):
+                cluster.add_node(**NODE)
+            ray.init(address=cluster.address, log_to_driver=False)
+        else:
+            ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
+        http = {"host": "127.0.0.1", "port": arguments.port, "location": "HeadOnly"}
+        serve.start(http_options=http)
+        args = AppArgs(
+            model=arguments.model,
+            dtype=arguments.dtype,
+            max_model_len=1024,
+            num_blocks=4000,
+            tensor_parallel_size=arguments.tensor_parallel_size,
+            num_replicas=arguments.replicas,
+            heartbeat_timeout_s=arguments.heartbeat_timeout,
+            max_restarts=10_000,
+        )
         serve.run(app(args), name="chaos", route_prefix="/")
         yield f"http://127.0.0.1:{arguments.port}", cluster
     finally:

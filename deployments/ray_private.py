@@ -47,12 +47,15 @@ def _routers_see_bodies() -> bool:
 
 
 def is_cluster_here() -> bool:
-    """Whether `ray.init` would join a cluster of this machine; where that cannot be told, yes."""
+    """Whether `ray.init` would join a cluster: a Ray that somebody else runs here need not be one.
+
+    Where that cannot be told, yes.
+    """
     try:
-        from ray._private.services import find_gcs_addresses
+        from ray._private.services import canonicalize_bootstrap_address
     except ImportError:
         return True
-    return bool(find_gcs_addresses())
+    return canonicalize_bootstrap_address(None) is not None  # type: ignore[arg-type]
 
 
 def can_route_by_body() -> bool:

@@ -136,6 +136,7 @@ class AttentionInputs:
 class StepInputs:
     """What a model reads of a step: T tokens of B requests, end to end."""
 
+    rows: StepRows
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     attention: tuple[AttentionInputs, ...]  # G
@@ -162,4 +163,4 @@ class StepInputs:
             )
             for group in range(len(slots))
         )
-        return cls(token_ids, positions, tuple(groups))
+        return cls(step, token_ids, positions, tuple(groups))

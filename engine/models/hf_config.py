@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from engine.checkpoint import CheckpointError, read_json
 
 # What families call the longest text; those without learned positions need none.
+_NO_WINDOW = 1 << 15  # of layers that only keep states; max_position_embeddings says another
 _WINDOWS = ("max_position_embeddings", "max_seq_len", "seq_length")
 
 
@@ -102,6 +103,8 @@ def longest_text(hf: PreTrainedConfig) -> int:
     text = hf.get_text_config()
     given = [getattr(text, name, None) for name in _WINDOWS]
     window = next((value for value in given if value is not None), None)
+    if window is None and set(getattr(text, "layer_types", None) or ()) == {"linear_attention"}:
+        window = _NO_WINDOW
     if not isinstance(window, int) or window < 1:
         raise CheckpointError(
             f"config.json: max_position_embeddings={window!r} is no window; name one by "

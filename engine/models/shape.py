@@ -32,6 +32,11 @@ class ModelShape(ABC):
     dtype: str
     num_labels: int | None  # of a classifier, which has a head for them and none for words
 
+    @property
+    def state_bytes(self) -> int:
+        """What a text takes beside the cache of its tokens; only its whole past is such a state."""
+        return 0
+
     @abstractmethod
     def caches(self, num_ranks: int) -> Sequence[LayerCache]:
         """Of each layer that attends, in order, on each of so many ranks."""

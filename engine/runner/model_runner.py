@@ -56,12 +56,13 @@ class ModelRunner:
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
         self.profiler = Profiler(config.profile_directory, self.ranks.world.rank)
-        self.config = config = self._on_device(config)
+        self.config = config = self._on_device(config, shape)
         self.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
         self.cache_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         self.max_len = config.max_model_len or shape.max_position
         self.vocab_size, self.num_labels = shape.vocab_size, shape.num_labels
         self.eos_token_ids = eos_token_ids
+        self._keeps_states = shape.state_bytes > 0
         self.startup_s: dict[str, float] = {}  # by phase
         shape.check_divisible(self.ranks.tensor.size)
         with self._phase("kernels"):
@@ -101,8 +102,11 @@ class ModelRunner:
         yield
         self.startup_s[name] = time.monotonic() - begin
 
-    def _on_device(self, config: EngineConfig) -> EngineConfig:
+    def _on_device(self, config: EngineConfig, shape: ModelShape) -> EngineConfig:
         """With what it leaves to the device, which is as good as the least of all ranks."""
+        if shape.state_bytes:  # which are there of a text's end only
+            off = {"enable_prefix_caching": False, "speculation": "off"}
+            config = config.model_copy(update=off)
         size = self.ranks.world.size
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads or num_compute_threads(size))
@@ -181,7 +185,9 @@ class ModelRunner:
         counts = " + ".join(map(str, self.num_blocks))
         blocks = f"{counts} KV cache blocks of {self.cache_dtype} on {self.device}"
         recorded = f"; {self.forward_pass.recorded}" if self.forward_pass.records_ahead else ""
-        return f"{blocks}; {self.memory}\n{self.ops.name} kernels; {self._arithmetic()}{recorded}"
+        states = "; it keeps states: no prefix is shared, nothing drafted"
+        arithmetic = self._arithmetic() + (states if self._keeps_states else "")
+        return f"{blocks}; {self.memory}\n{self.ops.name} kernels; {arithmetic}{recorded}"
 
     def _arithmetic(self) -> str:
         """The types that it computes in, where they come from, and what that means here."""

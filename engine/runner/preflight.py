@@ -43,7 +43,22 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape, Checkpoint | Non
         raise ValueError(
             f"deterministic: only models of our own blocks are, not this: {shape.description}"
         )
+    if shape.state_bytes:
+        _check_states(config, shape)
     return directory, shape, _read_draft(config, directory, shape)
+
+
+def _check_states(config: EngineConfig, shape: ModelShape) -> None:
+    """Raises ValueError for what needs a text's past anew, where only its last state is kept."""
+    for name, value, can_be in (
+        ("speculation", config.speculation, ("auto", "off")),
+        ("host_cache_memory_bytes", config.host_cache_memory_bytes, (0,)),
+    ):
+        if value not in can_be:
+            raise ValueError(
+                f"{name}: {value!r} is not for models with states, which cannot be taken back "
+                f"or shared, as this: {shape.description}"
+            )
 
 
 def _read_draft(config: EngineConfig, directory: Path, shape: ModelShape) -> Checkpoint | None:
@@ -56,6 +71,8 @@ def _read_draft(config: EngineConfig, directory: Path, shape: ModelShape) -> Che
         draft.check_divisible(config.num_ranks)
     except ValueError as error:
         raise ValueError(f"draft_model: {str(error).removeprefix('model: ')}") from error
+    if draft.state_bytes:
+        raise ValueError(f"draft_model: its states cannot be taken back: {draft.description}")
     length = config.max_model_len or shape.max_position
     tables = [read_json(path, "tokenizer.json").get("model") for path in (directory, own)]
     vocabularies = [table["vocab"] for table in tables if table is not None]
@@ -119,6 +136,10 @@ def describe(config: EngineConfig) -> dict[str, str]:
     found["KV cache"] = (
         f"{per_token / 1024:.1f} KiB per token, {_size(sequence)} for a sequence of {max_len}"
     )
+    if shape.state_bytes:
+        found["States"] = (
+            f"{_size(shape.state_bytes)} per sequence; so no prefix is shared, and nothing drafted"
+        )
     if device.type == "cpu":
         fitting = max(left, 0) // 2 / max(sequence, 1)
         found["Room"] = (

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from deployments import local_ray
+from deployments import local_ray, ray_private
 from deployments.args import AppArgs
 from deployments.cli import preflight
 from deployments.cli.announce import _first_key, announce
@@ -132,17 +132,17 @@ def test_serve_refuses_what_an_engine_would_before_ray_starts(
 
 
 def test_serve_refuses_a_model_that_is_not_served(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
     done = manta("serve", str(tmp_path), "--port", str(free_port()))
     (line,) = done.stderr.splitlines()
     assert done.returncode == 1
-    assert line == "error: MambaForCausalLM keeps states that are no keys and values"
+    assert line == "error: RwkvForCausalLM keeps states in a way of its own"
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({"model_type": "mamba"}, "keeps states"),
+        ({"model_type": "doge"}, "changes its mask"),
         ({"model_type": "llama", "num_attention_heads": 4}, "the model's 4 attention heads"),
         ({"text_config": {"model_type": "rwkv"}}, "keeps states"),
     ],
@@ -155,6 +155,29 @@ def test_what_config_json_tells_is_refused_without_a_process_to_ask(
     args = AppArgs(model=str(tmp_path), tensor_parallel_size=3, num_cpus_per_shard=0.1)
     with pytest.raises(SystemExit, match=says):
         preflight.start(args, "127.0.0.1", free_port())
+
+
+@pytest.mark.parametrize(
+    ("others", "started", "address", "joins"),
+    [
+        (set(), None, "", False),
+        ({"10.0.0.1:6379"}, None, "", False),  # which somebody else's ray.init has started
+        ({"10.0.0.1:6379"}, "10.0.0.1:6379", "", True),
+        (set(), None, "10.0.0.1:6379", True),
+    ],
+    ids=["nobody", "somebody else's", "ray start", "RAY_ADDRESS"],
+)
+def test_a_cluster_is_here_if_serve_run_would_join_it(
+    others: set[str],
+    started: str | None,
+    address: str,
+    joins: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", lambda: others)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _: started)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert ray_private.is_cluster_here() == joins
 
 
 def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811

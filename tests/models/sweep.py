@@ -1,6 +1,7 @@
 """Every decoder that transformers knows, served or refused: `python -m tests.models.sweep`.
 
-With `--write` the table in docs/models.md is made of it, and that of what is refused at once.
+With `--write` the table in docs/models.md is made of it, and that of what is refused at once; of
+some kinds only, if they are named: `python -m tests.models.sweep --write mamba jamba`.
 
 A tiny random checkpoint of each is made, and greedy text must be that of transformers: in chunks,
 in a pool that preempts, and again with cached prefixes.
@@ -155,28 +156,44 @@ def on_two_ranks(directory: Path) -> str:
     return "equal" if error < 1e-3 else f"wrong by {error:.2g}"
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """For docs/models.md."""
-    served = [o for o in outcomes if o.state == "served"]
-    refused = [o for o in outcomes if o.state == "refused"]
+def is_for_the_kind(outcome: Outcome) -> bool:
+    """Whether it is refused, and would be with any other sizes."""
+    of_config = outcome.reason.startswith(("transformers cannot build", "config.json"))
+    return outcome.state.startswith("refused") and not of_config
+
+
+def table(outcomes: list[Outcome], before: str) -> str:
+    """For docs/models.md, in place of the one before, of which other kinds are kept."""
+    now = {o.kind for o in outcomes}
+    kept = [line for line in before.splitlines() if line[:2] == "| " and line.split()[1] not in now]
+    refused = [line for line in kept if line.count("|") == 3 and "because" not in line]
+    served = [line for line in kept if line.count("|") == 4 and "model_type" not in line]
+    whose = {"native": "own blocks", "transformers": "transformers' modules"}
+    for o in outcomes:
+        if o.state == "served":
+            ranks = "yes" if o.ranks == "equal" else "no"
+            served.append(f"| {o.kind} | {whose[o.path]} | {ranks} |")
+        elif o.state.startswith("refused"):
+            refused.append(f"| {o.kind} | {o.reason[:160].replace('|', ' ')} |")
     lines = [
         f"Of {len(served) + len(refused)} kinds of decoders, {len(served)} are served and "
         f"{len(refused)} refused.",
         "",
         "| model_type | computed by | tensor parallelism |",
         "|---|---|---|",
+        *sorted(served),
+        "",
+        "| refused | because |",
+        "|---|---|",
+        *sorted(refused),
     ]
-    whose = {"native": "own blocks", "transformers": "transformers' modules"}
-    for o in served:
-        lines.append(f"| {o.kind} | {whose[o.path]} | {'yes' if o.ranks == 'equal' else 'no'} |")
-    lines += ["", "| refused | because |", "|---|---|"]
-    lines += [f"| {o.kind} | {o.reason[:160].replace('|', ' ')} |" for o in refused]
     return "\n".join(lines) + "\n"
 
 
 def main(kinds: list[str]) -> int:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
+    unserved = dict(UNSERVED)
     UNSERVED.clear()  # who knows
     outcomes = []
     write = "--write" in kinds
@@ -195,9 +212,11 @@ def main(kinds: list[str]) -> int:
         counts[name] = counts.get(name, 0) + 1
     print(", ".join(f"{count} {name}" for name, count in sorted(counts.items())))
     if write:
-        before, _ = DOCUMENT.read_text().split(MARK)
-        DOCUMENT.write_text(before + MARK + "\n" + table(outcomes))
-        refused = {o.kind: o.reason for o in outcomes if o.state == "refused"}
+        text, before = DOCUMENT.read_text().split(MARK)
+        DOCUMENT.write_text(text + MARK + "\n" + table(outcomes, before))
+        refused = {o.kind: o.reason for o in outcomes if is_for_the_kind(o)}
+        others = unserved.keys() - {o.kind for o in outcomes}
+        refused = dict(sorted((refused | {kind: unserved[kind] for kind in others}).items()))
         TABLE.write_text(json.dumps(refused, indent=2) + "\n")
     return any(outcome.state == "wrong" for outcome in outcomes)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.config import EngineConfig
 from engine.models.early import UNSERVED
 from engine.models.transformers.distances import width_with_positions, with_positions
+from engine.runner.preflight import describe
 from tests.models.sweep import Outcome, examine, on_two_ranks
 from tests.models.tiny import KINDS, save_random, tiny_config
 
@@ -29,13 +31,14 @@ SERVED = {
     "sinks": ("gpt_oss", False),
     "attention by a method of its own": ("gpt_neo", False),
     "scores that fall with distance": ("bloom", False),
+    "states of gated delta nets, next to attention": ("qwen3_next", True),
+    "states that modules begin anew where several tokens come": ("jamba", False),
     "an indexer that selects tokens": ("deepseek_v32", False),
 }
 REFUSED = {
-    "mamba": "keeps states",
-    "lfm3": r"kinds that are not served: \['conv'\]",
+    "rwkv": "keeps states in a way of its own",
     "doge": "changes its mask",
-    "inkling_text": "hybrid_sliding",
+    "inkling_text": "position_bias",
 }
 
 
@@ -82,9 +85,19 @@ def test_what_is_not_served_is_refused_before_weights_are_read(kind: str, tmp_pa
     assert UNSERVED[kind] == outcome.reason  # what is told without looking closer
 
 
+def test_states_are_neither_shared_nor_taken_back(tmp_path: Path) -> None:
+    tiny_config("lfm2").save_pretrained(tmp_path)
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", device="cpu")
+    assert "no prefix is shared" in describe(config)["States"]
+    for name, value in (("speculation", "ngram"), ("host_cache_memory_bytes", 2**20)):
+        with pytest.raises(ValueError, match=f"{name}: .* is not for models with states"):
+            describe(config.model_copy(update={name: value}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_decoder_is_silently_wrong(kind: str, tmp_path: Path) -> None:
     outcome: Outcome = examine(kind, tmp_path)
-    assert outcome.state in ("served", "refused", "not made"), outcome
+    assert outcome.state in ("served", "refused", "refused after loading", "not made"), outcome
+    assert outcome.state != "refused after loading" or kind in UNSERVED
     assert not outcome.ranks.startswith("wrong"), outcome

@@ -83,6 +83,21 @@ _OWN: dict[str, dict[str, Any]] = {
             full_attention=dict(rope_type="default", rope_theta=1e4, mrope_section=[3, 3, 2])
         )
     ),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "bamba": dict(mamba_chunk_size=16, attn_layer_indices=[1, 3]),
+    "granitemoehybrid": dict(mamba_chunk_size=16, layer_types=["mamba", "attention"] * 2),
+    "falcon_h1": dict(mamba_chunk_size=16, mamba_d_ssm=128),
+    "nemotron_h": dict(
+        chunk_size=16, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=8, n_groups=1
+    ),
+    "mamba2": dict(chunk_size=16, num_heads=8, head_dim=16, n_groups=1),
+    "zamba2": dict(chunk_size=16, layers_block_type=["mamba", "hybrid"] * 2),
+    "zaya": dict(num_experts_per_tok=1),
+    "kimi_linear": dict(
+        linear_head_dim=16,
+        linear_num_heads=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+    ),
     "lfm2": dict(layer_types=["conv", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2),
     "dbrx": dict(

@@ -29,6 +29,10 @@ class TransformersShape(ModelShape):
             {1: found},
         )
 
+    @property
+    def state_bytes(self) -> int:
+        return self.probed(1).state_bytes
+
     def probed(self, num_ranks: int) -> Probed:
         if num_ranks not in self._probed:
             self._probed[num_ranks] = probe(self.hf, num_ranks)

@@ -1,5 +1,7 @@
 """A module of transformers with its weights, checked against itself before it serves."""
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from engine.models.transformers.model import TransformersModel
 from engine.models.transformers.pack import pack
 from engine.models.transformers.parallel import shard
 from engine.models.transformers.probe import let_us_attend, model_class
+from engine.models.transformers.states import States
 from engine.models.weights import weight_format
 from engine.models.weights.plain import PlainWeights
 
@@ -40,17 +43,21 @@ def load_module(spec: ModelSpec) -> TransformersModel:
     expected = expected_logits(module, shape.vocab_size)
     shard(module, parallel)
     pack(module, probed.read_weights, ops, config.quantization, device)
+    if device.type == "cpu":
+        with suppress(AttributeError):  # of another C library than glibc, which keeps what is freed
+            ctypes.CDLL(None).malloc_trim(0)
     let_us_attend(module)
     groups = {i: g for g, layers in enumerate(shape.cache_groups(parallel.size)) for i in layers}
     windows = [cache.window for cache in probed.caches]
     if device.type == "cuda":  # no step may wait for what experts were chosen
         has_experts = any("experts" in path for path, _ in module.named_modules())
-        is_recordable = module._can_compile_fullgraph and not has_experts
+        is_recordable = module._can_compile_fullgraph and not (has_experts or probed.mixers)
     else:  # which is tried
         is_recordable = parallel.size == 1 and ops.new_recorder is not None
-    model = TransformersModel(
-        module, windows, [groups[i] for i in range(len(groups))], ops, dtype, is_recordable
-    )
+    num_rows = max(config.step_size.rows, len(expected))  # of these too
+    states = States(module, probed.mixers, num_rows) if probed.mixers else None
+    ordered = [groups[i] for i in range(len(groups))]
+    model = TransformersModel(module, windows, ordered, ops, dtype, is_recordable, states)
     refuse_if_wrong(model, expected, shape, parallel.size, ops, device, dtype, config.quantization)
     return model
 

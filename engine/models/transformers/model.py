@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from engine.models.transformers.distances import with_positions
 from engine.models.transformers.interface import MaskFunction, attention_by
 from engine.models.transformers.probe import decoder_name
+from engine.models.transformers.states import States
 from kernels import Ops
 from kernels.types import KVCache, StepInputs
 
@@ -24,6 +25,7 @@ class TransformersModel:
     Args:
         windows: of each time that the model attends.
         groups: which of a step's block tables each of these times uses.
+        states: of modules that keep some; None where there are none.
     """
 
     is_all_ops = False
@@ -36,26 +38,32 @@ class TransformersModel:
         ops: Ops,
         dtype: torch.dtype,
         is_recordable: bool,
+        states: States | None = None,
     ) -> None:
         self.is_recordable = is_recordable
         name = str(decoder_name(module))
         self._base: nn.Module = getattr(module, name)
         self._head = module
-        self._hidden = _Given()
+        self._hidden = _Given(self._base)
         setattr(module, name, self._hidden)  # what follows it is in `logits`
         self._windows = windows
         self._groups = groups
         self._ops = ops
         self._dtype = dtype
+        self.states = states
 
     def __call__(self, step: StepInputs, kv_caches: list[KVCache]) -> Tensor:
         attention = _PagedAttention(self, step, kv_caches)
         ids = step.token_ids.unsqueeze(0)
+        padding = torch.ones_like(ids)
+        if self.states is not None:
+            self.states.begin(step)
+            padding = attention.no_mask  # or it is looked at
         with attention_by(attention):
             output = self._base(
                 input_ids=ids,
                 position_ids=step.positions.unsqueeze(0),
-                attention_mask=torch.ones_like(ids),
+                attention_mask=padding,
                 use_cache=False,
             )
         self._hidden.kind = type(output)
@@ -75,6 +83,14 @@ class _Given(nn.Module):
     kind: Any
     state: Tensor
 
+    def __init__(self, instead_of: nn.Module) -> None:
+        super().__init__()
+        self._instead_of = (instead_of,)  # in a tuple, not as a part
+
+    def __getattr__(self, name: str) -> Any:
+        """Some heads ask for multipliers."""
+        return getattr(self.__dict__["_instead_of"][0], name)
+
     @property
     def decoder(self) -> "_Given":
         """Heads of encoders' kin ask for it."""
@@ -92,10 +108,10 @@ class _PagedAttention:
         self._step = step
         self._caches = caches
         self._layer = 0  # layers attend in the same order in every step
-        self._mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=step.token_ids.device)
+        self.no_mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=step.token_ids.device)
 
     def mask(self, function: MaskFunction, device: torch.device) -> Tensor:
-        return self._mask  # block tables and windows say it
+        return self.no_mask  # block tables and windows say it
 
     def attend(
         self,

@@ -140,7 +140,7 @@ def _gate_of(module: Any) -> str | None:
                 module(x), down(product), rtol=1e-2, atol=1e-4
             ):
                 return name
-    except (TypeError, RuntimeError):  # it takes more than its input
+    except (AttributeError, TypeError, RuntimeError):  # it takes more than its input
         pass
     return None
 
@@ -170,7 +170,7 @@ def _take_norm(module: Any, ops: Ops, device: torch.device) -> None:
     x, theirs = _sample(module.weight, len(weight)), module.forward
     try:
         expected = theirs(x)
-    except (TypeError, RuntimeError):  # it takes more than its input
+    except (AttributeError, TypeError, RuntimeError):  # it takes more than its input
         return
     for scale in (module.weight.data, module.weight.data + 1):
         if torch.allclose(ops.rms_norm(x, scale, eps), expected, rtol=1e-2, atol=1e-4):

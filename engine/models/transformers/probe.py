@@ -1,5 +1,6 @@
 """What a module of transformers does, found by running it without weights ("meta" tensors)."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,12 @@ from engine.models.transformers.distances import width_with_positions
 from engine.models.transformers.interface import NAME, MaskFunction, attention_by
 from engine.models.transformers.legacy import go_through_interface
 from engine.models.transformers.parallel import shard
+from engine.models.transformers.states import StatesSpy
 from engine.ranks.rank_group import RankGroup
 
 # Tokens of the probe, a number that nothing else has, and distances at which masks are looked at.
 _TOKENS, _FAR = 11, 1 << 20
+_NOTHING = LayerCache(1, 16)
 _ALL_NONZERO = {"meta_nonzero_assume_all_nonzero": True}
 _NO_INTERFACE = "the attention of {} does not go through transformers' interface"
 # What may be said to an attention function without changing what it is to compute.
@@ -51,6 +54,8 @@ class Probed:
     has_sinks: bool
     has_slopes: bool  # by which scores fall with distance
     read_weights: frozenset[str]  # paths of linear maps whose weights others read as well
+    mixers: frozenset[str]  # paths of modules that keep states
+    state_bytes: int  # of a text
 
 
 class UnservedError(CheckpointError):
@@ -63,13 +68,13 @@ def probe(hf: PreTrainedConfig, num_ranks: int = 1) -> Probed:
     shard(model, RankGroup(0, num_ranks), is_probe=True)
     watched = _watch_linears(model)
     try:
-        records, logits = _run(model, "meta")
+        records, spy, logits = _run(model, "meta")
     except CheckpointError:
         raise
     except Exception:  # of whatever kind; some must have values, if only to loop over experts
         _fill_with_zeros(model)
         try:
-            records, logits = _run(model, "cpu")
+            records, spy, logits = _run(model, "cpu")
         except CheckpointError:
             raise
         except Exception as error:
@@ -77,16 +82,48 @@ def probe(hf: PreTrainedConfig, num_ranks: int = 1) -> Probed:
             raise UnservedError(
                 f"{type(model).__name__} cannot be run on packed tokens: {reason}"
             ) from error
-    if not records.caches:
+    mixers = _mixers(model, spy.modules, records.modules)
+    if not records.caches and not mixers:
         raise UnservedError(_NO_INTERFACE.format(type(model).__name__))
+    # Blocks of something there must be, for tokens to be counted in.
+    caches = tuple(records.caches) or (_NOTHING,)
     read = frozenset(path for path, module in watched.items() if module.was_read)
     return Probed(
-        tuple(records.caches), logits.shape[-1], records.has_sinks, records.has_slopes, read
+        caches,
+        logits.shape[-1],
+        records.has_sinks,
+        records.has_slopes,
+        read,
+        mixers,
+        spy.num_bytes,
     )
 
 
-def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, Tensor]":
-    records, counting = _Records(model.config), _CountsTokens()
+def _mixers(
+    model: PreTrainedModel, keep: list[nn.Module], attend: list[nn.Module]
+) -> frozenset[str]:
+    """Paths of modules that keep states, without those within others."""
+    name = type(model).__name__
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
+    if others and not keep:
+        raise UnservedError(f"{name} has layers of kinds that are not served: {sorted(others)}")
+    if model._is_stateful and not keep:
+        raise UnservedError(f"{name} keeps states in a way of its own")
+    outermost = [
+        one for one in keep if not any(one is not o and one in set(o.modules()) for o in keep)
+    ]
+    for one in outermost:
+        if not {"cache", "attention_mask"} <= set(inspect.signature(one.forward).parameters):
+            raise UnservedError(f"{type(one).__name__} keeps states in a way of its own")
+        if set(attend) & set(one.modules()):
+            raise UnservedError(f"{type(one).__name__} attends and keeps states at once")
+    return frozenset(path for path, module in model.named_modules() if module in outermost)
+
+
+def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, StatesSpy, Tensor]":
+    records, spy, counting = _Records(model.config), StatesSpy(), _CountsTokens()
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
+    cache = {"cache": spy} if model._is_stateful or others else {}
     tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device=device)
     # Experts are looked up by what is not zero, of which without values all is.
     nonzero = meta.patch(_ALL_NONZERO)  # type: ignore[attr-defined]
@@ -96,11 +133,12 @@ def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, Tensor]":
             position_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             use_cache=False,
+            **cache,
         )
         logits = model.get_output_embeddings()(output.last_hidden_state)
     if counting.seen and records.caches:
         raise UnservedError(f"{type(model).__name__} counts the positions of tokens by itself")
-    return records, logits
+    return records, spy, logits
 
 
 def _fill_with_zeros(model: nn.Module) -> None:
@@ -118,13 +156,6 @@ def model_class(hf: PreTrainedConfig) -> type[PreTrainedModel]:
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnservedError(f"model_type {hf.model_type} generates no text")
     found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf)]
-    if found._is_stateful:
-        raise UnservedError(f"{found.__name__} keeps states that are no keys and values")
-    kinds = set(getattr(hf.get_text_config(), "layer_types", None) or ())
-    if others := kinds - _KINDS:
-        raise UnservedError(
-            f"{found.__name__} has layers of kinds that are not served: {sorted(others)}"
-        )
     return found
 
 
@@ -170,6 +201,7 @@ class _Records:
     def __init__(self, hf: PreTrainedConfig) -> None:
         self._hf = hf
         self.caches: list[LayerCache] = []
+        self.modules: list[nn.Module] = []
         self.has_sinks = self.has_slopes = False
         self._masks: dict[int, tuple[Tensor, MaskFunction]] = {}  # by the mask's id
 
@@ -183,6 +215,7 @@ class _Records:
         **options: Any,
     ) -> Tensor:
         name = type(module).__name__
+        self.modules.append(module)
         self.has_sinks |= options.pop("s_aux", None) is not None
         for given in ("scaling", "softcap"):
             options.pop(given, None)
