@@ -5,7 +5,7 @@ outputs of a request together; what lies behind is called, not awaited.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.front.arrivals import Arrivals
@@ -77,23 +77,21 @@ class Generation:
         return self
 
     async def __anext__(self) -> TextDeltas:
-        if not self._outputs:
-            known = await self._start()
-            if known:
-                return known
+        arrived = {} if self._outputs else await self._start()
         if self._num_ended == len(self._asked):
             raise StopAsyncIteration
         news: TextDeltas = []
-        for index, delta in (await self._arrivals.take()).items():
+        for index, delta in (arrived or await self._arrivals.take()).items():
             if self._lives[index] is not None:
                 for text in self._outputs[index].read(delta):
                     news.append((index, text))
                     if text.finish_reason is not None:
                         self._leave(index)
+                        break
         return news
 
-    async def _start(self) -> TextDeltas:
-        """Returns the text that is there already, of an output that is gone on with."""
+    async def _start(self) -> dict[int, TokenDelta]:
+        """Returns the tokens that are there already, of an output that is gone on with."""
         for index, (prompt, params, seed) in enumerate(self._asked):
             record = RequestRecord(len(prompt), params.max_tokens)
             self._options.records.append(record)
@@ -108,7 +106,7 @@ class Generation:
             if index % _STARTED_AT_ONCE == _STARTED_AT_ONCE - 1:
                 await asyncio.sleep(0)
         known = list(self._options.known_tokens)  # of the only output
-        return [(0, text) for text in self._outputs[0].read(TokenDelta("", known))] if known else []
+        return {0: TokenDelta("", known)} if known else {}
 
     def complete(self, index: int) -> None:
         """The output is told to be complete; there will be no more of it."""
@@ -143,26 +141,29 @@ class _Output:
         self._num_known = options.position  # tokens whose text the client has
         self._held: list[TokenLogprobs] = []  # of tokens whose text is held back
 
-    def read(self, delta: TokenDelta) -> list[TextDelta]:
-        """The text that a step brings, the last one up to a stop string."""
+    def read(self, delta: TokenDelta) -> Iterator[TextDelta]:
+        """The text that a step brings, in two parts where the client has only the first."""
         cut = self._num_known - self._detokenizer.num_tokens
         if not 0 < cut < len(delta.token_ids):
-            return [self._text_of(delta)]
+            yield self._text_of(delta)
+            return
         ids, logprobs = delta.token_ids, delta.logprobs
         first = replace(delta, token_ids=ids[:cut], finish_reason=None, stop_token=None)
+        yield self._text_of(replace(first, logprobs=logprobs and logprobs[:cut]))
         rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
-        return [
-            self._text_of(replace(first, logprobs=logprobs and logprobs[:cut])),
-            self._text_of(replace(rest, logprobs=logprobs and logprobs[cut:])),
-        ]
+        yield self._text_of(replace(rest, logprobs=logprobs and logprobs[cut:]))
 
     def _text_of(self, delta: TokenDelta) -> TextDelta:
         detokenizer, reason = self._detokenizer, delta.finish_reason
         stop_reason: int | str | None = delta.stop_token
+        before = detokenizer.num_tokens
         text = detokenizer.push(delta.token_ids, last=reason is not None, stopped=reason == "stop")
         if detokenizer.stop_string is not None:
             self.record.finish_reason = reason = "stop"
             stop_reason = detokenizer.stop_string
+            num_tokens = detokenizer.num_tokens - before  # what came after it is not there
+            delta.token_ids = delta.token_ids[:num_tokens]
+            delta.logprobs = delta.logprobs and delta.logprobs[:num_tokens]
         logprobs: list[TokenLogprobs] | None = None
         if delta.logprobs is not None:
             self._held += delta.logprobs

@@ -38,6 +38,7 @@ class ScriptedApi:
         tokenizer.save(str(directory / "tokenizer.json"))
         (directory / "chat_template.jinja").write_text(TEMPLATE)
         self.says = ""
+        self.is_ahead = False  # all steps come before the first is read
         self.num_made = 0  # tokens of the last request that the engine has made
         self.finish_reason: str | None = None  # on the last request's record
         self.args = AppArgs(model=str(directory), **args)
@@ -72,8 +73,9 @@ class ScriptedApi:
                         finish_reason=record.finish_reason,
                     ),
                 )
-                for _ in range(5):  # who reads it has its turn
-                    await asyncio.sleep(0)
+                if not self.is_ahead:
+                    for _ in range(5):  # who reads it has its turn
+                        await asyncio.sleep(0)
 
         tokens = [*self.front.tokenizer.encode(self.says), EOS][: params.max_tokens]
         self.num_made = 0

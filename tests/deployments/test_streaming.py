@@ -82,6 +82,33 @@ def test_each_token_is_written_as_it_comes(tmp_path: Path) -> None:
     assert all(write.count("data: ") == 1 for write in writes)
 
 
+@pytest.mark.parametrize("stop", [[], ["of"], ["each"], ["of them"]])
+def test_steps_that_come_together_say_what_they_say_alone(tmp_path: Path, stop: list[str]) -> None:
+    api = ScriptedApi(tmp_path, [])
+    api.says = "each of them says it"
+
+    def said() -> tuple[str, list[int], str, str, int]:
+        options = dict(stop=stop, return_token_ids=True, logprobs=0, seed=3, max_tokens=100)
+        events = asyncio.run(
+            _writes(api.front, "/v1/completions", prompt="a", stream=True, **options)
+        )
+        *events, last, _ = "".join(events).split("\n\n")
+        assert last == "data: [DONE]"
+        last_id = [line for line in events[-1].splitlines() if line.startswith("id: ")]
+        choices = [json.loads(e[e.index("data: ") + 6 :])["choices"][0] for e in events]
+        tokens = [token for choice in choices for token in choice["token_ids"]]
+        text = "".join(choice["text"] for choice in choices)
+        return text, tokens, choices[-1]["finish_reason"], last_id[0], len(events)
+
+    *alone, num_alone = said()
+    api.is_ahead = True
+    *together, num_together = said()
+    assert together == alone and num_together == 1
+    assert num_alone > 1 or stop == ["each"]
+    position = len(alone[1])  # type: ignore[arg-type]
+    assert alone[3] == f"id: 3.{position}"
+
+
 def test_what_has_come_is_taken_at_once() -> None:
     """Then what has failed is raised, and nothing comes after it."""
 

@@ -17,7 +17,7 @@ from tests.deployments.local_server import LocalServer, serve_locally
 
 pytest.importorskip("playwright", reason="needs playwright: pip install -e '.[dev]'")
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from playwright.sync_api import Error as PlaywrightError
 
 OpenPage = Callable[..., Page]
@@ -67,6 +67,7 @@ def open_page(browser: Browser, server: LocalServer) -> Iterator[OpenPage]:
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
+        expect.set_options(timeout=15_000)  # of a busy machine
         page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
         page.on("console", lambda message: _note(faults, message))
         page.on("request", lambda r: None if r.url.startswith(url) else faults.append(r.url))

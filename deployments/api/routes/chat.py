@@ -192,11 +192,13 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
             events: list[str] = []
             for index, step in news:
                 is_first = not last and not chat.options.position
-                own = chunks.opening(num_choices) if is_first else []
-                own += chunks.step(index, step)
-                if own and num_choices == 1:
-                    own[-1] = event_id(chat.params, step.delta.num_tokens) + own[-1]
-                events += own
+                opening = chunks.opening(num_choices) if is_first else []
+                own = chunks.step(index, step)
+                if num_choices == 1:
+                    for part, position in ((opening, 0), (own, step.delta.num_tokens)):
+                        if part:
+                            part[-1] = event_id(chat.params, position) + part[-1]
+                events += opening + own
                 last[index] = step.delta
                 thoughts += [piece for piece in step.pieces if isinstance(piece, Reasoning)]
             if events:
