@@ -48,6 +48,14 @@ struct DotBytes {
         total = dot_bytes(total, levels, x);
         pin(total);
     }
+#elif defined(MANTA_AVX2)
+    static constexpr int PARTS = 1;
+    static void add(Ints& total, Ints x, Ints levels) {  // |levels|, and x with their signs
+        const __m256i y = _mm256_sign_epi8((__m256i)x, (__m256i)levels);
+        const auto pairs = (Ints)_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)levels), y);
+        total += multiply_pairs(pairs, (Ints)(Pairs{} + 1));
+        pin(total);
+    }
 #else
     static constexpr int PARTS = 2;
     static void add(Ints& total, Ints x, Ints levels) {
@@ -144,8 +152,7 @@ void take_levels_apart(const int32_t* from, int64_t inputs, int32_t (*to)[COLUMN
 }
 
 inline Floats load_signed(const int8_t* p) {
-    typedef int8_t Signed __attribute__((vector_size(WIDTH)));
-    return __builtin_convertvector(__builtin_convertvector(load_bits<Signed>(p), Ints), Floats);
+    return __builtin_convertvector(load_bytes(p), Floats);
 }
 
 // The scales of a block of `groups`, and minimums for levels that are counted from the middle.
@@ -186,18 +193,13 @@ void take_super_apart(const char* from, int64_t groups, float middle, float (*sc
     }
 }
 
-// `inputs` of a panel, whose blocks begin at `from`; returns where the next ones do. What lies
-// `to_next` bytes further on is fetched, if that is not 0.
+// `inputs` of a panel, whose blocks begin at `from`; returns where the next ones do.
 template <class Dot, int GROUP>
-const char* take_apart(const Layout& layout, int64_t inputs, const char* from, int64_t to_next,
-                       Chunk& chunk) {
+const char* take_apart(const Layout& layout, int64_t inputs, const char* from, Chunk& chunk) {
     const int64_t block_inputs = layout.block_inputs(), value_bytes = layout.value_bytes();
     const int64_t block_bytes = layout.block_bytes(), groups = block_inputs / GROUP;
     const float middle = static_cast<float>(layout.middle());
     for (int64_t i = 0; i < inputs; i += block_inputs, from += block_bytes) {
-        if (to_next)
-            for (int64_t at = 0; at < block_bytes; at += 64)
-                __builtin_prefetch(from + to_next + at, 0, 2);
         const auto* levels = reinterpret_cast<const int32_t*>(from);
         const char* scales = from + value_bytes;
         auto* words = chunk.words + i / 4 * Dot::PARTS;

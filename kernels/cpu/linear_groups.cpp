@@ -27,11 +27,12 @@ struct Rounded {
 
 template <class Dot, int GROUP, bool HAS_MINIMUMS, int ROWS>
 void multiply_rows(const Rounded& x, int64_t row, int64_t first, const Chunk& chunk,
-                   int64_t num_groups, float* sums) {
+                   int64_t num_groups, Ahead ahead, float* sums) {
     constexpr int64_t WORDS = GROUP / 4 * Dot::PARTS;
     const int64_t at = row * x.row_groups + first;
     const int32_t* bytes = x.words + row * x.row_words + first * WORDS;
     for (int64_t g = 0; g < num_groups; ++g) {
+        for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from);
         Ints dots[ROWS][REGISTERS];
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m)
@@ -69,9 +70,11 @@ void multiply_rows(const Rounded& x, int64_t row, int64_t first, const Chunk& ch
 
 template <class Dot, int GROUP, bool HAS_MINIMUMS>
 void multiply_any_rows(int64_t rows, const Rounded& x, int64_t row, int64_t first,
-                       const Chunk& chunk, int64_t groups, float* sums) {
-#define MANTA_ROWS(N) \
-    case N: return multiply_rows<Dot, GROUP, HAS_MINIMUMS, N>(x, row, first, chunk, groups, sums);
+                       const Chunk& chunk, int64_t groups, Ahead ahead, float* sums) {
+#define MANTA_ROWS(N)                                                                           \
+    case N:                                                                                     \
+        return multiply_rows<Dot, GROUP, HAS_MINIMUMS, N>(x, row, first, chunk, groups, ahead, \
+                                                          sums);
     switch (rows) {
         MANTA_ROWS(1) MANTA_ROWS(2) MANTA_ROWS(3) MANTA_ROWS(4) MANTA_ROWS(5) MANTA_ROWS(6)
     }
@@ -131,13 +134,15 @@ void linear_groups(const T* x, const char* packed, const Layout& layout, const T
         const char* from = packed + panel * panel_bytes;
         const int64_t to_next = next < 0 ? 0 : (next % panels - panel) * panel_bytes;
         for (int64_t i = 0; i < inputs; i += CHUNK) {
-            const int64_t size = std::min(CHUNK, inputs - i);
-            from = take_apart<Dot, GROUP>(layout, size, from, to_next, chunk);
-            for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t size = std::min(CHUNK, inputs - i), groups = size / GROUP;
+            Ahead ahead{from + to_next, 0};
+            from = take_apart<Dot, GROUP>(layout, size, from, chunk);
+            if (to_next) ahead.lines = ((from + to_next - ahead.from) / 64 + groups) / groups;
+            for (int64_t t = 0; t < tiles; ++t, ahead.lines = 0) {
                 const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
-                multiply_any_rows<Dot, GROUP, HAS_MINIMUMS>(
-                    end - begin, rounded, row + begin, i / GROUP, chunk, size / GROUP,
-                    totals + begin * COLUMNS);
+                multiply_any_rows<Dot, GROUP, HAS_MINIMUMS>(end - begin, rounded, row + begin,
+                                                            i / GROUP, chunk, groups, ahead,
+                                                            totals + begin * COLUMNS);
             }
         }
         write_block(row, count, panel * COLUMNS, bias, out, outputs, stride,
@@ -164,7 +169,7 @@ void rows_of_groups(const int64_t* ids, int64_t count, const char* packed, const
         const char* from = packed + panel * panel_bytes;
         for (int64_t i = 0; i < inputs; i += CHUNK) {
             const int64_t size = std::min(CHUNK, inputs - i);
-            from = take_apart<Dot, GROUP>(layout, size, from, 0, chunk);
+            from = take_apart<Dot, GROUP>(layout, size, from, chunk);
             float values[CHUNK];
             for (int64_t j = 0; j < size; ++j) {
                 const auto* words = chunk.words + j / 4 * Dot::PARTS;

@@ -91,6 +91,18 @@ inline UInts load_shorts(const void* p) {
     return __builtin_convertvector(load_bits<Shorts>(static_cast<const char*>(p)), UInts);
 #endif
 }
+// WIDTH signed bytes. (Left to itself, the compiler takes them one by one on x86.)
+inline Ints load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepi8_epi32(load_bits<__m128i>(p));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+    typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+    return __builtin_convertvector(load_bits<Bytes>(p), Ints);
+#endif
+}
+
 inline Floats load(const BFloat16* p) { return (Floats)(load_shorts(p) << 16); }
 
 // Bits of the nearest bfloat16, ties to even; NaN stays NaN.
