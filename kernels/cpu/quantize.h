@@ -9,8 +9,6 @@
 
 namespace manta {
 
-typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
-
 template <class T>
 inline float largest_magnitude(const T* x, int64_t size) {
     Floats best = {};
@@ -30,8 +28,7 @@ inline Ints round_to_bytes(const T* x, float inverse_scale, int32_t offset, int6
     Ints total = {};
     for (int64_t i = 0; i < size; i += WIDTH) {
         const Ints rounded = (Ints)(load(x + i) * inverse_scale + SHIFTER) - 0x4B400000;
-        const Bytes bytes = __builtin_convertvector(rounded + offset, Bytes);
-        std::memcpy(static_cast<char*>(to) + i, &bytes, WIDTH);
+        store_bytes(static_cast<char*>(to) + i, rounded + offset);
         total += rounded;
     }
     return total;

@@ -91,15 +91,31 @@ inline UInts load_shorts(const void* p) {
     return __builtin_convertvector(load_bits<Shorts>(static_cast<const char*>(p)), UInts);
 #endif
 }
-// WIDTH signed bytes. (Left to itself, the compiler takes them one by one on x86.)
+// WIDTH signed bytes, and the lowest bytes of integers. (Left to itself, the compiler takes them one
+// by one on x86.)
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 inline Ints load_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
     return (Ints)_mm512_cvtepi8_epi32(load_bits<__m128i>(p));
 #elif defined(__AVX2__)
     return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-    typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
     return __builtin_convertvector(load_bits<Bytes>(p), Ints);
+#endif
+}
+inline void store_bytes(void* p, Ints v) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)v);
+    std::memcpy(p, &bytes, WIDTH);
+#elif defined(__AVX2__)
+    const __m256i lowest = _mm256_set_epi32(-1, -1, -1, 0x0C080400, -1, -1, -1, 0x0C080400);
+    const __m256i four = _mm256_shuffle_epi8((__m256i)v, lowest);
+    const __m128i second = _mm256_extracti128_si256(four, 1);
+    const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(four), second);
+    std::memcpy(p, &bytes, WIDTH);
+#else
+    const Bytes bytes = __builtin_convertvector(v, Bytes);
+    std::memcpy(p, &bytes, WIDTH);
 #endif
 }
 
@@ -174,9 +190,7 @@ inline Floats load(const Float8* p) {
 }
 // The nearest, ties to even; what lies beyond +-448 becomes that.
 inline void store(Float8* p, Floats v) {
-    const UInts result = narrow<8, 3>(v, 448.0f, 0x7F);
-    const UBytes bytes = __builtin_convertvector(result, UBytes);
-    std::memcpy(p, &bytes, sizeof bytes);
+    store_bytes(p, (Ints)narrow<8, 3>(v, 448.0f, 0x7F));
 }
 
 // The first n < WIDTH values, zeros after them; never reads or writes beyond.
