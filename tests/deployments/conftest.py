@@ -24,7 +24,7 @@ from tests.engine.small_tokenizer import one_character_each
 
 
 def free_port() -> int:
-    """Of those that no system hands out by itself, so that it is still free when a server starts."""
+    """Of those that no system hands out by itself: still free when a server has started."""
     while True:
         port = 20_000 + secrets.randbelow(10_000)
         with socket.socket() as probe, suppress(OSError):
