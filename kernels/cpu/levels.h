@@ -193,13 +193,18 @@ void take_super_apart(const char* from, int64_t groups, float middle, float (*sc
     }
 }
 
-// `inputs` of a panel, whose blocks begin at `from`; returns where the next ones do.
+// `inputs` of a panel, whose blocks begin at `from`; returns where the next ones do. What lies
+// `to_next` bytes further on is fetched, if that is not 0.
 template <class Dot, int GROUP>
-const char* take_apart(const Layout& layout, int64_t inputs, const char* from, Chunk& chunk) {
+const char* take_apart(const Layout& layout, int64_t inputs, const char* from, int64_t to_next,
+                       Chunk& chunk) {
     const int64_t block_inputs = layout.block_inputs(), value_bytes = layout.value_bytes();
     const int64_t block_bytes = layout.block_bytes(), groups = block_inputs / GROUP;
     const float middle = static_cast<float>(layout.middle());
     for (int64_t i = 0; i < inputs; i += block_inputs, from += block_bytes) {
+        if (to_next)
+            for (int64_t at = 0; at < block_bytes; at += 64)
+                __builtin_prefetch(from + to_next + at, 0, 2);
         const auto* levels = reinterpret_cast<const int32_t*>(from);
         const char* scales = from + value_bytes;
         auto* words = chunk.words + i / 4 * Dot::PARTS;

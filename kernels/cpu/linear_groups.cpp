@@ -32,7 +32,8 @@ void multiply_rows(const Rounded& x, int64_t row, int64_t first, const Chunk& ch
     const int64_t at = row * x.row_groups + first;
     const int32_t* bytes = x.words + row * x.row_words + first * WORDS;
     for (int64_t g = 0; g < num_groups; ++g) {
-        for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from);
+        for (int i = 0; i < ahead.lines; ++i, ahead.from += 64)
+            __builtin_prefetch(ahead.from, 0, 2);
         Ints dots[ROWS][REGISTERS];
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; ++m)
@@ -135,9 +136,12 @@ void linear_groups(const T* x, const char* packed, const Layout& layout, const T
         const int64_t to_next = next < 0 ? 0 : (next % panels - panel) * panel_bytes;
         for (int64_t i = 0; i < inputs; i += CHUNK) {
             const int64_t size = std::min(CHUNK, inputs - i), groups = size / GROUP;
+            // The next panel. More lines than can be on their way are fetched while multiplying.
+            const bool is_large = layout.bits > 5;
             Ahead ahead{from + to_next, 0};
-            from = take_apart<Dot, GROUP>(layout, size, from, chunk);
-            if (to_next) ahead.lines = ((from + to_next - ahead.from) / 64 + groups) / groups;
+            from = take_apart<Dot, GROUP>(layout, size, from, is_large ? 0 : to_next, chunk);
+            if (to_next && is_large)
+                ahead.lines = ((from + to_next - ahead.from) / 64 + groups) / groups;
             for (int64_t t = 0; t < tiles; ++t, ahead.lines = 0) {
                 const int64_t begin = count * t / tiles, end = count * (t + 1) / tiles;
                 multiply_any_rows<Dot, GROUP, HAS_MINIMUMS>(end - begin, rounded, row + begin,
@@ -169,7 +173,7 @@ void rows_of_groups(const int64_t* ids, int64_t count, const char* packed, const
         const char* from = packed + panel * panel_bytes;
         for (int64_t i = 0; i < inputs; i += CHUNK) {
             const int64_t size = std::min(CHUNK, inputs - i);
-            from = take_apart<Dot, GROUP>(layout, size, from, chunk);
+            from = take_apart<Dot, GROUP>(layout, size, from, 0, chunk);
             float values[CHUNK];
             for (int64_t j = 0; j < size; ++j) {
                 const auto* words = chunk.words + j / 4 * Dot::PARTS;
