@@ -1,8 +1,9 @@
 """What a front costs per streamed token: HTTP, detokenizing and SSE, with a simulated engine.
 
-The engine behind the front makes one token per request and step, as fast as the front takes them.
-Clients read raw bytes and count events, in a process of their own. Under HAProxy, streams go
-straight from the replica to the client; `--default-proxy` shows Serve's own proxy instead.
+The engine behind the front makes one token per request and step, a step every `--step-ms`; with 0
+as fast as the front takes them, which then sends the tokens of several steps at once. Clients read
+raw bytes and count events, in a process of their own. Under HAProxy, streams go straight from the
+replica to the client; `--default-proxy` shows Serve's own proxy instead.
 
     python -m benchmarks.front --clients 64 --requests 1000
 """
@@ -40,7 +41,7 @@ _PORT = 18345
 class SimulatedEngine:
     """Speaks the engine's side of the wire; its model is a counter."""
 
-    def run(self, address: str) -> None:
+    def run(self, address: str, step_s: float) -> None:
         connection = MessageSocket(address)
         limits = {
             "vocab_size": 1_000_000,
@@ -50,12 +51,17 @@ class SimulatedEngine:
         }
         connection.send({"hello": {"limits": limits}})
         left: dict[str, int] = {}
+        due = 0.0  # when the next step ends
         while True:
-            for message in connection.receive(0.0 if left else 0.5):
+            wait = max(due - time.monotonic(), 0.0) if left else 0.5
+            for message in connection.receive(wait):
                 for request_id, packed in message.get("add", ()):
                     left[request_id] = decode_request(packed).params.max_tokens or 1
                 for request_id in message.get("abort", ()):
                     left.pop(request_id, None)
+            if left and time.monotonic() < due:
+                continue
+            due = time.monotonic() + step_s
             deltas = []
             for request_id in list(left):
                 left[request_id] -= 1
@@ -71,11 +77,11 @@ class SimulatedEngine:
 class SimulatedReplica:
     """A real front before a simulated engine."""
 
-    async def __init__(self, args: AppArgs) -> None:  # type: ignore[misc]
+    async def __init__(self, args: AppArgs, step_s: float) -> None:  # type: ignore[misc]
         self._front = Front(args)
         address = await self._front.client.listen()
         self._engine = SimulatedEngine.remote()  # type: ignore[attr-defined]
-        self._run = self._engine.run.remote(address)
+        self._run = self._engine.run.remote(address, step_s)
         await self._front.client.wait_connected()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -146,19 +152,23 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--step-ms", type=float, default=10.0, help="of the engine")
     parser.add_argument("--default-proxy", action="store_true", help="Serve's proxy, not HAProxy")
     arguments = parser.parse_args()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
-    handle = serve.run(SimulatedReplica.bind(AppArgs(max_model_len=2048)), name="front")  # type: ignore[attr-defined]
+    args = AppArgs(max_model_len=2048)
+    replica = SimulatedReplica.bind(args, arguments.step_ms / 1e3)  # type: ignore[attr-defined]
+    handle = serve.run(replica, name="front")
     measure(arguments.clients, arguments.clients * 2, arguments.tokens)
     before = handle.cpu_seconds.remote().result()
     result = measure(arguments.clients, arguments.requests, arguments.tokens)
     cpu = handle.cpu_seconds.remote().result() - before
+    num_tokens = arguments.requests * arguments.tokens
     print(
-        f"{result['events']} events in {result['seconds']:.1f} s: "
-        f"{result['events'] / result['seconds']:.0f} streamed tokens/s, "
-        f"front CPU {cpu / result['events'] * 1e6:.1f} µs per token, "
+        f"{num_tokens} tokens in {result['events']} events and {result['seconds']:.1f} s: "
+        f"{num_tokens / result['seconds']:.0f} tokens/s, "
+        f"front CPU {cpu / num_tokens * 1e6:.1f} µs per token, "
         f"median time to first byte {result['ttft'] * 1e3:.0f} ms"
     )
     serve.shutdown()
