@@ -92,7 +92,7 @@ def test_what_follows_an_id_is_what_would_have_followed(kind: str, api: InProces
     path, body = BODIES[kind]
     whole = stream(api, path, body | {"return_token_ids": True} | {"seed": 11})
     places = [i for i, event in enumerate(whole) if event.id]
-    assert len(places) > 1 and {whole[i].id.split(".")[0] for i in places} == {"11"}
+    assert places and {whole[i].id.split(".")[0] for i in places} == {"11"}
     for i in places[:: max(len(places) // 3, 1)]:
         before, position = whole[: i + 1], int(whole[i].id.split(".")[1])
         tokens = [t for event in before for t in event.choice.get("token_ids") or ()]

@@ -81,6 +81,12 @@ inline __m512 insertf32x4(__m512 to, __m128 v, int place) {
 inline __m512i cvtepu16_epi32(__m256i v) {
     return lanes<uint32_t, __m512i>([&](size_t i) { return at<uint16_t>(v, i); });
 }
+inline __m512i cvtepi8_epi32(__m128i v) {
+    return lanes<int32_t, __m512i>([&](size_t i) { return at<int8_t>(v, i); });
+}
+inline __m128i cvtepi32_epi8(__m512i v) {
+    return lanes<int8_t, __m128i>([&](size_t i) { return at<int8_t>(v, 4 * i); });
+}
 inline __m512i madd_epi16(__m512i a, __m512i b) {
     return lanes<int32_t, __m512i>([&](size_t i) {
         return at<int16_t>(a, 2 * i) * at<int16_t>(b, 2 * i) +
@@ -133,6 +139,8 @@ inline __m256bh cvtneps_pbh(__m512 v) {
 #undef _mm512_insertf32x4
 #define _mm512_insertf32x4 emulated::insertf32x4
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
+#define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
 #define asm(...)  // which keeps values in registers that are not there
 #endif
 #if defined(EMULATED_AVX512BW)
