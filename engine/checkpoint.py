@@ -107,7 +107,7 @@ class _RemoteFiles:
         from pyarrow.fs import FileSelector  # takes a while, and few need it
 
         self._uri = uri
-        self._filesystem, path = _opened(uri)
+        self._filesystem, path = open_uri(uri)
         info = self._filesystem.get_file_info(path)
         found = [info] if info.is_file else self._filesystem.get_file_info(FileSelector(path))
         found = [each for each in found if each.is_file]
@@ -147,7 +147,7 @@ class _RemoteFiles:
             return os.pwrite(file.fileno(), part, start)
 
 
-def _opened(uri: str) -> tuple[Any, str]:
+def open_uri(uri: str) -> tuple[Any, str]:
     """(Arrow's file system, the path on it)"""
     import fsspec
     import pyarrow

@@ -10,10 +10,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Send
 
 from deployments.api.errors import report
+from deployments.front.generation import STARTED_AT_ONCE
 
 T = TypeVar("T")
-
-_STARTED_AT_ONCE = 16
 
 
 async def start_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list["asyncio.Task[T]"]:
@@ -25,7 +24,7 @@ async def start_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list["async
     try:
         for number, coroutine in enumerate(coroutines, start=1):
             tasks.append(asyncio.create_task(coroutine))
-            if number % _STARTED_AT_ONCE == 0:
+            if number % STARTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
     except asyncio.CancelledError:
         await cancel_all(tasks)

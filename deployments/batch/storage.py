@@ -4,16 +4,9 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import fsspec
-import pyarrow
-from pyarrow.fs import (
-    FileSelector,
-    FileSystem,
-    FileType,
-    FSSpecHandler,
-    LocalFileSystem,
-    PyFileSystem,
-)
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from engine.checkpoint import open_uri
 
 # Files with this prefix are not yet what they will be; readers of data sets skip it.
 _UNFINISHED = "_unfinished-"
@@ -30,12 +23,7 @@ class Location:
     def of(cls, uri: str) -> "Location":
         if "://" not in uri:
             return cls(LocalFileSystem(), uri.rstrip("/"))
-        try:
-            filesystem, path = FileSystem.from_uri(uri)
-        except pyarrow.ArrowInvalid:  # not one of Arrow's own
-            source, path = fsspec.core.url_to_fs(uri)
-            filesystem = PyFileSystem(FSSpecHandler(source))
-        return cls(filesystem, path.rstrip("/"))
+        return cls(*open_uri(uri))
 
     def files(self) -> Iterator[tuple[str, int]]:
         """(path, size) of the file, or of all files below the directory, hidden ones left out."""

@@ -18,7 +18,7 @@ from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
 # Outputs begin a few at a time: each has something to do, and others want to run too.
-_STARTED_AT_ONCE = 16
+STARTED_AT_ONCE = 16
 
 
 @dataclass(slots=True)  # not frozen, which would double what making one costs
@@ -103,7 +103,7 @@ class Generation:
             self._lives.append(
                 self._client.start(prompt, params, seed, options, record, arrivals, index)
             )
-            if index % _STARTED_AT_ONCE == _STARTED_AT_ONCE - 1:
+            if (index + 1) % STARTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         known = list(self._options.known_tokens)  # of the only output
         return {0: TokenDelta("", known)} if known else {}

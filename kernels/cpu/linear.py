@@ -15,7 +15,7 @@ from kernels.cpu import huge_pages
 from kernels.cpu.build import load_library
 from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
-from kernels.grouped import SUPER_GROUP, GroupedWeight, StoredWeight
+from kernels.grouped import GroupedWeight, StoredWeight
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.types import Linear
 
@@ -230,7 +230,7 @@ class LinearPacker:
         shape = first, outputs, inputs, packed.data_ptr()
         levels = weight.levels.contiguous()
         self._library.manta_pack_levels(*layout, levels.data_ptr(), *shape)
-        blocks = inputs // (weight.group if weight.super_scales is None else SUPER_GROUP)
+        blocks = inputs // weight.common
         offset = 0  # in a block, of one output
         for plane in _planes(weight):
             each = plane.shape[1] // blocks

@@ -188,15 +188,17 @@ void rows_of_groups(const int64_t* ids, int64_t count, const char* packed, const
     });
 }
 
-// run(Dot{}, integral_constant<GROUP>{}) of a layout.
+// run(T{}, Dot{}, integral_constant<GROUP>{}) of activations' type and a layout; as `dispatch`.
 template <class Run>
-void with_dot(const Layout& layout, const Run& run) {
-    if (layout.bits == 8)
-        run(DotBytes{}, std::integral_constant<int, 32>{});
-    else if (layout.group == 16)
-        run(DotLevels{}, std::integral_constant<int, 16>{});
-    else
-        run(DotLevels{}, std::integral_constant<int, 32>{});
+void dispatch_layout(int dtype, const Layout& layout, const Run& run) {
+    dispatch(dtype, [=](auto t) {
+        if (layout.bits == 8)
+            run(t, DotBytes{}, std::integral_constant<int, 32>{});
+        else if (layout.group == 16)
+            run(t, DotLevels{}, std::integral_constant<int, 16>{});
+        else
+            run(t, DotLevels{}, std::integral_constant<int, 32>{});
+    });
 }
 
 // each(panel, begin, end) for the columns [begin, end) of panels that outputs [first, first +
@@ -253,14 +255,12 @@ MANTA_API void manta_pack_scales(int bits, int group, int scale, int second, con
 MANTA_API void manta_linear_groups_rows(int dtype, const int64_t* ids, int64_t count, int bits,
                                         int group, int scale, int second, const void* packed,
                                         void* out, int64_t inputs) {
-    manta::dispatch(dtype, [=](auto t) {
+    using namespace manta;
+    const Layout layout{bits, group, scale, second};
+    dispatch_layout(dtype, layout, [=](auto t, auto dot, auto size) {
         using T = decltype(t);
-        using namespace manta;
-        const Layout layout{bits, group, scale, second};
-        with_dot(layout, [&](auto dot, auto size) {
-            rows_of_groups<decltype(dot), decltype(size)::value>(
-                ids, count, (const char*)packed, layout, (T*)out, inputs);
-        });
+        rows_of_groups<decltype(dot), decltype(size)::value>(ids, count, (const char*)packed,
+                                                             layout, (T*)out, inputs);
     });
 }
 
@@ -268,14 +268,12 @@ MANTA_API void manta_linear_groups_rows(int dtype, const int64_t* ids, int64_t c
 MANTA_API void manta_linear_groups(int dtype, const void* x, int bits, int group, int scale,
                                    int second, const void* packed, const void* bias, void* out,
                                    int64_t rows, int64_t inputs, int64_t outputs, int64_t stride) {
-    manta::dispatch(dtype, [=](auto t) {
+    using namespace manta;
+    const Layout layout{bits, group, scale, second};
+    dispatch_layout(dtype, layout, [=](auto t, auto dot, auto size) {
         using T = decltype(t);
-        using namespace manta;
-        const Layout layout{bits, group, scale, second};
-        with_dot(layout, [&](auto dot, auto size) {
-            with_minimums<decltype(dot), decltype(size)::value>(
-                layout, (const T*)x, (const char*)packed, layout, (const T*)bias, (T*)out, rows,
-                inputs, outputs, stride);
-        });
+        with_minimums<decltype(dot), decltype(size)::value>(
+            layout, (const T*)x, (const char*)packed, layout, (const T*)bias, (T*)out, rows, inputs,
+            outputs, stride);
     });
 }

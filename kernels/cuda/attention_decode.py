@@ -344,17 +344,26 @@ def decode(
         num_stages=STAGES if fits or block_d <= 128 else 3,
     )
     if longest > 1:
-        launch(
-            _combine_kernel,
-            (rows, longest, heads),
-            chunk_out,
-            chunk_lse,
-            plan.full_starts,
-            inputs.query_starts,
-            out,
-            rows,
-            longest,
-            HEADS=heads,
-            D=head_dim,
-            BLOCK_D=block_d,
-        )
+        _launch_combine(chunk_out, chunk_lse, plan, inputs, out)
+
+
+def _launch_combine(
+    chunk_out: Tensor, chunk_lse: Tensor, plan: DecodePlan, inputs: AttentionInputs, out: Tensor
+) -> None:
+    """The parts of requests of several queries, [chunks, queries, H, D], into out [T, H, D]."""
+    _, longest, heads, head_dim = chunk_out.shape
+    rows = plan.num_decodes
+    launch(
+        _combine_kernel,
+        (rows, longest, heads),
+        chunk_out,
+        chunk_lse,
+        plan.full_starts,
+        inputs.query_starts,
+        out,
+        rows,
+        longest,
+        HEADS=heads,
+        D=head_dim,
+        BLOCK_D=max(next_power_of_2(head_dim), 16),
+    )

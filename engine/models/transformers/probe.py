@@ -99,12 +99,17 @@ def probe(hf: PreTrainedConfig, num_ranks: int = 1) -> Probed:
     )
 
 
+def _other_kinds(model: PreTrainedModel) -> set[str]:
+    """Of layers, that are not known to attend."""
+    return set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
+
+
 def _mixers(
     model: PreTrainedModel, keep: list[nn.Module], attend: list[nn.Module]
 ) -> frozenset[str]:
     """Paths of modules that keep states, without those within others."""
     name = type(model).__name__
-    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
+    others = _other_kinds(model)
     if others and not keep:
         raise UnservedError(f"{name} has layers of kinds that are not served: {sorted(others)}")
     if model._is_stateful and not keep:
@@ -122,8 +127,7 @@ def _mixers(
 
 def _run(model: PreTrainedModel, device: str) -> "tuple[_Records, StatesSpy, Tensor]":
     records, spy, counting = _Records(model.config), StatesSpy(), _CountsTokens()
-    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _KINDS
-    cache = {"cache": spy} if model._is_stateful or others else {}
+    cache = {"cache": spy} if model._is_stateful or _other_kinds(model) else {}
     tokens = torch.zeros(1, _TOKENS, dtype=torch.int64, device=device)
     # Experts are looked up by what is not zero, of which without values all is.
     nonzero = meta.patch(_ALL_NONZERO)  # type: ignore[attr-defined]
