@@ -125,7 +125,7 @@ def describe(config: EngineConfig) -> dict[str, str]:
     if config.load_format != "dummy":
         with open_tensors(directory) as tensors:
             size = tensors.num_values * bits / 8
-            is_narrow = bool(tensors.narrow) and device.type == "cpu" and dtype != torch.float32
+            is_narrow = bool(tensors.narrow) and dtype != torch.float32 and not config.deterministic
         name = config.quantization or str(dtype).removeprefix("torch.")
         if is_narrow and not config.quantization:
             files = [*directory.glob("*.gguf"), *directory.glob("*.safetensors")]
