@@ -13,7 +13,7 @@ from kernels.cuda.linear import round_rows
 from kernels.cuda.ops import triton_ops
 from kernels.ops import REFERENCE
 from kernels.quantization import quantize_fp8, quantize_int4
-from kernels.types import Decodes, PagedKV, Rounded, StepRows
+from kernels.types import Decodes, PagedKV, Rounded, SamplingTable, StepRows
 from tests.kernels.steps import (
     Attention,
     assert_close,
@@ -521,9 +521,9 @@ def test_logprobs(dtype: torch.dtype) -> None:
 # --- Sampling ---------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, **values: Tensor) -> Tensor:
-    moved = {name: on_device(value) for name, value in values.items()}
-    return OPS.sampling.sample(on_device(logits), **moved).cpu()
+def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
+    own = SamplingTable(*map(on_device, table))
+    return OPS.sampling.sample(on_device(logits), own, on_device(rows), on_device(positions)).cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -630,7 +630,6 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 
 
 def test_strided_logits() -> None:
-    logits = on_device(torch.randn(10, 1001))
-    values = {name: on_device(value) for name, value in params(10).items()}
-    whole = OPS.sampling.sample(logits[:, :1000].contiguous(), **values)
-    assert OPS.sampling.sample(logits[:, :1000], **values).equal(whole)
+    logits, values = on_device(torch.randn(10, 1001)), params(10)
+    whole = sample(logits[:, :1000].contiguous(), **values)
+    assert sample(logits[:, :1000], **values).equal(whole)
