@@ -178,7 +178,7 @@ class Sampler:
     def _logits_rows(
         self, rows: list[int], positions: list[int], drafts: Mapping[int, Sequence[int]]
     ) -> LogitsRows:
-        row_index, position = self._tensor(np.array((rows, positions), np.int64))
+        row_index, position = self._tensor((rows, positions)).unbind()
         return LogitsRows(rows, positions, row_index, position, drafts)
 
     def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:
