@@ -92,9 +92,9 @@ def print_report(report: Report, kinds: list[str]) -> None:
     )
     for error, count in Counter(report.errors).most_common():
         print(f"{count:6} times {error}")
-    counts = Counter(kind for _, kind in report.faults)
+    counts = Counter(kind for *_, kind in report.faults)
     for kind in kinds:
-        pauses = report.pauses_after(kind)
+        pauses = report.pauses_of(kind)
         if len(pauses) > 1:
             cuts = statistics.quantiles(pauses, n=100)
             told = f"p50 {cuts[49]:.1f} s, p99 {cuts[98]:.1f} s"

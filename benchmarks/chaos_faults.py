@@ -64,7 +64,7 @@ class Breaker:
             except (ProcessLookupError, IndexError, RayError, RayServeException) as error:
                 print(f"not broken, {kind}: it still starts after the last fault ({error!r})")
                 continue
-            report.faults.append((began, kind))
+            report.faults.append((began, time.monotonic(), kind))
 
     async def _signal_shard(self, number: signal.Signals) -> None:
         pids = await self._replicas.shard_pids.remote()

@@ -27,7 +27,7 @@ class Report:
     breaks: list[str] = field(default_factory=list)  # of streams that then went on
     wrong: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    faults: list[tuple[float, str]] = field(default_factory=list)
+    faults: list[tuple[float, float, str]] = field(default_factory=list)  # (begin, end, kind)
     pauses: list[tuple[float, float]] = field(default_factory=list)  # (end, seconds)
     attacked_at: float = 0.0
     gaps: list[tuple[float, float]] = field(default_factory=list)  # (end, seconds), of all events
@@ -37,12 +37,13 @@ class Report:
         if seconds > _PAUSE_S:
             self.pauses.append((now, seconds))
 
-    def pauses_after(self, kind: str) -> list[float]:
-        """Seconds until streams went on, where this was the last fault before."""
+    def pauses_of(self, kind: str) -> list[float]:
+        """Seconds until streams went on that a fault found, or that stopped right after it."""
+        faults = [(begin, end + _PAUSE_S) for begin, end, own in self.faults if own == kind]
         return [
             seconds
             for end, seconds in self.pauses
-            if next((kind for at, kind in reversed(self.faults) if at <= end), "") == kind
+            if any(begin <= end and end - seconds <= until for begin, until in faults)
         ]
 
 
