@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.blocks.linear import ShardedModule, Source
 from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM

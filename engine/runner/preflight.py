@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import directory_of, read_json, resolve
+from engine.checkpoint.directory import directory_of
+from engine.checkpoint.files import read_json
+from engine.checkpoint.source import resolve
 from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
 from engine.device.memory import available_bytes

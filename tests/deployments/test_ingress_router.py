@@ -18,14 +18,14 @@ from deployments.api.requests.handed_tokens import HEADER, MAX_HEADER_BYTES, Han
 from deployments.args import AppArgs
 from deployments.routing import prompt_reader
 from deployments.routing.prompt_reader import PromptReader, ReadBody
-from engine import checkpoint
+from engine.checkpoint.source import resolve
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.local_server import LocalServer
 from tests.deployments.scripted import ScriptedApi
 
 KEYS = KeyRing(["acme:sk-acme"])
 ARGS = AppArgs()
-TOKENIZER = Tokenizer(checkpoint.resolve(ARGS.model))
+TOKENIZER = Tokenizer(resolve(ARGS.model))
 LONG = "Repeat these words: apple river stone. " * 24
 CHAT = {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": LONG}]}
 RESPONSE = {"instructions": LONG, "input": LONG}

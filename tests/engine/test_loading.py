@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, resolve
+from engine.checkpoint.files import CheckpointError
+from engine.checkpoint.source import resolve
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM

@@ -25,7 +25,15 @@ from kernels import Ops
 from kernels.cuda import launch, linear
 from kernels.cuda.launch import CompileWatch
 from kernels.cuda.ops import triton_ops
-from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV, StepRows
+from kernels.types import (
+    NO_DECODES,
+    AttentionInputs,
+    Decodes,
+    KVCache,
+    PagedKV,
+    SamplingTable,
+    StepRows,
+)
 
 FEW = "--few" in sys.argv
 CAPABILITY = int(next((word for word in sys.argv[1:] if word.isdigit()), 90))
@@ -126,7 +134,7 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     # One below the other, so that they begin at odd places.
     numbers, at = torch.empty(3, tokens)[1], torch.zeros(2, tokens, dtype=torch.int64)[1]
     logits = torch.empty(tokens, 151_936, dtype=BF16)
-    ops.sampling.sample(logits, numbers, at, numbers, numbers, at, at)
+    ops.sampling.sample(logits, SamplingTable(numbers, at, numbers, numbers, at), at, at)
     own = torch.empty(tokens, 151_936)
     text = torch.zeros(tokens, 100 + tokens, dtype=torch.int64)
     ops.sampling.penalize(own, text, at, text.int(), numbers, numbers, numbers)
