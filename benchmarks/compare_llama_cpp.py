@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.floor import SHAPE
 from benchmarks.random_gguf import MIXES, write_gguf
 from benchmarks.shape import read_shape
-from engine.checkpoint import cache
+from engine.checkpoint.derived import cache
 from engine.device.threads import num_compute_threads
 
 _Speeds = list[tuple[float, float]]  # (prompt, decode) tokens/s of each batch size

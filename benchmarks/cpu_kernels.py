@@ -23,7 +23,7 @@ from engine.device.threads import num_compute_threads
 from kernels import Ops, select_ops
 from kernels.quantization import Quantization
 from kernels.reference import penalize
-from kernels.types import AttentionInputs, Decodes, KVCache, PagedKV
+from kernels.types import AttentionInputs, Decodes, KVCache, PagedKV, SamplingTable
 
 _TURN_BYTES = 2**28  # the layers that take turns have together: more than any cache
 _BLOCK_SIZE = 32
@@ -164,17 +164,16 @@ def _sampling_cases(ops: Ops, config: DenseShape, rows: int) -> Iterator[Case]:
         (", top_k 20, top_p .95", 20, 0.95),
         (", top_p", 0, 0.95),
     ):
-        arguments = (
+        table = SamplingTable(
             torch.full((rows,), 0.6),
             torch.full((rows,), top_k),
             torch.full((rows,), top_p),
             torch.zeros(rows),
             at,
-            at,
         )
         yield Case(
             f"sample{name}",
-            lambda _, arguments=arguments: sampling.sample(logits, *arguments),  # type: ignore[misc]
+            lambda _, table=table: sampling.sample(logits, table, at, at),  # type: ignore[misc]
             bytes_read=logits.nbytes,
         )
     for count in (0, 5, 20):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.shape import DenseShape
-from engine import checkpoint
+from engine.checkpoint.source import resolve
 from engine.config import EngineConfig
 from engine.device.select import select_device
 from engine.device.threads import num_compute_threads
@@ -73,7 +73,7 @@ def machine_for(config: EngineConfig) -> Machine:
     device = select_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or num_compute_threads(config.num_ranks))
-    model = read_config(checkpoint.resolve(config.model, config.revision))
+    model = read_config(resolve(config.model, config.revision))
     dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
     machine = measure_machine(device, dtype, select_ops(device), config.quantization)
     if device.type == "cuda":

@@ -62,7 +62,7 @@ class NoAttention(PagedAttention):
 
 
 class NoSampling:
-    def sample(self, logits: Tensor, *_: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, *_: object) -> Tensor:
         return torch.empty(len(logits), dtype=torch.int64, device=META)
 
     def penalize(self, *_: Tensor) -> None: ...

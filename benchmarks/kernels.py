@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.floor import SHAPE, best_seconds
 from benchmarks.shape import DenseShape, read_shape
 from kernels import AttentionNeeds, Ops, select_ops
-from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV
+from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV, SamplingTable
 
 _BF16, _FP8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -242,18 +242,13 @@ def sampling_cases(bench: Bench) -> Iterator[Case]:
             "top_k and top_p": (0.6, 20, 0.95, 0.0),
             "min_p": (0.6, 0, 1.0, 0.05),
         }.items():
-            settings = (
-                logits,
-                ones * temperature,
-                torch.full_like(index, top_k),
-                ones * top_p,
-                ones * min_p,
-                index,
-                index,
+            top_ks = torch.full_like(index, top_k)
+            table = SamplingTable(
+                ones * temperature, top_ks, ones * top_p, ones * min_p, seeds=index
             )
             yield Case(
                 f"sample, {rows} rows, {name}",
-                partial(ops.sampling.sample, *settings),
+                partial(ops.sampling.sample, logits, table, index, index),
                 bytes_moved=logits.nbytes,
             )
         own = logits.float()

@@ -24,7 +24,8 @@ from typing import Any
 from benchmarks.floor import SHAPE, decode_step_s, machine_for
 from benchmarks.shape import read_shape
 from benchmarks.throughput import parse_option
-from engine import LLM, EngineConfig, SamplingParams, checkpoint
+from engine import LLM, EngineConfig, SamplingParams
+from engine.checkpoint.source import resolve
 from engine.schedule.request import Request
 
 
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, float]]:
                 result = measure(llm, *lengths, seed=batch + 2)
             result["of_quiet"] = quiet_ms / result["step_ms"]
         if machine is not None:
-            shape, context = read_shape(checkpoint.resolve(arguments.model)), result["context"]
+            shape, context = read_shape(resolve(arguments.model)), result["context"]
             quantization = llm.config.quantization
             floor_s = decode_step_s(shape, batch, context, machine, quantization, cache_bytes)
             result["floor_ms"] = floor_s * 1e3

@@ -41,7 +41,7 @@ from deployments.args import AppArgs
 from deployments.builder import build
 from deployments.routing.balancer import RoutedPrompt
 from deployments.routing.request_router import PrefixRequestRouter, router_config
-from engine import checkpoint
+from engine.checkpoint.source import resolve
 from engine.schedule.block_pool import BlockHasher, BlockPool
 from engine.text.tokenizer import Tokenizer
 
@@ -228,7 +228,7 @@ async def run_clients(conversations: list[Conversation], arguments: argparse.Nam
 
 def oracle_hits(outcome: Outcome, model: str, num_blocks: int, isolate: bool) -> int:
     """Tokens that one cache of `num_blocks` would have found, prompt after prompt."""
-    tokenizer = Tokenizer(checkpoint.resolve(model))
+    tokenizer = Tokenizer(resolve(model))
     hasher = BlockHasher(_BLOCK_SIZE, b"")
     pool, hits = BlockPool(num_blocks), 0
     for tenant, messages in outcome.sent:

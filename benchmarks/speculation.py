@@ -37,6 +37,7 @@ from engine.sampling_params import SamplingParams
 from engine.schedule.request import Request
 from engine.schedule.step import StepPlan
 from engine.structured_outputs import StructuredOutputs
+from kernels.types import SamplingTable
 
 _LEAST = 48  # tokens of an output, in however large a batch
 
@@ -48,10 +49,11 @@ class Scripted:
         self._sampling = sampling
         self.tokens = torch.zeros(num_scripts, max_len, dtype=torch.int64)
 
-    def sample(self, logits: Tensor, *rules: Tensor) -> Tensor:
-        self._sampling.sample(logits, *rules)
-        *_, seeds, positions = rules
-        return self.tokens[seeds, positions]
+    def sample(
+        self, logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor
+    ) -> Tensor:
+        self._sampling.sample(logits, table, rows, positions)
+        return self.tokens[table.seeds[rows], positions]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampling, name)

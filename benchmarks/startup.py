@@ -75,8 +75,9 @@ def run(model: str, options: dict[str, Any], load_format: str, file: str | None)
     memory.start()
     from benchmarks.floor import weight_bytes
     from benchmarks.shape import read_shape
-    from engine import LLM, SamplingParams, checkpoint, engine
+    from engine import LLM, SamplingParams, engine
     from engine import llm as llm_module
+    from engine.checkpoint.source import resolve
     from engine.models import loader, shared
     from engine.models.decoder import CausalLM
     from engine.runner import model_runner
@@ -111,7 +112,7 @@ def run(model: str, options: dict[str, Any], load_format: str, file: str | None)
 
     runner = llm.engine.runner
     pool = sum(part.nbytes for cache in runner.forward_pass.kv_caches for part in cache.tensors)
-    shape = read_shape(checkpoint.resolve(model))
+    shape = read_shape(resolve(model))
     embedding = shape.vocab_size * shape.hidden_size * runner.dtype.itemsize
     weights = weight_bytes(shape, llm.config.quantization, runner.dtype.itemsize) + embedding
     if (file_of_bits := Path(model)).suffix == ".gguf":

@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.floor import machine_for, workload_floor
 from benchmarks.shape import read_shape
-from engine import LLM, EngineConfig, SamplingParams, checkpoint
+from engine import LLM, EngineConfig, SamplingParams
+from engine.checkpoint.source import resolve
 
 
 def make_workload(
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
 
     lengths = [(len(o.prompt_token_ids), len(o.outputs[0].token_ids)) for o in outputs]
-    config = read_shape(checkpoint.resolve(arguments.model))
+    config = read_shape(resolve(arguments.model))
     floor = workload_floor(
         config,
         lengths,

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.checkpoint import directory_of
+from engine.checkpoint.directory import directory_of
 from engine.config import EngineConfig
 from engine.models.shared import WeightFiles
 from engine.ranks.group import Leader

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from engine.checkpoint import CheckpointError, read_json, special_tokens
+from engine.checkpoint.files import CheckpointError, read_json, special_tokens
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 

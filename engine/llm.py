@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.checkpoint import directory_of
+from engine.checkpoint.directory import directory_of
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.generation_config import (

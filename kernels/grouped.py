@@ -1,8 +1,9 @@
 """Weights of few bits in groups of inputs that share a scale, as many formats have them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -128,5 +129,17 @@ class StoredWeight:
         cut = outputs, end - start
         return StoredWeight(cut, lambda rows: self.rows(rows).inputs(start, end))
 
+    def to(self, device: torch.device) -> "StoredWeight":
+        """With its rows there."""
+        return StoredWeight(self.shape, lambda rows: self.rows(rows)._each(lambda t: t.to(device)))
+
     def times(self, factor: float) -> "StoredWeight":
         return StoredWeight(self.shape, lambda rows: self.rows(rows).times(factor))
+
+
+def alike(parts: Sequence[Tensor | StoredWeight]) -> Iterator[Tensor | list[StoredWeight]]:
+    """Those that can lie below each other: neighbours of one layout, or of values as one."""
+    for _, run in groupby(parts, lambda p: p.layout if isinstance(p, StoredWeight) else ()):
+        own = list(run)
+        stored = [part for part in own if isinstance(part, StoredWeight)]
+        yield stored or torch.cat([part for part in own if isinstance(part, Tensor)])

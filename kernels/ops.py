@@ -16,6 +16,7 @@ from kernels.types import (
     Linear,
     PagedKV,
     Rounded,
+    SamplingTable,
     StepInputs,
     StepRows,
 )
@@ -69,11 +70,8 @@ class Sampling(Protocol):
     def sample(
         self,
         logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
+        table: SamplingTable,
+        rows: Tensor,
         positions: Tensor,
     ) -> Tensor: ...
 

@@ -25,6 +25,7 @@ from kernels.types import (
     KVCache,
     Linear,
     PagedKV,
+    SamplingTable,
     StepInputs,
     StepRows,
 )
@@ -236,23 +237,15 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return ((bits >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
+def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
     """Draw one token per row of logits [N, V] by inverting the CDF at uniform(seed, position).
 
     Temperature is applied first, then min_p, top_k and top_p, each on what the one before left.
-    All other arguments are [N]: temperature float32 (0 = greedy, the rest is then ignored), top_k
-    int64 (0 = off), top_p and min_p float32 (1 and 0 = off), seeds and positions int64.
+    Row i draws as row rows[i] of the table says, at positions[i]; both are [N] int64.
 
     Returns: token ids [N] int64.
     """
+    temperature, top_k, top_p, min_p, seeds = (column[rows] for column in table)
     greedy_tokens = logits.argmax(-1)
     greedy = temperature == 0
     if bool(greedy.all()):

@@ -32,6 +32,16 @@ class Rounded(NamedTuple):
         return cls(values, x.new_empty(x.shape[0], 1, dtype=torch.float32), x.dtype)
 
 
+class SamplingTable(NamedTuple):
+    """How each of R rows draws its tokens, [R] each."""
+
+    temperature: Tensor  # float32; 0 = greedy, the rest is then ignored
+    top_k: Tensor  # int64; 0 = off
+    top_p: Tensor  # float32; 1 = off
+    min_p: Tensor  # float32; 0 = off
+    seeds: Tensor  # int64
+
+
 @runtime_checkable
 class Table(Protocol):
     """A linear map that has its weight as it was given, so that it may be an embedding too."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from engine.checkpoint import open_uri
+from engine.checkpoint.remote import open_uri
 
 # Files with this prefix are not yet what they will be; readers of data sets skip it.
 _UNFINISHED = "_unfinished-"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from deployments.args import AppArgs
-from engine.checkpoint import directory_of
+from engine.checkpoint.directory import directory_of
 from engine.config import EngineConfig
 from engine.models.early import refuse_early
 

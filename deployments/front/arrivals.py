@@ -17,10 +17,11 @@ class Arrivals:
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, index: int, delta: TokenDelta) -> None:
+    def put(self, index: int, delta: TokenDelta, wakes: bool = True) -> None:
         """
         Args:
             index: of the request among those that are answered together.
+            wakes: whoever waits; otherwise it is there when something else does.
         """
         if self._failure is not None:
             return
@@ -28,6 +29,7 @@ class Arrivals:
             self._deltas[index].extend(delta)
         else:
             self._deltas[index] = delta
+        if wakes:
             self._wake()
 
     def fail(self, error: Exception) -> None:

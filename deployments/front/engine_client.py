@@ -9,7 +9,7 @@ import itertools
 import tempfile
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,8 +152,8 @@ class EngineClient:
     ) -> Live:
         """Have an engine make the output of one request; what comes of it is put into `arrivals`.
 
-        Without `options.stream` the tokens come all at once with the last one: nobody is woken
-        every step. What fails it is one of the errors above. Whoever starts it must `leave` it.
+        Without `options.stream` nobody is woken before the last token. What fails it is one of the
+        errors above. Whoever starts it must `leave` it.
         Raises EngineUnavailableError when there will be no engine.
         """
         self.check_available()
@@ -353,11 +353,8 @@ class EngineClient:
                 live.record.num_drafted = delta.num_drafted
                 del self._live[delta.request_id]
                 live.record.finish_reason = delta.finish_reason
-            if live.stream:
-                live.arrivals.put(live.index, delta)
-            elif delta.finish_reason is not None:
-                whole = replace(delta, token_ids=live.request.output_token_ids)
-                live.arrivals.put(live.index, whole)
+            is_due = live.stream or delta.finish_reason is not None
+            live.arrivals.put(live.index, delta, wakes=is_due)
         for request_id, reason in message["errors"]:
             self._end(request_id, _refusal(reason))
         if "done" in message and self._orders:

@@ -15,7 +15,7 @@ from deployments.observe.request_record import RequestRecord
 from deployments.off_loop import off_loop
 from deployments.parsing import reasoning_format, tool_format
 from deployments.version import VERSION
-from engine.checkpoint import directory_of
+from engine.checkpoint.directory import directory_of
 from engine.generation_config import (
     EmbeddingConfig,
     classifier_config,

@@ -45,8 +45,8 @@ class Generation:
     """Iterates over what the steps bring, to the last output's end. To close it aborts the others.
 
     Every output has at least one delta, and its last one has a finish_reason. Without
-    `options.stream` the text of each comes in one piece where nothing in it can end it. Raises what
-    `EngineClient.start` and the requests it starts raise. The caller has had the parameters
+    `options.stream` text comes when an output has ended, unless something in it can end it. Raises
+    what `EngineClient.start` and the requests it starts raise. The caller has had the parameters
     passed by `Front.in_tokens` and `Front.check`.
     """
 
@@ -97,7 +97,7 @@ class Generation:
             self._options.records.append(record)
             self._outputs.append(_Output(self._tokenizer, prompt, params, self._options, record))
             options = self._options
-            if not options.stream and _comes_in_parts(params):
+            if params.stop and not options.stream:  # which is found only in the text
                 options = replace(options, stream=True)
             arrivals = self._arrivals
             self._lives.append(
@@ -180,9 +180,3 @@ class _Output:
             delta.token_ids,
             is_known=detokenizer.num_tokens <= self._num_known,
         )
-
-
-def _comes_in_parts(params: SamplingParams) -> bool:
-    """A stop string is found only in the text, and logprobs come token by token."""
-    asks_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
-    return bool(params.stop) or asks_logprobs

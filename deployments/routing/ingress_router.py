@@ -21,7 +21,7 @@ from deployments.args import AppArgs
 from deployments.peers import Peers, own_name
 from deployments.routing.balancer import PrefixBalancer, ReplicaReport, RoutedPrompt, Sent
 from deployments.routing.prompt_reader import PromptReader
-from engine.checkpoint import directory_of
+from engine.checkpoint.directory import directory_of
 from engine.text.tokenizer import load_tokenizer
 
 SESSION_HEADER = "x-session-id"

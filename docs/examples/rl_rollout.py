@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine import LLM, RequestOutput, SamplingParams
-from engine.checkpoint import resolve
+from engine.checkpoint.source import resolve
 
 
 def reward(question: tuple[int, int], answer: str) -> float:

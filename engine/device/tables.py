@@ -6,6 +6,7 @@ import torch
 
 from engine.device.transfer import to_device
 from engine.schedule.step import Drafts, NewBlock, NewRow
+from kernels.types import SamplingTable
 
 
 class DeviceTables:
@@ -28,11 +29,12 @@ class DeviceTables:
         # By cache group; where a request has given back a block, or never had it, any number.
         shape = num_groups, num_rows, max_blocks
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        # One below the other, so that a step gathers each of the two in one go.
-        # temperature, top_p, min_p
-        self.sampling_floats = torch.zeros(3, num_rows, device=device)
-        # top_k, seed
-        self.sampling_ints = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
+        # One below the other, so that a row enters each of the two in one go.
+        self._sampling_floats = torch.zeros(3, num_rows, device=device)
+        self._sampling_ints = torch.zeros(2, num_rows, dtype=torch.int64, device=device)
+        temperature, top_p, min_p = self._sampling_floats
+        top_k, seeds = self._sampling_ints
+        self.sampling = SamplingTable(temperature, top_k, top_p, min_p, seeds)
 
     @property
     def first_group(self) -> "DeviceTables":
@@ -50,9 +52,9 @@ class DeviceTables:
             blocks = to_device(new.block_tables, torch.int32, self._device).clamp(min=0)
             self.block_tables[:, row, : blocks.shape[1]] = blocks
         floats = [params.temperature, params.top_p, params.min_p]
-        self.sampling_floats[:, row] = to_device(floats, torch.float32, self._device)
+        self._sampling_floats[:, row] = to_device(floats, torch.float32, self._device)
         ints = [max(params.top_k, 0), new.seed]
-        self.sampling_ints[:, row] = to_device(ints, torch.int64, self._device)
+        self._sampling_ints[:, row] = to_device(ints, torch.int64, self._device)
 
     def write_drafts(self, drafts: list[Drafts]) -> None:
         """Where the step reads its tokens, and writes those that it samples."""

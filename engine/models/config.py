@@ -6,7 +6,7 @@ from typing import Literal, Unpack
 
 from transformers import PreTrainedConfig
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.blocks.attention import AttentionConfig, AttentionOptions
 from engine.models.blocks.layer import NORMS_BEFORE, LayerConfig, LayerNorms, MlpConfig
 from engine.models.blocks.mlp import GatedMlpConfig

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint.files import CheckpointError, read_json
 from engine.config import EngineConfig
 
 TABLE = Path(__file__).with_name("unserved.json")

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint.files import CheckpointError, read_json
 
 # What families call the longest text; those without learned positions need none.
 _NO_WINDOW = 1 << 15  # of layers that only keep states; max_position_embeddings says another

@@ -8,7 +8,7 @@ import torch
 
 import kernels
 from engine import models
-from engine.checkpoint import states
+from engine.checkpoint.derived import states
 from engine.models.blocks.linear import BuildContext, ShardedModule
 from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM

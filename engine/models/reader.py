@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint.files import CheckpointError, read_json
 from engine.models.blocks.linear import Source
 from engine.models.weights.stored import StoredFormat, stored_format
 from kernels.grouped import StoredWeight

@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.config import ModelConfig, NotOfOurBlocksError
 from engine.models.families import (
     cohere,

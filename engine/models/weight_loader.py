@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.blocks.linear import ShardedModule, Source
 from engine.models.config import ModelConfig
 from engine.models.decoder import CausalLM
@@ -54,7 +54,7 @@ def load_weights(
 ) -> None:
     """Fill every parameter; a tensor missing, left over or of the wrong shape is an error.
 
-    Files are mapped, and the memory of a parameter is only taken when it is filled (on a CPU). So
+    Files are mapped, and the memory of a parameter is only taken when it is filled. So
     with `filled`, called with each module once it is, never more than one exists in two layouts.
 
     Args:
@@ -84,13 +84,13 @@ def load_weights(
                 parameter, sources = module.get_parameter(name), wanted[module, name]
                 progress.update(parameter.nbytes)
                 if stored_for and name == "weight":
-                    parts = _stored(sources, reader, parameter.dtype)
+                    parts = _stored(sources, reader, parameter)
                     is_packed = bool(parts) and module.pack_stored(stored_for, parts)
                     if is_packed:
                         continue
                     if reader.narrow.intersection(source.name for source in sources):
                         widened.append(parameter)
-                _fill(parameter, sources, reader)
+                _fill(module.reserve(name), sources, reader)
             if not is_packed:
                 filled(module)
         if widened:
@@ -105,15 +105,21 @@ def load_weights(
 
 
 def _stored(
-    sources: list[Source], reader: TensorReader, dtype: torch.dtype
+    sources: list[Source], reader: TensorReader, parameter: Tensor
 ) -> list[Tensor | StoredWeight]:
-    """Of a weight what is stored of it, and what is as values; nothing where all of it is."""
+    """Of a weight what is stored of it, and what is as values; nothing where all of it is.
+
+    Values are of the parameter's type, and all will be where it is.
+    """
     if not reader.narrow.intersection(source.name for source in sources):
         return []
     parts: list[Tensor | StoredWeight] = []
     for source in sources:
         stored = reader.stored(source) if source.name in reader.narrow else None
-        parts.append(reader.read(source).to(dtype) if stored is None else stored)
+        if stored is None:
+            parts.append(reader.read(source).to(parameter))
+        else:
+            parts.append(stored.to(parameter.device))
     return parts if any(isinstance(part, StoredWeight) for part in parts) else []
 
 
@@ -156,7 +162,7 @@ def load_dummy_weights(
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(seed)
     for _, module in _sharded_modules(model):
         for name in module.sources:
-            parameter = module.get_parameter(name)
+            parameter = module.reserve(name)
             if parameter.dim() == 1 and name == "weight":
                 parameter.fill_(1.0)
             elif not parameter.is_floating_point():

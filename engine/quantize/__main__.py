@@ -10,7 +10,8 @@ output, and asks for activations of 8 bits.
 import argparse
 from pathlib import Path
 
-from engine.checkpoint import CheckpointError, resolve
+from engine.checkpoint.files import CheckpointError
+from engine.checkpoint.source import resolve
 from engine.quantize.write import quantize
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint.files import CheckpointError, read_json
 from engine.models.hf_config import read_hf_config
 from engine.models.reader import SafetensorsReader
 from kernels.quantization import quantize_int4, quantize_int8

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import directory_of, read_json, resolve
+from engine.checkpoint.directory import directory_of
+from engine.checkpoint.files import read_json
+from engine.checkpoint.source import resolve
 from engine.config import EngineConfig
 from engine.device.kv_cache import KVCacheLayout
 from engine.device.memory import available_bytes
@@ -125,7 +127,7 @@ def describe(config: EngineConfig) -> dict[str, str]:
     if config.load_format != "dummy":
         with open_tensors(directory) as tensors:
             size = tensors.num_values * bits / 8
-            is_narrow = bool(tensors.narrow) and device.type == "cpu" and dtype != torch.float32
+            is_narrow = bool(tensors.narrow) and dtype != torch.float32 and not config.deterministic
         name = config.quantization or str(dtype).removeprefix("torch.")
         if is_narrow and not config.quantization:
             files = [*directory.glob("*.gguf"), *directory.glob("*.safetensors")]

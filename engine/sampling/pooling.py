@@ -1,6 +1,6 @@
 """A prompt's hidden states as one vector, which comes with the first sampled token."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ class PromptPooling:
         index = to_device(pooling.logits, torch.int64, state.device)
         return self._model.logits(state)[0, index].float()
 
-    def take(self, rows: Sequence[int]) -> dict[int, ToHost]:
+    def take(self, rows: Iterable[int]) -> dict[int, ToHost]:
         """Of those of the rows, which have been computed to their end, that want one; by index."""
         vectors: dict[int, ToHost] = {}
         for i, row in enumerate(rows if self._prompts else ()):

@@ -116,14 +116,13 @@ class Sampler:
             tokens = self._world.broadcast(tokens)  # only the leader follows the grammars
         self._tables.token_ids[step.at.row_index, step.at.position] = tokens
         brought, plan = ToHost(tokens), step.plan
-        rows = list(compress(plan.rows, plan.num_sampled))
         return PendingStep(
             brought,
             [count for count in plan.num_sampled if count],
             self._take_logprobs(logits, step, tokens),
-            self._prompt_logprobs.take(rows),
+            self._prompt_logprobs.take(compress(plan.rows, plan.num_sampled)),
             {step.owners[i]: why for i, why in self.matchers.accept(step.at, brought).items()},
-            self._pooling.take(rows),
+            self._pooling.take(compress(plan.rows, plan.num_sampled)),
         )
 
     def guess(self, plan: StepPlan, logits: Tensor) -> None:
@@ -159,11 +158,7 @@ class Sampler:
         return self._draw(logits, step.at).index_copy(0, index, own_tokens)
 
     def _draw(self, logits: Tensor, at: LogitsRows) -> Tensor:
-        temperature, top_p, min_p = self._tables.sampling_floats.index_select(1, at.row_index)
-        top_k, seeds = self._tables.sampling_ints.index_select(1, at.row_index)
-        return self._ops.sampling.sample(
-            logits, temperature, top_k, top_p, min_p, seeds, at.position
-        )
+        return self._ops.sampling.sample(logits, self._tables.sampling, at.row_index, at.position)
 
     def _take_logprobs(
         self, logits: Tensor, step: SamplingStep, tokens: Tensor
@@ -183,7 +178,7 @@ class Sampler:
     def _logits_rows(
         self, rows: list[int], positions: list[int], drafts: Mapping[int, Sequence[int]]
     ) -> LogitsRows:
-        row_index, position = self._tensor(np.array((rows, positions), np.int64))
+        row_index, position = self._tensor((rows, positions)).unbind()
         return LogitsRows(rows, positions, row_index, position, drafts)
 
     def _tensor(self, values: Sequence[object] | np.ndarray) -> Tensor:

@@ -186,9 +186,9 @@ class TokenDelta:
 
     def extend(self, later: "TokenDelta") -> None:
         """With what later steps have brought the same request."""
-        self.token_ids = [*self.token_ids, *later.token_ids]
-        if later.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
         self.finish_reason, self.stop_token = later.finish_reason, later.stop_token
         self.vector, self.error = later.vector, later.error
         self.num_predicted, self.num_drafted = later.num_predicted, later.num_drafted

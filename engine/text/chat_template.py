@@ -41,7 +41,7 @@ class ChatTemplates:
         """
         Args:
             sources: see `read_templates`.
-            config: see `engine.checkpoint.tokenizer_config`.
+            config: see `engine.checkpoint.files.tokenizer_config`.
             named_tokens: by name, as templates know them.
             special_tokens, other_added_tokens: what a tokenizer finds in a text before all else.
         """

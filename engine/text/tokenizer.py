@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
-from engine.checkpoint import CheckpointError, derived, special_tokens, tokenizer_config
+from engine.checkpoint.derived import derived
+from engine.checkpoint.files import CheckpointError, special_tokens, tokenizer_config
 from engine.errors import PromptTooLongError
 from engine.text.chat_template import ChatTemplates, read_templates
 

@@ -4,7 +4,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from kernels.cpu import huge_pages
 from kernels.cpu.build import load_library
 from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
-from kernels.grouped import GroupedWeight, StoredWeight
+from kernels.grouped import GroupedWeight, StoredWeight, alike
 from kernels.quantization import GROUP, Quantization, quantize_int4, quantize_int8
 from kernels.types import Linear
 
@@ -169,14 +168,10 @@ class LinearPacker:
         inputs = parts[0].shape[1]
         if not all(isinstance(p, StoredWeight) or _is_packable(p) for p in parts):
             return None
-        products: list[_Product] = []
-        for _, alike in groupby(parts, lambda p: p.layout if isinstance(p, StoredWeight) else ()):
-            own = list(alike)
-            if stored := [part for part in own if isinstance(part, StoredWeight)]:
-                products.append(self._groups(stored))
-            else:
-                plain = [part for part in own if isinstance(part, Tensor)]
-                products.append(self._plain(torch.cat(plain)))
+        products = [
+            self._plain(run) if isinstance(run, Tensor) else self._groups(run)
+            for run in alike(parts)
+        ]
         return _packed(inputs, products, bias)
 
     def _num_panels(self, outputs: int) -> int:

@@ -266,19 +266,21 @@ private:
 }  // namespace
 }  // namespace manta
 
-// logits [rows, vocab], rows `stride` apart; the rest [rows], as in kernels.reference.sample.
-MANTA_API void manta_sample(int dtype, const void* logits, int64_t rows, int64_t vocab,
+// As kernels.reference.sample: logits [num_rows, vocab], rows `stride` apart; a column of the table
+// each, then [num_rows].
+MANTA_API void manta_sample(int dtype, const void* logits, int64_t num_rows, int64_t vocab,
                             int64_t stride, const float* temperature, const int64_t* top_k,
                             const float* top_p, const float* min_p, const int64_t* seeds,
-                            const int64_t* positions, int64_t* tokens) {
+                            const int64_t* rows, const int64_t* positions, int64_t* tokens) {
     manta::dispatch(dtype, [=](auto t) {
         using T = decltype(t);
-        manta::parallel_for(rows, vocab, [&](int64_t i) {
+        manta::parallel_for(num_rows, vocab, [&](int64_t i) {
             manta::Row<T> row((const T*)logits + i * stride, vocab);
-            tokens[i] = temperature[i] == 0
+            const int64_t r = rows[i];
+            tokens[i] = temperature[r] == 0
                             ? row.greedy()
-                            : row.sample({temperature[i], top_k[i], top_p[i], min_p[i]},
-                                         manta::uniform(seeds[i], positions[i]));
+                            : row.sample({temperature[r], top_k[r], top_p[r], min_p[r]},
+                                         manta::uniform(seeds[r], positions[i]));
         });
     });
 }

@@ -9,9 +9,10 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu.library import DTYPES, declare
 from kernels.cpu.recorder import empty
+from kernels.types import SamplingTable
 
 _SIGNATURES = {
-    "sample": [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 7],
+    "sample": [c_int, c_void_p, *[c_int64] * 3, *[c_void_p] * 8],
     "apply_bitmask": [c_void_p, *[c_int64] * 3, c_void_p],
     "top_logprobs": [c_int, c_void_p, *[c_int64] * 4, *[c_void_p] * 4],
 }
@@ -29,28 +30,18 @@ class CpuSampling:
         self._top_logprobs = library.manta_top_logprobs
 
     def sample(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
-        positions: Tensor,
+        self, logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor
     ) -> Tensor:
-        rows, vocab = logits.shape
-        tokens = empty((rows,), torch.int64)
+        num_rows, vocab = logits.shape
+        tokens = empty((num_rows,), torch.int64)
         self._sample(
             DTYPES[logits.dtype],
             logits.data_ptr(),
-            rows,
+            num_rows,
             vocab,
             logits.stride(0),
-            temperature.data_ptr(),
-            top_k.data_ptr(),
-            top_p.data_ptr(),
-            min_p.data_ptr(),
-            seeds.data_ptr(),
+            *(column.data_ptr() for column in table),
+            rows.data_ptr(),
             positions.data_ptr(),
             tokens.data_ptr(),
         )

@@ -1,23 +1,28 @@
 """Products of the linear layers that cuBLAS does not serve.
 
 It chooses among kernels by the number of rows, and they add up in different orders: for bits that
-do not depend on who shares the step, Triton multiplies in tiles of one shape. Weights of 4 bits are
-Triton's as well, with inputs as they are. Weights of 8 bits torch multiplies with inputs rounded,
-row by row, to as many.
+do not depend on who shares the step, Triton multiplies in tiles of one shape. Weights of float8
+torch multiplies with inputs rounded, row by row, to as many bits. Those of few bits in groups keep
+their bits and are multiplied with inputs as they are.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
 from kernels.cuda.launch import cdiv, launch, next_power_of_2
+from kernels.grouped import SUPER_GROUP, GroupedWeight, StoredWeight, alike
 from kernels.quantization import GROUP, Quantization, quantize_fp8, quantize_int4
 from kernels.types import FP8_MAX, Linear, Rounded
+
+_VALUES = 1 << 24  # of grouped weights, packed at once
 
 
 def pack_linear(
@@ -36,11 +41,9 @@ def pack_linear(
         return partial(linear, weight=weight.contiguous(), bias=bias)
     outs, ins = weight.shape
     if quantization == "int4":
-        if ins % (2 * GROUP):
+        if not _is_multiplied(ins, GROUP):
             raise ValueError(f"quantization: 'int4' needs inputs in multiples of 64, not {ins}")
-        grouped = quantize_int4(weight)
-        packed, scales, zeros = pack_int4(grouped.levels), grouped.scales, grouped.zeros
-        return partial(linear_int4, packed=packed, scales=scales, zeros=zeros, bias=bias)
+        return LinearGrouped([StoredWeight((outs, ins), lambda r: quantize_int4(weight[r]))], bias)
     if quantization == "fp8" and outs % 16 == ins % 16 == 0:  # as the library demands
         rounded, of_outs = quantize_fp8(weight)
         return LinearFp8(rounded.t(), of_outs[None, :], bias)
@@ -100,73 +103,176 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def pack_int4(levels: Tensor) -> Tensor:
-    """uint8 0 .. 15 [out, in] as [out, in / 2]: of 64 inputs, the first half in the low bits."""
-    low, high = levels.unflatten(-1, (-1, 2, GROUP)).unbind(-2)
-    return (low | high << 4).flatten(-2).contiguous()
-
-
 @triton.jit(do_not_specialize=["num_rows"])
-def _int4_kernel(
-    x, weight, scales, zeros, bias, out, num_rows,
-    HAS_BIAS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr, GROUP: tl.constexpr,
+def _grouped_kernel(
+    x, weight, scales, zeros, minimums, super_scales, super_minimums, bias, out, num_rows,
+    WIDTH: tl.constexpr, MIDDLE: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
+    SUPER_GROUP: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows for one of outputs, two groups of inputs at a time."""
+    """One tile of rows for one of outputs, two runs of inputs at a time: one group, or two."""
+    SIGNED: tl.constexpr = tl.int8 if WIDTH == 4 else tl.int16
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     outs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row, is_out = (rows < num_rows)[:, None], outs < OUTS
-    lanes = tl.arange(0, GROUP)
+    lanes = tl.arange(0, RUN)
     at_x = x + rows.to(tl.int64)[:, None] * INS + lanes[None, :]
-    at_weight = weight + outs.to(tl.int64)[:, None] * (INS // 2) + lanes[None, :]
-    of_out = outs.to(tl.int64) * (INS // GROUP)
+    at_weight = weight + outs.to(tl.int64)[:, None] * (INS * WIDTH // 8) + lanes[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for pair in range(INS // (2 * GROUP)):
-        packed = tl.load(at_weight + pair * GROUP, is_out[:, None], 0)
+    product, total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    for pair in range(INS // (2 * RUN)):
+        packed = tl.load(at_weight + pair * RUN * WIDTH // 4, is_out[:, None], 0)
         for half in tl.static_range(2):
-            group = 2 * pair + half
-            zero = tl.load(zeros + of_out + group, is_out, 0).to(tl.int8)
-            levels = ((packed >> (4 * half)) & 15).to(tl.int8) - zero[:, None]
-            own = tl.load(at_x + group * GROUP, is_row, 0.0)
-            scale = tl.load(scales + of_out + group, is_out, 0.0).to(tl.float32)
-            product = tl.dot(own, tl.trans(levels.to(own.dtype)), input_precision="ieee")
-            acc += product * scale[None, :]
-    if HAS_BIAS:
+            first = (2 * pair + half) * RUN
+            at_group, at_block = first // GROUP * OUTS + outs, first // SUPER_GROUP * OUTS + outs
+            if WIDTH == 4:
+                levels = ((packed >> (4 * half)) & 15).to(SIGNED)
+            elif half == 0:
+                levels = packed.to(SIGNED)
+            else:
+                levels = tl.load(at_weight + first, is_out[:, None], 0).to(SIGNED)
+            if zeros is not None:
+                levels -= tl.load(zeros + at_group, is_out, 0).to(SIGNED)[:, None]
+            else:
+                levels -= MIDDLE
+            own = tl.load(at_x + first, is_row, 0.0)
+            product = tl.dot(own, tl.trans(levels.to(own.dtype)), product, input_precision="ieee")
+            if minimums is not None:
+                total += tl.sum(own.to(tl.float32), 1)
+            if RUN == GROUP or half == 1:  # the group ends
+                scale = tl.load(scales + at_group, is_out, 0).to(tl.float32)
+                if super_scales is not None:
+                    scale *= tl.load(super_scales + at_block, is_out, 0).to(tl.float32)
+                acc += product * scale[None, :]
+                product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if minimums is not None:
+                    minimum = tl.load(minimums + at_group, is_out, 0).to(tl.float32)
+                    if super_minimums is not None:
+                        minimum *= tl.load(super_minimums + at_block, is_out, 0).to(tl.float32)
+                    acc += total[:, None] * minimum[None, :]
+                    total = tl.zeros([BLOCK_M], tl.float32)
+    if bias is not None:
         acc += tl.load(bias + outs, is_out, 0.0).to(tl.float32)[None, :]
     at_out = out + rows.to(tl.int64)[:, None] * OUTS + outs[None, :]
     tl.store(at_out, acc.to(out.dtype.element_ty), is_row & is_out[None, :])
 
 
-def linear_int4(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """x [T, in] times a weight of `pack_int4`, summed in float32."""
-    x = x.contiguous()
-    (rows, ins), outs = x.shape, packed.shape[0]
-    out = x.new_empty(rows, outs)
-    few = rows <= 16 or x.itemsize == 4  # which is for tests
-    block_m, block_n = (16, 32) if few else (64, 128)
-    if rows > 0:
-        launch(
-            _int4_kernel,
-            (cdiv(rows, block_m), cdiv(outs, block_n)),
-            x,
-            packed,
-            scales,
-            zeros,
-            packed if bias is None else bias,
-            out,
-            rows,
-            HAS_BIAS=bias is not None,
-            OUTS=outs,
-            INS=ins,
-            GROUP=GROUP,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=4,
-            num_stages=4,
-        )
-    return out
+class LinearGrouped:
+    """x [T, in] times a weight [out, in], summed in float32.
+
+    Levels of up to 4 bits take 4 in memory, others 8. A run is a group of up to 32 inputs or half
+    of a longer one; of two runs the first lies in the low bits. Scales and the like are
+    [groups, out], for programs read those of neighbouring outputs together.
+
+    Args:
+        parts: of one layout, one below the other.
+    """
+
+    def __init__(self, parts: Sequence[StoredWeight], bias: Tensor | None) -> None:
+        first = parts[0].first
+        self._bits, self._group = first.bits, first.group
+        self._width = 4 if first.bits <= 4 else 8
+        self._run = _run(first.group)
+        self._shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        self._bias = bias
+        found = {field.name: getattr(first, field.name) for field in fields(first)}
+        names = [name for name, value in found.items() if isinstance(value, Tensor)]
+        tensors: dict[str, list[Tensor]] = {name: [] for name in names}
+        for part in parts:
+            for rows in torch.arange(part.shape[0]).split(max(_VALUES // part.shape[1], 1)):
+                weight = part.rows(rows)
+                for name in names:
+                    tensor = getattr(weight, name)
+                    tensors[name].append(self._pack(tensor) if name == "levels" else tensor)
+        self._levels = torch.cat(tensors.pop("levels"))
+        self._planes = {name: torch.cat(own).t().contiguous() for name, own in tensors.items()}
+
+    def _pack(self, levels: Tensor) -> Tensor:
+        if self._width == 8:
+            return levels
+        low, high = levels.unflatten(-1, (-1, 2, self._run)).unbind(-2)
+        return (low | high << 4).flatten(-2)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        if self._width == 8:
+            return packed
+        runs = packed.unflatten(-1, (-1, 1, self._run))
+        return torch.cat((runs & 15, runs >> 4), -2).flatten(-3)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        rows, (outs, ins) = len(x), self._shape
+        out = x.new_empty(rows, outs)
+        few = rows <= 16 or x.itemsize == 4  # which is for tests
+        block_m, block_n = (16, 32) if few else (64, 128)
+        planes = self._planes
+        if rows > 0:
+            launch(
+                _grouped_kernel,
+                (cdiv(rows, block_m), cdiv(outs, block_n)),
+                x,
+                self._levels,
+                planes["scales"],
+                planes.get("zeros"),
+                planes.get("minimums"),
+                planes.get("super_scales"),
+                planes.get("super_minimums"),
+                self._bias,
+                out,
+                rows,
+                WIDTH=self._width,
+                MIDDLE=0 if "minimums" in planes else 1 << (self._bits - 1),
+                GROUP=self._group,
+                RUN=self._run,
+                SUPER_GROUP=SUPER_GROUP,
+                OUTS=outs,
+                INS=ins,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=4,
+                num_stages=4,
+            )
+        return out
+
+
+class TableGrouped(LinearGrouped):
+    """Implements `kernels.types.Table`."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        planes = {name: plane[:, ids].t() for name, plane in self._planes.items()}
+        levels = self._unpack(self._levels[ids])
+        return GroupedWeight(levels, self._bits, **planes).values().to(dtype)
+
+
+def pack_stored(parts: Sequence[Tensor | StoredWeight], bias: Tensor | None) -> Linear | None:
+    """See `kernels.ops.Ops`."""
+    if not all(
+        isinstance(part, Tensor) or _is_multiplied(part.shape[1], part.first.group)
+        for part in parts
+    ):
+        return None
+    runs = list(alike(parts))
+    if len(runs) == 1 and not isinstance(runs[0], Tensor):
+        return (TableGrouped if bias is None else LinearGrouped)(runs[0], bias)
+    linears = [
+        partial(F.linear, weight=run) if isinstance(run, Tensor) else LinearGrouped(run, None)
+        for run in runs
+    ]
+    return partial(_side_by_side, linears=linears, bias=bias)
+
+
+def _is_multiplied(inputs: int, group: int) -> bool:
+    """Whether they are pairs of runs."""
+    return inputs % (2 * _run(group)) == 0
+
+
+def _run(group: int) -> int:
+    return group if group <= 32 else group // 2
+
+
+def _side_by_side(x: Tensor, linears: Sequence[Linear], bias: Tensor | None) -> Tensor:
+    out = torch.cat([linear(x) for linear in linears], 1)
+    return out if bias is None else out + bias
 
 
 @triton.jit

@@ -81,6 +81,7 @@ def triton_ops(num_processors: int, deterministic: bool = False) -> Ops:
         name="cuda-triton-deterministic" if deterministic else "cuda-triton",
         attention=TritonAttention(num_processors, deterministic),
         pack_linear=partial(linear.pack_linear, deterministic=deterministic),
+        pack_stored=None if deterministic else linear.pack_stored,
         sampling=sampling,
         new_recorder=CudaRecorder,
         prepare_step=step.prepare_step,

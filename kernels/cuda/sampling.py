@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.cuda.launch import launch, next_power_of_2
 from kernels.cuda.logits import apply_bitmask, penalize, top_logprobs
+from kernels.types import SamplingTable
 
 __all__ = ["apply_bitmask", "penalize", "sample", "top_logprobs"]  # `kernels.ops.Sampling`
 
@@ -219,31 +220,32 @@ def _search(
     return tl.where(token < 0, last, token)
 
 
-# The parameters are parts of larger tensors, which begin anywhere.
-_PARAMETERS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"]
+# These are parts of larger tensors, which begin anywhere.
+_PARTS_OF_TENSORS = ["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "rows", "positions"]
 
 
-@triton.jit(do_not_specialize_on_alignment=_PARAMETERS)
+@triton.jit(do_not_specialize_on_alignment=_PARTS_OF_TENSORS)
 def _sample_kernel(
-    logits, logits_stride, vocab, temperatures, top_ks, top_ps, min_ps, seeds, positions,
+    logits, logits_stride, vocab, temperatures, top_ks, top_ps, min_ps, seeds, rows, positions,
     out, tokens, values,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, CANDIDATES: tl.constexpr, WANTED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     best, best_token, peaks = _read(logits, vocab, BLOCK, PARTS)
-    temperature = tl.load(temperatures + row)
+    of = tl.load(rows + row)  # its row of the table
+    temperature = tl.load(temperatures + of)
     if (temperature == 0) | (best == float("-inf")):
         tl.store(out + row, best_token.to(tl.int64))
         return
     temperature = tl.maximum(temperature, 1e-30)  # below it is greedy but for exact ties
 
     # Weights under e^-80 of the best are nothing beside it, whatever their number.
-    min_p = tl.load(min_ps + row)
+    min_p = tl.load(min_ps + of)
     cut = tl.where(min_p > 0, tl.maximum(tl.log(min_p), -80.0), -80.0)
-    top_k = tl.load(top_ks + row)
-    top_p = tl.load(top_ps + row)
-    u = _uniform(tl.load(seeds + row), tl.load(positions + row))
+    top_k = tl.load(top_ks + of)
+    top_p = tl.load(top_ps + of)
+    u = _uniform(tl.load(seeds + of), tl.load(positions + row))
     token = tl.full([], -1, tl.int32)
     if (top_k > 0) | (top_p < 1):
         wanted = tl.where(top_k > 0, top_k, WANTED)
@@ -267,32 +269,21 @@ def _sample_kernel(
     tl.store(out + row, token.to(tl.int64))
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> Tensor:
-    rows, vocab = logits.shape
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    tokens = torch.empty(rows, _CANDIDATES, dtype=torch.int32, device=logits.device)
-    values = torch.empty(rows, _CANDIDATES, dtype=torch.float32, device=logits.device)
+def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
+    num_rows, vocab = logits.shape
+    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(num_rows, _CANDIDATES, dtype=torch.int32, device=logits.device)
+    values = torch.empty(num_rows, _CANDIDATES, dtype=torch.float32, device=logits.device)
     block = min(_BLOCK, next_power_of_2(vocab))
-    if rows > 0:
+    if num_rows > 0:
         launch(
             _sample_kernel,
-            (rows,),
+            (num_rows,),
             logits,
             logits.stride(0),
             vocab,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seeds,
+            *table,
+            rows,
             positions,
             out,
             tokens,

@@ -18,14 +18,14 @@ from deployments.api.requests.handed_tokens import HEADER, MAX_HEADER_BYTES, Han
 from deployments.args import AppArgs
 from deployments.routing import prompt_reader
 from deployments.routing.prompt_reader import PromptReader, ReadBody
-from engine import checkpoint
+from engine.checkpoint.source import resolve
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.local_server import LocalServer
 from tests.deployments.scripted import ScriptedApi
 
 KEYS = KeyRing(["acme:sk-acme"])
 ARGS = AppArgs()
-TOKENIZER = Tokenizer(checkpoint.resolve(ARGS.model))
+TOKENIZER = Tokenizer(resolve(ARGS.model))
 LONG = "Repeat these words: apple river stone. " * 24
 CHAT = {"messages": [{"role": "system", "content": LONG}, {"role": "user", "content": LONG}]}
 RESPONSE = {"instructions": LONG, "input": LONG}
@@ -163,6 +163,16 @@ def test_what_has_no_prompt_is_routed_by_load(body: dict[str, Any]) -> None:
     assert read(body) is None
 
 
+def test_a_prompt_that_ends_before_the_cut_is_no_longer_than_it_is() -> None:
+    """What follows it in the body are settings, or nothing."""
+    whole = read(CHAT)
+    assert whole is not None
+    for rest in ({"user": "x" * 99_999}, {"max_tokens": 1, "metadata": {"text": "x" * 99_999}}):
+        found = read(CHAT | rest, size=2**14)
+        assert found is not None
+        assert found.prompt == whole.prompt
+
+
 def test_two_are_read_at_a_time_and_nobody_waits_long_for_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,6 +196,28 @@ def test_two_are_read_at_a_time_and_nobody_waits_long_for_them(
 
     monkeypatch.setattr(TOKENIZER, "encode", encode)
     monkeypatch.setattr(prompt_reader, "_PATIENCE_S", 0.01)
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_nobody_waits_for_long_prompts_but_those_who_send_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_go_on = threading.Event()
+    really: Callable[..., Any] = TOKENIZER.encode
+
+    def encode(text: str, *args: Any, **options: Any) -> list[int]:
+        assert len(text) < 99 or may_go_on.wait(30)
+        return really(text, *args, **options)
+
+    async def run() -> None:
+        short, long, own = b'{"prompt": "hi"}', json.dumps({"prompt": "hi " * 30_000}), reader()
+        waiting = [asyncio.create_task(own.read(question(long.encode()))) for _ in range(8)]
+        assert await own.read(question(short)) is not None
+        assert not any(task.done() for task in waiting)
+        may_go_on.set()
+        assert all(await asyncio.gather(*waiting))
+
+    monkeypatch.setattr(TOKENIZER, "encode", encode)
     asyncio.run(asyncio.wait_for(run(), 30))
 
 

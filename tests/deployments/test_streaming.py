@@ -117,7 +117,9 @@ def test_what_has_come_is_taken_at_once() -> None:
         taking = asyncio.create_task(arrivals.take())
         await asyncio.sleep(0)
         one, other = TokenDelta("a", [1], num_cached_tokens=3), TokenDelta("b", [2])
-        arrivals.put(0, one)
+        arrivals.put(0, one, wakes=False)
+        await asyncio.sleep(0)
+        assert not taking.done()
         arrivals.put(1, other)
         assert await taking == {0: one, 1: other}
         logprobs = [TokenLogprobs(1, [token], [-1.0]) for token in (5, 6, 7)]

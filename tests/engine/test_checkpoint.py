@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from engine import LLM
-from engine.checkpoint import CheckpointError, directory_of
+from engine.checkpoint.directory import directory_of
+from engine.checkpoint.files import CheckpointError
 from engine.config import EngineConfig
 from engine.demo import DEMO_MODEL
 from engine.generation_config import sampling_defaults
@@ -18,7 +19,7 @@ from tests.conftest import CheckpointFactory
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("engine.checkpoint.derived.cache", lambda: tmp_path / "cache")
 
 
 def directory(**options: Any) -> Path:
@@ -86,7 +87,7 @@ def test_an_object_store_is_copied_once_until_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """file:// stands for the stores of objects: they are all opened by one library."""
-    monkeypatch.setattr("engine.checkpoint._PART", 100_000)  # less than a file
+    monkeypatch.setattr("engine.checkpoint.remote._PART", 100_000)  # less than a file
     store = tmp_path / "store"
     shutil.copytree(DEMO_MODEL, store)
     (store / "pytorch_model.bin").write_text("not wanted")

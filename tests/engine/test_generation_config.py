@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig
 
 from engine import LLM, SamplingParams
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.generation_config import _NOT_OBEYED, _OBEYED, eos_token_ids, sampling_defaults
 from engine.schedule.request import Request
 from tests.conftest import CheckpointFactory

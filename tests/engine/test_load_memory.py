@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.random_gguf import write_gguf
 from benchmarks.shape import DenseShape
-from engine.checkpoint import resolve
+from engine.checkpoint.source import resolve
 from tests.conftest import CheckpointFactory
 
 MIB = 1 << 20
@@ -73,7 +73,7 @@ def test_a_gguf_file_is_packed_some_rows_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its embedding, which is the head as well, is there once, and with the bits of the file."""
-    monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("engine.checkpoint.derived.cache", lambda: tmp_path / "cache")
     path = tmp_path / "tied.gguf"
     write_gguf(
         DenseShape(32_768, 2048, 2048, 2, 8, 2, 128, 1e-6, 512, True, None, True), path, "Q4_0"

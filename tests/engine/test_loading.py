@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, resolve
+from engine.checkpoint.files import CheckpointError
+from engine.checkpoint.source import resolve
 from engine.config import EngineConfig
 from engine.models.blocks.linear import BuildContext
+from engine.models.blocks.norm import Norm
 from engine.models.decoder import CausalLM
 from engine.models.reader import SafetensorsReader
 from engine.models.registry import read_config
@@ -201,6 +203,13 @@ def test_window_longer_than_the_models_is_refused(checkpoints: CheckpointFactory
     config = EngineConfig(model=str(checkpoints("qwen3")), max_model_len=513)
     with pytest.raises(ValueError, match=r"max_model_len \(513\).*at most 512"):
         Engine(config)
+
+
+def test_a_parameter_takes_memory_when_it_is_filled() -> None:
+    """So those that are packed as they are read never take that of their values."""
+    module = Norm(64)
+    assert module.weight.shape == (64,) and module.weight.untyped_storage().nbytes() == 0
+    assert module.reserve("weight").fill_(1.0).untyped_storage().nbytes() == 64 * 4
 
 
 def test_dummy_weights_are_finite_and_the_same_for_one_seed(

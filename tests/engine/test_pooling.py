@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from engine import LLM
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.generation_config import EmbeddingConfig, classifier_config, embedding_config
 from engine.models.registry import FAMILIES, read_config
 from engine.sampling_params import SamplingParams

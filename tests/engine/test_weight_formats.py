@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models import weights
 from engine.models.blocks.linear import BuildContext
 from engine.models.decoder import CausalLM

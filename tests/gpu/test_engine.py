@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.quantize.write import quantize
 from engine.schedule.request import Request
 from engine.schedule.step import StepPlan
 from kernels.cuda import linear
@@ -168,6 +169,21 @@ def test_weights_of_fewer_bits(tmp_path: Path, format: str) -> None:
     directory = make_checkpoint(tmp_path / "model", "qwen3", **sizes)
     outputs = text(directory, dtype="bfloat16", quantization=format)
     assert worst_lag(directory, PROMPTS, outputs, torch.bfloat16) < 1.5
+
+
+def test_weights_of_few_bits_stay_as_they_are_stored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None is widened, and what comes out is what their values give, but for rounding."""
+    sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, head_dim=32)
+    plain = make_checkpoint(tmp_path / "plain", "qwen3", num_hidden_layers=2, **sizes)
+    quantize(plain, tmp_path / "stored", "W4A16", group=64)
+    with gpu_engine(tmp_path / "stored", **SMALL | dict(dtype="bfloat16")) as engine:
+        assert "no kernel multiplies" not in caplog.text
+        ours = prompt_logits(engine.runner, [5, 6, 7], [0]).float().cpu()
+    with new_engine(tmp_path / "stored", dtype="float32") as engine:
+        exact = prompt_logits(engine.runner, [5, 6, 7], [0])
+    torch.testing.assert_close(ours, exact, rtol=0.02, atol=0.03 * float(exact.std()))
 
 
 def test_what_norms_round_is_what_products_would(

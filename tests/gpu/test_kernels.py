@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernels import AttentionNeeds, Ops, reference, select_ops
 from kernels.ops import REFERENCE
-from kernels.types import Decodes, KVCache, PagedKV, StepRows
+from kernels.types import Decodes, KVCache, PagedKV, SamplingTable, StepRows
 from tests.gpu.device import DEVICE, ON_GPU, OPS, needs_gpu, record
 from tests.kernels.steps import Attention, assert_close, each_tensor
 from tests.kernels.test_cpu_sampling import assert_same_draws, params
@@ -95,9 +95,10 @@ def test_sampling_over_a_full_vocabulary(only: str) -> None:
     fixed = {} if only == "all" else {k: v for k, v in fixed.items() if k != only}
     values = params(rows, 5, **fixed)
 
-    def sample(logits: Tensor, **values: Tensor) -> Tensor:
-        moved = {name: value.to(DEVICE) for name, value in values.items()}
-        return OPS.sampling.sample(logits.to(DEVICE), **moved).cpu()
+    def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
+        own = SamplingTable(*(column.to(DEVICE) for column in table))
+        where = rows.to(DEVICE), positions.to(DEVICE)
+        return OPS.sampling.sample(logits.to(DEVICE), own, *where).cpu()
 
     assert_same_draws(sample, logits, values)
 
@@ -151,11 +152,10 @@ class DecodingStep:
         logits = ops.rms_norm(x + residual[:, : x.shape[1]], weights["last"], 1e-6)
         logits = (logits @ weights["head"]).float()
         ops.sampling.apply_bitmask(logits, weights["mask"])
-        one = torch.ones(size, device=logits.device)
-        tokens = ops.sampling.sample(
-            logits, one, torch.full_like(inputs.positions, 20), one * 0.9, one * 0.01,
-            inputs.positions * 7, inputs.positions,
-        )  # fmt: skip
+        one, numbers = torch.ones(size, device=logits.device), inputs.positions
+        table = SamplingTable(one, torch.full_like(numbers, 20), one * 0.9, one * 0.01, numbers * 7)
+        rows = torch.arange(size, device=logits.device)
+        tokens = ops.sampling.sample(logits, table, rows, numbers)
         return attended, tokens
 
     def to(self, device: torch.device) -> "DecodingStep":

@@ -25,7 +25,16 @@ from kernels import Ops
 from kernels.cuda import launch, linear
 from kernels.cuda.launch import CompileWatch
 from kernels.cuda.ops import triton_ops
-from kernels.types import NO_DECODES, AttentionInputs, Decodes, KVCache, PagedKV, StepRows
+from kernels.types import (
+    NO_DECODES,
+    AttentionInputs,
+    Decodes,
+    KVCache,
+    PagedKV,
+    SamplingTable,
+    StepRows,
+)
+from tests.kernels import grouped
 
 FEW = "--few" in sys.argv
 CAPABILITY = int(next((word for word in sys.argv[1:] if word.isdigit()), 90))
@@ -111,7 +120,8 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     ops.silu_and_mul(torch.empty(tokens, 6144, dtype=BF16))
     weight_of_layer = torch.zeros(4096, 1024, dtype=BF16)
     DETERMINISTIC.pack_linear(weight_of_layer, None, None)(x)
-    OPS.pack_linear(weight_of_layer, None, "int4")(x)
+    for linear_grouped in GROUPED:
+        linear_grouped(x)
     if FP8 in CACHES and ops.rounding is not None:
         linear.round_rows(x)
         ops.rounding.add_rms_norm(x, x, weight, 1e-6)
@@ -126,7 +136,7 @@ def run_the_rest(tokens: int, cache: torch.dtype) -> None:
     # One below the other, so that they begin at odd places.
     numbers, at = torch.empty(3, tokens)[1], torch.zeros(2, tokens, dtype=torch.int64)[1]
     logits = torch.empty(tokens, 151_936, dtype=BF16)
-    ops.sampling.sample(logits, numbers, at, numbers, numbers, at, at)
+    ops.sampling.sample(logits, SamplingTable(numbers, at, numbers, numbers, at), at, at)
     own = torch.empty(tokens, 151_936)
     text = torch.zeros(tokens, 100 + tokens, dtype=torch.int64)
     ops.sampling.penalize(own, text, at, text.int(), numbers, numbers, numbers)
@@ -161,6 +171,11 @@ ATTENTION = [
     (torch.float32, 128, 2, 32, None, torch.float32),
     (torch.float32, 256, 2, 16, None, torch.float32),
 ][: 1 if FEW else None]
+
+# Of 4 and of 8 bits in memory, with all that groups may have.
+KINDS = grouped.KINDS[:: 8 if FEW else 3]
+WEIGHTS = [grouped.random_weight(kind, 4096, 1024).stored() for kind in KINDS]
+GROUPED = [linear.LinearGrouped([weight], None) for weight in WEIGHTS]
 
 CACHES = [BF16]
 if CAPABILITY >= 89:  # those before have no instructions for 8 bits

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import Ops
 from kernels.quantization import Quantization
+from kernels.types import SamplingTable
 from tests.kernels import grouped
 from tests.kernels.steps import Attention, inputs_of
 
@@ -103,12 +104,11 @@ def test_rows_of_the_other_ops_in_any_batch(ops: Ops, dtype: torch.dtype) -> Non
     x, residual = torch.randn(2, 70, 160).to(dtype)
     weight, ids = torch.randn(160).to(dtype), torch.arange(70)
     cos_sin = torch.randn(70, 16)
-    params = (
+    table = SamplingTable(
         torch.full((70,), 0.7),
         torch.full((70,), 9),
         torch.full((70,), 0.9),
         torch.zeros(70),
-        ids,
         ids,
     )
 
@@ -119,7 +119,7 @@ def test_rows_of_the_other_ops_in_any_batch(ops: Ops, dtype: torch.dtype) -> Non
             *ops.add_rms_norm(x[rows], residual[rows], weight, 1e-6),
             ops.silu_and_mul(x[rows]),
             *ops.rotary(q, k, ids[rows], cos_sin),
-            ops.sampling.sample(x[rows], *(each[rows] for each in params)),
+            ops.sampling.sample(x[rows], table, ids[rows], ids[rows]),
         ]
 
     whole = run(slice(0, 70))

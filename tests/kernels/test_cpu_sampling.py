@@ -1,6 +1,7 @@
 """The C++ sampler against the one in plain torch: the same token for the same draw."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,31 +9,36 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from kernels import Ops, reference
+from kernels.types import SamplingTable
 
 
-def params(rows: int, seed: int = 0, **fixed: float) -> dict[str, Tensor]:
-    """Random sampling parameters, and what is fixed instead."""
+def params(num_rows: int, seed: int = 0, **fixed: float) -> dict[str, Any]:
+    """What `sample` takes: of a table with random parameters, or what is fixed, any rows."""
+    rows = 2 * num_rows
     generator = torch.Generator().manual_seed(seed)
 
     def rand(low: float, high: float) -> Tensor:
         return torch.rand(rows, generator=generator) * (high - low) + low
 
     off = torch.rand(4, rows, generator=generator) < 0.5
-    values = {
+    columns = {
         "temperature": torch.where(off[0], 0.6, rand(0.1, 2)),
         "top_k": torch.where(off[1], 0, rand(1, 3000)).long(),
         "top_p": torch.where(off[2], 1.0, rand(0.01, 1)),
         "min_p": torch.where(off[3], 0.0, rand(0, 0.3)),
         "seeds": torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
-        "positions": torch.randint(0, 100_000, (rows,), generator=generator),
     }
     for name, value in fixed.items():
-        values[name] = torch.full_like(values[name], value)
-    return values
+        columns[name] = torch.full_like(columns[name], value)
+    return {
+        "table": SamplingTable(**columns),
+        "rows": torch.randperm(rows, generator=generator)[:num_rows],
+        "positions": torch.randint(0, 100_000, (num_rows,), generator=generator),
+    }
 
 
 def assert_same_draws(
-    sample: Callable[..., Tensor], logits: Tensor, values: dict[str, Tensor]
+    sample: Callable[..., Tensor], logits: Tensor, values: dict[str, Any]
 ) -> None:
     """Equal tokens, except where the draw lies within rounding of the boundary between two."""
     actual = sample(logits, **values)
@@ -40,8 +46,9 @@ def assert_same_draws(
     differs = actual != expected
     # One in a few hundred at most: a draw hits a boundary's rounding as often as that is wide.
     assert int(differs.sum()) <= max(1, len(actual) // 200), (actual[differs], expected[differs])
+    temperature = values["table"].temperature[values["rows"]]
     for row in differs.nonzero().flatten().tolist():
-        probs = torch.softmax(logits[row].double() / values["temperature"][row], -1)
+        probs = torch.softmax(logits[row].double() / temperature[row], -1)
         low, high = sorted((int(actual[row]), int(expected[row])))
         assert probs[low + 1 : high].sum() < 1e-4
 
@@ -104,8 +111,7 @@ def test_strided_logits(ops: Ops) -> None:
 def test_distribution(ops: Ops) -> None:
     rows = 20_000
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf, 0.5]).expand(rows, -1).contiguous()
-    values = params(rows, temperature=0.8, top_k=0, top_p=1, min_p=0)
-    values["seeds"] = torch.full((rows,), 42)
+    values = params(rows, temperature=0.8, top_k=0, top_p=1, min_p=0, seeds=42)
     values["positions"] = torch.arange(rows)
     counts = torch.bincount(ops.sampling.sample(logits, **values), minlength=6)
     expected = torch.softmax(logits[0].double() / 0.8, -1) * rows

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference import sample, uniform
+from kernels.types import SamplingTable
 
 DRAWS = 20_000
 
@@ -23,15 +24,14 @@ def draw(
 ) -> Tensor:
     """`count` tokens of one distribution, from as many (seed, position) pairs."""
     index = torch.arange(count)
-    return sample(
-        logits.expand(count, -1).clone(),
+    table = SamplingTable(
         torch.full((count,), temperature),
         torch.full((count,), top_k),
         torch.full((count,), top_p),
         torch.full((count,), min_p),
         seeds=index // 100,
-        positions=index % 100,
     )
+    return sample(logits.expand(count, -1).clone(), table, index, index % 100)
 
 
 def probabilities(logits: Tensor, temperature: float, keep: set[int]) -> list[float]:
@@ -129,15 +129,11 @@ def test_a_large_vocabulary() -> None:
 def test_temperature_0_is_argmax_whatever_else_is_set() -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, 30)
-    tokens = sample(
-        logits,
-        torch.zeros(50),
-        torch.full((50,), 7),
-        torch.full((50,), 0.5),
-        torch.full((50,), 0.2),
-        torch.arange(50),
-        torch.arange(50),
+    index = torch.arange(50)
+    table = SamplingTable(
+        torch.zeros(50), torch.full((50,), 7), torch.full((50,), 0.5), torch.full((50,), 0.2), index
     )
+    tokens = sample(logits, table, index, index)
     assert tokens.equal(logits.argmax(-1))
 
 
@@ -145,17 +141,17 @@ def test_each_row_has_its_own_parameters() -> None:
     """A mixed batch gives each row what it gets in a batch of its own."""
     torch.manual_seed(0)
     logits = torch.randn(200, 30)
-    arguments = [
+    table = SamplingTable(
         torch.tensor([0.0, 0.7, 1.0, 3.0]).repeat(50),
         torch.tensor([0, 5, 0, 0, 1]).repeat(40),
         torch.tensor([1.0, 1.0, 0.6]).repeat(67)[:200],
         torch.tensor([0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.1]).repeat(29)[:200],
         torch.arange(200) * 31,
-        torch.arange(200) % 17,
-    ]
-    together = sample(logits, *arguments)
+    )
+    rows, positions = torch.randperm(200), torch.arange(200) % 17
+    together = sample(logits, table, rows, positions)
     for i in range(200):
-        alone = sample(logits[i : i + 1], *(argument[i : i + 1] for argument in arguments))
+        alone = sample(logits[i : i + 1], table, rows[i : i + 1], positions[i : i + 1])
         assert alone.item() == together[i]
 
 
@@ -232,7 +228,8 @@ def test_the_extreme_draws_give_possible_tokens(bits: int, u: float) -> None:
     positions = torch.zeros(200, dtype=torch.int64)
     assert uniform(seeds, positions).eq(u).all()
     off = torch.zeros(200)
-    tokens = sample(logits, off + 1, off.long(), off + 1, off, seeds, positions)
+    table = SamplingTable(off + 1, off.long(), off + 1, off, seeds)
+    tokens = sample(logits, table, torch.arange(200), positions)
     assert tokens.eq(2 if bits == 0 else 47).all()
 
 
@@ -266,15 +263,9 @@ def test_the_draw_inverts_the_cumulative_distribution() -> None:
     torch.manual_seed(0)
     probs = torch.randn(500, 20).softmax(-1)
     seeds, positions = torch.arange(500), torch.arange(500) % 7
-    tokens = sample(
-        probs.log(),
-        torch.ones(500),
-        torch.zeros(500, dtype=torch.int64),
-        torch.ones(500),
-        torch.zeros(500),
-        seeds,
-        positions,
-    )
+    off = torch.zeros(500)
+    table = SamplingTable(off + 1, off.long(), off + 1, off, seeds)
+    tokens = sample(probs.log(), table, torch.arange(500), positions)
     for i, u in enumerate(uniform(seeds, positions).tolist()):
         below = probs[i, : tokens[i]].double().sum()
         assert below - 1e-6 <= u <= below + probs[i, tokens[i]] + 1e-6

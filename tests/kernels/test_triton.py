@@ -13,7 +13,8 @@ from kernels.cuda.linear import round_rows
 from kernels.cuda.ops import triton_ops
 from kernels.ops import REFERENCE
 from kernels.quantization import quantize_fp8, quantize_int4
-from kernels.types import Decodes, PagedKV, Rounded, StepRows
+from kernels.types import Decodes, PagedKV, Rounded, SamplingTable, StepRows, Table
+from tests.kernels import grouped
 from tests.kernels.steps import (
     Attention,
     assert_close,
@@ -285,10 +286,10 @@ def test_deterministic_products(dtype: torch.dtype) -> None:
 # --- Weights of fewer bits --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_products_with_weights_of_4_bits(dtype: torch.dtype) -> None:
+def test_products_with_weights_of_4_bits() -> None:
     """As of the weights that the reference rounds to, with activations as they are."""
     torch.manual_seed(0)
+    dtype = torch.bfloat16
     weight, bias = torch.randn(70, 192).to(dtype), torch.randn(70).to(dtype)
     exact = quantize_int4(weight).values()
     for rows, own_bias in ((17, None), (1, bias)):
@@ -300,6 +301,42 @@ def test_products_with_weights_of_4_bits(dtype: torch.dtype) -> None:
         assert_close(linear(on_device(x)).cpu(), expected.to(dtype))
     with pytest.raises(ValueError, match="int4' needs inputs in multiples of 64, not 32"):
         OPS.pack_linear(on_device(weight[:, :32]), None, "int4")
+
+
+@pytest.mark.parametrize("kind", grouped.KINDS)
+def test_products_with_weights_as_they_are_stored(kind: grouped.Kind) -> None:
+    """As of their values, of which none is rounded; and tables of them."""
+    assert OPS.pack_stored is not None
+    torch.manual_seed(0)
+    dtype = DTYPES[grouped.KINDS.index(kind) % len(DTYPES)]
+    first, second = (grouped.random_weight(kind, n, 256) for n in (40, 9))
+    stored = [weight.stored().to(DEVICE) for weight in (first, second)]
+    exact = torch.cat([first.values(), second.values()])
+    table = OPS.pack_stored(stored, None)
+    assert isinstance(table, Table)
+    ids = torch.tensor([48, 0, 39, 40, 39])
+    assert table.rows(on_device(ids), dtype).cpu().equal(exact[ids].to(dtype))
+    for rows, bias in ((1, None), (17, torch.randn(49).to(dtype)), (0, None)):
+        x = torch.randn(rows, 512).to(dtype)[:, :256]
+        linear = OPS.pack_stored(stored, None if bias is None else on_device(bias))
+        expected = x.float() @ exact.T + (0 if bias is None else bias.float())
+        assert linear is not None
+        assert_close(linear(on_device(x)).cpu(), expected.to(dtype))
+
+
+def test_products_with_weights_of_several_layouts_side_by_side() -> None:
+    weights = [grouped.random_weight(kind, 9, 256) for kind in grouped.KINDS[:2]]
+    plain, bias, x = torch.randn(7, 256), torch.randn(25), torch.randn(3, 256)
+    parts = [*(weight.stored().to(DEVICE) for weight in weights), on_device(plain)]
+    assert OPS.pack_stored is not None
+    linear = OPS.pack_stored(parts, on_device(bias))
+    assert linear is not None
+    exact = torch.cat([*(weight.values() for weight in weights), plain])
+    assert_close(linear(on_device(x)).cpu(), x @ exact.T + bias)
+    # An odd number of groups of 32 is dequantized; the deterministic product takes values alone.
+    odd = grouped.random_weight(grouped.KINDS[0], 9, 96)
+    assert OPS.pack_stored([odd.stored().to(DEVICE)], None) is None
+    assert DETERMINISTIC.pack_stored is None
 
 
 def test_products_with_weights_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,9 +558,9 @@ def test_logprobs(dtype: torch.dtype) -> None:
 # --- Sampling ---------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, **values: Tensor) -> Tensor:
-    moved = {name: on_device(value) for name, value in values.items()}
-    return OPS.sampling.sample(on_device(logits), **moved).cpu()
+def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
+    own = SamplingTable(*map(on_device, table))
+    return OPS.sampling.sample(on_device(logits), own, on_device(rows), on_device(positions)).cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -595,42 +632,41 @@ def test_more_candidates_than_can_be_put_aside() -> None:
 
 
 def test_greedy() -> None:
-    logits = torch.randn(20, 9000).bfloat16()  # with ties: the first of the highest wins
-    assert sample(logits, **params(20, temperature=0)).equal(logits.float().argmax(-1))
+    logits = torch.randn(8, 9000).bfloat16()  # with ties: the first of the highest wins
+    assert sample(logits, **params(8, temperature=0)).equal(logits.float().argmax(-1))
 
 
 def test_ties_are_cut_by_token_id() -> None:
-    logits = torch.zeros(40, 100)
-    tokens = sample(logits, **params(40, temperature=1, top_k=3, top_p=1, min_p=0))
+    logits = torch.zeros(24, 100)
+    tokens = sample(logits, **params(24, temperature=1, top_k=3, top_p=1, min_p=0))
     assert set(tokens.tolist()) == set(range(3))
-    tokens = sample(logits, **params(40, temperature=1, top_k=0, top_p=3.5 / 100, min_p=0))
+    tokens = sample(logits, **params(24, temperature=1, top_k=0, top_p=3.5 / 100, min_p=0))
     assert set(tokens.tolist()) == set(range(4))
-    tokens = sample(logits, **params(40, temperature=1, top_k=8, top_p=0.31, min_p=0))
+    tokens = sample(logits, **params(24, temperature=1, top_k=8, top_p=0.31, min_p=0))
     assert set(tokens.tolist()) == set(range(3))
 
 
 def test_top_k_of_several_that_are_equal() -> None:
     """2, 1, 1, 1, 0: two and one of the ones; then the ones together, which makes four exactly."""
-    logits = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0]).expand(60, -1).contiguous()
+    logits = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0]).expand(24, -1).contiguous()
     off = dict(temperature=1, top_p=1, min_p=0)
-    assert set(sample(logits, **params(60, top_k=2, **off)).tolist()) == {0, 2}
-    assert set(sample(logits, **params(60, top_k=4, **off)).tolist()) == {0, 2, 3, 4}
+    assert set(sample(logits, **params(24, top_k=2, **off)).tolist()) == {0, 2}
+    assert set(sample(logits, **params(24, top_k=4, **off)).tolist()) == {0, 2, 3, 4}
 
 
 def test_banned_tokens_are_never_drawn() -> None:
-    logits = torch.full((50, 600), -torch.inf)
+    logits = torch.full((20, 600), -torch.inf)
     logits[:, [3, 300, 599]] = torch.tensor([1.0, 2.0, 0.5])
-    assert set(sample(logits, **params(50)).tolist()) <= {3, 300, 599}
+    assert set(sample(logits, **params(20)).tolist()) <= {3, 300, 599}
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-44])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    logits = torch.randn(20, 1000) * 10
-    assert sample(logits, **params(20, temperature=temperature)).equal(logits.argmax(-1))
+    logits = torch.randn(8, 1000) * 10
+    assert sample(logits, **params(8, temperature=temperature)).equal(logits.argmax(-1))
 
 
 def test_strided_logits() -> None:
-    logits = on_device(torch.randn(10, 1001))
-    values = {name: on_device(value) for name, value in params(10).items()}
-    whole = OPS.sampling.sample(logits[:, :1000].contiguous(), **values)
-    assert OPS.sampling.sample(logits[:, :1000], **values).equal(whole)
+    logits, values = on_device(torch.randn(10, 1001)), params(10)
+    whole = sample(logits[:, :1000].contiguous(), **values)
+    assert sample(logits[:, :1000], **values).equal(whole)

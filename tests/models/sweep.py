@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.models.early import TABLE, UNSERVED

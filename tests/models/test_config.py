@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Phi3Config
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.models.registry import read_config

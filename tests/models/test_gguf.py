@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine import LLM, SamplingParams
-from engine.checkpoint import CheckpointError, resolve
+from engine.checkpoint.files import CheckpointError
+from engine.checkpoint.source import resolve
 from engine.models.gguf.convert import convert
 from engine.models.gguf.file import GgufFile, StoredTensor
 from engine.models.gguf.levels import KINDS, grouped_weight
@@ -63,7 +64,7 @@ def rotary_rows_side_by_side(weight: Tensor, heads: int) -> Tensor:
 @pytest.fixture
 def make(checkpoints: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """make(family, kind): a GGUF file of tensors of this kind, and a checkpoint of its values."""
-    monkeypatch.setattr("engine.checkpoint.cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr("engine.checkpoint.derived.cache", lambda: tmp_path / "cache")
 
     def make_both(family: str, kind: str) -> tuple[Path, Path]:
         source = checkpoints(family, **own.get(family, {}))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, Gemma3ForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from engine import LLM, SamplingParams
-from engine.checkpoint import resolve
+from engine.checkpoint.source import resolve
 from engine.models.hf_config import read_hf_config
 from engine.models.reader import open_tensors
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.blocks.linear import Source
 from engine.models.config import ModelConfig
 from engine.models.reader import open_tensors

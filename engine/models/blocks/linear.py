@@ -71,10 +71,20 @@ class ShardedModule(nn.Module):
         sources: list[Source],
         dtype: torch.dtype | None = None,
     ) -> None:
-        """An uninitialized parameter, by default of the default dtype, on the default device."""
+        """A parameter, by default of the default dtype, on the default device.
+
+        It takes no memory until `reserve`: it may be packed as it is read instead.
+        """
         values = torch.empty(tuple(shape), dtype=dtype)
+        values.untyped_storage().resize_(0)
         self.register_parameter(name, nn.Parameter(values, requires_grad=False))
         self.sources[name] = sources
+
+    def reserve(self, name: str) -> nn.Parameter:
+        """The parameter of this name, ready to be filled."""
+        parameter = self.get_parameter(name)
+        parameter.untyped_storage().resize_(parameter.nbytes)
+        return parameter
 
     def pack(self, ops: Ops) -> None:
         """Its parameters are loaded: bring them into the device's layout, where that is another."""

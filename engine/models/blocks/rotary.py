@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 
 
 @dataclass(frozen=True)

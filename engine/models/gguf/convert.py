@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.gguf.file import GgufFile
 
 # Architecture of the file -> model_type, of those whose tensors are known here.

@@ -10,7 +10,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 
 _FORMATS = {
     GGUFValueType.UINT8: "B",

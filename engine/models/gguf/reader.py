@@ -9,7 +9,7 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.blocks.linear import Source
 from engine.models.gguf.convert import ROPE_FACTORS
 from engine.models.gguf.file import GgufFile, StoredTensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.transformers.config import TransformersShape
 from engine.models.transformers.model import TransformersModel
 from kernels import Ops

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.transformers.interface import NAME, attend
 
 

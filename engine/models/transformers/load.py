@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.reader import SafetensorsReader, open_tensors
 from engine.models.shape import ModelSpec
 from engine.models.transformers.check import expected_logits, refuse_if_wrong

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.models.hf_config import longest_text
 from engine.models.shape import LayerCache
 from engine.models.transformers.distances import width_with_positions

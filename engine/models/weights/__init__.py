@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import CheckpointError, read_json
+from engine.checkpoint.files import CheckpointError, read_json
 from engine.models.weights.format import WeightFormat
 from engine.models.weights.plain import PlainWeights
 from engine.models.weights.stored import stored_format

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 
 Parts = Mapping[str, Tensor]
 # Values of four bits with one of mantissa, the sign in front.
