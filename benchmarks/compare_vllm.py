@@ -1,4 +1,4 @@
-"""Our engine, vLLM and nano-vLLM on the same machine, taking turns in processes of their own.
+"""Our engine beside vLLM, nano-vLLM and plain transformers, in turn, in processes of their own.
 
 The workload: prompts of 100..max-input random tokens, outputs of 100..max-output that ignore the
 end of sequence, on dummy weights. The others live in virtual environments of their own; on a CPU:
@@ -10,9 +10,11 @@ end of sequence, on dummy weights. The others live in virtual environments of th
     vllm-venv/bin/pip install -r requirements.txt
     python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python
 
-`--no-deps` because torchvision, torchaudio and torchcodec are not needed. Without AVX-512 vLLM is
-many times slower in bfloat16 than with `--vllm-option dtype=float32`. On a GPU, with vllm and
-nano-vllm installed in an environment each, the workload that nano-vLLM publishes is
+`--no-deps` because torchvision, torchaudio and torchcodec are not needed. vLLM compiles the model
+when it starts, which takes minutes of a core or two, each time its options are others;
+`--vllm-option enforce_eager=true` leaves that out. Without AVX-512 it is many times slower in
+bfloat16 than with `--vllm-option dtype=float32`. On a GPU, with vllm and nano-vllm installed in an
+environment each, the workload that nano-vLLM publishes is
 
     python -m benchmarks.compare_vllm --vllm-python vllm-venv/bin/python \\
         --nano-vllm-python nano-venv/bin/python --num-prompts 256 --max-input 1024 \\
@@ -38,11 +40,13 @@ _ROOT = Path(__file__).parent.parent
 _SHAPE = Path(__file__).parent / "shapes/qwen3-0.6b"
 _NOT_NEEDED = {"torch", "torchaudio", "torchvision", "torchcodec"}
 _RESULT = "RESULT "
+_MODULES = {"transformers": "benchmarks.generate"}  # where they are not the package
 # What each engine is told beyond the workload.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "engine": {},
     "vllm": {"dtype": "bfloat16", "skip_tokenizer_init": True, "enable_prefix_caching": False},
     "nanovllm": {},  # it ignores what it does not know
+    "transformers": {"dtype": "bfloat16"},
 }
 
 
@@ -66,7 +70,7 @@ def make_workload(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_here(package: str, model: str, workload: dict[str, Any], options: dict[str, Any]) -> None:
     """Generate the workload with the package's LLM class in this process; print the seconds."""
-    module = importlib.import_module(package)
+    module = importlib.import_module(_MODULES.get(package, package))
     if package == "nanovllm":
         _give_random_weights()
     if workload["max_num_batched_tokens"] is not None:
@@ -150,20 +154,33 @@ def add_tokenizer(model: str, directory: Path) -> str:
 
 def run_apart(python: str, package: str, arguments: argparse.Namespace, workload: Path) -> float:
     """Seconds of the workload in a fresh process of the given interpreter."""
-    options = {"engine": arguments.option, "vllm": arguments.vllm_option, "nanovllm": []}[package]
+    import psutil
+
+    from benchmarks.throughput import parse_option
+
+    given = {
+        "engine": arguments.option,
+        "vllm": arguments.vllm_option,
+        "nanovllm": [],
+        "transformers": arguments.transformers_option,
+    }[package]
+    options = json.dumps(dict(map(parse_option, given)))
     model = arguments.model
     if package == "nanovllm":
         model = add_tokenizer(model, workload.parent)
     # -P: files beside this one must not be taken for packages.
     command = [python, "-P", str(Path(__file__)), "--package", package, "--model", model]
-    command += ["--workload", str(workload), *(f"--option={option}" for option in options)]
-    # Left alone, vLLM keeps one core free of compute threads; here both engines have all cores.
-    cores = f"0-{(os.cpu_count() or 1) - 1}"
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
-    }
-    if package == "engine":
+    command += ["--workload", str(workload), "--options", options]
+    environment = dict(os.environ)
+    if package == "vllm" and not _has_gpu():
+        # By itself it keeps a core free of compute threads, for the process beside its worker. In
+        # one process it has all cores, as the others do.
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": "4",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": str(psutil.cpu_count(logical=False)),
+        }
+    if python == sys.executable:
         environment["PYTHONPATH"] = str(_ROOT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -188,17 +205,15 @@ def compare(arguments: argparse.Namespace, pythons: dict[str, str]) -> None:
                 seconds[package].append(took)
                 load = os.getloadavg()[0]
                 print(
-                    f"{package:8} {took:7.1f} s {num_output / took:7.1f} tok/s (load {load:.1f})",
+                    f"{package:12} {took:7.1f} s {num_output / took:7.1f} tok/s (load {load:.1f})",
                     flush=True,
                 )
     medians = {package: statistics.median(times) for package, times in seconds.items()}
     if arguments.json:
         arguments.json.write_text(json.dumps({"output_tokens": num_output, "seconds": medians}))
     for package, median in medians.items():
-        ratio = median / medians["engine"]
-        print(
-            f"{package:8} median {median:.1f} s, {num_output / median:.0f} tok/s; ratio {ratio:.2f}"
-        )
+        rate, ratio = num_output / median, median / medians["engine"]
+        print(f"{package:12} median {median:.1f} s, {rate:.1f} tok/s; ratio {ratio:.2f}")
 
 
 def _has_gpu() -> bool:
@@ -224,6 +239,9 @@ def main() -> None:
     )
     parser.add_argument("--vllm-python", help="the interpreter of vLLM's environment")
     parser.add_argument("--nano-vllm-python", help="the interpreter of nano-vLLM's")
+    parser.add_argument(
+        "--transformers", action="store_true", help="also `generate` of our own environment"
+    )
     parser.add_argument("--model", default=str(_SHAPE), help="directory of a config.json")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-prompts", type=int, default=32)
@@ -240,28 +258,29 @@ def main() -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("--option", "--vllm-option"):
+    for name in ("--option", "--vllm-option", "--transformers-option"):
         parser.add_argument(name, action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the medians here")
     parser.add_argument("--list-requirements", action="store_true")
     parser.add_argument("--package", choices=_OPTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--workload", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.list_requirements:
         list_requirements()
     elif arguments.package:
-        options = dict(option.split("=", 1) for option in arguments.option)
         workload = json.loads(arguments.workload.read_text())
-        run_here(arguments.package, arguments.model, workload, options)
+        run_here(arguments.package, arguments.model, workload, arguments.options)
     else:
         pythons = {
             "engine": sys.executable,
             "vllm": arguments.vllm_python,
             "nanovllm": arguments.nano_vllm_python,
+            "transformers": sys.executable if arguments.transformers else None,
         }
         given = {package: python for package, python in pythons.items() if python}
         if len(given) == 1:
-            parser.error("--vllm-python or --nano-vllm-python is needed; see --help")
+            parser.error("--vllm-python, --nano-vllm-python or --transformers is needed")
         if arguments.max_num_batched_tokens is None and _has_gpu():
             arguments.max_num_batched_tokens = 16384
         compare(arguments, given)

@@ -115,6 +115,7 @@ async def run(arguments: argparse.Namespace) -> list[Level]:
     key = os.environ.get("MANTA_API_KEY", "")
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=max(arguments.clients))
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    named = {"model": arguments.model} if arguments.model else {}
     levels = []
     async with httpx.AsyncClient(
         base_url=arguments.url, headers=headers, limits=limits, timeout=600
@@ -123,7 +124,7 @@ async def run(arguments: argparse.Namespace) -> list[Level]:
         for clients in arguments.clients:
             count = max(arguments.requests, 2 * clients)
             bodies = [
-                make_body(draw, arguments.shared_words, arguments.words, arguments.tokens)
+                named | make_body(draw, arguments.shared_words, arguments.words, arguments.tokens)
                 for _ in range(count)
             ]
             await measure(http, clients, bodies, warm_up=True)
@@ -187,6 +188,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--url", default="http://localhost:8000")
+    parser.add_argument("--model", help="its name, for servers that want to be told")
     parser.add_argument(
         "--clients",
         type=lambda text: [int(part) for part in text.split(",")],

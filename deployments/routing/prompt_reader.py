@@ -18,12 +18,15 @@ from engine.text.tokenizer import Tokenizer
 _TRUNCATED = "x-body-truncated"
 # A prefix that is longer than some hundred thousand tokens is not looked for.
 _MAX_BYTES = 2**20
-# As many threads tokenize; more would keep each other, and the event loop, waiting. Who shows no
-# key may have one in a header that HAProxy does not show: they have one thread for them all.
+# As many threads tokenize; more would keep each other, and the event loop, waiting. Most bodies are
+# read in milliseconds. What is longer has one thread for it all, so that nobody waits for it; so
+# have those who show no key, for they may have one in a header that HAProxy does not show.
 _MAX_READERS = 2
-_MAX_KEYLESS_READERS = 1
-# Most are read in milliseconds, for which others wait; for those that take long, they wait so long.
-_PATIENCE_S = 0.05
+_SHORT_BYTES = 2**16
+_MAX_OTHER_READERS = 1
+# Others are waited for so long: on a busy machine longer than reading takes, and less than what is
+# lost where a prompt's prefix is computed again.
+_PATIENCE_S = 0.5
 # HAProxy waits five seconds for an answer, and then has a 503 for the client.
 _READ_S = 2.0
 
@@ -50,7 +53,7 @@ class PromptReader:
         self._keys = keys
         self._room = room
         self._free = asyncio.Semaphore(_MAX_READERS)
-        self._free_keyless = asyncio.Semaphore(_MAX_KEYLESS_READERS)
+        self._free_for_others = asyncio.Semaphore(_MAX_OTHER_READERS)
 
     async def read(self, request: Request) -> ReadBody | None:
         """None, soon, for what is not worth it; for what has no prompt, or takes too long."""
@@ -61,11 +64,11 @@ class PromptReader:
             size += len(chunk)
         _, _, announced = request.headers.get(_TRUNCATED, "").partition("/")
         size = max(size, int(announced) if announced.isdigit() else 0)
-        free = self._free
-        if self._keys and self._keys.find(request.headers) is None:
-            if "authorization" in request.headers:
-                return None
-            free = self._free_keyless
+        shows_key = not self._keys or self._keys.find(request.headers) is not None
+        if not shows_key and "authorization" in request.headers:
+            return None
+        is_soon_read = shows_key and len(body) <= _SHORT_BYTES
+        free = self._free if is_soon_read else self._free_for_others
         try:
             await asyncio.wait_for(free.acquire(), _PATIENCE_S)
         except TimeoutError:
@@ -94,7 +97,8 @@ class PromptReader:
             return None
         has_room = sealed is not None and size + len(sealed) <= self._room
         headers = {HEADER: sealed} if sealed is not None and has_room else {}
-        whole = size / max(len(body), 1)  # of what is known
+        # Of what is known: where the body is cut in the middle of the prompt, so is that.
+        whole = size / max(len(body), 1) if prompt.is_last else 1
         names = [short(block_hash) for block_hash in hashes]
         num_tokens, tokens_per_block = len(prompt.tokens) * whole, self._hasher.block_size * whole
         return ReadBody(RoutedPrompt(names, round(num_tokens), tokens_per_block), headers)

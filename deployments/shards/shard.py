@@ -4,11 +4,12 @@ import faulthandler
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
 from deployments.args import DeploymentArgs
+from deployments.shards import injected_faults
 from deployments.shards.engine_loop import EngineLoop
 from deployments.shards.weight_keeper import KeptWeights
 from engine.config import EngineConfig
@@ -37,10 +38,6 @@ def group_bundles(args: DeploymentArgs, replica_cpus: float) -> list[dict[str, f
     return [first] + [shard] * (args.num_ranks - 1)
 
 
-def _raise_injected_fault(*_: Any) -> None:
-    raise RuntimeError("injected fault")
-
-
 @ray.remote(max_restarts=0)
 class EngineShard:
     """Its methods are for lifecycle alone; requests, plans and tokens go over sockets.
@@ -51,9 +48,7 @@ class EngineShard:
 
     def __init__(self) -> None:
         faulthandler.register(STACKS_SIGNAL, all_threads=True)
-        # For chaos runs: an error at a random place of a step, as a device fault would raise it.
-        if os.environ.get("MANTA_FAULT_INJECTION") == "1":
-            signal.signal(signal.SIGUSR1, _raise_injected_fault)
+        injected_faults.prepare_process()
 
     def process(self) -> tuple[str, int]:
         """(node id, process id), for whoever must kill it when it does not listen."""
@@ -79,6 +74,7 @@ class EngineShard:
 
         startup_s = {"imports": self._imports_s + time.monotonic() - begin}
         engine = Engine(config, self._leader, show_progress=True, files=KeptWeights(keep_s))
+        injected_faults.prepare_engine(engine)
         EngineLoop(engine, front_address, startup_s).run()
 
     def follow(

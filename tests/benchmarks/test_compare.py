@@ -72,7 +72,7 @@ class VLLM:
         ]
 
 
-@pytest.mark.parametrize("package", ["engine", "vllm", "nanovllm"])
+@pytest.mark.parametrize("package", ["engine", "vllm", "nanovllm", "transformers"])
 def test_every_engine_runs_the_workload(
     package: str,
     checkpoints: CheckpointFactory,
@@ -83,7 +83,7 @@ def test_every_engine_runs_the_workload(
     model, options = str(checkpoints("qwen3", vocab_size=10_001)), {}
     if package == "engine":
         options = {"num_threads": 1}
-    else:
+    elif package != "transformers":
         model = compare_vllm.add_tokenizer(model, tmp_path)
         module: Any = ModuleType(package)
         module.LLM = NanoLLM if package == "nanovllm" else VLLM

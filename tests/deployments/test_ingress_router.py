@@ -163,6 +163,16 @@ def test_what_has_no_prompt_is_routed_by_load(body: dict[str, Any]) -> None:
     assert read(body) is None
 
 
+def test_a_prompt_that_ends_before_the_cut_is_no_longer_than_it_is() -> None:
+    """What follows it in the body are settings, or nothing."""
+    whole = read(CHAT)
+    assert whole is not None
+    for rest in ({"user": "x" * 99_999}, {"max_tokens": 1, "metadata": {"text": "x" * 99_999}}):
+        found = read(CHAT | rest, size=2**14)
+        assert found is not None
+        assert found.prompt == whole.prompt
+
+
 def test_two_are_read_at_a_time_and_nobody_waits_long_for_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,6 +196,28 @@ def test_two_are_read_at_a_time_and_nobody_waits_long_for_them(
 
     monkeypatch.setattr(TOKENIZER, "encode", encode)
     monkeypatch.setattr(prompt_reader, "_PATIENCE_S", 0.01)
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_nobody_waits_for_long_prompts_but_those_who_send_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_go_on = threading.Event()
+    really: Callable[..., Any] = TOKENIZER.encode
+
+    def encode(text: str, *args: Any, **options: Any) -> list[int]:
+        assert len(text) < 99 or may_go_on.wait(30)
+        return really(text, *args, **options)
+
+    async def run() -> None:
+        short, long, own = b'{"prompt": "hi"}', json.dumps({"prompt": "hi " * 30_000}), reader()
+        waiting = [asyncio.create_task(own.read(question(long.encode()))) for _ in range(8)]
+        assert await own.read(question(short)) is not None
+        assert not any(task.done() for task in waiting)
+        may_go_on.set()
+        assert all(await asyncio.gather(*waiting))
+
+    monkeypatch.setattr(TOKENIZER, "encode", encode)
     asyncio.run(asyncio.wait_for(run(), 30))
 
 

@@ -33,6 +33,7 @@ class Prompt:
     tokens: list[int]
     cache_salt: str
     request_type: str
+    is_last: bool  # in the body: where that is cut, it may go on
 
 
 def prompt_of(body: bytes, tokenizer: Tokenizer, max_bytes: int) -> Prompt | None:
@@ -47,7 +48,8 @@ def prompt_of(body: bytes, tokenizer: Tokenizer, max_bytes: int) -> Prompt | Non
                 with suppress(ValidationError):
                     request = model.model_validate(attempt)
                     tokens = request.encode(tokenizer)
-                    return Prompt(tokens, request.cache_salt, model.__name__)
+                    is_last = next(reversed(content)) == field
+                    return Prompt(tokens, request.cache_salt, model.__name__, is_last)
     except (ApiError, ValueError):
         pass
     return None
