@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -20,27 +20,19 @@ from ray.serve.exceptions import RayServeException
 from benchmarks.chaos_streams import Report
 from deployments.shards.injected_faults import POISON
 
-if TYPE_CHECKING:
-    from ray.cluster_utils import Cluster
-
 _SHARD = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "error": signal.SIGUSR1}
 # In the command lines of those that get SIGKILL.
 _REPLICA, _CONTROLLER = "ray::ServeReplica:chaos:Replica", "ray::ServeController"
 _PROXIES = "ray::ProxyActor", "/haproxy -"
 
 # Streams break on these, unless their clients go on by themselves.
-BREAKING = ("replica", "proxy", "controller", "node")
+BREAKING = ("replica", "proxy", "controller")
 FAULTS = (*_SHARD, *BREAKING, "poison")
 
 
 class Breaker:
-    """
-    Args:
-        cluster: of a node for every replica, where nodes are to be killed.
-    """
-
-    def __init__(self, url: str, cluster: "Cluster | None") -> None:
-        self._url, self._cluster = url, cluster
+    def __init__(self, url: str) -> None:
+        self._url = url
         self._replicas = serve.get_app_handle("chaos")
         self._draw = random.Random(0)
         self._how: dict[str, Callable[[], Awaitable[None]]] = {
@@ -48,7 +40,6 @@ class Breaker:
             "replica": partial(self._kill, _REPLICA),
             "proxy": partial(self._kill, *_PROXIES),
             "controller": partial(self._kill, _CONTROLLER),
-            "node": self._kill_node,
             "poison": self._poison,
         }
 
@@ -73,14 +64,6 @@ class Breaker:
     async def _kill(self, *titles: str) -> None:
         os.kill(self._draw.choice(await asyncio.to_thread(_pids, titles)), signal.SIGKILL)
 
-    async def _kill_node(self) -> None:
-        """One that is not the head; another takes its place."""
-        assert self._cluster is not None
-        nodes = [node for node in self._cluster.worker_nodes if node.raylet_socket_name]
-        node = self._draw.choice(sorted(nodes, key=lambda node: str(node.raylet_socket_name)))
-        await asyncio.to_thread(self._cluster.remove_node, node, allow_graceful=False)
-        await asyncio.to_thread(self._cluster.add_node, **NODE)
-
     async def _poison(self) -> None:
         """A request that no engine survives, which must be told so."""
         body: dict[str, Any] = {"prompt": POISON, "max_tokens": 4}
@@ -88,10 +71,6 @@ class Breaker:
             answer = await http.post(f"{self._url}/v1/completions", json=body)
         code = answer.json()["error"]["code"]
         assert (answer.status_code, code) == (500, "engine_failed"), answer.text
-
-
-# Room for one replica, of which a shard takes one CPU.
-NODE: dict[str, Any] = {"num_cpus": 2}
 
 
 def _pids(titles: tuple[str, ...]) -> list[int]:

@@ -145,7 +145,7 @@ def prompts(
         BLOCK_SIZE=cache.spec.block_size,
         BLOCK_M=block_m,
         BLOCK_N=16 if exact else 32 if big else 64,
-        num_warps=8 if block_d == 128 and not exact else 4,
+        num_warps=8 if block_d >= 128 and not exact else 4,
         num_stages=2 if exact else 3 if big else STAGES,
         enable_fp_fusion=fuse,
     )

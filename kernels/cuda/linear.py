@@ -229,7 +229,7 @@ class LinearGrouped:
                 INS=ins,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
-                num_warps=4,
+                num_warps=4 if few else 8,
                 num_stages=4,
             )
         return out
