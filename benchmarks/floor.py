@@ -93,17 +93,18 @@ def measure_machine(
     count for as many operations.
     """
     size = 8192 if device.type == "cuda" else 2048
-    rows = max(size, 4096)
+    outputs = max(size, 4096)
+    rows = 8192 if device.type == "cuda" else 512  # torch's own may take a second for these
     data = torch.ones(2**28, dtype=torch.float32, device=device)
     read_s = best_seconds(data.sum, device)
     del data
     x = torch.randn(rows, size, device=device).to(dtype)
-    weight = torch.randn(rows, size, device=device).to(dtype)
+    weight = torch.randn(outputs, size, device=device).to(dtype)
     product_s = best_seconds(lambda: x @ weight.T, device)
     if ops is not None:
         linear = ops.pack_linear(weight, None, quantization)
         product_s = min(product_s, best_seconds(lambda: linear(x), device))
-    return Machine(2**30 / read_s, 2 * rows * size * rows / product_s)
+    return Machine(2**30 / read_s, 2 * rows * size * outputs / product_s)
 
 
 def count_parameters(config: DenseShape) -> tuple[int, int]:

@@ -65,8 +65,11 @@ class GroupedWeight:
         """Inputs that share a group or a super-block."""
         return self.group if self.super_scales is None else SUPER_GROUP
 
-    def stored(self) -> "StoredWeight":
-        return StoredWeight(self.shape, lambda rows: self._each(lambda t: t.index_select(0, rows)))
+    def stored(self, order: Tensor | None = None) -> "StoredWeight":
+        def rows(ids: Tensor) -> GroupedWeight:
+            return self._each(lambda tensor: tensor.index_select(0, ids))
+
+        return StoredWeight(self.shape, rows, order)
 
     def inputs(self, start: int, end: int) -> "GroupedWeight":
         """[start, end) of the inputs, which cut no group."""
@@ -104,6 +107,7 @@ class StoredWeight:
 
     shape: tuple[int, int]
     rows: Callable[[Tensor], GroupedWeight]  # of these outputs
+    order: Tensor | None = None  # which input each column is for, where groups have any inputs
 
     @cached_property
     def first(self) -> GroupedWeight:
@@ -115,26 +119,33 @@ class StoredWeight:
 
     def ordered(self, order: Tensor) -> "StoredWeight":
         """With its outputs in this order, or some of them."""
-        return StoredWeight((len(order), self.shape[1]), lambda rows: self.rows(order[rows]))
+        shape = len(order), self.shape[1]
+        return replace(self, shape=shape, rows=lambda rows: self.rows(order[rows]))
 
     def narrow(self, dim: int, start: int, end: int) -> "StoredWeight | None":
         """[start, end) of the outputs (0) or of the inputs; None where that would cut a group."""
         outputs, inputs = self.shape
         if dim == 0:
-            return StoredWeight((end - start, inputs), lambda rows: self.rows(rows + start))
+            cut = end - start, inputs
+            return replace(self, shape=cut, rows=lambda rows: self.rows(rows + start))
         if (start, end) == (0, inputs):
             return self
-        if start % self.first.common or end % self.first.common:
+        if self.order is not None or start % self.first.common or end % self.first.common:
             return None
         cut = outputs, end - start
-        return StoredWeight(cut, lambda rows: self.rows(rows).inputs(start, end))
+        return replace(self, shape=cut, rows=lambda rows: self.rows(rows).inputs(start, end))
 
     def to(self, device: torch.device) -> "StoredWeight":
         """With its rows there."""
-        return StoredWeight(self.shape, lambda rows: self.rows(rows)._each(lambda t: t.to(device)))
+        order = None if self.order is None else self.order.to(device)
+
+        def moved(rows: Tensor) -> GroupedWeight:
+            return self.rows(rows)._each(lambda tensor: tensor.to(device))
+
+        return replace(self, rows=moved, order=order)
 
     def times(self, factor: float) -> "StoredWeight":
-        return StoredWeight(self.shape, lambda rows: self.rows(rows).times(factor))
+        return replace(self, rows=lambda rows: self.rows(rows).times(factor))
 
 
 def alike(parts: Sequence[Tensor | StoredWeight]) -> Iterator[Tensor | list[StoredWeight]]:
@@ -143,3 +154,12 @@ def alike(parts: Sequence[Tensor | StoredWeight]) -> Iterator[Tensor | list[Stor
         own = list(run)
         stored = [part for part in own if isinstance(part, StoredWeight)]
         yield stored or torch.cat([part for part in own if isinstance(part, Tensor)])
+
+
+def have_one_order(parts: Sequence[Tensor | StoredWeight]) -> bool:
+    """Whether all take their inputs in the same order."""
+    orders = [part.order if isinstance(part, StoredWeight) else None for part in parts]
+    first = orders[0]
+    return all(
+        o is first or (o is not None and first is not None and o.equal(first)) for o in orders
+    )

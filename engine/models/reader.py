@@ -209,7 +209,7 @@ class DequantizedReader:
         whole = None if parts is None else self._format.grouped(self._read(parts))
         if whole is None or whole.shape != source.shape:
             return None
-        return whole.stored().narrow(source.dim, source.start, source.end)
+        return whole.narrow(source.dim, source.start, source.end)
 
     def _read(self, parts: dict[str, str]) -> dict[str, Tensor]:
         return {what: self._stored.values(name) for what, name in parts.items()}

@@ -16,7 +16,7 @@ from engine.models.reader import TensorReader, open_tensors
 from engine.models.rewrite import UNCHANGED, Rewrites, RewrittenReader
 from engine.progress import Progress
 from kernels import Ops
-from kernels.grouped import StoredWeight
+from kernels.grouped import StoredWeight, have_one_order
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -120,7 +120,8 @@ def _stored(
             parts.append(reader.read(source).to(parameter))
         else:
             parts.append(stored.to(parameter.device))
-    return parts if any(isinstance(part, StoredWeight) for part in parts) else []
+    is_stored = any(isinstance(part, StoredWeight) for part in parts)
+    return parts if is_stored and have_one_order(parts) else []
 
 
 def _check(wanted: Iterable[list[Source]], reader: TensorReader, is_tied: bool) -> None:

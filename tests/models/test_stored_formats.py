@@ -19,7 +19,7 @@ from engine.models.rewrite import Rewrite, Rewrites, RewrittenReader
 from engine.models.weights.dequantize import scaled
 from engine.models.weights.stored import stored_format
 from tests.conftest import CheckpointFactory
-from tests.engine.helpers import new_engine, new_requests, run, tokens_of
+from tests.engine.helpers import new_engine, new_requests, prompt_logits, run, tokens_of
 from tests.engine.oracle import random_prompts
 
 Stored = tuple[dict[str, Tensor], Tensor]  # what is stored of a weight, and what it stands for
@@ -209,10 +209,12 @@ def test_levels_and_scales_stand_for_the_values(name: str) -> None:
         parts["weight_scale"] = parts["weight_scale"].bfloat16()
         values = stored_format(config).values(parts)
     weight = stored_format(config).grouped(parts)
-    is_widened = ("fp8", "bitsandbytes", "gptq, by activations")
+    is_widened = ("fp8", "bitsandbytes")
     assert (weight is None) == any(part in name for part in is_widened)
     if weight is not None:
-        torch.testing.assert_close(weight.values(), values, rtol=1e-6, atol=1e-7)
+        ours = weight.rows(torch.arange(48)).values()
+        in_order = values if weight.order is None else values[:, weight.order]
+        torch.testing.assert_close(ours, in_order, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +267,29 @@ def test_what_is_rewritten_as_it_is_loaded_is_not_multiplied_as_it_is_stored(
                 torch.testing.assert_close(values, reader.read(source), rtol=2**-8, atol=0)
 
 
+def test_inputs_come_in_the_order_of_groups_by_activations(
+    store: Callable[..., list[Path]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is widened, and steps can be recorded; but maps of one input share an order."""
+    stored, plain = store("llama3", "gptq, by activations")
+    tensors = load_file(stored / "model.safetensors")
+    halves = {name: part.half() for name, part in tensors.items() if name.endswith(".scales")}
+    save_file(tensors | halves, stored / "model.safetensors")
+    with new_engine(plain, dtype="float32") as engine:
+        exact = prompt_logits(engine.runner, [5, 6, 7], [0])
+    texts = []
+    for is_eager in (True, False):
+        with new_engine(stored, dtype="bfloat16", enforce_eager=is_eager) as engine:
+            ours = prompt_logits(engine.runner, [5, 6, 7], [0])
+            texts.append(tokens_of(run(engine, new_requests([[5, 6, 7]], ignore_eos=True))))
+    assert torch.cosine_similarity(ours.float().flatten(), exact.flatten(), 0) > 0.99
+    assert texts[0] == texts[1] and "no kernel multiplies" not in caplog.text
+    name = next(name for name in tensors if name.endswith("k_proj.g_idx"))
+    save_file(tensors | halves | {name: tensors[name].flip(0)}, stored / "model.safetensors")
+    with new_engine(stored, dtype="bfloat16"):
+        assert "no kernel multiplies" in caplog.text
+
+
 def test_so_it_is_where_transformers_module_computes(store: Callable[..., list[Path]]) -> None:
     directories = store("qwen3", "int4, in groups with zero points")
     for directory in directories:  # our blocks have no such activation
@@ -285,7 +310,7 @@ def test_what_is_quantized_is_not_quantized_again(store: Callable[..., list[Path
 def test_what_no_kernel_multiplies_as_it_is_stored_is_said(
     store: Callable[..., list[Path]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    stored, _ = store("llama3", "gptq, by activations")
+    stored, _ = store("llama3", "fp8 of DeepSeek")
     with new_engine(stored, dtype="bfloat16"):
         pass
     assert "stored with bits that no kernel multiplies here; as torch.bfloat16" in caplog.text

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.models.blocks.linear import BuildContext, ShardedModule, Source
+from engine.models.blocks.linear import BuildContext, ShardedModule, Source, pack_stored
 from kernels import Ops
 from kernels.grouped import StoredWeight
 from kernels.quantization import Quantization
@@ -42,7 +42,7 @@ class VocabEmbedding(ShardedModule):
 
     def pack_stored(self, ops: Ops, parts: Sequence[Tensor | StoredWeight]) -> bool:
         is_whole = parts[0].shape[0] == len(self.weight)  # not filled up on the last rank
-        packed = ops.pack_stored(parts, None) if ops.pack_stored and is_whole else None
+        packed = pack_stored(ops, parts, None) if is_whole else None
         if not isinstance(packed, Table):
             return False
         self._linear = packed

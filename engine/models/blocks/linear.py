@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from engine.models.weights.format import StoredTensor, WeightFormat
 from engine.ranks.rank_group import RankGroup
 from kernels import Ops
 from kernels.grouped import StoredWeight
-from kernels.types import Rounded
+from kernels.types import Linear, Rounded
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,21 @@ class ShardedModule(nn.Module):
         return False
 
 
+def pack_stored(
+    ops: Ops, parts: Sequence[Tensor | StoredWeight], bias: Tensor | None
+) -> Linear | None:
+    """By the device's kernels, for inputs in the order that all of the parts have them in."""
+    packed = ops.pack_stored(parts, bias) if ops.pack_stored else None
+    order = parts[0].order if isinstance(parts[0], StoredWeight) else None
+    if packed is None or order is None:
+        return packed
+    return partial(_of_ordered, linear=packed, order=order)
+
+
+def _of_ordered(x: Tensor, linear: Linear, order: Tensor) -> Tensor:
+    return linear(x.index_select(1, order))
+
+
 class ShardedLinear(ShardedModule):
     """A rank's part of linear maps: as the checkpoint has them, and once packed as the device."""
 
@@ -128,7 +144,7 @@ class ShardedLinear(ShardedModule):
             delattr(self, name)
 
     def pack_stored(self, ops: Ops, parts: Sequence[Tensor | StoredWeight]) -> bool:
-        packed = ops.pack_stored(parts, self._packed_bias()) if ops.pack_stored else None
+        packed = pack_stored(ops, parts, self._packed_bias())
         if packed is None:
             return False
         self._linear = packed

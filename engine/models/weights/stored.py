@@ -9,17 +9,17 @@ from torch import Tensor
 
 from engine.models.weights import dequantize, grouped
 from engine.models.weights.dequantize import Parts
-from kernels.grouped import GroupedWeight
+from kernels.grouped import StoredWeight
 
 
-def _not_in_groups(_: Parts) -> GroupedWeight | None:
+def _not_in_groups(_: Parts) -> StoredWeight | None:
     return None
 
 
 @dataclass(frozen=True)
 class StoredFormat:
     values: Callable[[Parts], Tensor]  # float32 [out, in]
-    grouped: Callable[[Parts], GroupedWeight | None] = _not_in_groups
+    grouped: Callable[[Parts], StoredWeight | None] = _not_in_groups
 
 
 def stored_format(stored: Mapping[str, Any]) -> StoredFormat | None:
