@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from deployments.cli.client import EventLines
 from engine import LLM, SamplingParams
 
 # Pauses longer than this are taken for recoveries.
@@ -118,23 +118,22 @@ class _Stream:
             if response.status_code != 200:
                 await response.aread()
                 raise httpx.HTTPError(f"{response.status_code} {response.text[:80]}")
-            async for event_id, added in _events(response, self._last_id):
+            async for event_id, added in _events(response):
                 now = time.monotonic()
                 self._report.note_gap(now - self.last, now)
-                self._last_id, self.text, self.last = event_id, self.text + added, now
+                self.text, self.last = self.text + added, now
+                self._last_id = event_id or self._last_id
         self.has_ended = True
 
 
-async def _events(response: httpx.Response, event_id: str) -> AsyncIterator[tuple[str, str]]:
-    """(id, text) of each; raises HTTPError where they end before the end."""
+async def _events(response: httpx.Response) -> AsyncIterator[tuple[str, str]]:
+    """(id or "", text) of each; raises HTTPError where they end before the end."""
+    lines = EventLines()
     async for line in response.aiter_lines():
-        if line.startswith("id: "):
-            event_id = line.removeprefix("id: ")
-        elif line == "data: [DONE]":
-            return
-        elif line.startswith("data: {"):
-            event = json.loads(line.removeprefix("data: "))
+        for event_id, event in lines.read(line):
             if "choices" not in event:
                 raise httpx.HTTPError(line)
             yield event_id, event["choices"][0]["text"]
+        if lines.have_ended:
+            return
     raise httpx.RemoteProtocolError("a stream without an end")

@@ -57,6 +57,24 @@ class _Known:
         return body, {"last-event-id": self._last_id}
 
 
+class EventLines:
+    """What the lines of a stream of events say, one after another."""
+
+    def __init__(self) -> None:
+        self.have_ended = False
+        self._id = ""
+
+    def read(self, line: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(its id or "", what it says) of an event that the line ends."""
+        if line.startswith("id: "):
+            self._id = line.removeprefix("id: ")
+        elif line == "data: [DONE]":
+            self.have_ended = True
+        elif line.startswith("data: {"):
+            event_id, self._id = self._id, ""
+            yield event_id, json.loads(line.removeprefix("data: "))
+
+
 class Client:
     def __init__(self, url: str, key: str = "") -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -105,18 +123,14 @@ class Client:
                 response.read()
                 self._check(response)
             known.came_at = time.monotonic()
-            event_id = ""
+            lines = EventLines()
             for line in response.iter_lines():
-                if line.startswith("id: "):
-                    event_id = line.removeprefix("id: ")
-                elif line == "data: [DONE]":
-                    return
-                elif line.startswith("data: {"):
-                    event = json.loads(line.removeprefix("data: "))
+                for event_id, event in lines.read(line):
                     if "error" in event:
                         raise ServerError(event["error"]["message"])
                     yield event_id, event
-                    event_id = ""
+                if lines.have_ended:
+                    return
         if body is not None:
             raise httpx.RemoteProtocolError("the answer has no end")
 
