@@ -118,7 +118,7 @@ class Engine:
         """Queue a request. Raises ValueError when it could never be served."""
         if self.is_sleeping:
             raise ValueError("the engine is asleep; wake it up first")
-        self.limits.check(request.prompt_token_ids + request.output_token_ids, request.params)
+        self.limits.check(request.prompt_token_ids, request.params, request.output_token_ids)
         self.limits.check_tokens("prediction", request.prediction_token_ids)
         if request.params.n != 1:
             raise ValueError(

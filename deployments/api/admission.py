@@ -49,7 +49,7 @@ def check_prompt(
         known: tokens of the output that are there already.
     """
     try:
-        front.check([*prompt, *known] if known else prompt, params)
+        front.check(prompt, params, known)
     except ValueError as error:
         raise prompt_error(error, param) from error
 

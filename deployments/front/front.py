@@ -79,10 +79,15 @@ class Front:
         size = sum(map(len, params.bad_words))
         return await off_loop(size, params.in_tokens, self.tokenizer.encode_bad_words)
 
-    def check(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
+    def check(
+        self, prompt_token_ids: list[int], params: SamplingParams, known: Sequence[int] = ()
+    ) -> None:
         """Raises ValueError for a request that can never be served.
 
         Raises EngineUnavailableError when there will be no engine to serve it.
+
+        Args:
+            known: tokens of the output that are there already.
         """
         self.client.check_available()
         if self.client.is_sleeping:
@@ -91,7 +96,7 @@ class Front:
             raise EngineUnavailableError("the engine is still starting")
         if params.stop and not self.tokenizer.knows_text:
             raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
-        self.client.limits.check(prompt_token_ids, params)
+        self.client.limits.check(prompt_token_ids, params, known)
 
     def max_prompt_len(self, params: SamplingParams) -> int | None:
         """Tokens that a prompt may have; None if any number, as it will be truncated."""

@@ -105,8 +105,17 @@ class Generation:
             )
             if (index + 1) % STARTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        known = list(self._options.known_tokens)  # of the only output
-        return {0: TokenDelta("", known)} if known else {}
+        return {0: self._known_delta()} if self._options.known_tokens else {}
+
+    def _known_delta(self) -> TokenDelta:
+        """What there is of the only output, which may be all: then only its end was not heard."""
+        prompt, params, _ = self._asked[0]
+        delta = TokenDelta("", list(self._options.known_tokens))
+        if self._client.limits is not None:
+            ending = self._client.limits.ending(len(prompt), delta.token_ids, params)
+            delta.finish_reason, delta.stop_token = ending
+            self._outputs[0].record.finish_reason = delta.finish_reason
+        return delta
 
     def complete(self, index: int) -> None:
         """The output is told to be complete; there will be no more of it."""

@@ -52,10 +52,18 @@ class RequestLimits:
                 known = f"0 to {self.vocab_size - 1}"
                 raise ValueError(f"{name}: token id {token} is outside the vocabulary ({known})")
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
         """Raises ValueError when the engine could never serve this request.
 
         That is a PromptTooLongError where a shorter prompt would help.
+
+        Args:
+            output_token_ids: that are there already, and may be all.
         """
         length = len(prompt_token_ids)
         if length == 0:
@@ -71,10 +79,16 @@ class RequestLimits:
                 self.max_len,
                 f"the prompt has {length} tokens, and with one token of output must fit: {limit}",
             )
+        if length + len(output_token_ids) > self.max_len:
+            raise ValueError(
+                f"the prompt's {length} tokens and the {len(output_token_ids)} of its output that "
+                f"are there are more than fit ({self.max_len})"
+            )
         self._check_head(params)
         thinking = params.thinking_limit
         for name, tokens in (
             ("prompt", prompt_token_ids),
+            ("output", output_token_ids),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
             ("allowed_token_ids", params.allowed_token_ids or ()),
@@ -95,6 +109,24 @@ class RequestLimits:
                 "allowed_token_ids: all of them end the output, which min_tokens does not allow; "
                 "add others or leave min_tokens out"
             )
+
+    def ending(
+        self, num_prompt: int, output: Sequence[int], params: SamplingParams
+    ) -> tuple[str | None, int | None]:
+        """As in `TokenDelta`, the finish_reason and stop_token of an output that ends so, if any.
+
+        Args:
+            output: tokens that are there, one at least, of which only the last may be its end.
+        """
+        last = output[-1]
+        if last in params.stop_token_ids:
+            return "stop", last
+        if last in self.eos_token_ids and not params.ignore_eos:
+            return "stop", None
+        most = self.max_len - num_prompt
+        if params.max_tokens is not None:
+            most = min(most, params.max_tokens)
+        return "length" if len(output) >= most else None, None
 
     def _check_head(self, params: SamplingParams) -> None:
         """Raises ValueError for what the model's head is not made for."""

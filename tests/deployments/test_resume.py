@@ -100,10 +100,32 @@ def test_what_follows_an_id_is_what_would_have_followed(kind: str, api: InProces
         # By number, by the tokens; the seed comes with the place.
         rest = stream(api, path, body, **{"last-event-id": whole[i].id})
         assert said(before + rest) == said(whole)
-        if whole[-1].choice["finish_reason"] != "length" or len(tokens) < body["max_tokens"]:
-            known = {"seed": 11, "token_ids": tokens}
-            rest = stream(api, path, body | {"resume": known})
-            assert said(before + rest) == said(whole)
+        rest = stream(api, path, body | {"resume": {"seed": 11, "token_ids": tokens}})
+        assert said(before + rest) == said(whole)
+    api.assert_idle()
+
+
+@pytest.mark.parametrize(
+    ("body", "ending"),
+    [
+        (BODIES["call"][1], "tool_calls"),
+        (ASK | {"max_tokens": 9, "ignore_eos": True}, "length"),
+        (ASK | {"max_tokens": None, "ignore_eos": True}, "length"),  # the window's end
+        (ASK | {"stop": ["e"], "temperature": 0}, "stop"),
+    ],
+)
+def test_of_a_text_that_is_all_there_only_the_end_is_told(
+    body: dict[str, Any], ending: str, api: InProcessApi
+) -> None:
+    body = body | {"seed": 2, "return_token_ids": True}
+    whole = stream(api, CHAT, body)
+    tokens = [t for event in whole for t in event.choice.get("token_ids") or ()]
+    made = api.engine.scheduler.stats.output_tokens
+    rest = stream(api, CHAT, body | {"resume": {"seed": 2, "token_ids": tokens}})
+    assert said(rest) == [{}, ending] and said(whole)[1] == ending
+    assert rest[-1].id == whole[-1].id
+    assert rest[-1].choice["stop_reason"] == whole[-1].choice["stop_reason"]
+    assert api.engine.scheduler.stats.output_tokens == made
     api.assert_idle()
 
 
@@ -134,7 +156,7 @@ def test_a_text_goes_on_where_its_tokens_are_the_models_own(api: InProcessApi) -
         ({"resume": {"seed": 1, "token_ids": [5]}, "stream": False}, {}, "a stream of one choice"),
         ({"resume": {"seed": 1}}, {}, "one of position, token_ids and text"),
         ({"resume": {"seed": 1, "token_ids": [10**6]}}, {}, "outside the vocabulary"),
-        ({"resume": {"seed": 1, "token_ids": [5] * 40}}, {}, "all that max_tokens allows"),
+        ({"resume": {"seed": 1, "token_ids": [5] * 41}}, {}, "more than max_tokens allows"),
         ({}, {"last-event-id": "5"}, "SEED.POSITION"),
         ({}, {"last-event-id": "x.1"}, "SEED.POSITION"),
     ],

@@ -176,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         request = Request(
             request_id, prompt, params, 0, spec.salt, list(resumed), spec.priority, spec.owner
         )
-        self.limits.check(prompt + list(resumed), params)
+        self.limits.check(prompt, params, resumed)
         self.scheduler.add(request)
         self.expected[request_id] = Expected(
             output[len(resumed) :], "stop" if output[-1] in eos else "length"

@@ -81,8 +81,8 @@ async def go_on(
     tokens = resume.token_ids or []
     if resume.text is not None:
         tokens = await front.encode(resume.text, add_special_tokens=False)
-    if params.max_tokens is not None and len(tokens) >= params.max_tokens:
-        raise _fault(f"these {len(tokens)} tokens are all that max_tokens allows")
+    if params.max_tokens is not None and len(tokens) > params.max_tokens:
+        raise _fault(f"these {len(tokens)} tokens are more than max_tokens allows")
     position = resume.position if resume.position is not None else len(tokens)
     return (
         params.model_copy(update={"seed": resume.seed}),
