@@ -5,14 +5,16 @@ error. Every stream must end with the text of an undisturbed run; afterwards eve
 free, and no process, shared memory or socket directory may be left.
 
 With --resume, so many of the clients go on by themselves where a stream breaks, which may then also
-be of a replica, the proxy (with --haproxy: HAProxy) or Serve's controller that is killed: they must
-have the same texts, too, and the others an error. "poison" is a request that kills its engine.
+be of a replica, the proxy (with --haproxy: HAProxy), Serve's controller or a node that is killed:
+they must have the same texts, too, and the others an error. A node is one of several raylets of
+this machine, beside a head without replicas, and as many stand by. "poison" is a request that kills
+its engine.
 
 With --hostile nothing is broken; other clients send what may cost others something, from a process
 of their own, in the second half of the run. The pauses of the streams are told for both halves.
 
     python -m benchmarks.chaos --seconds 180 --clients 64
-    python -m benchmarks.chaos --replicas 2 --resume 0.5 --faults replica proxy controller poison
+    python -m benchmarks.chaos --replicas 2 --resume 0.5 --faults replica node controller poison
     python -m benchmarks.chaos --seconds 120 --clients 64 --hostile
 """
 
@@ -34,8 +36,9 @@ os.environ.update(local_ray.prepare("--haproxy" in sys.argv), MANTA_FAULT_INJECT
 import psutil
 import ray
 from ray import serve
+from ray.cluster_utils import Cluster
 
-from benchmarks.chaos_faults import BREAKING, FAULTS, Breaker
+from benchmarks.chaos_faults import BREAKING, FAULTS, NODE, Breaker
 from benchmarks.chaos_streams import Report, client, undisturbed_texts
 from deployments import app
 from deployments.args import AppArgs
@@ -44,7 +47,9 @@ from deployments.args import AppArgs
 _NOTICED_S = 0.1
 
 
-async def run(arguments: argparse.Namespace, url: str, wanted: list[str]) -> Report:
+async def run(
+    arguments: argparse.Namespace, url: str, cluster: Cluster | None, wanted: list[str]
+) -> Report:
     report = Report()
     until = time.monotonic() + arguments.seconds
     async with asyncio.TaskGroup() as group:
@@ -54,7 +59,7 @@ async def run(arguments: argparse.Namespace, url: str, wanted: list[str]) -> Rep
             report.attacked_at = until - arguments.seconds / 2
             group.create_task(hostile_clients(url, report.attacked_at, until))
         else:
-            breaker = Breaker(url)
+            breaker = Breaker(url, cluster)
             group.create_task(breaker.run(arguments.faults, arguments.interval, until, report))
     return report
 
@@ -100,10 +105,19 @@ def print_report(report: Report, kinds: list[str]) -> None:
 
 
 @contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[str]:
+def server(arguments: argparse.Namespace) -> Iterator[tuple[str, Cluster | None]]:
+    cluster = None
     try:
-        ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
+        if "node" in arguments.faults:
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+            num_faults = int(arguments.seconds / arguments.interval)  # nobody starts one later
+            for _ in range(arguments.replicas + num_faults):
+                cluster.add_node(**NODE)
+            ray.init(address=cluster.address, log_to_driver=False)
+        else:
+            ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False)
+        http = {"host": "127.0.0.1", "port": arguments.port, "location": "HeadOnly"}
+        serve.start(http_options=http)
         args = AppArgs(
             model=arguments.model,
             dtype=arguments.dtype,
@@ -115,10 +129,12 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
             max_restarts=10_000,
         )
         serve.run(app(args), name="chaos", route_prefix="/")
-        yield f"http://127.0.0.1:{arguments.port}"
+        yield f"http://127.0.0.1:{arguments.port}", cluster
     finally:
         serve.shutdown()
         ray.shutdown()
+        if cluster is not None:
+            cluster.shutdown()
 
 
 def leftovers() -> set[str]:
@@ -156,8 +172,8 @@ def main() -> None:
     arguments = parser.parse_args()
     before = leftovers()
     wanted = undisturbed_texts(arguments)
-    with server(arguments) as url:
-        report = asyncio.run(run(arguments, url, wanted))
+    with server(arguments) as (url, cluster):
+        report = asyncio.run(run(arguments, url, cluster, wanted))
         stats = serve.get_app_handle("chaos").stats.remote().result()
     time.sleep(2)
     if arguments.hostile:

@@ -9,10 +9,11 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import psutil
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -20,19 +21,27 @@ from ray.serve.exceptions import RayServeException
 from benchmarks.chaos_streams import Report
 from deployments.shards.injected_faults import POISON
 
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
 _SHARD = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "error": signal.SIGUSR1}
 # In the command lines of those that get SIGKILL.
 _REPLICA, _CONTROLLER = "ray::ServeReplica:chaos:Replica", "ray::ServeController"
 _PROXIES = "ray::ProxyActor", "/haproxy -"
 
 # Streams break on these, unless their clients go on by themselves.
-BREAKING = ("replica", "proxy", "controller")
+BREAKING = ("replica", "proxy", "controller", "node")
 FAULTS = (*_SHARD, *BREAKING, "poison")
 
 
 class Breaker:
-    def __init__(self, url: str) -> None:
-        self._url = url
+    """
+    Args:
+        cluster: where nodes are to be killed, of one for every replica and every such fault.
+    """
+
+    def __init__(self, url: str, cluster: "Cluster | None") -> None:
+        self._url, self._cluster = url, cluster
         self._replicas = serve.get_app_handle("chaos")
         self._draw = random.Random(0)
         self._how: dict[str, Callable[[], Awaitable[None]]] = {
@@ -40,6 +49,7 @@ class Breaker:
             "replica": partial(self._kill, _REPLICA),
             "proxy": partial(self._kill, *_PROXIES),
             "controller": partial(self._kill, _CONTROLLER),
+            "node": self._kill_node,
             "poison": self._poison,
         }
 
@@ -64,6 +74,15 @@ class Breaker:
     async def _kill(self, *titles: str) -> None:
         os.kill(self._draw.choice(await asyncio.to_thread(_pids, titles)), signal.SIGKILL)
 
+    async def _kill_node(self) -> None:
+        """One that holds a replica; another, which is idle, takes its place."""
+        assert self._cluster is not None
+        used = await asyncio.to_thread(_nodes_in_use)
+        nodes = [node for node in self._cluster.worker_nodes if node.node_id in used]
+        await asyncio.to_thread(
+            self._cluster.remove_node, self._draw.choice(nodes), allow_graceful=False
+        )
+
     async def _poison(self) -> None:
         """A request that no engine survives, which must be told so."""
         body: dict[str, Any] = {"prompt": POISON, "max_tokens": 4}
@@ -71,6 +90,17 @@ class Breaker:
             answer = await http.post(f"{self._url}/v1/completions", json=body)
         code = answer.json()["error"]["code"]
         assert (answer.status_code, code) == (500, "engine_failed"), answer.text
+
+
+# Room for one replica, of which a shard takes one CPU.
+NODE: dict[str, Any] = {"num_cpus": 2}
+
+
+def _nodes_in_use() -> set[str]:
+    """Ids of those that hold a replica's placement group."""
+    groups = ray.util.placement_group_table().values()
+    live = [group for group in groups if group["state"] == "CREATED"]
+    return {node for group in live for node in group["bundles_to_node_id"].values()}
 
 
 def _pids(titles: tuple[str, ...]) -> list[int]:

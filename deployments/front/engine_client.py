@@ -101,13 +101,16 @@ class EngineClient:
         self._orders: deque[asyncio.Future[str | None]] = deque()  # not yet answered
         self.is_sleeping = False
 
-    async def listen(self) -> str:
+    async def listen(self, directory: Path | None = None) -> str:
         """Expect an engine; returns the address of the socket, which is gone once it has come.
 
         So nothing is left of it when this process is killed, and no other engine gets in.
+
+        Args:
+            directory: where to put it, for nobody takes it away if this process is killed before.
         """
         self._stop_listening()
-        self._directory = tempfile.TemporaryDirectory(prefix="manta-")
+        self._directory = tempfile.TemporaryDirectory(prefix="manta-", dir=directory)
         address = str(Path(self._directory.name) / "engine.sock")
         self._server = await asyncio.start_unix_server(self._serve, address)
         return address

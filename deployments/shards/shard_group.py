@@ -11,6 +11,7 @@ import signal
 import time
 from collections import deque
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,8 +34,17 @@ _WATCH_S = 0.5
 _RESTART_WINDOW_S = 600.0
 # How long writing down stacks may take.
 _STACKS_S = 0.5
+# Characters of a directory for a socket: the whole path may have 107.
+_DEEPEST = 75
 # How long Ray may take to say what a shard died of when others are seen to end.
 _LAST_WORDS_S = 5.0
+
+
+def _session_directory() -> Path | None:
+    """Ray's on this node, which goes with the cluster; None where it is too deep for a socket."""
+    context = ray.get_runtime_context()
+    path = Path(context.get_temp_dir(), context.get_session_name())
+    return path if len(str(path)) <= _DEEPEST and path.is_dir() else None
 
 
 class ShardGroup:
@@ -144,7 +154,7 @@ class ShardGroup:
             self._args.keep_weights_s,
         )
         began = time.monotonic()
-        address = await self._client.listen()
+        address = await self._client.listen(_session_directory())
         self._shards = [self._new_shard(rank) for rank in range(size)]
         self._processes = await asyncio.gather(*(s.process.remote() for s in self._shards))
         self._placed_s = time.monotonic() - began
