@@ -19,8 +19,9 @@ import yaml
 
 from deployments import local_ray, ray_private
 from deployments.args import AppArgs
-from deployments.cli import preflight
-from deployments.cli.announce import _first_key, announce
+from deployments.cli import lifecycle
+from deployments.cli.announce import announce, first_key
+from deployments.local_ray import preflight
 from engine import diagnosis as doctor
 from engine.device.cpu_speed import CpuSpeed
 from kernels import Ops
@@ -226,13 +227,38 @@ def test_chat_on_a_terminal_remembers_what_was_typed(demo: LocalServer, tmp_path
     assert (tmp_path / "manta" / "chat-history").read_text().splitlines()[-1] == "What is 17 + 25?"
 
 
+def test_serve_waits_for_a_proxy_longer_than_ray_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a busy machine a proxy takes more than the minute after which Ray raises."""
+
+    def too_late(*_: object, **__: object) -> None:
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    answers = iter([False] * 12 + [True])
+    monkeypatch.setattr(lifecycle.serve, "start", too_late)
+    monkeypatch.setattr(lifecycle.serve, "run", too_late)
+    monkeypatch.setattr(lifecycle, "app", lambda args: None)
+    monkeypatch.setattr(lifecycle, "announce", lambda url, key: next(answers))
+    monkeypatch.setattr(lifecycle.time, "sleep", lambda seconds: None)
+    dead = iter([[]] * 20 + [["raylet"]])
+    monkeypatch.setattr(ray_private, "dead_processes", lambda: next(dead))
+    with pytest.raises(RuntimeError, match="Ray's raylet has died"):
+        lifecycle._serve(AppArgs(), "127.0.0.1", 8000)
+    assert next(answers, None) is None, "it was announced, and once"
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(
+        "Waiting for Ray's HTTP proxy to answer at http://localhost:8000; its log"
+    )
+
+
 def test_serve_tells_what_serves_and_not_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert not announce("http://127.0.0.1:1", "")
     monkeypatch.setenv("MANTA_API_KEYS", "alice:sk-hush,bob:sk-other")
     with serve_locally(num_blocks=48, block_size=16, max_num_seqs=4) as locked:
-        assert announce(locked.url, _first_key())
+        assert announce(locked.url, first_key())
         said = capsys.readouterr().out
         for expected in (
             locked.url,
