@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from deployments import local_ray, ray_private
 from deployments.args import AppArgs
 from deployments.cli import lifecycle
 from deployments.cli.announce import announce, first_key
+from deployments.cli.doctor import run as run_doctor
 from deployments.local_ray import preflight
 from engine import diagnosis as doctor
 from engine.device.cpu_speed import CpuSpeed
@@ -130,6 +132,14 @@ def test_serve_refuses_what_an_engine_would_before_ray_starts(
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and says in line
     assert done.stdout == ""
+
+
+def test_serve_says_whether_the_host_or_the_port_is_wrong() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, option in (("127.0.0.1", "--port"), ("192.0.2.77", "--host"), ("-", "--host")):
+            with pytest.raises(SystemExit, match=f"choose another by {option}"):
+                preflight.start(AppArgs(), host, port)
 
 
 def test_serve_refuses_a_model_that_is_not_served(tmp_path: Path) -> None:
@@ -330,14 +340,18 @@ def test_doctor_names_devices_ops_and_reasons() -> None:
         assert each in done.stdout, each
 
 
-def test_doctor_says_what_serving_a_model_takes_without_loading_it() -> None:
-    text = manta("doctor", "manta-demo", "max_model_len=1024").stdout
+def test_doctor_says_what_serving_a_model_takes_without_loading_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(run_doctor.__globals__, "examine", None)  # nor measuring the machine
+    run_doctor("manta-demo", ["max_model_len=1024"])
+    text = capsys.readouterr().out
     assert "qwen3, computed by our own blocks" in text
     assert "million in bfloat16" in text
     assert "KiB per token" in text and "a sequence of 1024" in text
-    refused = manta("doctor", "manta-demo", "max_model_len=1000000")
-    assert refused.returncode == 1
-    assert "is longer than the model's window" in refused.stdout
+    with pytest.raises(SystemExit, match="1"):
+        run_doctor("manta-demo", ["max_model_len=1000000"])
+    assert "is longer than the model's window" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("installed", [False, True])
