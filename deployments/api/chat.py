@@ -76,7 +76,8 @@ class Chat:
             end = _end_of(front, request, prompt)
             params = _with_limit(front, end, params, request.thinking_budget)
         check_prompt(front, prompt, params, "messages", options.known_tokens)
-        check_queue(front, params.n, len(prompt) * params.n)
+        num_tokens = len(prompt) + len(options.known_tokens)
+        check_queue(front, params.n, num_tokens * params.n)
         scope().end_reading()
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",

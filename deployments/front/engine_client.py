@@ -178,7 +178,7 @@ class EngineClient:
         live = Live(request, packed, options.stream, record, arrivals, index)
         self._live[request.id] = live
         self.queue.take(request.flow, 1)
-        self.queue_tokens.take(request.flow, len(prompt_token_ids))
+        self.queue_tokens.take(request.flow, record.num_prompt)
         self._quarantine.add(request.id)
         self._flush_soon()
         if options.timeout_s is not None:
@@ -207,7 +207,7 @@ class EngineClient:
         if live.is_queued:
             live.is_queued = False
             self.queue.give_back(live.request.flow, 1)
-            self.queue_tokens.give_back(live.request.flow, len(live.request.prompt_token_ids))
+            self.queue_tokens.give_back(live.request.flow, live.record.num_prompt)
 
     def watch(self) -> dict[str, Any]:
         """The engine as it is now: {"connected", "live", "view"}.

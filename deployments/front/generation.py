@@ -36,6 +36,10 @@ class TextDelta:
     token_ids: Sequence[int] = ()  # that the step brought, also where their text is held back
     is_known: bool = False  # the client has it, of a stream that broke
 
+    def end_alone(self) -> "TextDelta":
+        """What is left of it for a client that has the rest."""
+        return replace(self, text="", logprobs=None, prompt_logprobs=None, token_ids=())
+
 
 # By the index of the output.
 TextDeltas = list[tuple[int, TextDelta]]
@@ -93,10 +97,10 @@ class Generation:
     async def _start(self) -> dict[int, TokenDelta]:
         """Returns the tokens that are there already, of an output that is gone on with."""
         for index, (prompt, params, seed) in enumerate(self._asked):
-            record = RequestRecord(len(prompt), params.max_tokens)
-            self._options.records.append(record)
-            self._outputs.append(_Output(self._tokenizer, prompt, params, self._options, record))
             options = self._options
+            record = RequestRecord(len(prompt) + len(options.known_tokens), params.max_tokens)
+            options.records.append(record)
+            self._outputs.append(_Output(self._tokenizer, prompt, params, options, record))
             if params.stop and not options.stream:  # which is found only in the text
                 options = replace(options, stream=True)
             arrivals = self._arrivals
@@ -147,7 +151,7 @@ class _Output:
     ) -> None:
         self.record = record
         self._detokenizer = Detokenizer(tokenizer, prompt, params, options.shown_tokens)
-        self._num_known = options.position  # tokens whose text the client has
+        self._num_known = options.position or 0  # tokens whose text the client has
         self._held: list[TokenLogprobs] = []  # of tokens whose text is held back
 
     def read(self, delta: TokenDelta) -> Iterator[TextDelta]:
@@ -176,8 +180,9 @@ class _Output:
         logprobs: list[TokenLogprobs] | None = None
         if delta.logprobs is not None:
             self._held += delta.logprobs
-            if reason or not detokenizer.holds_back:
-                logprobs, self._held = self._held, []
+            num_out = len(self._held) - (0 if reason else detokenizer.num_held)
+            if num_out:
+                logprobs, self._held = self._held[:num_out], self._held[num_out:]
         return TextDelta(
             text,
             detokenizer.num_tokens,

@@ -18,8 +18,8 @@ class RequestOptions:
     timeout_s: float | None = None
     prediction: list[int] = field(default_factory=list)  # tokens that the output may have
     # Of a stream that broke: output tokens that are there already, and up to where its client has
-    # the text.
+    # the text. None where there was none.
     known_tokens: tuple[int, ...] = ()
-    position: int = 0
+    position: int | None = None
     shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 class RequestRecord:
     """One request's times, on the clock of time.monotonic(), and counts: for metrics and logs."""
 
-    num_prompt: int
+    num_prompt: int  # with the output tokens that were there, which are computed as a prompt is
     max_tokens: int | None
     arrived_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None

@@ -44,6 +44,7 @@ class Detokenizer:
         self._held = ""  # text that may be the beginning of a stop string
         self._num_exempt = 0  # leading characters of it that came before min_tokens
         self.num_tokens = 0
+        self._num_out = 0  # of them, up to the last one at which nothing was held back
         self.stop_string: str | None = None
 
     def push(self, token_ids: Sequence[int], last: bool, stopped: bool = False) -> str:
@@ -57,7 +58,7 @@ class Detokenizer:
         """
         emitted = ""
         if not self._has_text:
-            self.num_tokens += len(token_ids)
+            self.num_tokens = self._num_out = self.num_tokens + len(token_ids)
             return emitted
         unsaid = int(stopped and not self._params.include_stop_str_in_output)
         for token in token_ids[: len(token_ids) - unsaid]:
@@ -65,6 +66,8 @@ class Detokenizer:
             emitted += self._search(self._decode(token))
             if self.stop_string is not None:
                 return emitted
+            if not (self._held or self._undecoded):
+                self._num_out = self.num_tokens
         self.num_tokens += unsaid
         if last:
             emitted += self._search(self._flush())
@@ -73,9 +76,9 @@ class Detokenizer:
         return emitted
 
     @property
-    def holds_back(self) -> bool:
-        """Whether there are tokens whose text has not come out yet, or not all of it."""
-        return bool(self._held or self._undecoded)
+    def num_held(self) -> int:
+        """The last tokens from the first on whose text has not come out yet, or not all of it."""
+        return self.num_tokens - self._num_out
 
     def _new_stream(self, *context: int) -> DecodeStream:
         return DecodeStream(ids=list(context), skip_special_tokens=False)

@@ -15,7 +15,7 @@ from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
 from engine.sampling_params import SamplingParams
 from engine.schedule.request import RequestLimits
-from engine.schedule.step import TokenDelta
+from engine.schedule.step import TokenDelta, TokenLogprobs
 from tests.engine.small_tokenizer import byte_level
 
 TEMPLATE = (
@@ -63,14 +63,17 @@ class ScriptedApi:
         async def generate() -> None:
             for start in range(0, len(tokens), step):
                 self.num_made = start + step
+                made = tokens[start : start + step]
+                logprobs = [TokenLogprobs(1, [token], [-1.0]) for token in made]
                 if start + step == len(tokens):
                     record.finish_reason = "stop" if tokens[-1] == EOS else "length"
                 arrivals.put(
                     index,
                     TokenDelta(
                         request_id="0",
-                        token_ids=tokens[start : start + step],
+                        token_ids=made,
                         finish_reason=record.finish_reason,
+                        logprobs=logprobs if params.logprobs is not None else None,
                     ),
                 )
                 if not self.is_ahead:

@@ -406,6 +406,23 @@ def test_queued_tokens_are_limited_too_but_bar_no_single_prompt(narrow: LocalSer
     _run(run())
 
 
+def test_tokens_of_a_broken_stream_count_in_the_queue_as_a_prompt_does(narrow: LocalServer) -> None:
+    body = {"prompt": "a", "stream": True, "max_tokens": 300}
+
+    async def run() -> None:
+        async with _busy(narrow) as ask, httpx.AsyncClient(base_url=narrow.url) as http:
+            ask()
+            await _until_queued(narrow, 1)
+            for num_known, status in ((200, 429), (2, 200)):
+                begun = {"resume": {"seed": 1, "token_ids": [5] * num_known}}
+                async with http.stream("POST", "/v1/completions", json=body | begun) as answer:
+                    assert answer.status_code == status
+
+    _run(run())
+    wait_until(narrow.is_idle)
+    assert narrow.front.client.queue_tokens.taken == 0
+
+
 def test_more_choices_than_a_request_may_ever_have_are_no_reason_to_retry(
     narrow: LocalServer,
 ) -> None:

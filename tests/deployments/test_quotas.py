@@ -69,7 +69,10 @@ def test_tokens_come_back_over_a_minute() -> None:
 
 def test_who_has_had_enough_gets_429_and_nobody_else(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("acme:sk-a tokens_per_minute=12\nglobex:sk-g max_concurrent=1\nfree:sk-f\n")
+    keys.write_text(
+        "acme:sk-a tokens_per_minute=12\nglobex:sk-g max_concurrent=1\nfree:sk-f\n"
+        "late:sk-l tokens_per_minute=12\n"
+    )
     model = tmp_path / "model"
     model.mkdir()
     api = ScriptedApi(model, [], api_keys_file=str(keys))
@@ -90,6 +93,10 @@ def test_who_has_had_enough_gets_429_and_nobody_else(tmp_path: Path) -> None:
         answers = await asyncio.gather(ask("sk-g"), ask("sk-g"), ask("sk-f"), ask("sk-f"))
         assert sorted(status for status, _, _ in answers) == [200, 200, 200, 429]
         assert (await ask("sk-g"))[0] == 200
+        begun = {"stream": True, "resume": {"seed": 1, "token_ids": [5] * 20}}  # costs as a prompt
+        auth = {"authorization": "Bearer sk-l"}
+        answer = await api.http.post("/v1/chat/completions", json=CHAT | begun, headers=auth)
+        assert answer.status_code == 200 and (await ask("sk-l"))[0] == 429
         metrics = (await api.http.get("/metrics")).text
         assert 'manta:key_tokens_total{engine="0",key="free",kind="prompt",' in metrics
 

@@ -29,6 +29,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, ASK),
     "text": (TEXT, {"prompt": "apple river", "max_tokens": 24, "temperature": 1.0}),
     "stop": (TEXT, {"prompt": "ab", "max_tokens": 24, "stop": ["e", "zz"], "temperature": 1.0}),
+    "logprobs": (TEXT, {"prompt": "ab", "max_tokens": 24, "logprobs": 1, "temperature": 1.0}),
+    "chat logprobs": (CHAT, ASK | {"logprobs": True}),
     "call": (
         CHAT,
         ASK
@@ -72,36 +74,37 @@ def stream(api: InProcessApi, path: str, body: dict[str, Any], **headers: str) -
 
 def said(events: list[Event]) -> list[Any]:
     """All fields of the choice's deltas, each put together; and how it ended."""
-    texts: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     for event in events:
         content = dict(event.choice.get("delta") or {"text": event.choice.get("text")})
         for call in content.pop("tool_calls", ()):
             for name in ("name", "arguments"):
                 content[name] = content.get(name, "") + call["function"].get(name, "")
-        for name, text in content.items():
-            if name != "role":
-                texts[name] = texts.get(name, "") + (text or "")
-    return [
-        {name: text for name, text in texts.items() if text},
-        events[-1].choice["finish_reason"],
-    ]
+        content |= event.choice.get("logprobs") or {}
+        content |= {"token_ids": event.choice.get("token_ids")}
+        for name, value in content.items():
+            if value:
+                fields[name] = fields[name] + value if name in fields else value
+    return [fields, events[-1].choice["finish_reason"]]
 
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_what_follows_an_id_is_what_would_have_followed(kind: str, api: InProcessApi) -> None:
     path, body = BODIES[kind]
-    whole = stream(api, path, body | {"return_token_ids": True} | {"seed": 11})
+    body = body | {"return_token_ids": True}
+    whole = stream(api, path, body | {"seed": 11})
     places = [i for i, event in enumerate(whole) if event.id]
     assert places and {whole[i].id.split(".")[0] for i in places} == {"11"}
-    for i in places[:: max(len(places) // 3, 1)]:
+    for i in {*places[:: max(len(places) // 3, 1)], places[-1]}:
         before, position = whole[: i + 1], int(whole[i].id.split(".")[1])
         tokens = [t for event in before for t in event.choice.get("token_ids") or ()]
         assert len(tokens) == position
         # By number, by the tokens; the seed comes with the place.
         rest = stream(api, path, body, **{"last-event-id": whole[i].id})
         assert said(before + rest) == said(whole)
-        rest = stream(api, path, body | {"resume": {"seed": 11, "token_ids": tokens}})
-        assert said(before + rest) == said(whole)
+        if "logprobs" not in body:
+            rest = stream(api, path, body | {"resume": {"seed": 11, "token_ids": tokens}})
+            assert said(before + rest) == said(whole)
     api.assert_idle()
 
 
@@ -120,6 +123,7 @@ def test_of_a_text_that_is_all_there_only_the_end_is_told(
     body = body | {"seed": 2, "return_token_ids": True}
     whole = stream(api, CHAT, body)
     tokens = [t for event in whole for t in event.choice.get("token_ids") or ()]
+    api.assert_idle()  # also what was made beyond a stop string has ended
     made = api.engine.scheduler.stats.output_tokens
     rest = stream(api, CHAT, body | {"resume": {"seed": 2, "token_ids": tokens}})
     assert said(rest) == [{}, ending] and said(whole)[1] == ending

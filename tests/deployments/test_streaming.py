@@ -1,7 +1,9 @@
 """What a stream costs on the way out: a write per step, the first token at once."""
 
 import asyncio
+import functools
 import json
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,30 @@ def test_steps_that_come_together_say_what_they_say_alone(tmp_path: Path, stop: 
     assert num_alone > 1 or stop == ["each"]
     position = len(alone[1])  # type: ignore[arg-type]
     assert alone[3] == f"id: 3.{position}"
+
+
+def test_what_follows_an_id_follows_it_too_where_steps_come_together(tmp_path: Path) -> None:
+    api = ScriptedApi(tmp_path, [])
+    api.says = "each one of them, ö!"
+    body = {"prompt": "a", "stream": True, "max_tokens": 100, "seed": 3, "logprobs": 0}
+    body |= {"stop": ["e!", "oft", "one o!"], "return_token_ids": True}  # of which none comes
+
+    def said(**headers: str) -> list[tuple[str, dict[str, Any]]]:
+        """(id, choice) of every event."""
+        ask = api.http.post("/v1/completions", json=body, headers=headers)
+        *events, _, _ = asyncio.run(ask).text.split("\n\n")
+        lines = (e.removeprefix("id: ").split("\ndata: ") for e in events)
+        return [(event_id, json.loads(data)["choices"][0]) for event_id, data in lines]
+
+    def joined(choices: list[dict[str, Any]]) -> list[Any]:
+        own = [(c["text"], c["token_ids"], *c["logprobs"].values()) for c in choices]
+        return [functools.reduce(operator.add, column) for column in zip(*own, strict=True)]
+
+    alone = said()
+    api.is_ahead = True
+    for i, (last_id, _) in enumerate(alone[:-1]):
+        rest = [choice for _, choice in said(**{"last-event-id": last_id})]
+        assert joined(rest) == joined([choice for _, choice in alone[i + 1 :]])
 
 
 def test_what_has_come_is_taken_at_once() -> None:

@@ -143,15 +143,17 @@ class _ChatChunks(Chunks):
         return events
 
     def step(self, index: int, step: AnswerDelta) -> list[str]:
-        delta, events = step.delta, []
+        delta, events, pieces = step.delta, [], _told(self._chat, step.pieces)
+        if delta.is_known:
+            delta, pieces = delta.end_alone(), []
         logprobs = _logprobs(self._chat, delta)
         token_ids = list(delta.token_ids) if self._chat.request.return_token_ids else None
-        for piece in () if delta.is_known else _told(self._chat, step.pieces):
+        for piece in pieces:
             content = AnswerParser.delta(piece)
             events.append(self._chunk(index, content, delta, logprobs, token_ids=token_ids))
             logprobs = token_ids = None
-        is_rest = (logprobs is not None or token_ids is not None) and not delta.is_known
-        if is_rest or step.finish_reason is not None:
+        is_rest = logprobs is not None or token_ids is not None
+        if step.finish_reason is not None or (is_rest and not delta.is_known):
             ending = step.finish_reason
             events.append(self._chunk(index, {}, delta, logprobs, ending, token_ids))
         return events
@@ -191,7 +193,7 @@ async def _events(chat: Chat) -> AsyncGenerator[str]:
         async for news in answers:
             events: list[str] = []
             for index, step in news:
-                is_first = not last and not chat.options.position
+                is_first = not last and chat.options.position is None
                 opening = chunks.opening(num_choices) if is_first else []
                 own = chunks.step(index, step)
                 if num_choices == 1:

@@ -141,7 +141,8 @@ async def _start(front: Front, request: CompletionRequest) -> _Started:
             prompt = await front.decode(kept, params.skip_special_tokens)
         texts.append(str(prompt))
     num_choices = request.num_choices
-    check_queue(front, len(prompts) * num_choices, sum(map(len, prompts)) * num_choices)
+    num_tokens = sum(map(len, prompts)) + len(options.known_tokens)
+    check_queue(front, len(prompts) * num_choices, num_tokens * num_choices)
     scope().end_reading()
     head = {
         "id": f"cmpl-{secrets.token_hex(12)}",
@@ -222,16 +223,20 @@ async def _events(started: _Started) -> AsyncGenerator[str]:
         async for news in steps:
             events = []
             for index, delta in news:
-                prompt = started.prompts[index // num_choices]
-                token_ids = started.token_ids(prompt, delta, is_first=index not in last)
+                prompt, own = started.prompts[index // num_choices], logprobs[index]
+                is_first = index not in last and not delta.is_known
                 last[index] = delta
-                if delta.is_known and not delta.finish_reason:
-                    continue
+                if delta.is_known:
+                    if own is not None:
+                        own.take(delta)  # offsets go on from there
+                    if delta.finish_reason is None:
+                        continue
+                    delta = delta.end_alone()
+                token_ids = started.token_ids(prompt, delta, is_first)
                 if delta.text or delta.finish_reason or delta.logprobs or token_ids:
-                    own = logprobs[index]
                     choice = {
                         "index": index,
-                        "text": "" if delta.is_known else delta.text,
+                        "text": delta.text,
                         "logprobs": own.take(delta) if own else None,
                         "finish_reason": delta.finish_reason,
                         **token_ids,
