@@ -13,8 +13,8 @@ from deployments.api.errors import RETRY_AFTER_S
 from deployments.api.keys import KEYS_VARIABLE
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
-from deployments.cli import preflight
 from deployments.devices import with_device
+from deployments.local_ray import preflight
 from deployments.replica import Replica
 from deployments.routing.ingress_router import IngressRouter
 from deployments.routing.request_router import router_config

@@ -13,12 +13,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.deployments.manta_serve import MantaServe
 
 # Triton's kernels run in its interpreter where there is no GPU: to be said before it is imported.
 if not torch.cuda.is_available():
@@ -28,14 +31,28 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A cluster in this process, and one of jobs. Tests that start Ray want a machine for themselves;
-# those that have one of these fixtures are marked for it here, others say so.
-_WITH_RAY = {"cluster", "jobs"}
+# A cluster in this process, one of jobs, and one of `manta serve`. Tests that start Ray want a
+# machine for themselves; those that have one of these fixtures are marked for it here, others say
+# so.
+_WITH_RAY = {"cluster", "jobs", "manta_serve"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if _WITH_RAY.intersection(getattr(item, "fixturenames", ())):
         item.add_marker("ray")
+
+
+# What takes long with few tests. It comes first, or under xdist, where a file is one worker's, the
+# other would have nothing left to do beside the last of them.
+_FIRST = {"playground", "test_fuzz.py"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist's own order: most tests first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _FIRST.isdisjoint(item.path.parts))
 
 
 CheckpointFactory = Callable[..., Path]
@@ -91,3 +108,20 @@ def byte_model(checkpoints: CheckpointFactory) -> Path:
     directory = checkpoints("qwen3", max_position_embeddings=2048)
     byte_level().save(str(directory / "tokenizer.json"))
     return directory
+
+
+@pytest.fixture(scope="session")
+def manta_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator["MantaServe"]:
+    """`manta serve`, as the quickstart has it; begun, not waited for. Killed at the end."""
+    from tests.deployments.manta_serve import begun, family, wait_gone
+
+    with begun(tmp_path_factory.mktemp("manta-serve")) as server:
+        yield server
+        started = family(server.process)
+        # Two of Ray's processes look for the others for a minute before they go too.
+        agents = [process for process, title in started.items() if title.endswith("Agent")]
+        server.process.kill()
+        server.process.wait()
+        for agent in agents:
+            agent.kill()
+        wait_gone(started)  # kill -9 takes all that it started with it

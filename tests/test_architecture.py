@@ -43,7 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "deployments.api": {"front", "observe", "parsing"},
     "deployments.files": {"api", "front", "observe", "batch"},
     "deployments.batch": {"api", "front", "observe", "shards"},
-    "deployments.cli": set(),
+    "deployments.local_ray": set(),
+    "deployments.cli": {"local_ray"},
     "kernels.cpu": set(),
     "kernels.cuda": set(),
 }

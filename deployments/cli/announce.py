@@ -1,7 +1,6 @@
 """What `manta serve` says once the server answers."""
 
 import os
-import time
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +9,13 @@ from rich.table import Table
 from deployments.cli.client import Client, ServerError
 
 
-def announce_when_ready(host: str, port: int) -> None:
-    """Where everything is, and what it runs on."""
+def url_of(host: str, port: int) -> str:
+    """As one would type it on this machine."""
     shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::") else host
-    while not announce(f"http://{shown}:{port}", _first_key()):
-        time.sleep(0.5)
+    return f"http://{shown}:{port}"
 
 
-def _first_key() -> str:
+def first_key() -> str:
     """One of the keys that the server will take, without its name."""
     entry = os.environ.get("MANTA_API_KEYS", "").split(",")[0].strip()
     return entry.partition(":")[2] or entry

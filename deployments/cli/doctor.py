@@ -19,12 +19,10 @@ def run(model: str | None, options: list[str]) -> None:
     """Prints the findings; raises SystemExit(1) when something that is needed is missing.
 
     Args:
-        model: what to say of it, beside the machine.
+        model: what to say of it, in place of the machine.
         options: NAME=VALUE, as for `manta serve`.
     """
-    findings = [*_python(), *examine(), *_ray(), *_hub()]
-    if model is not None:
-        findings = _model(model, options)
+    findings = _machine() if model is None else _model(model, options)
     table = Table.grid(padding=(0, 2))
     for finding in findings:
         table.add_row(_MARKS[finding.state], f"[bold]{finding.what}[/]", finding.text)
@@ -33,6 +31,10 @@ def run(model: str | None, options: list[str]) -> None:
     Console(highlight=False).print(table)
     if any(finding.state == "bad" for finding in findings):
         sys.exit(1)
+
+
+def _machine() -> list[Finding]:
+    return [*_python(), *examine(), *_ray(), *_hub()]
 
 
 def _model(model: str, options: list[str]) -> list[Finding]:

@@ -4,6 +4,7 @@ Ray's processes are told by the kernel when the one that started them is killed.
 imported when the environment is complete, for Ray reads it at import.
 """
 
+import itertools
 import signal
 import sys
 import time
@@ -17,7 +18,9 @@ from ray.serve.exceptions import RayServeException
 from deployments import ray_private
 from deployments.args import APPLICATION, AppArgs
 from deployments.builder import app
-from deployments.cli.announce import announce_when_ready
+from deployments.cli.announce import announce, first_key, url_of
+
+_PROXY_LOG = "its log is in /tmp/ray/session_latest/logs/serve"
 
 
 def run_server(args: AppArgs, host: str, port: int, address: str) -> None:
@@ -47,12 +50,19 @@ def run_server(args: AppArgs, host: str, port: int, address: str) -> None:
 
 def _serve(args: AppArgs, host: str, port: int) -> None:
     """Until a signal comes. Raises RuntimeError when the application fails or Ray has died."""
-    serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-    serve.run(app(args), name=APPLICATION, route_prefix="/")
-    announce_when_ready(host, port)
-    while not (dead := ray_private.dead_processes()):
+    # Serve gives its proxies a minute, and a busy machine may need more: they are waited for below.
+    with suppress(TimeoutError):
+        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
+    with suppress(TimeoutError):
+        serve.run(app(args), name=APPLICATION, route_prefix="/")
+    url, key, is_announced = url_of(host, port), first_key(), False
+    for seconds in itertools.count():
+        if dead := ray_private.dead_processes():
+            raise RuntimeError(f"Ray's {dead[0]} has died")
+        is_announced = is_announced or announce(url, key)
+        if not is_announced and seconds % 60 == 10:
+            print(f"Waiting for Ray's HTTP proxy to answer at {url}; {_PROXY_LOG}", flush=True)
         time.sleep(1)
-    raise RuntimeError(f"Ray's {dead[0]} has died")
 
 
 def _drain(timeout_s: float) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from deployments import local_ray
 from deployments.args import APPLICATION, AppArgs
-from deployments.cli import preflight
+from deployments.local_ray import preflight
 
 
 def run(

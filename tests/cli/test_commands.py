@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,8 +20,10 @@ import yaml
 
 from deployments import local_ray, ray_private
 from deployments.args import AppArgs
-from deployments.cli import preflight
-from deployments.cli.announce import _first_key, announce
+from deployments.cli import lifecycle
+from deployments.cli.announce import announce, first_key
+from deployments.cli.doctor import run as run_doctor
+from deployments.local_ray import preflight
 from engine import diagnosis as doctor
 from engine.device.cpu_speed import CpuSpeed
 from kernels import Ops
@@ -131,6 +134,14 @@ def test_serve_refuses_what_an_engine_would_before_ray_starts(
     assert done.stdout == ""
 
 
+def test_serve_says_whether_the_host_or_the_port_is_wrong() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for host, option in (("127.0.0.1", "--port"), ("192.0.2.77", "--host"), ("-", "--host")):
+            with pytest.raises(SystemExit, match=f"choose another by {option}"):
+                preflight.start(AppArgs(), host, port)
+
+
 def test_serve_refuses_a_model_that_is_not_served(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
     done = manta("serve", str(tmp_path), "--port", str(free_port()))
@@ -226,13 +237,38 @@ def test_chat_on_a_terminal_remembers_what_was_typed(demo: LocalServer, tmp_path
     assert (tmp_path / "manta" / "chat-history").read_text().splitlines()[-1] == "What is 17 + 25?"
 
 
+def test_serve_waits_for_a_proxy_longer_than_ray_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a busy machine a proxy takes more than the minute after which Ray raises."""
+
+    def too_late(*_: object, **__: object) -> None:
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    answers = iter([False] * 12 + [True])
+    monkeypatch.setattr(lifecycle.serve, "start", too_late)
+    monkeypatch.setattr(lifecycle.serve, "run", too_late)
+    monkeypatch.setattr(lifecycle, "app", lambda args: None)
+    monkeypatch.setattr(lifecycle, "announce", lambda url, key: next(answers))
+    monkeypatch.setattr(lifecycle.time, "sleep", lambda seconds: None)
+    dead = iter([[]] * 20 + [["raylet"]])
+    monkeypatch.setattr(ray_private, "dead_processes", lambda: next(dead))
+    with pytest.raises(RuntimeError, match="Ray's raylet has died"):
+        lifecycle._serve(AppArgs(), "127.0.0.1", 8000)
+    assert next(answers, None) is None, "it was announced, and once"
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(
+        "Waiting for Ray's HTTP proxy to answer at http://localhost:8000; its log"
+    )
+
+
 def test_serve_tells_what_serves_and_not_the_key(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert not announce("http://127.0.0.1:1", "")
     monkeypatch.setenv("MANTA_API_KEYS", "alice:sk-hush,bob:sk-other")
     with serve_locally(num_blocks=48, block_size=16, max_num_seqs=4) as locked:
-        assert announce(locked.url, _first_key())
+        assert announce(locked.url, first_key())
         said = capsys.readouterr().out
         for expected in (
             locked.url,
@@ -304,14 +340,18 @@ def test_doctor_names_devices_ops_and_reasons() -> None:
         assert each in done.stdout, each
 
 
-def test_doctor_says_what_serving_a_model_takes_without_loading_it() -> None:
-    text = manta("doctor", "manta-demo", "max_model_len=1024").stdout
+def test_doctor_says_what_serving_a_model_takes_without_loading_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(run_doctor.__globals__, "examine", None)  # nor measuring the machine
+    run_doctor("manta-demo", ["max_model_len=1024"])
+    text = capsys.readouterr().out
     assert "qwen3, computed by our own blocks" in text
     assert "million in bfloat16" in text
     assert "KiB per token" in text and "a sequence of 1024" in text
-    refused = manta("doctor", "manta-demo", "max_model_len=1000000")
-    assert refused.returncode == 1
-    assert "is longer than the model's window" in refused.stdout
+    with pytest.raises(SystemExit, match="1"):
+        run_doctor("manta-demo", ["max_model_len=1000000"])
+    assert "is longer than the model's window" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -4,12 +4,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,69 +19,21 @@ import yaml
 
 from deployments import ray_private
 from tests.deployments.conftest import free_port, wait_until
+from tests.deployments.manta_serve import (
+    MANTA_SERVE,
+    ROOT,
+    SERVE_RUN,
+    MantaServe,
+    begun,
+    family,
+    is_up,
+    running,
+    wait_gone,
+)
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).resolve().parents[2]
-SERVE_RUN = [str(Path(sys.executable).parent / "serve"), "run"]
-MANTA_SERVE = [sys.executable, "-c", "from deployments.cli import main; main()", "serve"]
 SMALL = ["manta-demo", "max_model_len=1024", "num_blocks=64", "num_threads=1"]
-
-
-@contextmanager
-def running(
-    command: list[str], log: Path, in_background: bool = False, **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in its own process group; whatever it started is killed at the end.
-
-    `in_background` is a script's: SIGINT is ignored from the start.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_ignore_sigint if in_background else None,
-        )
-        started: set[psutil.Process] = set()
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                started = set(family(process))
-                process.kill()
-            for child in started:
-                if child.is_running():
-                    child.kill()
-            process.wait()
-
-
-def _ignore_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def family(process: subprocess.Popen[bytes]) -> dict[psutil.Process, str]:
-    """All that it has started, and their titles."""
-    found = {}
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            found[child] = " ".join(child.cmdline()).strip()
-    return found
-
-
-def wait_gone(processes: Collection[psutil.Process]) -> None:
-    wait_until(lambda: not any(map(is_alive, processes)), 30, f"none is left of {processes}")
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def open_to_others(processes: dict[psutil.Process, str]) -> set[str]:
@@ -103,36 +52,6 @@ def _listening(process: Any = psutil) -> set[tuple[str, int]]:
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     }
-
-
-@dataclass
-class MantaServe:
-    process: subprocess.Popen[bytes]
-    command: list[str]
-    url: str
-    log: Path
-
-    @cached_property
-    def environment(self) -> dict[str, str]:
-        """Of what it has started."""
-        (raylet,) = [p for p, title in family(self.process).items() if "/raylet/raylet" in title]
-        return raylet.environ()
-
-    @cached_property
-    def private_directory(self) -> Path:
-        return Path(self.environment["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
-
-
-def is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def is_answering(server: MantaServe) -> bool:
-    assert server.process.poll() is None, server.log.read_text()
-    return is_up(server.url)
 
 
 def test_a_serve_config_file_starts_it_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
@@ -209,25 +128,19 @@ KEYS = "acme:sk-0,globex:sk-1,initech:sk-2"
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, byte_model: Path) -> Iterator[list[MantaServe]]:
-    """Both with HAProxy, and in the background of a script; the first of two replicas.
+def two(
+    manta_serve: MantaServe, tmp_path_factory: pytest.TempPathFactory, byte_model: Path
+) -> Iterator[list[MantaServe]]:
+    """Both with HAProxy, the first of two replicas and in the background of a script.
 
-    A byte is a token.
+    A byte is a token of the first.
     """
-    directory = tmp_path_factory.mktemp("manta-serve")
     settings = ["dtype=float32", "num_blocks=200", "num_threads=1", "num_cpus_per_shard=0.1"]
-    with ExitStack() as stack:
-        servers = []
-        for num_replicas in (2, 1):
-            port = free_port()
-            command = [*MANTA_SERVE, str(byte_model), *settings, f"num_replicas={num_replicas}"]
-            command += ["--port", str(port)]
-            log = directory / f"{port}.log"
-            process = stack.enter_context(
-                running(command, log, in_background=True, MANTA_API_KEYS=KEYS)
-            )
-            servers.append(MantaServe(process, command, f"http://127.0.0.1:{port}", log))
-        wait_until(lambda: all(is_answering(server) for server in servers), 240, "both answer")
+    arguments = [str(byte_model), *settings, "num_replicas=2"]
+    directory = tmp_path_factory.mktemp("two")
+    with begun(directory, *arguments, in_background=True, MANTA_API_KEYS=KEYS) as server:
+        servers = [server, manta_serve]
+        wait_until(lambda: all(each.is_answering() for each in servers), 240, "both answer")
         yield servers
 
 
@@ -292,20 +205,8 @@ def test_a_killed_proxy_is_replaced(two: list[MantaServe]) -> None:
     wait_until(lambda: is_up(server.url), 60, "its port is back")
 
 
-def test_kill_9_takes_all_that_it_started_with_it(two: list[MantaServe]) -> None:
-    other, server = two
-    started = family(server.process)
-    # Two of Ray's processes look for the others for a minute before they go too.
-    agents = [process for process, title in started.items() if title.endswith("Agent")]
-    server.process.kill()
-    wait_gone(started.keys() - agents)
-    for agent in agents:
-        agent.kill()
-    assert is_up(other.url)
-
-
 def test_on_sigterm_it_lets_nobody_in_and_finishes_its_answers(two: list[MantaServe]) -> None:
-    server, _ = two
+    server, other = two
     started = family(server.process)
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 900, "n": 4, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -322,6 +223,7 @@ def test_on_sigterm_it_lets_nobody_in_and_finishes_its_answers(two: list[MantaSe
     assert server.process.wait(25) == 0, server.log.read_text()  # with HAProxy, too
     wait_gone(started)
     assert not server.private_directory.exists()
+    assert is_up(other.url)
 
 
 def _status(url: str) -> int:
@@ -339,7 +241,7 @@ def test_from_a_cluster_that_it_joined_it_takes_only_its_own(
     where = ["--address", address, "--port", cluster.rpartition(":")[2]]
     with running([*MANTA_SERVE, *SMALL, *where], log := tmp_path / "log") as joined:
         wait_until(lambda: is_up(cluster), 120, "its application answers")
-        joined.send_signal(signal.SIGTERM)
+        joined.send_signal(signal.SIGINT)  # in the foreground, as by Ctrl-C
         assert joined.wait(60) == 0, log.read_text()
     assert not is_up(cluster) and is_up(server)
 

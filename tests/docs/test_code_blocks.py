@@ -3,20 +3,18 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from benchmarks import __file__ as benchmarks_file
 from deployments.args import AppArgs
 from deployments.cli.serve import parse_options
-from tests.deployments.conftest import free_port, wait_until
+from tests.deployments.conftest import wait_until
+from tests.deployments.manta_serve import MantaServe
 from tests.docs.blocks import ROOT, Block, blocks, commands
 
 BLOCKS = blocks()
@@ -48,46 +46,16 @@ def environment(path: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def port(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """`manta serve`, as the quickstart has it, until it says that it serves; SIGINT ends it."""
-    port = free_port()
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["manta", "serve", "--port", str(port)],
-            env=environment,
-            executable=_which("manta", environment["PATH"]),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    started: list[psutil.Process] = []
-    try:
-        wait_until(
-            lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 120, "it serves"
-        )
-        said = log.read_text()
-        assert process.poll() is None, said
-        for expected in (f"http://localhost:{port}/v1", "manta-demo", "blocks of", "cpu"):
-            assert expected in said
-        started = psutil.Process(process.pid).children(recursive=True)
-        yield port
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, log.read_text()
-        gone, alive = psutil.wait_procs(started, 10)
-        assert not alive and gone
-    finally:
-        for one in [process, *started]:
-            if one.poll() is None if isinstance(one, subprocess.Popen) else one.is_running():
-                one.kill()
-
-
-def _which(name: str, path: str) -> str:
-    import shutil
-
-    found = shutil.which(name, path=path)
-    assert found is not None
-    return found
+def port(manta_serve: MantaServe) -> int:
+    """Of `manta serve`, as the quickstart has it, which says that it serves."""
+    log, process = manta_serve.log, manta_serve.process
+    wait_until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, 120, "it serves")
+    said = log.read_text()
+    assert process.poll() is None, said
+    port = manta_serve.url.rpartition(":")[2]
+    for expected in (f"http://localhost:{port}/v1", "manta-demo", "blocks of", "cpu"):
+        assert expected in said
+    return int(port)
 
 
 def is_run_elsewhere(block: Block) -> bool:

@@ -18,6 +18,7 @@ from docs.site.hooks import expand
 from engine.sampling_params import SamplingParams
 from kernels.cpu.compiler import LEVELS
 from tests.docs.blocks import ROOT
+from tests.house import WINGS
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     return directory
+
+
+def test_the_code_has_what_contributing_names() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    named = {word for code in re.findall(r"`([^`\n]+)`", page) for word in re.findall(r"\w+", code)}
+    files = [file for wing in (*WINGS, "tests", "docs") for file in (ROOT / wing).rglob("*.py")]
+    there = {part for file in files for part in file.with_suffix("").parts}
+    files.append(ROOT / "pyproject.toml")
+    there |= {word for file in files for word in re.findall(r"\w+", file.read_text())}
+    assert named <= there, named - there
 
 
 def html(site: Path, page: str) -> str:

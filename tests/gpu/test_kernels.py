@@ -14,7 +14,7 @@ from kernels import AttentionNeeds, Ops, reference, select_ops
 from kernels.ops import REFERENCE
 from kernels.types import Decodes, KVCache, PagedKV, SamplingTable, StepRows
 from tests.gpu.device import DEVICE, ON_GPU, OPS, needs_gpu, record
-from tests.kernels.steps import Attention, assert_close, each_tensor
+from tests.kernels.steps import Attention, assert_close, each_tensor, sampling_on
 from tests.kernels.test_cpu_sampling import assert_same_draws, params
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -94,13 +94,7 @@ def test_sampling_over_a_full_vocabulary(only: str) -> None:
     fixed: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     fixed = {} if only == "all" else {k: v for k, v in fixed.items() if k != only}
     values = params(rows, 5, **fixed)
-
-    def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
-        own = SamplingTable(*(column.to(DEVICE) for column in table))
-        where = rows.to(DEVICE), positions.to(DEVICE)
-        return OPS.sampling.sample(logits.to(DEVICE), own, *where).cpu()
-
-    assert_same_draws(sample, logits, values)
+    assert_same_draws(sampling_on(DEVICE, OPS), logits, values)
 
 
 @pytest.mark.parametrize("size", [1024, 4096, 5120])

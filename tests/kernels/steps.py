@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import Ops, reference
-from kernels.types import AttentionInputs, Decodes, KVCache, PagedKV, StepInputs
+from kernels.types import AttentionInputs, Decodes, KVCache, PagedKV, SamplingTable, StepInputs
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 NAN = float("nan")
@@ -48,6 +48,17 @@ def each_tensor(cache: KVCache, change: Callable[[Tensor], Tensor]) -> KVCache:
     """A cache of changed tensors: moved to a device, converted."""
     keys, values = map(change, cache.tensors)
     return replace(cache, spec=replace(cache.spec, dtype=keys.dtype), keys=keys, values=values)
+
+
+def sampling_on(device: torch.device, ops: Ops) -> Callable[..., Tensor]:
+    """`ops.sampling.sample` of tensors on the CPU: taken to the device, the tokens brought back."""
+
+    def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
+        own = SamplingTable(*(column.to(device) for column in table))
+        where = rows.to(device), positions.to(device)
+        return ops.sampling.sample(logits.to(device), own, *where).cpu()
+
+    return sample
 
 
 def inputs_of(

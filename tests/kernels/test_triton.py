@@ -13,7 +13,7 @@ from kernels.cuda.linear import round_rows
 from kernels.cuda.ops import triton_ops
 from kernels.ops import REFERENCE
 from kernels.quantization import quantize_fp8, quantize_int4
-from kernels.types import Decodes, PagedKV, Rounded, SamplingTable, StepRows, Table
+from kernels.types import Decodes, PagedKV, Rounded, StepRows, Table
 from tests.kernels import grouped
 from tests.kernels.steps import (
     Attention,
@@ -24,6 +24,7 @@ from tests.kernels.steps import (
     poison_allocations,
     poisoned_cache,
     random_lengths,
+    sampling_on,
 )
 from tests.kernels.test_cpu_sampling import assert_same_draws, params
 from tests.triton_interpreter import DEVICE
@@ -558,9 +559,7 @@ def test_logprobs(dtype: torch.dtype) -> None:
 # --- Sampling ---------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, table: SamplingTable, rows: Tensor, positions: Tensor) -> Tensor:
-    own = SamplingTable(*map(on_device, table))
-    return OPS.sampling.sample(on_device(logits), own, on_device(rows), on_device(positions)).cpu()
+sample = sampling_on(DEVICE, OPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
 """What a Ray of this machine alone could not serve, refused in one line before it starts."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -67,9 +68,13 @@ def _ask_engine(config: EngineConfig) -> Asked:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raises SystemExit for a port in use: Serve's proxies would share it with its owner."""
+    """Raises SystemExit for an address that is not ours to listen on.
+
+    A port in use, too: Serve's proxies would share it with its owner.
+    """
     try:
         family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(where[:2], family=family).close()
     except OSError as error:
-        raise SystemExit(f"error: {host}:{port}: {error}; choose another by --port") from None
+        option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise SystemExit(f"error: {host}:{port}: {error}; choose another by {option}") from None

@@ -24,8 +24,8 @@ _RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # A proxy that was killed is replaced after three of these, in seconds.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # On a busy machine it takes longer to start one than the 15 s after which Serve gives up.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # A busy machine takes longer to start one than the 5 s after which Serve kills it for another.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
 }
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # Ray has HAProxy's statistics on every interface, and leaves it serving when its owner is killed.
