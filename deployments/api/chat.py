@@ -267,7 +267,7 @@ class Answers:
         if parser.is_over:
             reason = "stop"
             self._generation.complete(index)
-        return AnswerDelta(pieces, delta, parser.finish_reason(reason))
+        return AnswerDelta(pieces, delta, parser.finish_reason(reason, delta.stop_reason))
 
     async def aclose(self) -> None:
         await self._generation.aclose()

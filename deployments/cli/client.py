@@ -57,6 +57,11 @@ class _Known:
         return body, {"last-event-id": self._last_id}
 
 
+def _ended(error: dict[str, Any]) -> ServerError:
+    """By an error that a stream carries: another replica may go on where this one had to stop."""
+    return ServerError(error["message"], 503 if error.get("code") == "engine_unavailable" else 0)
+
+
 class EventLines:
     """What the lines of a stream of events say, one after another."""
 
@@ -127,7 +132,7 @@ class Client:
             for line in response.iter_lines():
                 for event_id, event in lines.read(line):
                     if "error" in event:
-                        raise ServerError(event["error"]["message"])
+                        raise _ended(event["error"])
                     yield event_id, event
                 if lines.have_ended:
                     return

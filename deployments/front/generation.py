@@ -12,6 +12,7 @@ from deployments.front.arrivals import Arrivals
 from deployments.front.engine_client import EngineClient, Live
 from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
+from deployments.off_loop import off_loop
 from engine.sampling_params import SamplingParams
 from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.detokenizer import Detokenizer
@@ -81,26 +82,32 @@ class Generation:
         return self
 
     async def __anext__(self) -> TextDeltas:
-        arrived = {} if self._outputs else await self._start()
+        news = [] if self._outputs else await self._start()
         if self._num_ended == len(self._asked):
             raise StopAsyncIteration
-        news: TextDeltas = []
-        for index, delta in (arrived or await self._arrivals.take()).items():
-            if self._lives[index] is not None:
-                for text in self._outputs[index].read(delta):
-                    news.append((index, text))
-                    if text.finish_reason is not None:
-                        self._leave(index)
-                        break
+        if not news:
+            for index, delta in (await self._arrivals.take()).items():
+                if self._lives[index] is not None:
+                    news += ((index, text) for text in self._outputs[index].read(delta))
+        for index, text in news:
+            if text.finish_reason is not None:
+                self._leave(index)
         return news
 
-    async def _start(self) -> dict[int, TokenDelta]:
-        """Returns the tokens that are there already, of an output that is gone on with."""
+    async def _start(self) -> TextDeltas:
+        """Returns what there is already, of an output that is gone on with."""
+        known: TextDeltas = []
         for index, (prompt, params, seed) in enumerate(self._asked):
             options = self._options
             record = RequestRecord(len(prompt) + len(options.known_tokens), params.max_tokens)
             options.records.append(record)
-            self._outputs.append(_Output(self._tokenizer, prompt, params, options, record))
+            output = _Output(self._tokenizer, prompt, params, options, record)
+            self._outputs.append(output)
+            if options.known_tokens:
+                delta = self._known_delta(len(prompt), params)
+                record.finish_reason = delta.finish_reason
+                texts = await off_loop(len(delta.token_ids), list, output.read(delta))
+                known = [(index, text) for text in texts]
             if params.stop and not options.stream:  # which is found only in the text
                 options = replace(options, stream=True)
             arrivals = self._arrivals
@@ -109,16 +116,14 @@ class Generation:
             )
             if (index + 1) % STARTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        return {0: self._known_delta()} if self._options.known_tokens else {}
+        return known
 
-    def _known_delta(self) -> TokenDelta:
-        """What there is of the only output, which may be all: then only its end was not heard."""
-        prompt, params, _ = self._asked[0]
+    def _known_delta(self, num_prompt: int, params: SamplingParams) -> TokenDelta:
+        """What there is, which may be all: then only its end was not heard."""
         delta = TokenDelta("", list(self._options.known_tokens))
         if self._client.limits is not None:
-            ending = self._client.limits.ending(len(prompt), delta.token_ids, params)
+            ending = self._client.limits.ending(num_prompt, delta.token_ids, params)
             delta.finish_reason, delta.stop_token = ending
-            self._outputs[0].record.finish_reason = delta.finish_reason
         return delta
 
     def complete(self, index: int) -> None:
@@ -156,14 +161,20 @@ class _Output:
         self._held: list[TokenLogprobs] = []  # of tokens whose text is held back
 
     def read(self, delta: TokenDelta) -> Iterator[TextDelta]:
-        """The text that a step brings, in two parts where the client has only the first."""
+        """The text that a step brings, in two parts where the client has only the first.
+
+        Up to the end of the output: nothing follows a finish_reason.
+        """
         ids, logprobs, start = delta.token_ids, delta.logprobs, 0
         cut = self._num_known - self._detokenizer.num_tokens
         last_cut = len(ids) - 1 if self._by_token else min(cut, len(ids) - 1)
         for end in range(max(cut, 1), last_cut + 1):
             own = logprobs and logprobs[start:end]
             part = replace(delta, token_ids=ids[start:end], finish_reason=None, stop_token=None)
-            yield self._text_of(replace(part, logprobs=own))
+            text = self._text_of(replace(part, logprobs=own))
+            yield text
+            if text.finish_reason is not None:
+                return
             delta, start = replace(delta, prompt_logprobs=None), end
         if start:
             delta = replace(delta, token_ids=ids[start:], logprobs=logprobs and logprobs[start:])

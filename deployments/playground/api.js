@@ -94,7 +94,9 @@ async function* withIds(response) {
           return;
         }
         const event = JSON.parse(fields.data);
-        if (event.error) throw new ApiError(event.error.code ?? 500, event.error);
+        // What a replica that had to stop cannot go on with, another may.
+        const status = event.error?.code === "engine_unavailable" ? 503 : 500;
+        if (event.error) throw new ApiError(status, event.error);
         yield [fields.id ?? "", event];
       }
     }

@@ -45,7 +45,12 @@ def events(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[
             elif value == "[DONE]":
                 return
             elif name == "data":
-                choice = json.loads(value)["choices"][0]
+                event = json.loads(value)
+                if "error" in event:
+                    may_pass = event["error"]["code"] == "engine_unavailable"
+                    kind = httpx.ConnectError if may_pass else RuntimeError
+                    raise kind(event["error"]["message"])
+                choice = event["choices"][0]
                 content += choice["delta"].get("content") or ""
             elif event_id:  # an empty line ends an event
                 yield event_id, content

@@ -31,6 +31,7 @@ from deployments.api.whole import _pieces
 from engine.sampling_params import SamplingParams
 from engine.strict import explain
 from engine.text.chat_template import ChatTemplates
+from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer
@@ -225,9 +226,11 @@ def test_tokenizing_lets_others_run(demo: LocalServer) -> None:
 def test_no_text_is_worked_on_in_the_event_loop(
     demo: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[str]] = {"encode": set(), "decode": set(), "render": set()}
+    owners = {"encode": Tokenizer, "decode": Tokenizer, "render": ChatTemplates}
+    owners["push"] = Detokenizer
+    seen: dict[str, set[str]] = {name: set() for name in owners}
     for name, threads in seen.items():
-        owner: Any = ChatTemplates if name == "render" else Tokenizer
+        owner: Any = owners[name]
         method = getattr(owner, name)
 
         def watched(
@@ -246,10 +249,13 @@ def test_no_text_is_worked_on_in_the_event_loop(
     text = "these are more words than a few, and so worth a thread of their own"
     tokens = demo.front.tokenizer.fast.encode(text).ids
     messages = [{"role": "user", "content": text}]
+    begun = {"seed": 1, "token_ids": tokens * 3}
+    num_known = len(tokens) * 3
     for path, body in [
         (TEXT, {"prompt": text, "max_tokens": 1}),
         (TEXT, {"prompt": tokens * 3, "max_tokens": 1, "echo": True}),
         (CHAT, {"messages": messages, "max_tokens": 1}),
+        (CHAT, {"messages": messages, "stream": True, "resume": begun, "max_tokens": num_known}),
         (RESPONSES, {"input": messages, "max_output_tokens": 1}),
         ("/tokenize", {"messages": messages}),
         ("/tokenize", {"prompt": text}),

@@ -1,7 +1,11 @@
 """Streams that break and go on: with what came before, the text is that of one that did not."""
 
 import json
-from collections.abc import Iterator
+import runpy
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
+ROOT = Path(__file__).resolve().parent.parent.parent
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, ASK),
@@ -209,6 +214,48 @@ def test_our_client_goes_on_by_itself(has_tokens: bool, demo: LocalServer) -> No
     for sizes in ((450,), (700, 1300), (1000, 900, 0, 801)):
         with cut_after(demo.url, *sizes) as url:
             assert ask(url) == whole
+
+
+def _by_our_client(url: str) -> str:
+    chunks = Client(url).stream(CHAT, ASK | {"stream": True})
+    return "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+
+
+def _by_the_example(url: str) -> str:
+    example = runpy.run_path(str(ROOT / "docs" / "examples" / "resume.py"))
+    return "".join(example["stream"](f"{url}{CHAT}", ASK))
+
+
+@pytest.mark.parametrize("said_by", [_by_our_client, _by_the_example])
+def test_a_stream_goes_on_elsewhere_where_a_replica_says_that_it_must_stop(
+    said_by: Callable[[str], str],
+) -> None:
+    """As one that has been drained for as long as it may."""
+    asked: list[str | None] = []
+
+    class Replica(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.headers["last-event-id"])
+            self.send_response(200)
+            self.end_headers()
+            code = "engine_unavailable" if len(asked) == 1 else "engine_failed"
+            error = {"message": "shutting down", "code": code}
+            for number, content in enumerate((f"{len(asked)}a", f"{len(asked)}b")):
+                event = {"choices": [{"index": 0, "delta": {"content": content}}]}
+                self.wfile.write(f"id: 5.{number}\ndata: {json.dumps(event)}\n\n".encode())
+            ending = "[DONE]" if len(asked) == 2 else json.dumps({"error": error})
+            self.wfile.write(f"data: {ending}\n\ndata: [DONE]\n\n".encode())
+
+    server = HTTPServer(("127.0.0.1", 0), Replica)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert said_by(url) == "1a1b2a2b" and asked == [None, "5.1"]
+        with pytest.raises((ServerError, RuntimeError), match="shutting down"):
+            said_by(url)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_our_client_gives_up_on_what_was_never_there(demo: LocalServer) -> None:

@@ -303,6 +303,23 @@ def test_the_engine_stops_after_the_only_call_that_is_allowed(scripted: Scripted
         assert scripted.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("stop", "arguments", "ending"),
+    [
+        ("\n</tool", '{"minutes": 3}', "tool_calls"),
+        ("}}", '{"minutes": 3', "stop"),
+        ("minutes", '{"', "stop"),
+        ("_timer", None, "stop"),
+    ],
+)
+def test_a_call_that_a_stop_has_cut_is_not_to_be_carried_out(
+    tmp_path: Path, stop: str, arguments: str | None, ending: str
+) -> None:
+    calls = [] if arguments is None else [("set_timer", arguments)]
+    _, _, *found = say(ScriptedApi(tmp_path, [], tool_parser="hermes"), CALL, stop=[stop])
+    assert found == [calls, ending]
+
+
 def test_the_only_call_ends_at_the_same_token_where_steps_come_together(
     scripted: ScriptedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:

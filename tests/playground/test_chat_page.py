@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.deployments.local_server import LocalServer
@@ -89,7 +90,15 @@ def test_a_conversation(open_page: OpenPage, screenshot: Screenshot) -> None:
     expect(page.locator("#welcome")).to_be_visible()
 
 
-def test_an_answer_that_breaks_goes_on(open_page: OpenPage, server: LocalServer) -> None:
+STOPPED = 'data: {"error": {"message": "stopped", "code": "engine_unavailable"}}'
+
+
+@pytest.mark.parametrize(
+    "ending", ["", f"{STOPPED}\n\ndata: [DONE]\n\n"], ids=["breaks off", "says so"]
+)
+def test_an_answer_that_breaks_goes_on(
+    ending: str, open_page: OpenPage, server: LocalServer
+) -> None:
     page = open_page()
     heads: list[str] = []
 
@@ -103,7 +112,7 @@ def test_an_answer_that_breaks_goes_on(open_page: OpenPage, server: LocalServer)
             "\n\n"
         )
         route.fulfill(
-            status=200, content_type="text/event-stream", body="\n\n".join(whole[:4]) + "\n\n"
+            status=200, content_type="text/event-stream", body="\n\n".join([*whole[:4], ending])
         )
 
     page.route(CHAT, reply)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from pydantic_core import from_json
+
 from deployments.parsing import Arguments, CallStart, Content, OutputParser, Piece, Reasoning
 
 
@@ -15,12 +17,20 @@ class AnswerParser:
             parser: None when the text is all content.
         """
         self._parser = parser
+        self._arguments: list[str] = []  # of the last call
 
     def pieces(self, text: str, last: bool) -> list[Piece]:
         """What this text makes certain; all that is left if it is the `last`."""
         if self._parser is None:
             return [Content(text)] if text else []
-        return self._parser.push(text, last)
+        pieces = self._parser.push(text, last)
+        for piece in pieces:
+            match piece:
+                case CallStart():
+                    self._arguments = []
+                case Arguments(_, part):
+                    self._arguments.append(part)
+        return pieces
 
     @staticmethod
     def message(pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -49,10 +59,24 @@ class AnswerParser:
             message["tool_calls"] = calls
         return message
 
-    def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's name for an end at which tools are called."""
+    def finish_reason(self, reason: str | None, stop_reason: int | str | None) -> str | None:
+        """OpenAI's name for an end at which tools are called.
+
+        A call that one of the request's own stops has cut is not for anybody to carry out.
+        """
         called = self._parser is not None and self._parser.num_calls > 0
-        return "tool_calls" if called and reason == "stop" else reason
+        if not called or reason != "stop":
+            return reason
+        return reason if stop_reason is not None and self._is_cut else "tool_calls"
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether the last call's arguments are not whole."""
+        try:
+            from_json("".join(self._arguments))
+        except ValueError:
+            return True
+        return False
 
     @property
     def is_over(self) -> bool:
