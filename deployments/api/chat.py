@@ -107,6 +107,7 @@ class Chat:
         options = replace(
             self.options,
             stream=self.options.stream or ends_early,
+            by_token=ends_early,
             shown_tokens=frozenset(self.front.special_tokens(marks).values()),
         )
         generation = self.front.generate([self.prompt], self.params, options)

@@ -144,13 +144,9 @@ class Gate:
         return self._service.files_directory is not None and _route_path(http) == "/v1/files"
 
     def _count_tokens(self, current: RequestScope) -> None:
-        tokens = self._metrics.key_tokens
         for record in current.records:
             self._quotas.take(current.tenant, current.quota, record.num_prompt + record.num_output)
-            if current.tenant:
-                tokens[current.tenant, "prompt"] += record.num_prompt
-                tokens[current.tenant, "cached"] += record.num_cached
-                tokens[current.tenant, "output"] += record.num_output
+        self._metrics.count_key(current.tenant, current.records)
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
         """Raises ApiError unless the path is open or the key is ours, and whenever draining."""

@@ -46,14 +46,23 @@ class Answer:
         return self.body.get("usage", {})
 
 
-async def answer(front: Front, row: Row, defaults: dict[str, Any], seed: int) -> Answer:
+async def answer(
+    front: Front,
+    row: Row,
+    defaults: dict[str, Any],
+    seed: int,
+    tenant: str = "",
+    cache_owner: str = "",
+) -> Answer:
     """Never fails because of the row; raises EngineUnavailableError when there is no engine.
 
     Args:
         defaults: sampling parameters for what the row leaves open.
         seed: of its random numbers, if the row has none.
+        tenant, cache_owner: see `RequestScope`.
     """
-    scope.enter(RequestScope(request_id=row.custom_id or ""))
+    own = RequestScope(request_id=row.custom_id or "", tenant=tenant, cache_owner=cache_owner)
+    scope.enter(own)
     try:
         if row.error is not None:
             raise row.error
@@ -66,6 +75,8 @@ async def answer(front: Front, row: Row, defaults: dict[str, Any], seed: int) ->
     except Exception as error:
         told = report(error)
         return Answer(told.status, told.body())
+    finally:
+        front.client.metrics.count_key(tenant, own.records)
 
 
 async def _complete(front: Front, url: str, body: dict[str, Any], seed: int) -> dict[str, Any]:

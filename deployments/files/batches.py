@@ -9,18 +9,21 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from deployments.api.errors import ApiError
+from deployments.api.streaming import cancel_all
 from deployments.batch.jsonl import JsonlFormat
 from deployments.batch.rows import Answer, Row, answer, row_seed
 from deployments.batch.storage import Location
 from deployments.files.store import FileStore, Record
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
+
+T = TypeVar("T")
 
 WINDOW_S = 24 * 3600
 UNFINISHED = ("validating", "in_progress")
@@ -30,6 +33,10 @@ _LEASE_S = 60.0  # a batch whose runner has not been heard of for so long is any
 _LOWEST_PRIORITY = 2**31 - 1
 
 logger = logging.getLogger(__name__)
+
+
+class _TakenError(Exception):
+    """Another runner has not heard of this one for too long."""
 
 
 class BatchRunner:
@@ -48,6 +55,12 @@ class BatchRunner:
             task = asyncio.create_task(self._run_safely(directory, batch_id))
             self._tasks[batch_id] = task
             task.add_done_callback(lambda _: self._tasks.pop(batch_id, None))
+
+    async def cancel(self, directory: str, record: Record) -> None:
+        """Whoever works on it sees to it; where nobody does, this runner."""
+        await asyncio.to_thread(self._store.cancel, directory, record["id"])
+        if self._is_free(record):
+            self.start(directory, record["id"])
 
     async def adopt_forever(self) -> None:
         """Start whatever is unfinished and nobody's, now and from time to time."""
@@ -79,8 +92,11 @@ class BatchRunner:
         try:
             await self._run(directory, batch_id)
         except asyncio.CancelledError:
-            await asyncio.shield(self._update(directory, batch_id, is_left=True))
+            with suppress(_TakenError):
+                await asyncio.shield(self._update(directory, batch_id, is_left=True))
             raise
+        except _TakenError:
+            logger.warning("batch %s goes on elsewhere", batch_id)
         except Exception as error:
             logger.exception("batch %s failed", batch_id)
             message = f"internal error: {type(error).__name__}"
@@ -89,44 +105,64 @@ class BatchRunner:
 
     async def _run(self, directory: str, batch_id: str) -> None:
         record = await self._update(directory, batch_id)
+        if record["status"] not in UNFINISHED:  # it has ended since it was looked at
+            return
         source = self._store.source(directory, record["input_file_id"])
         parts = await asyncio.to_thread(lambda: list(self._format.split(source, _ROWS_PER_PART)))
         total = sum(num_rows for _, num_rows in parts)
         if total == 0:
             await self._update(directory, batch_id, _failed("the input file has no requests"))
             return
-        counts = {"total": total, "completed": 0, "failed": 0}
         if record["status"] == "validating":
             started = {"status": "in_progress", "in_progress_at": int(time.time())}
-            await self._update(directory, batch_id, {**started, "request_counts": counts})
+            await self._update(directory, batch_id, started)
         results = self._results(directory, batch_id)
+        num_failed = await asyncio.to_thread(_num_failed, results)  # by part that is done
         first_row = 0
+
+        def counts() -> Record:
+            failed = sum(num_failed.values())
+            completed = sum(parts[number][1] for number in num_failed) - failed
+            return {"request_counts": {"total": total, "completed": completed, "failed": failed}}
+
         for number, (start, num_rows) in enumerate(parts):
-            record = await self._update(directory, batch_id)
+            record = await self._update(directory, batch_id, counts())
             if await self._is_cancelled(directory, batch_id) or _is_late(record):
                 break
-            if f"{number:08}.done" not in await asyncio.to_thread(results.names):
+            if number not in num_failed:
                 raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
-                done = await self._answer(record, raw, first_row)
+                done = await self._while_held(
+                    record, directory, self._answer(record, raw, first_row)
+                )
                 await asyncio.to_thread(self._write, results, number, raw, *done)
-                counts = dict(record["request_counts"])
-                failed = sum(not _is_good(a) for a in done[1])
-                counts["failed"] += failed
-                counts["completed"] += num_rows - failed
-                await self._update(directory, batch_id, {"request_counts": counts})
+                num_failed[number] = sum(not _is_good(a) for a in done[1])
             first_row += num_rows
-        await self._finish(directory, batch_id, len(parts))
+        ending = "completed" if len(num_failed) == len(parts) else "expired"
+        await self._finish(directory, batch_id, {"status": ending, **counts()})
+
+    async def _while_held(self, record: Record, directory: str, work: Coroutine[Any, Any, T]) -> T:
+        """What the work returns; the batch is this runner's as long as it takes."""
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=_LEASE_S / 4))[0]:
+                await self._update(directory, record["id"])
+            return task.result()
+        finally:
+            await cancel_all([task])
 
     async def _answer(
         self, record: Record, raw: list[bytes], first_row: int
     ) -> tuple[list[Row], list[Answer]]:
         rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
         defaults = {"priority": _LOWEST_PRIORITY} if self._front.has_priorities else {}
+        owner = record.get("_owner", {})
         while True:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(answer(self._front, row, defaults, row_seed(0, i)))
+                        group.create_task(
+                            answer(self._front, row, defaults, row_seed(0, i), **owner)
+                        )
                         for i, row in enumerate(rows, start=first_row)
                     ]
                 return rows, [task.result() for task in tasks]
@@ -136,7 +172,7 @@ class BatchRunner:
     def _write(
         self, results: Location, number: int, raw: list[bytes], rows: list[Row], said: list[Answer]
     ) -> None:
-        """The part's good answers, its others, and last that it is done."""
+        """The part's good answers, its others, and last that it is done, with how many failed."""
         for kind, wanted in (("output", True), ("error", False)):
             chosen = [i for i, a in enumerate(said) if _is_good(a) == wanted]
             if chosen:
@@ -144,18 +180,21 @@ class BatchRunner:
                     [raw[i] for i in chosen], [rows[i] for i in chosen], [said[i] for i in chosen]
                 )
                 results.write(f"{number:08}.{kind}", content)
-        results.write(f"{number:08}.done", b"")
+        num_failed = sum(not _is_good(a) for a in said)
+        results.write(f"{number:08}.done", str(num_failed).encode())
 
-    async def _finish(self, directory: str, batch_id: str, num_parts: int) -> None:
-        record = await self._update(directory, batch_id)
-        ending = "expired" if _is_late(record) else "completed"
+    async def _finish(self, directory: str, batch_id: str, told: Record) -> None:
+        """
+        Args:
+            told: how it has ended, unless it was cancelled.
+        """
+        await self._update(directory, batch_id)
         if await self._is_cancelled(directory, batch_id):
-            ending = "cancelled"
+            told["status"] = "cancelled"
         results = self._results(directory, batch_id)
-        told: dict[str, Any] = {}
+        names = await asyncio.to_thread(results.names)
         for kind in ("output", "error"):
-            names = await asyncio.to_thread(results.names)
-            own = [f"{i:08}.{kind}" for i in range(num_parts) if f"{i:08}.{kind}" in names]
+            own = sorted(name for name in names if name.endswith(f".{kind}"))
             if own:
                 pieces: Iterator[bytes] = map(results.read, own)
                 name = f"{batch_id}_{kind}.jsonl"
@@ -163,8 +202,7 @@ class BatchRunner:
                     self._store.put, directory, pieces, name, "batch_output"
                 )
                 told[f"{kind}_file_id"] = made["id"]
-        told |= {"status": ending, f"{ending}_at": int(time.time())}
-        await self._update(directory, batch_id, told)
+        await self._update(directory, batch_id, told | {f"{told['status']}_at": int(time.time())})
         await asyncio.to_thread(results.filesystem.delete_dir, results.path)
 
     async def _is_cancelled(self, directory: str, batch_id: str) -> bool:
@@ -180,6 +218,8 @@ class BatchRunner:
     ) -> Record:
         """The record, as it is now and with these changes; and that it is being worked on.
 
+        Raises _TakenError where another works on it.
+
         Args:
             is_left: it is not any longer.
         """
@@ -187,6 +227,8 @@ class BatchRunner:
         def update() -> Record:
             record = self._store.read(directory, "batches", batch_id)
             assert record is not None, "batches are not deleted"
+            if not self._is_free(record):
+                raise _TakenError
             record |= (changes or {}) | {"_runner": (self._name, 0.0 if is_left else time.time())}
             self._store.write(directory, record)
             return record
@@ -196,6 +238,12 @@ class BatchRunner:
 
 def _is_late(record: Record) -> bool:
     return bool(time.time() > record["expires_at"])
+
+
+def _num_failed(results: Location) -> dict[int, int]:
+    """How many rows have failed, by the number of each part that is done."""
+    done = [name for name in results.names() if name.endswith(".done")]
+    return {int(name.removesuffix(".done")): int(results.read(name) or 0) for name in done}
 
 
 def _is_good(answer: Answer) -> bool:

@@ -165,11 +165,12 @@ def _add_batches(router: APIRouter, store: FileStore, runner: BatchRunner) -> No
             "expires_at": now + WINDOW_S,
             "request_counts": {"total": 0, "completed": 0, "failed": 0},
             "metadata": request.metadata,
+            "_owner": {"tenant": scope().tenant, "cache_owner": scope().cache_owner},
         }
         directory = _directory()
         await asyncio.to_thread(store.write, directory, record)
         runner.start(directory, str(record["id"]))
-        return JSONResponse(record)
+        return JSONResponse(await _told(store, record))
 
     @router.get("/v1/batches", responses=documented(BatchList))
     async def list_batches(limit: int = 20, after: str = "") -> dict[str, Any]:
@@ -185,8 +186,7 @@ def _add_batches(router: APIRouter, store: FileStore, runner: BatchRunner) -> No
         """What has been answered by then is kept."""
         record = await _find(store, "batches", batch_id)
         if record["status"] in UNFINISHED:
-            await asyncio.to_thread(store.cancel, _directory(), batch_id)
-            runner.start(_directory(), batch_id)
+            await runner.cancel(_directory(), record)
         return await _told(store, record)
 
 

@@ -36,6 +36,13 @@ class EngineUnavailableError(Exception):
     """No engine is there to serve the request, and none is about to be."""
 
 
+class EngineAsleepError(EngineUnavailableError):
+    """The engine is there and takes no requests until it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is asleep; POST /wake_up wakes it up")
+
+
 class RequestRefusedError(Exception):
     """The engine cannot serve the request as it is."""
 
@@ -230,6 +237,7 @@ class EngineClient:
         """
         if self._writer is None:
             raise EngineUnavailableError("there is no engine")
+        self._flush()  # what has come before it is there before it
         answer = asyncio.get_running_loop().create_future()
         self._orders.append(answer)
         self._writer.write(pack({"order": what}))
@@ -359,7 +367,7 @@ class EngineClient:
             is_due = live.stream or delta.finish_reason is not None
             live.arrivals.put(live.index, delta, wakes=is_due)
         for request_id, reason in message["errors"]:
-            self._end(request_id, _refusal(reason))
+            self._end(request_id, EngineAsleepError() if self.is_sleeping else _refusal(reason))
         if "done" in message and self._orders:
             self._orders.popleft().set_result(message["done"])
         self._flush()  # somebody's turn may have come

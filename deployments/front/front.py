@@ -8,7 +8,7 @@ from typing import Any
 
 from deployments.args import DeploymentArgs
 from deployments.front.arrivals import Arrivals
-from deployments.front.engine_client import EngineClient, EngineUnavailableError
+from deployments.front.engine_client import EngineAsleepError, EngineClient, EngineUnavailableError
 from deployments.front.generation import Generation
 from deployments.front.request_options import RequestOptions
 from deployments.observe.request_record import RequestRecord
@@ -91,7 +91,7 @@ class Front:
         """
         self.client.check_available()
         if self.client.is_sleeping:
-            raise EngineUnavailableError("the engine is asleep; POST /wake_up wakes it up")
+            raise EngineAsleepError
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
         if params.stop and not self.tokenizer.knows_text:

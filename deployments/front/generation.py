@@ -152,19 +152,22 @@ class _Output:
         self.record = record
         self._detokenizer = Detokenizer(tokenizer, prompt, params, options.shown_tokens)
         self._num_known = options.position or 0  # tokens whose text the client has
+        self._by_token = options.by_token
         self._held: list[TokenLogprobs] = []  # of tokens whose text is held back
 
     def read(self, delta: TokenDelta) -> Iterator[TextDelta]:
         """The text that a step brings, in two parts where the client has only the first."""
+        ids, logprobs, start = delta.token_ids, delta.logprobs, 0
         cut = self._num_known - self._detokenizer.num_tokens
-        if not 0 < cut < len(delta.token_ids):
-            yield self._text_of(delta)
-            return
-        ids, logprobs = delta.token_ids, delta.logprobs
-        first = replace(delta, token_ids=ids[:cut], finish_reason=None, stop_token=None)
-        yield self._text_of(replace(first, logprobs=logprobs and logprobs[:cut]))
-        rest = replace(delta, token_ids=ids[cut:], prompt_logprobs=None)
-        yield self._text_of(replace(rest, logprobs=logprobs and logprobs[cut:]))
+        last_cut = len(ids) - 1 if self._by_token else min(cut, len(ids) - 1)
+        for end in range(max(cut, 1), last_cut + 1):
+            own = logprobs and logprobs[start:end]
+            part = replace(delta, token_ids=ids[start:end], finish_reason=None, stop_token=None)
+            yield self._text_of(replace(part, logprobs=own))
+            delta, start = replace(delta, prompt_logprobs=None), end
+        if start:
+            delta = replace(delta, token_ids=ids[start:], logprobs=logprobs and logprobs[start:])
+        yield self._text_of(delta)
 
     def _text_of(self, delta: TokenDelta) -> TextDelta:
         detokenizer, reason = self._detokenizer, delta.finish_reason

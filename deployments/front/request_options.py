@@ -21,5 +21,6 @@ class RequestOptions:
     # the text. None where there was none.
     known_tokens: tuple[int, ...] = ()
     position: int | None = None
+    by_token: bool = False  # text comes so, for whoever reads it may end it anywhere
     shown_tokens: frozenset[int] = frozenset()  # in the text though they are special
     records: list[RequestRecord] = field(default_factory=list)  # where its records are put

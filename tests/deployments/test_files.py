@@ -1,17 +1,21 @@
 """Files and batches, with the real `openai` client."""
 
+import asyncio
 import io
 import json
 import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from deployments.batch.rows import Answer
+from deployments.files import batches
 from deployments.files.batches import BatchRunner
 from deployments.files.store import FileStore
 from tests.deployments.conftest import wait_until
@@ -132,6 +136,113 @@ def test_what_a_killed_server_has_left_is_taken_over(tmp_path: Path) -> None:
     assert runner._orphans() == [("of-ann", f"batch-{'b' * 24}")]
 
 
+class Workshop:
+    """A batch in a store, whose requests are answered when the test wants it."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+        self.store = FileStore(str(tmp_path))
+        self.num_answered = 0
+        self.go_on = asyncio.Event()
+        file = self.store.put("of-ann", [jsonl(*map(line, range(num_rows)))], "in", "batch")
+        self._id = f"batch-{'a' * 24}"
+        self.tell(
+            **{"id": self._id, "object": "batch", "endpoint": CHAT, "input_file_id": file["id"]},
+            **{"created_at": 0, "expires_at": time.time() + 60, "status": "in_progress"},
+            request_counts={"total": num_rows, "completed": 0, "failed": 0},
+        )
+        monkeypatch.setattr(batches, "answer", self._answer)
+
+    async def _answer(self, *_: Any) -> Answer:
+        self.num_answered += 1
+        await self.go_on.wait()
+        return Answer(200, {})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.store.read("of-ann", "batches", self._id) or {}
+
+    def tell(self, **fields: Any) -> None:
+        self.store.write("of-ann", (self.record if "id" not in fields else {}) | fields)
+
+    def runner(self) -> BatchRunner:
+        front: Any = SimpleNamespace(has_priorities=False)
+        return BatchRunner(front, self.store)
+
+    async def run(self) -> dict[str, Any]:
+        """The record when a runner that has found the batch has done with it."""
+        runner = self.runner()
+        runner.start("of-ann", self._id)
+        await asyncio.gather(*runner._tasks.values())
+        return self.record
+
+
+def test_a_batch_is_one_runners_however_long_a_part_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_LEASE_S", 0.4)
+    shop = Workshop(tmp_path, monkeypatch, num_rows=65)
+
+    async def run() -> None:
+        other, working = shop.runner(), asyncio.create_task(shop.run())
+        while not shop.num_answered:
+            await asyncio.sleep(0.01)
+        heard_at = shop.record["_runner"][1]
+        while shop.record["_runner"][1] < heard_at + 2 * batches._LEASE_S:
+            await asyncio.sleep(0.05)
+        monkeypatch.setattr(batches, "_LEASE_S", 60.0)
+        await other.cancel("of-ann", shop.record)  # asked of a replica that does not work on it
+        assert not other._tasks
+        shop.go_on.set()
+        record = await working
+        assert record["status"] == "cancelled" and record["request_counts"]["completed"] == 64
+        output = b"".join(shop.store.pieces("of-ann", record["output_file_id"]))
+        assert len(output.splitlines()) == 64
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_who_is_thought_dead_leaves_the_batch_to_who_has_it_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(tmp_path, monkeypatch, num_rows=65)
+
+    async def run() -> None:
+        working = asyncio.create_task(shop.run())
+        while not shop.num_answered:
+            await asyncio.sleep(0.01)
+        shop.tell(_runner=["other", time.time()])
+        shop.go_on.set()
+        record = await working
+        assert record["status"] == "in_progress" and record["_runner"][0] == "other"
+        assert shop.num_answered == 64  # of the part that was on its way
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize(
+    ("done", "status", "completed"), [((0, 1), "completed", 62), ((0,), "expired", 61)]
+)
+def test_a_batch_is_what_is_done_of_it_wherever_its_runner_was_killed(
+    done: tuple[int, ...],
+    status: str,
+    completed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before it could tell how many answers it had written, say; and then it was too late."""
+    shop = Workshop(tmp_path, monkeypatch, num_rows=65)
+    for number in done:
+        place = shop.store.place("of-ann", f"results/{shop.record['id']}")
+        place.write(f"{number:08}.done", b"0" if number else b"3")
+    shop.tell(expires_at=time.time() - 1)
+    record = asyncio.run(shop.run())
+    counts = {"total": 65, "completed": completed, "failed": 3}
+    assert (record["status"], record["request_counts"]) == (status, counts)
+    assert record[f"{status}_at"] and not shop.num_answered
+    shop.tell(_runner=["", 0.0])
+    assert asyncio.run(shop.run())["request_counts"] == counts  # what has ended is not begun again
+
+
 def test_what_is_cancelled_keeps_what_is_done(server: LocalServer) -> None:
     lines = [line(i, max_tokens=30, ignore_eos=True) for i in range(300)]
     with server.client() as client:
@@ -217,6 +328,25 @@ def test_what_is_anothers_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
             with pytest.raises(openai.BadRequestError):
                 bob.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
             assert [one.id for one in ann.files.list()] == [file.id]
+
+
+def test_what_a_batch_has_cached_is_its_keys_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANTA_API_KEYS", "ann:one,bob:two")
+    ask = line(0, messages=[{"role": "user", "content": "apple river stone " * 12}], max_tokens=1)
+    cached = []
+    with serve_locally(files_directory=str(tmp_path), **OPTIONS) as server:
+        for key in ("one", "two", "two"):
+            with server.client(api_key=key) as client:
+                batch = run_batch(client, jsonl(ask))
+                (answer,) = lines_of(client, batch.output_file_id).values()
+            usage = answer["response"]["body"]["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        tokens = server.front.client.metrics.key_tokens
+        assert cached[:2] == [0, 0] and cached[2] > 0
+        assert tokens["bob", "prompt"] == 2 * tokens["ann", "prompt"] == 2 * usage["prompt_tokens"]
+        assert tokens["bob", "cached"] == cached[2] and tokens["ann", "output"] == 1
 
 
 def test_without_a_place_for_them_there_are_none(demo: LocalServer) -> None:

@@ -1,5 +1,6 @@
 """What operators see: numbers that add up to what was asked, under the names they know."""
 
+import asyncio
 import gzip
 import json
 import re
@@ -23,6 +24,7 @@ from deployments.observe.metrics import Metrics
 from engine.schedule.scheduler import SchedulerStats
 from engine.speculation.costs import StepCosts
 from tests.deployments.conftest import wait_until
+from tests.deployments.in_process import serve_in_process
 from tests.deployments.local_server import LocalServer, serve_locally
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -214,6 +216,31 @@ def test_an_engine_that_sleeps_serves_again_when_it_is_awake(tiny_model: Path) -
         assert post("/wake_up").json() == {"status": "awake"} and not is_sleeping()
         again = complete(server, prompt="abc", max_tokens=3, temperature=0).json()["choices"]
     assert again == said
+
+
+def test_what_comes_with_the_order_to_sleep_is_answered_or_told_to_come_again(
+    tiny_model: Path,
+) -> None:
+    async def ask() -> int:
+        answer = await api.http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 3})
+        return answer.status_code
+
+    async def before_the_order() -> tuple[str | None, int]:
+        asked = asyncio.create_task(ask())
+        while not client.num_live:
+            await asyncio.sleep(0)
+        return await client.order("sleep"), await asked
+
+    async def behind_it() -> tuple[str | None, int]:
+        ordered = asyncio.create_task(client.order("sleep"))
+        status = await ask()
+        return await ordered, status
+
+    with serve_in_process(str(tiny_model), enable_sleep_mode=True) as api:
+        client = api.front.client
+        failure, status = api.run(before_the_order())
+        assert failure is not None and "has requests" in failure and status == 200
+        assert api.run(behind_it()) == (None, 503)
 
 
 def test_nobody_puts_an_engine_to_sleep_that_may_not(demo: LocalServer) -> None:

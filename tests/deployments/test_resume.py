@@ -41,6 +41,17 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
             "temperature": 0,
         },
     ),
+    "one call": (
+        CHAT,
+        ASK
+        | {
+            "messages": [{"role": "user", "content": "What is the weather in Paris and London?"}],
+            "max_tokens": 60,
+            "tools": [WEATHER],
+            "temperature": 0.3,
+            "parallel_tool_calls": False,
+        },
+    ),
     "form": (CHAT, ASK | {"structured_outputs": {"regex": "[a-z]{3}( [0-9]{2}){4}"}}),
     "thoughts": (
         CHAT,

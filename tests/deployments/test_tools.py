@@ -303,6 +303,18 @@ def test_the_engine_stops_after_the_only_call_that_is_allowed(scripted: Scripted
         assert scripted.finish_reason == "stop"
 
 
+def test_the_only_call_ends_at_the_same_token_where_steps_come_together(
+    scripted: ScriptedApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted.says = f"{CALL} and so on"
+    options: dict[str, Any] = dict(tools=[TIMER], parallel_tool_calls=False, return_token_ids=True)
+    alone = asyncio.run(scripted.chat(**options))
+    monkeypatch.setattr(scripted, "is_ahead", True)
+    together = asyncio.run(scripted.chat(**options))
+    assert together["token_ids"] == alone["token_ids"]
+    assert together["finish_reason"] == alone["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize(("tokens", "calls"), [(1, []), (12, []), (40, [("set_timer", '{"min')])])
 def test_a_forced_call_that_is_cut_says_nothing_else(
     scripted: ScriptedApi, tokens: int, calls: list[tuple[str, str]]
