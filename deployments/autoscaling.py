@@ -13,10 +13,6 @@ TARGET_LOAD = 0.7
 # Prompt work that makes a replica full, in steps of its token budget.
 _FULL_BACKLOG_STEPS = 4
 
-# Loads are the mean of so long: Serve's 30 s would come on top of the delays. Replicas report every
-# 10 s, and a mean is to be of more than one report.
-_LOOK_BACK_S = 12
-
 _METRIC = "load"
 
 
@@ -55,6 +51,5 @@ def autoscaling_config(args: AppArgs) -> AutoscalingConfig:
         max_replicas=args.max_replicas,
         upscale_delay_s=args.upscale_delay_s,
         downscale_delay_s=args.downscale_delay_s,
-        look_back_period_s=_LOOK_BACK_S,
         policy=AutoscalingPolicy(policy_function=wanted_replicas),
     )

@@ -12,7 +12,7 @@ from deployments.cli.client import Client, ServerError
 def url_of(host: str, port: int) -> str:
     """As one would type it on this machine."""
     shown = "localhost" if host in ("0.0.0.0", "127.0.0.1", "::") else host
-    return f"http://{shown}:{port}"
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
 def first_key() -> str:

@@ -21,7 +21,7 @@ import yaml
 from deployments import local_ray, ray_private
 from deployments.args import AppArgs
 from deployments.cli import lifecycle
-from deployments.cli.announce import announce, first_key
+from deployments.cli.announce import announce, first_key, url_of
 from deployments.cli.doctor import run as run_doctor
 from deployments.local_ray import preflight
 from engine import diagnosis as doctor
@@ -260,6 +260,18 @@ def test_serve_waits_for_a_proxy_longer_than_ray_does(
     assert said.startswith(
         "Waiting for Ray's HTTP proxy to answer at http://localhost:8000; its log"
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://localhost:80"),
+        ("gpu1", "http://gpu1:80"),
+        ("fd00::1", "http://[fd00::1]:80"),
+    ],
+)
+def test_an_address_is_told_as_one_would_type_it(host: str, url: str) -> None:
+    assert url_of(host, 80) == url
 
 
 def test_serve_tells_what_serves_and_not_the_key(

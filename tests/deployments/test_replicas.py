@@ -10,9 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
+from ray.serve.config import AutoscalingConfig
 
-from deployments import app
+from deployments import app, builder
 from deployments.args import AppArgs
+from deployments.autoscaling import autoscaling_config
 from deployments.door.application import DoorArgs, door
 from tests.deployments.conftest import wait_until
 
@@ -131,8 +133,13 @@ def test_the_number_of_replicas_follows_the_engines_load(url: str, tiny_model: P
 
 
 def test_the_first_request_starts_a_replica_and_the_last_leaves_none(
-    url: str, tiny_model: Path
+    url: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def quick(args: AppArgs) -> AutoscalingConfig:
+        """Serve's mean is of 30 s else."""
+        return autoscaling_config(args).model_copy(update={"look_back_period_s": 12.0})
+
+    monkeypatch.setattr(builder, "autoscaling_config", quick)
     deploy(tiny_model, num_replicas=0, max_replicas=1, upscale_delay_s=0, downscale_delay_s=1)
     assert num_running() == 0
     body = {"prompt": "ab", "max_tokens": 3}

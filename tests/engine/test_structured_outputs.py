@@ -14,8 +14,9 @@ import pytest
 
 from engine import LLM, SamplingParams, StructuredOutputs
 from engine.engine import Engine
+from engine.sampling.grammar import compiler as grammar_compiler
 from engine.sampling.grammar import matcher as grammar_matcher
-from engine.sampling.grammar.compiler import GrammarCompiler
+from engine.sampling.grammar.compiler import GrammarCompiler, _Worker
 from engine.schedule.request import Request
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, run, tokens_of
@@ -40,6 +41,23 @@ term ::= [0-9] | "(" root ")"
 BOMB = {"type": "string", "pattern": "^a{1,50}$"}
 for _ in range(4):
     BOMB = {"type": "object", "properties": {f"k{i}": BOMB for i in range(6)}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_workers() -> Iterator[None]:
+    """Engines of one vocabulary share the process that compiles, which takes seconds to start."""
+    workers: dict[str, _Worker] = {}
+
+    def share(vocabulary: dict[str, Any]) -> _Worker:
+        worker = _Worker(vocabulary)
+        return workers.setdefault(repr(worker._arguments), worker)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar_compiler, "_Worker", share)
+        patch.setattr(_Worker, "kill", lambda worker: None)
+        yield
+    for worker in workers.values():
+        worker.kill()
 
 
 @pytest.fixture(scope="module")
