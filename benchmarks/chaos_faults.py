@@ -77,7 +77,7 @@ class Breaker:
     async def _kill_node(self) -> None:
         """One that holds a replica; another, which is idle, takes its place."""
         assert self._cluster is not None
-        used = await asyncio.to_thread(_nodes_in_use)
+        used = await asyncio.to_thread(nodes_in_use)
         nodes = [node for node in self._cluster.worker_nodes if node.node_id in used]
         await asyncio.to_thread(
             self._cluster.remove_node, self._draw.choice(nodes), allow_graceful=False
@@ -96,7 +96,7 @@ class Breaker:
 NODE: dict[str, Any] = {"num_cpus": 2}
 
 
-def _nodes_in_use() -> set[str]:
+def nodes_in_use() -> set[str]:
     """Ids of those that hold a replica's placement group."""
     groups = ray.util.placement_group_table().values()
     live = [group for group in groups if group["state"] == "CREATED"]

@@ -1,6 +1,6 @@
 """How the tokens of one request are chosen, and when it ends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -193,6 +193,11 @@ class SamplingParams(StrictModel):
         if limit is None:
             return prompt_token_ids
         return prompt_token_ids[-(max_len - 1 if limit == -1 else limit) :]
+
+    def end_tokens(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """Those that end the output."""
+        own = frozenset(self.stop_token_ids)
+        return own if self.ignore_eos else own.union(eos_token_ids)
 
     def choices(self, seed: int) -> "list[tuple[SamplingParams, int]]":
         """Parameters and seed of each of the n outputs; only the first asks about the prompt.

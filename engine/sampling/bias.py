@@ -39,11 +39,9 @@ class LogitBias:
         params = new.params
         additions = [(token, value, _NEVER) for token, value in params.logit_bias.items()]
         if params.min_tokens > 0:
-            stops = set(params.stop_token_ids)
-            if not params.ignore_eos:
-                stops |= self._eos_token_ids
+            ends = params.end_tokens(self._eos_token_ids)
             until = new.num_prompt_tokens + params.min_tokens
-            additions += [(token, -torch.inf, until) for token in sorted(stops)]
+            additions += [(token, -torch.inf, until) for token in sorted(ends)]
         self._rules.enter(new.row, self._on_device(additions) if additions else None)
 
     def _on_device(self, additions: Sequence[tuple[int, float, int]]) -> _Additions:

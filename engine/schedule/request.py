@@ -97,13 +97,10 @@ class RequestLimits:
             ("thinking_limit", thinking.start + thinking.end if thinking is not None else ()),
         ):
             self.check_tokens(name, tokens)
-        stops = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            stops |= set(self.eos_token_ids)
         if (
             params.min_tokens > 0
             and params.allowed_token_ids is not None
-            and (stops.issuperset(params.allowed_token_ids))
+            and params.end_tokens(self.eos_token_ids).issuperset(params.allowed_token_ids)
         ):
             raise ValueError(
                 "allowed_token_ids: all of them end the output, which min_tokens does not allow; "
@@ -119,10 +116,8 @@ class RequestLimits:
             output: tokens that are there, one at least, of which only the last may be its end.
         """
         last = output[-1]
-        if last in params.stop_token_ids:
-            return "stop", last
-        if last in self.eos_token_ids and not params.ignore_eos:
-            return "stop", None
+        if last in params.end_tokens(self.eos_token_ids):
+            return "stop", last if last in params.stop_token_ids else None
         most = self.max_len - num_prompt
         if params.max_tokens is not None:
             most = min(most, params.max_tokens)

@@ -105,9 +105,7 @@ class Scheduler:
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         if num_tokens >= max_len:
             raise ValueError(f"request {request.id!r} has all its {max_len} tokens already")
-        stops = frozenset(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
-            stops |= self._eos_token_ids
+        stops = request.params.end_tokens(self._eos_token_ids)
         turn = self._turns.take(request.flow)
         sequence = Sequence(request, max_len, stops, turn, self._rank(request, turn), held)
         self.sequences[request.id] = sequence

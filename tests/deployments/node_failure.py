@@ -14,17 +14,11 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
+from benchmarks.chaos_faults import nodes_in_use
 from deployments import app
 from deployments.args import AppArgs
 from deployments.cli.client import Client
 from tests.deployments.conftest import free_port, wait_until
-
-
-def nodes_in_use() -> set[str]:
-    """The nodes that hold a replica's placement group."""
-    groups = ray.util.placement_group_table().values()
-    live = [group for group in groups if group["state"] == "CREATED"]
-    return {node for group in live for node in group["bundles_to_node_id"].values()}
 
 
 def num_running() -> int:
