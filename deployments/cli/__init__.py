@@ -80,6 +80,7 @@ def serve(
 @app.command()
 def chat(
     url: Annotated[str, typer.Option(help="The server.")] = "http://localhost:8000",
+    model: Annotated[str, typer.Option(help="Which one, if the server has several.")] = "",
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
@@ -95,7 +96,8 @@ def chat(
     """
     from deployments.cli.terminal_chat import Chat
 
-    Chat(url, key, system, {"temperature": temperature, "max_tokens": max_tokens}, think).run()
+    sampling = {"temperature": temperature, "max_tokens": max_tokens}
+    Chat(url, key, model, system, sampling, think).run()
 
 
 @app.command(context_settings=_PASS_ON)

@@ -21,6 +21,10 @@ class ServerError(Exception):
         self.status = status
 
 
+class ProxyError(ServerError):
+    """A proxy's own words: it reached no server of ours."""
+
+
 class _Known:
     """What has come of an answer. Events after the last id come again when it goes on."""
 
@@ -102,7 +106,7 @@ class Client:
 
         An answer whose stream breaks goes on where it was, from whichever server then answers.
         """
-        known = _Known()
+        known, asked_at = _Known(), time.monotonic()
         while True:
             try:
                 for event_id, event in self._events(path, body, known):
@@ -113,7 +117,10 @@ class Client:
                 if body is None or known.is_lost:
                     raise self._unreachable(error) from error
             except ServerError as error:
-                if error.status != 503 or known.is_lost:
+                is_proxys = isinstance(error, ProxyError)
+                if is_proxys and error.status >= 500:  # there are servers behind it
+                    known.came_at = max(known.came_at, asked_at)
+                if not (is_proxys or error.status == 503) or known.is_lost:
                     raise
             time.sleep(_PAUSE_S)
 
@@ -152,8 +159,9 @@ class Client:
             return
         try:
             message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
             message = f"{response.status_code} {response.reason_phrase}"
+            raise ProxyError(message, response.status_code) from error
         if response.status_code == 401:
             message += " (give it by --key or MANTA_API_KEY)"
         raise ServerError(message, response.status_code)

@@ -25,9 +25,10 @@ class Chat:
     """Keeps the conversation; one request for each question."""
 
     def __init__(
-        self, url: str, key: str, system: str, sampling: dict[str, Any], think: bool
+        self, url: str, key: str, model: str, system: str, sampling: dict[str, Any], think: bool
     ) -> None:
         self._client = Client(url, key)
+        self._model = model
         self._system = system
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
         self._think = think
@@ -37,11 +38,17 @@ class Chat:
     def run(self) -> None:
         """Until the input ends. Raises SystemExit when there is no server."""
         try:
-            (model,) = self._client.get("/v1/models")["data"]
+            there = [model["id"] for model in self._client.get("/v1/models")["data"]]
         except ServerError as error:
             sys.exit(f"error: {error}")
+        if not self._model and len(there) == 1:
+            (self._model,) = there
+        if self._model not in there:
+            asked = f"no model {self._model!r}" if self._model else f"{len(there)} models"
+            names = ", ".join(there) or "none"
+            sys.exit(f"error: {self._client.url} has {asked}; --model takes one of: {names}")
         say = self._console.print
-        say(f"[bold]{model['id']}[/] at {self._client.url}; /help for commands, Ctrl-D to leave")
+        say(f"[bold]{self._model}[/] at {self._client.url}; /help for commands, Ctrl-D to leave")
         with _history():
             while (text := self._read()) is not None:
                 if text.startswith("/"):
@@ -85,6 +92,7 @@ class Chat:
         question = {"role": "user", "content": text}
         system = [{"role": "system", "content": self._system}] if self._system else []
         body = {
+            "model": self._model,
             "messages": [*system, *self._messages, question],
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -10,11 +10,12 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-/** An answer other than 200, in OpenAI's shape. */
+/** An answer other than 200, in OpenAI's shape; without `error`, a proxy's that reached no server. */
 export class ApiError extends Error {
-  constructor(status, { message, param, code } = {}) {
-    super(message ?? `the server answered ${status}`);
-    Object.assign(this, { status, param, code });
+  constructor(status, error) {
+    super(error?.message ?? `the server answered ${status}`);
+    const { param, code } = error ?? {};
+    Object.assign(this, { status, param, code, isProxys: !error });
   }
 }
 
@@ -52,7 +53,8 @@ export async function* events(response) {
 export async function* answer(path, { body, signal }) {
   let lastId = "";
   let held = []; // what has come since the last id comes again
-  let cameAt = -Infinity;
+  const askedAt = performance.now();
+  let cameAt = -Infinity; // when there was a server last
   for (;;) {
     try {
       const response = await request(path, { body, signal, lastId });
@@ -67,7 +69,8 @@ export async function* answer(path, { body, signal }) {
       }
       throw new TypeError("the answer has no end"); // as fetch throws for what breaks in the midst
     } catch (error) {
-      const mayPass = error instanceof TypeError || error.status === 503;
+      if (error.isProxys && error.status >= 500) cameAt = Math.max(cameAt, askedAt);
+      const mayPass = error instanceof TypeError || error.isProxys || error.status === 503;
       if (!mayPass || performance.now() - cameAt > GIVE_UP_MS) throw error;
       held = [];
       await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));

@@ -35,7 +35,8 @@ def events(url: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[
     """(id, content): what has come since the last id would come again, so it waits for the next."""
     content = event_id = ""
     with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
-        if answer.status_code == 503:
+        is_a_proxys = answer.headers.get("content-type") != "application/json"
+        if answer.status_code == 503 or (answer.is_error and is_a_proxys):
             raise httpx.ConnectError("no replica is there yet")
         answer.raise_for_status()
         for line in answer.iter_lines():

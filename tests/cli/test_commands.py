@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +202,26 @@ def test_chat_goes_over_several_turns(demo: LocalServer, tmp_path: Path) -> None
     assert "manta-demo" in done.stdout and "TTFT" in done.stdout and "tok/s" in done.stdout
     assert done.stdout.count("Maria") == 2 and "42" in done.stdout
     assert "thinking is on" in done.stdout and "/undo" in done.stdout
+
+
+def test_chat_is_with_one_of_several_models(demo: LocalServer) -> None:  # noqa: F811
+    typed = "What is 17 + 25?"
+    done = manta("chat", "--url", demo.url, "--model", "manta-demo", typed=typed)
+    assert "42" in done.stdout
+    done = manta("chat", "--url", demo.url, "--model", "large", typed=typed)
+    assert "no model 'large'; --model takes one of: manta-demo" in done.stderr
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "small"}, {"id": "large"}]}).encode())
+
+    with HTTPServer(("127.0.0.1", 0), Door) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = manta("chat", "--url", f"http://127.0.0.1:{server.server_port}", typed=typed)
+        server.shutdown()
+    assert "2 models; --model takes one of: small, large" in done.stderr and done.returncode == 1
 
 
 def test_chat_on_a_terminal_remembers_what_was_typed(demo: LocalServer, tmp_path: Path) -> None:  # noqa: F811

@@ -7,8 +7,11 @@ from contextlib import contextmanager, suppress
 
 
 @contextmanager
-def cut_after(url: str, *sizes: int) -> Iterator[str]:
-    """Its URL. Its first connections end after so many bytes of an answer, the others in peace."""
+def cut_after(url: str, *sizes: int | bytes) -> Iterator[str]:
+    """Its URL. Its first connections end after so many bytes of an answer, the others in peace.
+
+    Where bytes are given for a size, they are the proxy's own answer.
+    """
     host, _, port = url.removeprefix("http://").partition(":")
     left = list(sizes)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -18,6 +21,9 @@ def cut_after(url: str, *sizes: int) -> Iterator[str]:
                 while True:
                     client, _ = listening.accept()
                     limit = left.pop(0) if left else 2**40
+                    if isinstance(limit, bytes):
+                        threading.Thread(target=_answer, args=(client, limit)).start()
+                        continue
                     server = socket.create_connection((host, int(port)))
                     threading.Thread(target=_copy, args=(client, server, 2**40)).start()
                     threading.Thread(target=_copy, args=(server, client, limit)).start()
@@ -25,6 +31,14 @@ def cut_after(url: str, *sizes: int) -> Iterator[str]:
         threading.Thread(target=serve, daemon=True).start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         listening.shutdown(socket.SHUT_RDWR)
+
+
+def _answer(client: socket.socket, answer: bytes) -> None:
+    with suppress(OSError), client:
+        client.sendall(answer)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(65536):  # what is not read would reset the connection
+            pass
 
 
 def _copy(source: socket.socket, target: socket.socket, limit: int) -> None:

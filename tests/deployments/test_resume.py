@@ -20,6 +20,7 @@ ASK = {
     "temperature": 0.8,
     "max_tokens": 40,
 }
+SEEDED = ASK | {"seed": 5}
 WEATHER = {
     "type": "function",
     "function": {
@@ -217,14 +218,19 @@ def test_our_client_goes_on_by_itself(has_tokens: bool, demo: LocalServer) -> No
             assert ask(url) == whole
 
 
+# As Serve's proxy and HAProxy say that a replica is gone, or that none is there yet.
+LOST = b"HTTP/1.1 500 Internal Server Error\r\nconnection: close\r\n\r\nInternal Server Error"
+EARLY = b"HTTP/1.1 404 Not Found\r\nconnection: close\r\n\r\nPath '/v1/completions' not found."
+
+
 def _by_our_client(url: str) -> str:
-    chunks = Client(url).stream(CHAT, ASK | {"stream": True})
-    return "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+    chunks = Client(url).stream(CHAT, SEEDED | {"stream": True})
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
 
 
 def _by_the_example(url: str) -> str:
     example = runpy.run_path(str(ROOT / "docs" / "examples" / "resume.py"))
-    return "".join(example["stream"](f"{url}{CHAT}", ASK))
+    return "".join(example["stream"](f"{url}{CHAT}", SEEDED))
 
 
 @pytest.mark.parametrize("said_by", [_by_our_client, _by_the_example])
@@ -257,6 +263,17 @@ def test_a_stream_goes_on_elsewhere_where_a_replica_says_that_it_must_stop(
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize("said_by", [_by_our_client, _by_the_example])
+def test_what_a_proxy_says_is_no_refusal(said_by: Callable[[str], str], demo: LocalServer) -> None:
+    """The stream goes on, or begins, when there is a replica again."""
+    whole = said_by(demo.url)
+    for answers in ((700, LOST, EARLY), (LOST,)):
+        with cut_after(demo.url, *answers) as url:
+            assert said_by(url) == whole
+    with cut_after(demo.url, *[EARLY] * 9) as url, pytest.raises(ServerError, match="404"):
+        _by_our_client(url)  # what has never been a server of ours
 
 
 def test_our_client_gives_up_on_what_was_never_there(demo: LocalServer) -> None:
