@@ -1,7 +1,8 @@
 """Batches: the requests of a file, answered a few at a time, and again where a server was killed.
 
 A batch is worked off in parts, each of which is written whole: whoever goes on with it does only
-what is not there yet. Its requests take turns with those of others as one client's, or come last
+what is not there yet. Some parts are on their way at a time, for the end of one is its longest
+answer alone. Their requests take turns with those of others as one client's, or come last
 where the server has priorities.
 """
 
@@ -9,10 +10,11 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
 from deployments.api.errors import ApiError
 from deployments.api.streaming import cancel_all
@@ -23,11 +25,11 @@ from deployments.files.store import FileStore, Record
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
 
-T = TypeVar("T")
-
 WINDOW_S = 24 * 3600
 UNFINISHED = ("validating", "in_progress")
-_ROWS_PER_PART = 64
+_ROWS_PER_PART = 32
+# On their way at a time: leaving room for others, or filling an engine where others go first.
+_PARTS_AT_ONCE, _PARTS_WHERE_LAST = 4, 16
 _RETRY_S = 2.0
 _LEASE_S = 60.0  # a batch whose runner has not been heard of for so long is anybody's
 _LOWEST_PRIORITY = 2**31 - 1
@@ -118,37 +120,49 @@ class BatchRunner:
             await self._update(directory, batch_id, started)
         results = self._results(directory, batch_id)
         num_failed = await asyncio.to_thread(_num_failed, results)  # by part that is done
-        first_row = 0
 
         def counts() -> Record:
             failed = sum(num_failed.values())
             completed = sum(parts[number][1] for number in num_failed) - failed
             return {"request_counts": {"total": total, "completed": completed, "failed": failed}}
 
-        for number, (start, num_rows) in enumerate(parts):
-            record = await self._update(directory, batch_id, counts())
-            if await self._is_cancelled(directory, batch_id) or _is_late(record):
-                break
-            if number not in num_failed:
-                raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
-                done = await self._while_held(
-                    record, directory, self._answer(record, raw, first_row)
-                )
-                await asyncio.to_thread(self._write, results, number, raw, *done)
-                num_failed[number] = sum(not _is_good(a) for a in done[1])
-            first_row += num_rows
+        async def work_off(number: int) -> None:
+            start, num_rows = parts[number]
+            raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
+            first_row = sum(num_rows for _, num_rows in parts[:number])
+            rows, said = await self._answer(record, raw, first_row)
+            await asyncio.to_thread(self._write, results, number, raw, rows, said)
+            num_failed[number] = sum(not _is_good(a) for a in said)
+
+        left = (work_off(number) for number in range(len(parts)) if number not in num_failed)
+        await self._while_held(directory, batch_id, left, counts)
         ending = "completed" if len(num_failed) == len(parts) else "expired"
         await self._finish(directory, batch_id, {"status": ending, **counts()})
 
-    async def _while_held(self, record: Record, directory: str, work: Coroutine[Any, Any, T]) -> T:
-        """What the work returns; the batch is this runner's as long as it takes."""
-        task = asyncio.create_task(work)
+    async def _while_held(
+        self,
+        directory: str,
+        batch_id: str,
+        left: Iterator[Coroutine[Any, Any, None]],
+        counts: Callable[[], Record],
+    ) -> None:
+        """Do what is left, some at a time, while the batch is this runner's and wanted."""
+        at_once = _PARTS_WHERE_LAST if self._front.has_priorities else _PARTS_AT_ONCE
+        tasks: set[asyncio.Task[None]] = set()
         try:
-            while not (await asyncio.wait({task}, timeout=_LEASE_S / 4))[0]:
-                await self._update(directory, record["id"])
-            return task.result()
+            while True:
+                record = await self._update(directory, batch_id, counts())
+                if not (await self._is_cancelled(directory, batch_id) or _is_late(record)):
+                    tasks |= set(map(asyncio.create_task, islice(left, at_once - len(tasks))))
+                if not tasks:
+                    return
+                done, tasks = await asyncio.wait(
+                    tasks, timeout=_LEASE_S / 4, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
         finally:
-            await cancel_all([task])
+            await cancel_all(list(tasks))
 
     async def _answer(
         self, record: Record, raw: list[bytes], first_row: int

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from deployments.batch.rows import Answer
+from deployments.batch.rows import Answer, Row
 from deployments.files import batches
 from deployments.files.batches import BatchRunner
 from deployments.files.store import FileStore
@@ -107,7 +107,7 @@ def test_a_batch_without_requests_fails(server: LocalServer) -> None:
 
 
 def test_a_stopped_server_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
-    lines = [line(i, max_tokens=3) for i in range(200)]
+    lines = [line(i, max_tokens=3) for i in range(32 * 16)]
     place: dict[str, Any] = {"files_directory": str(tmp_path), **OPTIONS}
     with serve_locally(**place) as server, server.client() as client:
         file = client.files.create(file=("in.jsonl", jsonl(*lines)), purpose="batch")
@@ -116,13 +116,14 @@ def test_a_stopped_server_goes_on_and_does_nothing_twice(tmp_path: Path) -> None
         ).id
         wait_until(lambda: any(tmp_path.rglob("*.done")), what="a part is done")
     num_done = len(list(tmp_path.rglob("*.done")))
-    assert 0 < num_done < 4, "of four parts"
+    assert 0 < num_done < 16, "of sixteen parts"
     with serve_locally(**place) as server, server.client() as client:
         wait_until(lambda: client.batches.retrieve(batch_id).status == "completed")
-        assert sum(server.front.client.metrics.finished.values()) == 200 - 64 * num_done
+        num_rows = len(lines)
+        assert sum(server.front.client.metrics.finished.values()) == num_rows - 32 * num_done
         batch = client.batches.retrieve(batch_id)
-        assert batch.request_counts is not None and batch.request_counts.completed == 200
-        assert len(lines_of(client, batch.output_file_id)) == 200
+        assert batch.request_counts is not None and batch.request_counts.completed == num_rows
+        assert len(lines_of(client, batch.output_file_id)) == num_rows
 
 
 def test_what_a_killed_server_has_left_is_taken_over(tmp_path: Path) -> None:
@@ -134,6 +135,9 @@ def test_what_a_killed_server_has_left_is_taken_over(tmp_path: Path) -> None:
         store.write("of-ann", {"id": f"batch-{name * 24}", "_runner": held, **base})
     store.write("of-ann", {"id": f"batch-{'c' * 24}", **base, "status": "completed"})
     assert runner._orphans() == [("of-ann", f"batch-{'b' * 24}")]
+
+
+AT_ONCE = batches._PARTS_AT_ONCE * batches._ROWS_PER_PART
 
 
 class Workshop:
@@ -180,7 +184,7 @@ def test_a_batch_is_one_runners_however_long_a_part_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "_LEASE_S", 0.4)
-    shop = Workshop(tmp_path, monkeypatch, num_rows=65)
+    shop = Workshop(tmp_path, monkeypatch, num_rows=AT_ONCE + 1)
 
     async def run() -> None:
         other, working = shop.runner(), asyncio.create_task(shop.run())
@@ -194,9 +198,32 @@ def test_a_batch_is_one_runners_however_long_a_part_takes(
         assert not other._tasks
         shop.go_on.set()
         record = await working
-        assert record["status"] == "cancelled" and record["request_counts"]["completed"] == 64
+        assert record["status"] == "cancelled" and record["request_counts"]["completed"] == AT_ONCE
         output = b"".join(shop.store.pieces("of-ann", record["output_file_id"]))
-        assert len(output.splitlines()) == 64
+        assert len(output.splitlines()) == AT_ONCE
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_the_longest_answer_of_a_part_keeps_no_other_part_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(tmp_path, monkeypatch, num_rows=2 * AT_ONCE)
+
+    async def answer(front: Any, row: Row, *_: Any) -> Answer:
+        shop.num_answered += row.custom_id != "row-0"
+        if row.custom_id == "row-0":
+            await shop.go_on.wait()
+        return Answer(200, {})
+
+    monkeypatch.setattr(batches, "answer", answer)
+
+    async def run() -> None:
+        working = asyncio.create_task(shop.run())
+        while shop.num_answered < 2 * AT_ONCE - 1:
+            await asyncio.sleep(0.01)
+        shop.go_on.set()
+        assert (await working)["request_counts"]["completed"] == 2 * AT_ONCE
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
@@ -204,23 +231,23 @@ def test_a_batch_is_one_runners_however_long_a_part_takes(
 def test_who_is_thought_dead_leaves_the_batch_to_who_has_it_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop = Workshop(tmp_path, monkeypatch, num_rows=65)
+    shop = Workshop(tmp_path, monkeypatch, num_rows=AT_ONCE + 1)
 
     async def run() -> None:
         working = asyncio.create_task(shop.run())
-        while not shop.num_answered:
+        while shop.num_answered < AT_ONCE:
             await asyncio.sleep(0.01)
         shop.tell(_runner=["other", time.time()])
         shop.go_on.set()
         record = await working
         assert record["status"] == "in_progress" and record["_runner"][0] == "other"
-        assert shop.num_answered == 64  # of the part that was on its way
+        assert shop.num_answered == AT_ONCE  # of the parts that were on their way
 
     asyncio.run(asyncio.wait_for(run(), 30))
 
 
 @pytest.mark.parametrize(
-    ("done", "status", "completed"), [((0, 1), "completed", 62), ((0,), "expired", 61)]
+    ("done", "status", "completed"), [((0, 1), "completed", 30), ((0,), "expired", 29)]
 )
 def test_a_batch_is_what_is_done_of_it_wherever_its_runner_was_killed(
     done: tuple[int, ...],
@@ -230,13 +257,13 @@ def test_a_batch_is_what_is_done_of_it_wherever_its_runner_was_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before it could tell how many answers it had written, say; and then it was too late."""
-    shop = Workshop(tmp_path, monkeypatch, num_rows=65)
+    shop = Workshop(tmp_path, monkeypatch, num_rows=33)
     for number in done:
         place = shop.store.place("of-ann", f"results/{shop.record['id']}")
         place.write(f"{number:08}.done", b"0" if number else b"3")
     shop.tell(expires_at=time.time() - 1)
     record = asyncio.run(shop.run())
-    counts = {"total": 65, "completed": completed, "failed": 3}
+    counts = {"total": 33, "completed": completed, "failed": 3}
     assert (record["status"], record["request_counts"]) == (status, counts)
     assert record[f"{status}_at"] and not shop.num_answered
     shop.tell(_runner=["", 0.0])
