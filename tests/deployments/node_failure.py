@@ -104,7 +104,7 @@ def main(model: str) -> dict[str, Any]:
         wait_until(lambda: num_running() == 1, 60, "the dead replica is noticed")
         noticed_at = time.monotonic()
         cluster.add_node(num_cpus=2)
-        wait_until(lambda: num_running() == 2, 90, "the replica is replaced on the new node")
+        wait_until(lambda: num_running() == 2, 180, "the replica is replaced on the new node")
         stop.set()
         for client in [*clients, *streams]:
             client.join(60)

@@ -19,7 +19,7 @@ def run_module(name: str, *arguments: str) -> Any:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=420,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
