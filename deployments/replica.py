@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -33,20 +34,25 @@ class Replica:
         Args:
             ingress_router: the deployment that routes by prompts, if one does.
         """
+        self._opened = AsyncExitStack()  # Serve may stop a replica that has not started yet
         bundles = get_current_placement_group()
         assert bundles is not None, "the app builder gives every replica a placement group"
         self._args = args
         self._front = await asyncio.to_thread(Front, args)
+        self._opened.push_async_callback(self._front.client.close)
         self._shards = ShardGroup(args, self._front.client, bundles)
+        self._opened.callback(self._shards.stop)
         self._reports = ReplicaReports(self._front.client)
         if args.may_have_several_replicas:
             self._front.watch = ReplicaWatch().pictures
         await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.tokenizer.warm_up))
         metrics = RayMetrics(self._front.client.metrics)
-        self._tasks = [asyncio.create_task(metrics.publish_forever())]
+        tasks = [asyncio.create_task(metrics.publish_forever())]
         if ingress_router is not None:
             send = partial(Peers(ingress_router).ask, "take_report", own_name())
-            self._tasks.append(asyncio.create_task(self._reports.send_forever(send)))
+            tasks.append(asyncio.create_task(self._reports.send_forever(send)))
+        for task in tasks:
+            self._opened.callback(task.cancel)
         gc.freeze()  # or each of its passes stops all streams to look through what has been loaded
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -83,7 +89,4 @@ class Replica:
         self._shards.check()
 
     async def __del__(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._shards.stop()
-        await self._front.client.close()
+        await self._opened.aclose()
