@@ -5,9 +5,10 @@ instances of the original, though not always all of them.
 """
 
 import math
-import re
 from typing import Any, NamedTuple
 from urllib.parse import unquote
+
+from engine import patterns
 
 _MAX_DEPTH = 64
 _MAX_PARTS = 10_000  # what is referred to counts again for each kind of place that refers to it
@@ -48,29 +49,6 @@ _OTHER_FORMATS = {
     *("regex", "json-pointer", "relative-json-pointer"),
     *("iri", "iri-reference", "idn-email", "idn-hostname"),
 }
-_DATE = (
-    r"([0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
-    r"|02-(0[1-9]|1[0-9]|2[0-8]))"
-    r"|([0-9]{2}(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
-)
-_TIME = r"([01][0-9]|2[0-3])(:[0-5][0-9]){2}(\.[0-9]+)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
-_BYTE = r"(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-# Where xgrammar's own formats allow more: quotes in addresses, the 31st of February, 01.02.03.04.
-_PATTERNS = {
-    "email": r"^[A-Za-z0-9_%+-]+(\.[A-Za-z0-9_%+-]+)*@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+$",
-    "date": f"^{_DATE}$",
-    "time": f"^{_TIME}$",
-    "date-time": f"^{_DATE}T{_TIME}$",
-    "ipv4": rf"^{_BYTE}(\.{_BYTE}){{3}}$",
-}
-# URLs whose length is limited: up to the path, and what that is made of, at most 3 characters each.
-_ORIGIN = r"[a-z][a-z0-9+.-]{1,15}://[A-Za-z0-9.-]{1,63}(:[0-9]{1,5})?"
-_LONGEST_ORIGIN = 16 + 3 + 63 + 6 + 1  # with the slash
-_OF_PATH = r"([A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-F]{2})"
-# What stands for itself in a JSON string.
-CHARACTER = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
-_LOOKAROUND = re.compile(r"(?<!\\)(\\\\)*\(\?<?[=!]")
-
 _Types = list[str] | None  # None is any
 
 
@@ -82,11 +60,6 @@ def close(schema: dict[str, Any]) -> dict[str, Any]:
     supported, rather than ignoring it.
     """
     return _Closer().close(schema)
-
-
-def check_regex(regex: str, path: str) -> None:
-    if _LOOKAROUND.search(regex):
-        raise ValueError(f"{path}: lookahead and lookbehind are not supported")
 
 
 class _NoInstanceError(ValueError):
@@ -307,9 +280,9 @@ def _respell_format(schema: dict[str, Any], types: _Types) -> None:
     if schema.get("minLength") in (0, 1) and name not in (None, "uri-reference", "uri-template"):
         del schema["minLength"]
     most = schema.get("maxLength")
-    if name == "uri" and type(most) is int and most >= _LONGEST_ORIGIN:
+    if name == "uri" and type(most) is int and most >= patterns.LONGEST_ORIGIN:
         del schema["format"], schema["maxLength"]
-        schema["pattern"] = f"^{_ORIGIN}(/{_OF_PATH}{{0,{(most - _LONGEST_ORIGIN) // 3}}})?$"
+        schema["pattern"] = patterns.url_of_at_most(most)
 
 
 def _respell_bounds(schema: dict[str, Any], types: _Types, path: str) -> None:
@@ -337,7 +310,7 @@ def _respell_bounds(schema: dict[str, Any], types: _Types, path: str) -> None:
 
 
 def _respell_string(schema: dict[str, Any], path: str) -> None:
-    """A string's rules as a pattern where the compiler would else allow what is not JSON."""
+    """A string's rules as a pattern where the compiler would else allow more than they do."""
     least, most = schema.pop("minLength", None), schema.pop("maxLength", None)
     if least is not None or most is not None:
         for bound in (least, most):
@@ -345,16 +318,12 @@ def _respell_string(schema: dict[str, Any], path: str) -> None:
                 raise ValueError(f"{path}: a length is a whole number (got {bound!r})")
         if most is not None and most < (least or 0):
             raise ValueError(f"{path}: minLength {least} is greater than maxLength {most}")
-        schema["pattern"] = f"^{CHARACTER}{{{least or 0},{'' if most is None else most}}}$"
-    elif "pattern" in schema:
-        check_regex(schema["pattern"], f"{path}.pattern")
-        schema["pattern"] = re.sub("[^\\0-\x7f]", _code_point, schema["pattern"])
-    elif schema.get("format") in _PATTERNS:
-        schema["pattern"] = _PATTERNS[schema.pop("format")]
-
-
-def _code_point(match: re.Match[str]) -> str:
-    return f"\\u{{{ord(match[0]):x}}}"
+        schema["pattern"] = patterns.of_length(least or 0, most)
+        return
+    if schema.get("format") in patterns.OF_FORMATS:
+        schema["pattern"] = patterns.OF_FORMATS[schema.pop("format")]
+    if "pattern" in schema:
+        schema["pattern"] = patterns.respelled(schema["pattern"], f"{path}.pattern")
 
 
 def _check_keywords(schema: dict[str, Any], types: _Types, path: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from engine import json_schema
+from engine import json_schema, patterns
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _MAX_CHARACTERS = 100_000
@@ -61,7 +61,7 @@ class StructuredOutputs:
         if kinds == ["json"]:
             self.closed_schema()
         if self.regex is not None:
-            json_schema.check_regex(self.regex, "regex")
+            patterns.check_regex(self.regex, "regex")
         return self
 
     @cached_property

@@ -19,7 +19,7 @@ from typing import Any
 
 import xgrammar
 
-from engine.json_schema import CHARACTER
+from engine.patterns import CHARACTER
 from engine.structured_outputs import StructuredOutputs
 from engine.text.tokenizer import Tokenizer
 

@@ -1,0 +1,97 @@
+"""Strings in JSON have the pattern that was asked for: all of them, and only these."""
+
+import itertools
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+
+from engine.structured_outputs import StructuredOutputs
+from tests.engine.test_json_schema import accepts, compiler, grammar_of, random_texts  # noqa: F401
+
+
+def of(pattern: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": pattern}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$",
+        r"^P(\d+D)?(T(\d+H)?(\d+M)?)?$",
+        r"^[0-9]{1,3}(,[0-9]{3})*(\.[0-9]{1,2})?$",
+        r"^(\d|\d{3,4})$",
+        r"^v\d+(\.\d+)?(-(alpha|beta|rc)\d*)?$",
+        r"^(http|https)://[a-z]+(/[a-z]+)*/?$",
+        r"^\+?[1-9]\d{1,14}$",
+        r"^$|^[A-Z]{2}(-[A-Z]{2})?$",
+        r"^(?:a|an|ant|(?P<and>and))$",
+        r"^[^\d\s]{3}[\w.-]{1,3}\u00e9?[\]^-]$",
+    ],
+)
+def test_what_is_written_has_the_pattern(compiler: Any, pattern: str) -> None:  # noqa: F811
+    texts = list(random_texts(grammar_of(compiler, of(pattern)), 3, 60))
+    assert len(texts) > 20
+    for text in texts:
+        assert re.fullmatch(pattern, json.loads(text))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_patterns_allow_what_python_does(compiler: Any, seed: int) -> None:  # noqa: F811
+    choose = random.Random(seed)
+    texts = ["".join(text) for n in range(6) for text in itertools.product("ab", repeat=n)]
+    for _ in range(50):
+        pattern = random_pattern(choose, choose.randrange(2, 7))
+        grammar = grammar_of(compiler, of(f"^{pattern}$"))
+        for text in texts:
+            is_one = re.fullmatch(pattern, text) is not None
+            assert accepts(grammar, json.dumps(text)) == is_one, (pattern, text)
+
+
+def random_pattern(choose: random.Random, size: int) -> str:
+    if size == 1:
+        return choose.choice("ab")
+    kind, cut = choose.random(), choose.randrange(1, size)
+    if kind < 0.6:
+        parts = random_pattern(choose, cut), random_pattern(choose, size - cut)
+        return f"{parts[0]}{parts[1]}" if kind < 0.35 else f"({parts[0]}|{parts[1]})"
+    quantifier = choose.choice(["?", "*", "+", "{0,2}", "{2}", "{1,2}", "{2,}", "{1,}", "??"])
+    part = random_pattern(choose, size - 1)
+    return (part if len(part) == 1 else f"({part})") + quantifier
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"^.{0,500}$", r"^[^a]{0,300}$", r"^\S*$", r"[\s\S]{0,200}", "(?i)[ -~]{1,200}"]
+)
+def test_no_pattern_lets_a_string_be_left(compiler: Any, pattern: str) -> None:  # noqa: F811
+    grammar = grammar_of(compiler, of(pattern))
+    assert accepts(grammar, '"B!"') and accepts(grammar, '"x~"')
+    for text in ('"', '"b"b"', '"\\"', '"b\\b"', '"b\nb"'):
+        assert not accepts(grammar, text)
+
+
+def test_case_is_ignored_where_it_is_asked_for(compiler: Any) -> None:  # noqa: F811
+    grammar = grammar_of(compiler, of("(?i)^ab?[^c]$"))
+    assert all(accepts(grammar, text) for text in ('"abd"', '"ABD"', '"AD"'))
+    assert not any(accepts(grammar, text) for text in ('"abc"', '"abC"', '"b"'))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ('^"+$', "needs a character that JSON escapes"),
+        (r"^a\\b$", "needs a character that JSON escapes"),
+        (r"^a\n$", "needs a character that JSON escapes"),
+        (r"^(a$|b)c$", r"$ is supported at the ends alone"),
+        (r"\bword\b", r"\b is not supported"),
+        (r"(a)\1", r"\1 is not supported"),
+        (r"\p{L}+", r"\p is not supported"),
+        (r"a(?=b)", "lookahead"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_at_the_door(pattern: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as refused:
+        StructuredOutputs(json={"type": "object", "properties": {"name": of(pattern)}})
+    assert "json.properties.name.pattern" in str(refused.value)
