@@ -101,6 +101,21 @@ def test_a_tiny_temperature_is_greedy(ops: Ops, temperature: float) -> None:
     assert torch.equal(ops.sampling.sample(logits, **values), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.9, 1.0])
+def test_of_logits_that_are_no_numbers_some_token_is_drawn(
+    ops: Ops, dtype: torch.dtype, share: float
+) -> None:
+    """Of a model that has overflowed: the text is lost, the process is not."""
+    generator = torch.Generator().manual_seed(1)
+    for vocab in (1, 320, 5003):
+        logits = torch.randn(200, vocab, generator=generator) * 100
+        for value in (torch.nan, torch.inf):
+            logits[torch.rand(logits.shape, generator=generator) < share] = value
+        tokens = ops.sampling.sample(logits.to(dtype), **params(200, vocab))
+        assert ((tokens >= 0) & (tokens < vocab)).all()
+
+
 def test_strided_logits(ops: Ops) -> None:
     logits = torch.randn(20, 1001)
     values = params(20)
