@@ -38,7 +38,7 @@ from engine.schedule.step import TokenDelta, TokenLogprobs
 from engine.text.chat_template import check_variables
 from engine.text.detokenizer import Detokenizer
 from engine.text.messages import for_template
-from engine.text.prompts import Prompt, as_list, one_each
+from engine.text.prompts import Prompt, as_list, one_each, token_ids_of
 from engine.text.tokenizer import Tokenizer, has_tokenizer
 
 
@@ -278,7 +278,7 @@ class LLM:
         if isinstance(prompt, str):
             return prompt, self.get_tokenizer().encode(prompt), ""
         if not isinstance(prompt, Mapping):
-            return None, [int(token) for token in prompt], ""
+            return None, token_ids_of(prompt), ""
         unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)}; known: prompt, prompt_token_ids")
@@ -286,6 +286,8 @@ class LLM:
         if inner is None:
             raise ValueError("a dict prompt needs 'prompt' or 'prompt_token_ids'")
         text, token_ids, _ = self._parse(inner)
+        if text is None and isinstance(prompt.get("prompt"), str):  # what these tokens say
+            text = prompt["prompt"]
         return text, token_ids, str(prompt.get("cache_salt", ""))
 
     def _run(self, prompted: list[_Prompted], use_tqdm: bool) -> list[RequestOutput]:

@@ -73,7 +73,7 @@ class SamplingParams(StrictModel):
     )
     repetition_penalty: float = Field(
         1.0,
-        gt=0,
+        ge=1e-3,
         le=1e3,
         description="Divides positive logits of tokens of prompt and output, multiplies others.",
     )

@@ -100,8 +100,8 @@ def _add_options(group: "argparse._ArgumentGroup", fields: dict[str, FieldInfo])
 
 
 def _parse_value(text: str) -> Any:
-    """Lists are written as JSON; pydantic turns all else into the field's type."""
-    if not text.startswith("["):
+    """Lists and objects are written as JSON; pydantic turns all else into the field's type."""
+    if not text.startswith(("[", "{")):
         return text
     try:
         return json.loads(text)

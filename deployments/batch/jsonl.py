@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from deployments.api.errors import ApiError, validation_error
 from deployments.batch.rows import Answer, Row
 from deployments.batch.storage import Location
+from engine.sampling_params import SamplingParams
 from engine.strict import StrictModel, explain
 
 
@@ -29,6 +30,9 @@ class JsonlFormat:
     """Slices of a file begin at a byte; empty lines are no rows."""
 
     suffix = ".jsonl"
+
+    def check(self, sampling: SamplingParams) -> None:
+        """All that can be asked for has its place in an answer."""
 
     def split(self, source: Location, rows_per_part: int) -> Iterator[tuple[int, int]]:
         """(start, number of rows) of consecutive slices. Reads the file once, to count its rows."""

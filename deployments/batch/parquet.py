@@ -6,8 +6,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from deployments.api.errors import ApiError
 from deployments.batch.rows import Answer, Row
 from deployments.batch.storage import Location
+from engine.sampling_params import SamplingParams
 
 _ERROR = pa.struct({name: pa.string() for name in ("message", "type", "param", "code")})
 # Columns that the output has beside the input's.
@@ -28,6 +30,16 @@ class ParquetFormat:
     def __init__(self) -> None:
         # Row groups are often larger than slices, so the last one read serves several.
         self._last_group: tuple[tuple[str, int], pa.Table] | None = None
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Raises ValueError for what the output has no column for."""
+        for name in ("n", "logprobs", "prompt_logprobs"):
+            value = getattr(sampling, name)
+            if value != SamplingParams.model_fields[name].default:
+                raise ValueError(
+                    f"{name}: {value} asks for what Parquet output has no column for; leave it "
+                    "out, or give the prompts as .jsonl"
+                )
 
     def split(self, source: Location, rows_per_part: int) -> Iterator[tuple[int, int]]:
         """(start, number of rows) of consecutive slices."""
@@ -64,7 +76,7 @@ class ParquetFormat:
         return last[1]
 
     def parse(self, table: pa.Table) -> list[Row]:
-        return [Row(body={"prompt": prompt}) for prompt in table["prompt"].to_pylist()]
+        return [_parse(prompt) for prompt in table["prompt"].to_pylist()]
 
     def encode(self, table: pa.Table, rows: Sequence[Row], answers: Sequence[Answer]) -> bytes:
         """The content of an output file."""
@@ -74,6 +86,13 @@ class ParquetFormat:
         sink = pa.BufferOutputStream()
         parquet.write_table(table, sink)
         return sink.getvalue().to_pybytes()
+
+
+def _parse(prompt: Any) -> Row:
+    if isinstance(prompt, list) and isinstance(next(iter(prompt), None), (str, list)):
+        reason = f"a row has one prompt, a text or a list of token ids (got {prompt!r:.50})"
+        return Row(error=ApiError(400, f"prompt: {reason}", "prompt"))
+    return Row(body={"prompt": prompt})
 
 
 def _result(answer: Answer) -> dict[str, Any]:

@@ -38,8 +38,12 @@ def find_format(paths: list[str]) -> Format:
 
 
 def split(args: BatchArgs, source: Location, paths: list[str]) -> Iterator[Part]:
-    """All parts of the input, the same in every run with the same input."""
+    """All parts of the input, the same in every run with the same input.
+
+    Raises ValueError for an input, or wishes, that its format is not made for.
+    """
     format = find_format(paths)
+    format.check(args.sampling)
     index, first_row = 0, 0
     for path in paths:
         for start, num_rows in format.split(Location(source.filesystem, path), args.rows_per_part):

@@ -12,6 +12,7 @@ from deployments.api.routes.chat import complete_chat
 from deployments.api.routes.completions import complete_text
 from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.protocol import ChatCompletionRequest
+from deployments.api.schema.structured import FormFields
 from deployments.api.scope import RequestScope
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
@@ -66,8 +67,8 @@ async def answer(
     try:
         if row.error is not None:
             raise row.error
-        unset = {name: value for name, value in defaults.items() if row.body.get(name) is None}
-        return Answer(200, await _complete(front, row.url, row.body | unset, seed))
+        body = row.body | _left_open(row, defaults)
+        return Answer(200, await _complete(front, row.url, body, seed))
     except EngineUnavailableError:
         raise
     except ValidationError as error:
@@ -77,6 +78,19 @@ async def answer(
         return Answer(told.status, told.body())
     finally:
         front.client.metrics.count_key(tenant, own.records)
+
+
+def _left_open(row: Row, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Those of the defaults that the row does not set, in the words of its API."""
+    given = {name for name, value in row.body.items() if value is not None}
+    if given.intersection(FormFields.model_fields):
+        given.add("structured_outputs")
+    unset = {name: value for name, value in defaults.items() if name not in given}
+    if row.url == CHAT and "logprobs" in unset:
+        if "top_logprobs" not in given:
+            unset["top_logprobs"] = unset["logprobs"]
+        unset["logprobs"] = True
+    return unset
 
 
 async def _complete(front: Front, url: str, body: dict[str, Any], seed: int) -> dict[str, Any]:

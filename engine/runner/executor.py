@@ -71,5 +71,5 @@ def load_runner(
 ) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
     directory, shape, draft = read_model(config)
-    eos = eos_token_ids(directory)
+    eos = frozenset(id for id in eos_token_ids(directory) if 0 <= id < shape.vocab_size)
     return ModelRunner(config, shape, directory, eos, ranks, show_progress, files, draft)

@@ -80,3 +80,5 @@ if __name__ == "__main__":
     from engine.runner.follower import follow
 
     follow(*pickle.load(sys.stdin.buffer))
+    sys.stdout.flush()
+    os._exit(0)  # nothing is left to do, and the group's threads may abort an interpreter that ends

@@ -52,7 +52,7 @@ class PromptPooling:
             case "labels" if end == prompt.length:
                 prompt.vector = self._model.logits(states[-1:])[0].float()
             case "cls" if start == 0:
-                prompt.vector = states[0].float()
+                prompt.vector = _kept(states[0])
             case "mean":
                 total = states.float().sum(0)
                 prompt.vector = total if prompt.vector is None else prompt.vector + total
@@ -61,7 +61,7 @@ class PromptPooling:
 
     def _of_last(self, pooling: Pooling, state: Tensor) -> Tensor:
         if not pooling.logits:
-            return state[0].float()
+            return _kept(state[0])
         index = to_device(pooling.logits, torch.int64, state.device)
         return self._model.logits(state)[0, index].float()
 
@@ -73,3 +73,8 @@ class PromptPooling:
             if prompt is not None and prompt.vector is not None:
                 vectors[i] = ToHost(prompt.vector)
         return vectors
+
+
+def _kept(state: Tensor) -> Tensor:
+    """In float32, and beyond the step, whose states the next one may overwrite."""
+    return state.to(torch.float32, copy=True)

@@ -75,7 +75,10 @@ class BlockTables:
         return all(num_blocks <= pool.num_free for pool in self.pools)
 
     def find_cached(self, sequence: Sequence) -> list[list[int]]:
-        """A table for each group, of the longest prefix that all of them have in the cache."""
+        """A table for each group, of the longest prefix that all of them have in the cache.
+
+        Without what falls out of a window once host memory has given what it has of the prefix.
+        """
         names = self._reusable(sequence)
         length, settled = len(names), False
         while not settled:
@@ -83,9 +86,10 @@ class BlockTables:
             for pool, group in zip(self.pools, self._groups, strict=True):
                 length = self._longest(pool, group, names[:length])
             settled = length == before
+        end = length + len(self.pools[0].host.lookup(names[length:]))
         tables = []
         for pool, group in zip(self.pools, self._groups, strict=True):
-            first = self._first_seen(group, length * self._block_size)
+            first = self._first_seen(group, end * self._block_size)
             tables.append([-1] * first + pool.lookup(names[first:length]))
         return tables
 
@@ -141,7 +145,7 @@ class BlockTables:
             own = num_total - len(table)
             others = sum(num_new)
             if most is not None:
-                own = min(own, most)
+                own = min(own, most - sum(block >= 0 for block in table))
                 others = sum(min(n, most) for n in num_new)
             own += sum(block >= 0 and pool.is_free(block) for block in table)
             if own + others > pool.num_free:

@@ -1,6 +1,8 @@
 """What `LLM` takes for prompts and their parameters: one or many."""
 
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from engine.sampling_params import SamplingParams
@@ -9,9 +11,19 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, (str, Mapping)) or (
+        len(prompts) > 0 and isinstance(prompts[0], Integral)  # also numpy's
+    ):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def token_ids_of(prompt: Sequence[int]) -> list[int]:
+    """Raises ValueError for what is no list of integers."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(f"should be a text or a list of token ids ({error})") from error
 
 
 def one_each(

@@ -4,9 +4,11 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
@@ -150,9 +152,16 @@ class LinearPacker:
     ) -> Linear:
         """As `reference.pack_linear`."""
         inputs = weight.shape[1]
-        if quantization == "w8a8" and inputs % 64 == 0:
-            product = self._int8(weight)
-        elif quantization == "int4" and inputs % GROUP == 0:
+        if quantization == "w8a8":
+            missing = -inputs % 64  # which the kernel takes at once
+            product = self._int8(F.pad(weight, (0, missing)) if missing else weight)
+            linear = _packed(inputs + missing, [product], bias)
+            return partial(_padded, linear, missing) if missing else linear
+        if quantization == "int4":
+            if inputs % GROUP:
+                raise ValueError(
+                    f"quantization: 'int4' needs inputs in multiples of {GROUP}, not {inputs}"
+                )
             rounded = StoredWeight((len(weight), inputs), lambda rows: quantize_int4(weight[rows]))
             product = replace(self._groups([rounded]), rows=None)
         elif quantization is None and _is_packable(weight):
@@ -255,6 +264,11 @@ def _layout(weight: GroupedWeight) -> tuple[tuple[int, ...], int]:
 def _packed(inputs: int, products: list[_Product], bias: Tensor | None) -> PackedLinear:
     is_table = len(products) == 1 and products[0].rows is not None and bias is None
     return (PackedTable if is_table else PackedLinear)(inputs, products, bias)
+
+
+def _padded(linear: Linear, missing: int, x: Tensor) -> Tensor:
+    """Of x with so many zeros behind its values."""
+    return linear(F.pad(x, (0, missing)))
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -208,7 +208,9 @@ private:
     Candidate find_top_p(double budget) const {
         constexpr int BUCKETS = 1024, PER_OCTAVE = 16;
         const auto bucket_of = [&](float x) {
-            return static_cast<int>(std::min((highest - x) * (scale * PER_OCTAVE), BUCKETS - 1.0f));
+            const float place = (highest - x) * (scale * PER_OCTAVE);
+            if (!(place > 0)) return 0;  // below with NaN among the logits, which hides the highest
+            return static_cast<int>(std::min(place, BUCKETS - 1.0f));
         };
         std::vector<double> histogram(BUCKETS);
         for_kept([&](int64_t token, float w) { histogram[bucket_of(logit(token))] += w; });

@@ -235,7 +235,8 @@ def _sample_kernel(
     best, best_token, peaks = _read(logits, vocab, BLOCK, PARTS)
     of = tl.load(rows + row)  # its row of the table
     temperature = tl.load(temperatures + of)
-    if (temperature == 0) | (best == float("-inf")):
+    # Of a model that has overflowed, weights are no numbers: the first of its best will do.
+    if (temperature == 0) | (tl.abs(best) == float("inf")):
         tl.store(out + row, best_token.to(tl.int64))
         return
     temperature = tl.maximum(temperature, 1e-30)  # below it is greedy but for exact ties

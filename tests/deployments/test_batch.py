@@ -19,9 +19,11 @@ from deployments.batch.job_file import claim_output
 from deployments.batch.jsonl import JsonlFormat
 from deployments.batch.parquet import ParquetFormat
 from deployments.batch.parts import find_format, split
+from deployments.batch.rows import CHAT, COMPLETIONS, Row, answer
 from deployments.batch.storage import Location
 from engine import LLM, SamplingParams
 from tests.deployments.conftest import wait_until
+from tests.deployments.in_process import serve_in_process
 
 ENGINE = ("--dtype", "float32", "--max-num-seqs", "8", "--num-blocks", "200")
 MAX_TOKENS = 60
@@ -248,10 +250,18 @@ def test_the_command_line_takes_all_fields() -> None:
     args = parse(
         *("--tensor-parallel-size", "2", "--enable-prefix-caching", "false", "--num-blocks", "9"),
         *("--num-replicas", "3", "--stop", '["a", "b"]', "--temperature", "0.5"),
+        *("--structured-outputs", '{"regex": "a+"}', "--logit-bias", '{"5": 1.5}'),
+        *("--chat-template", "{{ messages[0].content }}"),
     )
     assert args.tensor_parallel_size == 2 and args.num_blocks == 9 and args.num_replicas == 3
     assert args.enable_prefix_caching is False
-    assert args.sampling.model_dump(exclude_unset=True) == {"stop": ["a", "b"], "temperature": 0.5}
+    assert args.chat_template == "{{ messages[0].content }}"
+    assert args.sampling == SamplingParams(
+        stop=["a", "b"],
+        temperature=0.5,
+        structured_outputs={"regex": "a+"},
+        logit_bias={5: 1.5},
+    )
 
 
 @pytest.mark.parametrize(
@@ -319,6 +329,42 @@ def test_inputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         source = Location.of(str(tmp_path / "a.parquet"))
         with pytest.raises(ValueError, match=message):
             list(ParquetFormat().split(source, 8))
+
+
+def test_a_table_is_asked_for_what_it_has_columns_for(tmp_path: Path) -> None:
+    """A text per row: what else a job or a row wants is refused, not left out."""
+    for option in ("n", "logprobs", "prompt_logprobs"):
+        args = parse(f"--{option.replace('_', '-')}", "2")
+        with pytest.raises(ValueError, match=f"{option}: .* no column for"):
+            list(split(args, Location.of(str(tmp_path)), ["a.parquet"]))
+    format = ParquetFormat()
+    prompts = format.parse(pa.table({"prompt": [["a", "b"], ["a"], []]}))
+    prompts += format.parse(pa.table({"prompt": [[[3, 4], [5]]]}))
+    for row in prompts:
+        assert row.error is None or "a row has one prompt" in row.error.message
+    assert [row.error is not None for row in prompts] == [True, True, False, True]
+    tokens, text = (format.parse(pa.table({"prompt": [one]}))[0] for one in ([3, 4], "a"))
+    assert (tokens.body["prompt"], text.body["prompt"]) == ([3, 4], "a")
+
+
+def test_rows_take_of_the_job_what_they_leave_open() -> None:
+    """In the words of their API, and nothing that they have said in others."""
+    chat = {"messages": [{"role": "user", "content": "Repeat: apple"}], "max_completion_tokens": 3}
+    no_words = chat | {"response_format": {"type": "text"}, "top_logprobs": 1, "logprobs": True}
+    defaults = SamplingParams(logprobs=2, max_tokens=2, structured_outputs={"regex": "abcde"})
+    with serve_in_process("manta-demo") as api:
+        bodies = []
+        for url, body in ((CHAT, chat), (CHAT, no_words), (COMPLETIONS, {"prompt": "apple"})):
+            own = defaults.model_dump(exclude_unset=True)
+            found = api.run(answer(api.front, Row(url, body), own, seed=5))
+            assert found.error is None, found.error
+            bodies.append(found.body)
+    first, second, third = (body["choices"][0] for body in bodies)
+    assert "abcde".startswith(first["message"]["content"])
+    assert not second["message"]["content"].startswith("a b")
+    assert [len(one["top_logprobs"]) for one in first["logprobs"]["content"]] == [2, 2, 2]
+    assert {len(one["top_logprobs"]) for one in second["logprobs"]["content"]} == {1}
+    assert "abcde".startswith(third["text"]) and third["logprobs"] is not None
 
 
 def test_an_output_belongs_to_one_job(tmp_path: Path) -> None:

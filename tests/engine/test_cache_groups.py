@@ -94,6 +94,44 @@ def test_a_long_text_needs_only_its_window_of_blocks(checkpoints: CheckpointFact
         assert engine.scheduler.stats.preemptions == 0
 
 
+def test_a_cached_prefix_is_part_of_the_window(checkpoints: CheckpointFactory) -> None:
+    """So a pool of a window also serves a text that goes on long after what it has of it."""
+    directory = checkpoints("mistral", sliding_window=WINDOW)
+    first = random_prompts(11, 100, seed=3)[10]
+    second = first + random_prompts(11, 100, seed=4)[10]
+    with new_small_engine(directory) as engine:
+        alone = tokens_of_one(engine, second)
+    with new_small_engine(
+        directory, num_blocks=most_held(WINDOW, BUDGET, BLOCK_SIZE), max_num_seqs=1
+    ) as engine:
+        tokens_of_one(engine, first)
+        assert tokens_of_one(engine, second) == alone
+        assert engine.scheduler.stats.cached_tokens == 100
+
+
+def test_of_a_prefix_in_host_memory_only_the_window_comes_back(
+    checkpoints: CheckpointFactory,
+) -> None:
+    """For the pool need not have room for all of it."""
+    directory = checkpoints("mistral", sliding_window=WINDOW)
+    texts = [random_prompts(11, 200, seed=seed)[10] for seed in (3, 4)]
+    texts.append(texts[0] + texts[1])
+    with new_small_engine(directory) as engine:
+        alone = [tokens_of_one(engine, text) for text in texts]
+    with new_small_engine(
+        directory,
+        num_blocks=most_held(WINDOW, BUDGET, BLOCK_SIZE),
+        max_num_seqs=1,
+        host_cache_memory_bytes=1 << 24,
+    ) as engine:
+        stats = engine.scheduler.stats
+        for i in (0, 1, 0, 2, 1):
+            cached, restored = stats.cached_tokens, stats.restored_tokens
+            assert tokens_of_one(engine, texts[i]) == alone[i]
+        assert stats.cached_tokens - cached == 196
+        assert 0 < stats.restored_tokens - restored < WINDOW + BLOCK_SIZE
+
+
 @pytest.mark.parametrize("prefix", [8, 24, 60, 88])
 def test_a_prefix_is_found_where_all_groups_have_what_is_seen(mixed: Path, prefix: int) -> None:
     """Of the windowed layers that is the window before the prefix's end, and no more."""
@@ -114,8 +152,10 @@ def tokens_of_one(engine: Engine, prompt: list[int]) -> list[int]:
     engine.add(request)
     tokens: list[int] = []
     while engine.has_work:
+        before = engine.num_steps
         for delta in engine.step():
             tokens += delta.token_ids
+        assert engine.num_steps > before, "stuck: nothing runs, nothing will"
     return tokens
 
 

@@ -103,6 +103,16 @@ def test_the_tokenizers_end_ends_an_output(byte_model: Path, tmp_path: Path) -> 
     assert (output.token_ids, output.finish_reason) == (tokens[:8], "stop")
 
 
+def test_an_end_outside_the_vocabulary_is_none(edited: Callable[..., Path]) -> None:
+    """Tokenizers are given tokens that the model never learned; a negative one means none."""
+    directory = edited("qwen3", lambda config: config.update(eos_token_id=[-1, 2, 320, 5000]))
+    params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4)
+    with new_engine(directory) as engine:
+        assert engine.limits.eos_token_ids == [2]
+        (output,) = run(engine, [Request("0", [5, 6, 7], params, 0)])
+    assert len(output.token_ids) == 4
+
+
 def test_a_checkpoint_that_names_no_end_ends_structured_outputs(
     checkpoints: CheckpointFactory, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine import LLM, RequestOutput, SamplingParams
@@ -132,6 +133,23 @@ def test_a_prompt_is_cut_to_its_last_tokens(llm: LLM, generate: Any) -> None:
         generate(too_long)
 
 
+def test_a_prompt_may_be_an_array(llm: LLM, generate: Any) -> None:
+    expected = generate([5, 6, 7]).outputs
+    assert generate(np.array([5, 6, 7])).outputs == expected
+    assert generate([np.int64(5), np.int64(6), np.int64(7)]).outputs == expected
+    params = SamplingParams(max_tokens=1)
+    assert len(llm.generate([np.array([5, 6]), np.array([7])], params, use_tqdm=False)) == 2
+    for wrong in ([[5.7, 6.2]], [5.7], [["a"]]):
+        with pytest.raises(ValueError, match="prompt 0: should be a text or a list of token ids"):
+            generate(wrong)
+
+
+def test_tokens_may_come_with_what_they_say(generate: Any) -> None:
+    """As in vLLM: the tokens count."""
+    output = generate({"prompt": "five", "prompt_token_ids": [5]})
+    assert (output.prompt, output.prompt_token_ids) == ("five", [5])
+
+
 def test_detokenize_false_leaves_tokens_alone(generate: Any) -> None:
     choice, plain = (generate(detokenize=flag).outputs[0] for flag in (False, True))
     assert (choice.text, choice.token_ids) == ("", plain.token_ids)
@@ -147,6 +165,7 @@ def test_detokenize_false_leaves_tokens_alone(generate: Any) -> None:
         (dict(logprobs=21), "logprobs"),
         (dict(presence_penalty=2.1), "presence_penalty"),
         (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(repetition_penalty=1e-30), "repetition_penalty"),  # logits would be infinite
         (dict(logit_bias={5: 101}), "logit_bias"),
         (dict(allowed_token_ids=[]), "allowed_token_ids"),
         (dict(bad_words=[""]), "bad_words"),

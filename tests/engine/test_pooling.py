@@ -43,8 +43,18 @@ def expected(oracle: Any, prompt: list[int], name: str) -> Tensor:
     return {"last": states[-1], "mean": states.mean(0), "cls": states[0]}[name]
 
 
+# The last computes a token in each step, and has one step in flight while it reads another's.
+SIZES: list[dict[str, Any]] = [
+    {"max_num_batched_tokens": 48, "max_num_seqs": 16},
+    {"max_num_batched_tokens": 1, "max_num_seqs": 1, "async_scheduling": True},
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=["chunks", "tokens"])
 @pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma"])
-def test_vectors_are_those_of_transformers(checkpoints: CheckpointFactory, family: str) -> None:
+def test_vectors_are_those_of_transformers(
+    checkpoints: CheckpointFactory, family: str, size: dict[str, Any]
+) -> None:
     """In chunks, in a batch with requests that generate, and where prefixes are cached."""
     oracle = load_oracle(checkpoints(family))
     requests, wanted = [], {}
@@ -55,7 +65,7 @@ def test_vectors_are_those_of_transformers(checkpoints: CheckpointFactory, famil
             requests.append(request)
             wanted[request.id] = expected(oracle, prompt, name)
     plain = [Request(f"{i}", p, SamplingParams(max_tokens=3), 0) for i, p in enumerate(PROMPTS)]
-    with new_engine(checkpoints(family), max_num_batched_tokens=48, max_num_seqs=16) as engine:
+    with new_engine(checkpoints(family), **size) as engine:
         for _ in range(2):
             found = {}
             for request in [*requests, *plain]:

@@ -56,6 +56,15 @@ def test_logits_stay_close(tmp_path: Path, quantization: str, similarity: float)
     assert torch.cosine_similarity(full, rounded, dim=0) > similarity
 
 
+def test_layers_whose_inputs_are_no_multiple(tmp_path: Path) -> None:
+    """Of 64, for the kernel of 8 bits; of 32, for groups of 4 bits, there are none."""
+    directory = make_checkpoint(tmp_path, "llama3", intermediate_size=100)
+    full, rounded = prompt_logits(directory, None), prompt_logits(directory, "w8a8")
+    assert torch.cosine_similarity(full, rounded, dim=0) > 0.99
+    with pytest.raises(ValueError, match="'int4' needs inputs in multiples of 32, not 100"):
+        prompt_logits(directory, "int4")
+
+
 def test_an_embedding_that_is_the_head_is_there_once(checkpoints: CheckpointFactory) -> None:
     """Packed; one that is rounded to be a head stays beside it, for tokens have its values."""
     model = str(checkpoints("qwen3"))

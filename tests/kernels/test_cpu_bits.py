@@ -66,7 +66,7 @@ def test_attention_of_a_sequence_in_any_pieces(
 def test_rows_of_a_linear_layer_in_any_batch(
     ops: Ops, dtype: torch.dtype, quantization: Quantization | None
 ) -> None:
-    for inputs in (64, 1344):
+    for inputs in (64, 1344, 96):
         check_rows_in_any_batch(ops, dtype, quantization, rows=230, inputs=inputs)
 
 

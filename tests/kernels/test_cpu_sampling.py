@@ -1,5 +1,6 @@
 """The C++ sampler against the one in plain torch: the same token for the same draw."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,24 @@ def test_a_tiny_temperature_is_greedy(ops: Ops, temperature: float) -> None:
     logits = torch.randn(50, 1000) * 10
     values = params(50, temperature=temperature)
     assert torch.equal(ops.sampling.sample(logits, **values), logits.argmax(-1))
+
+
+def assert_some_token_is_drawn(
+    sample: Callable[..., Tensor], share: float, dtype: torch.dtype, rows: int
+) -> None:
+    """Of a model that has overflowed: the text is lost, the process is not."""
+    generator = torch.Generator().manual_seed(1)
+    for vocab, value in itertools.product((1, 320, 5003), (torch.nan, torch.inf, -torch.inf)):
+        logits = torch.randn(rows, vocab, generator=generator) * 100
+        logits[torch.rand(logits.shape, generator=generator) < share] = value
+        tokens = sample(logits.to(dtype), **params(rows, vocab))
+        assert ((tokens >= 0) & (tokens < vocab)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.9, 1.0])
+def test_logits_that_are_no_numbers(ops: Ops, share: float, dtype: torch.dtype) -> None:
+    assert_some_token_is_drawn(ops.sampling.sample, share, dtype, rows=200)
 
 
 def test_strided_logits(ops: Ops) -> None:

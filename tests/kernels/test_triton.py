@@ -26,7 +26,11 @@ from tests.kernels.steps import (
     random_lengths,
     sampling_on,
 )
-from tests.kernels.test_cpu_sampling import assert_same_draws, params
+from tests.kernels.test_cpu_sampling import (
+    assert_same_draws,
+    assert_some_token_is_drawn,
+    params,
+)
 from tests.triton_interpreter import DEVICE
 
 FP8 = torch.float8_e4m3fn
@@ -663,6 +667,11 @@ def test_banned_tokens_are_never_drawn() -> None:
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = torch.randn(8, 1000) * 10
     assert sample(logits, **params(8, temperature=temperature)).equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_logits_that_are_no_numbers(share: float) -> None:
+    assert_some_token_is_drawn(sample, share, torch.bfloat16, rows=12)
 
 
 def test_strided_logits() -> None:
