@@ -31,7 +31,7 @@ OPEN_PATHS = frozenset(
     {"/", "/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json"}
 )
 _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
-_ANTHROPIC = "/v1/messages/"
+ANTHROPIC = "/v1/messages/"
 # What OpenAI's clients ask for and is not here, by the beginning of its path.
 ABSENT = {
     **dict.fromkeys(
@@ -80,7 +80,7 @@ class Gate:
         if _route_path(http) != "/":  # a slash at the end changes nothing
             http["path"] = http["path"].rstrip("/")
         headers = Headers(scope=http)
-        is_anthropic = f"{_route_path(http)}/".startswith(_ANTHROPIC)
+        is_anthropic = f"{_route_path(http)}/".startswith(ANTHROPIC)
         current = RequestScope(
             self._service, _request_id(headers), http["method"], http["path"], is_anthropic, headers
         )
