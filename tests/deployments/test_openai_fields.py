@@ -491,6 +491,8 @@ def test_a_response_goes_on_from_one_that_is_stored(demo: LocalServer) -> None:
         assert second.usage.input_tokens == whole.usage.input_tokens
         assert (second.output_text, second.previous_response_id) == (whole.output_text, first.id)
         assert client.responses.retrieve(second.id).output_text == second.output_text
+        with pytest.raises(openai.BadRequestError, match="stream: "):
+            client.responses.retrieve(second.id, stream=True)
         for gone in (whole.id, "resp_none"):
             with pytest.raises(openai.BadRequestError) as refused:
                 client.responses.create(input="a", previous_response_id=gone, **options)
