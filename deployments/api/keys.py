@@ -47,8 +47,14 @@ class KeyRing:
                     f"API key {number}: should be KEY or NAME:KEY, and has an empty part or a name "
                     "that cannot be printed"
                 )
-            name = name.strip()
-            self._names.append((_digest(key.strip()), name))
+            name, key = name.strip(), key.strip()
+            if len(key.split()) > 1:
+                raise ApiKeysError(
+                    f"API key {number}: white space in a key; only limits follow it, as weight=2"
+                )
+            if (owner := self._owner(key)) not in (None, name):
+                raise ApiKeysError(f"API key {number}: is that of {owner!r}, too")
+            self._names.append((_digest(key), name))
             if self._quotas.setdefault(name, quota) != quota:
                 raise ApiKeysError(
                     f"API key {number}: {name!r} has other limits with another key; give both the "
@@ -98,11 +104,14 @@ class KeyRing:
         if not self._names:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        other = _digest(headers.get("x-api-key", "").strip())
-        found = None
+        given = key.strip() if scheme.lower() == "bearer" else ""
+        return self._owner(given, headers.get("x-api-key", "").strip())
+
+    def _owner(self, *keys: str) -> str | None:
+        """The name of one of these keys."""
+        given, found = [_digest(key) for key in keys], None
         for digest, name in self._names:
-            if hmac.compare_digest(digest, given) | hmac.compare_digest(digest, other):
+            if any([hmac.compare_digest(digest, own) for own in given]):
                 found = name
         return found
 
@@ -110,7 +119,7 @@ class KeyRing:
 def _quota(entry: str, number: int) -> tuple[str, Quota]:
     """(the entry without its limits, those); raises ApiKeysError."""
     given: dict[str, str] = {}
-    while " " in entry and (option := _OPTION.fullmatch(entry.split()[-1])):
+    while len(words := entry.split()) > 1 and (option := _OPTION.fullmatch(words[-1])):
         given[option[1]] = option[2]
         entry = entry.removesuffix(option[0]).rstrip()
     try:

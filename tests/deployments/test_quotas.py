@@ -18,7 +18,7 @@ def test_a_line_has_a_key_and_its_limits() -> None:
         [
             "acme corp:sk-1 weight=2.5 tokens_per_minute=6000",
             "acme corp:sk-2  weight=2.5  tokens_per_minute=6000 ",
-            "sk-3== max_concurrent=8",
+            "sk-3==\tmax_concurrent=8",
             "plain:sk-4",
         ]
     )
@@ -37,9 +37,12 @@ def test_a_line_has_a_key_and_its_limits() -> None:
         (["a:sk weight=0"], "API key 1: weight: .* greater than 0"),
         (["a:sk max_concurrent=1.5"], "API key 1: max_concurrent: .* integer"),
         (["a:s1 weight=2", "a:s2"], "API key 2: 'a' has other limits with another key"),
+        (["a:sk weight = 2"], "API key 1: white space"),
+        (["a:sk # the first"], "API key 1: white space"),
+        (["a:sk", "b:sk"], "API key 2: is that of 'a', too"),
     ],
 )
-def test_limits_that_cannot_be_meant_are_named(entries: list[str], fault: str) -> None:
+def test_lines_that_cannot_be_meant_are_named(entries: list[str], fault: str) -> None:
     with pytest.raises(ApiKeysError, match=fault):
         KeyRing(entries)
 
