@@ -63,8 +63,6 @@ class Gate:
         self._app = app
         self._service = service
         self._keys = keys
-        isolates = service.isolate_cache_by_key
-        self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._tells_ids = tells_ids
         self._front = front
         self._quotas = Quotas()
@@ -168,8 +166,9 @@ class Gate:
             )
         current.tenant = name
         current.quota = self._keys.quota(name)
-        current.flow = name if self._keys.has_several_names else current.request_id
-        if self._isolates_cache:
+        has_several, isolates = self._keys.has_several_names, self._service.isolate_cache_by_key
+        current.flow = name if has_several else current.request_id
+        if has_several if isolates is None else isolates:
             current.cache_owner = name
 
 
