@@ -143,7 +143,8 @@ class Gate:
 
     def _count_tokens(self, current: RequestScope) -> None:
         for record in current.records:
-            self._quotas.take(current.tenant, current.quota, record.num_prompt + record.num_output)
+            num_tokens = record.counts.get("prompt", 0) + record.num_output
+            self._quotas.take(current.tenant, current.quota, num_tokens)
         self._metrics.count_key(current.tenant, current.records)
 
     def _admit(self, http: Scope, current: RequestScope) -> None:

@@ -1,12 +1,16 @@
 """What the keys' file says that a client may have, and what it is told who wants more."""
 
 import asyncio
+import json
+import logging
 from pathlib import Path
 
 import pytest
 
 from deployments.api.keys import ApiKeysError, KeyRing
+from deployments.api.request_log import LOGGER
 from deployments.front.quotas import Quota, QuotaError, Quotas
+from tests.deployments.in_process import serve_in_process
 from tests.deployments.routing_fleet import Clock
 from tests.deployments.scripted import ScriptedApi
 
@@ -104,3 +108,25 @@ def test_who_has_had_enough_gets_429_and_nobody_else(tmp_path: Path) -> None:
         assert 'manta:key_tokens_total{engine="0",key="free",kind="prompt",' in metrics
 
     asyncio.run(run())
+
+
+def test_a_key_is_counted_what_its_answers_usage_says(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt once, however many choices it has."""
+    keys = tmp_path / "keys"
+    keys.write_text("acme:sk-acme tokens_per_minute=1000\n")
+    with serve_in_process(str(tiny_model), api_keys_file=str(keys)) as api:
+        logging.getLogger(LOGGER).addHandler(caplog.handler)
+        api.http.headers["authorization"] = "Bearer sk-acme"
+        asked = {"prompt": ["a cat", "a dog"], "n": 3, "max_tokens": 4, "ignore_eos": True}
+        usage = api.post("/v1/completions", **asked).json()["usage"]
+        logging.getLogger(LOGGER).removeHandler(caplog.handler)
+        api.assert_idle()
+    kinds = ("prompt", "cached", "output")
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    told = [usage["prompt_tokens"], cached, usage["completion_tokens"]]
+    assert told == [10, 0, 24]
+    assert [api.front.client.metrics.key_tokens["acme", kind] for kind in kinds] == told
+    line = json.loads(caplog.messages[-1])
+    assert [line[f"{kind}_tokens"] for kind in kinds] == told
