@@ -5,7 +5,9 @@ of keys, pages, limits and errors is the applications' own. None is asked for wh
 without replicas would start one.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -38,6 +40,7 @@ class Door:
     def __init__(self, http: httpx.AsyncClient, routes: Mapping[str, str]) -> None:
         self._http = http
         self._routes = routes
+        self._ending: set[asyncio.Task[None]] = set()  # of clients that have gone
 
     def route(self, model: Any) -> str:
         """Where the model is; raises ApiError if it is nowhere."""
@@ -92,8 +95,15 @@ class Door:
         has_body = not {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
         content = body if has_body else None
         asked = self._http.build_request(request.method, url, headers=headers, content=content)
+        # Where a request is cancelled again while it ends, as by Serve, httpx leaves it open.
+        sending = asyncio.create_task(self._http.send(asked, stream=True))
         try:
-            return await self._http.send(asked, stream=True)
+            return await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            ending = asyncio.create_task(_end(sending))
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+            raise
         except httpx.TransportError as error:
             raise ApiError(
                 503, f"{route} does not answer", code="unreachable", headers={"Retry-After": "5"}
@@ -136,6 +146,12 @@ async def _bytes_of(answer: httpx.Response) -> AsyncIterator[bytes]:
             yield chunk
     finally:
         await answer.aclose()
+
+
+async def _end(sending: "asyncio.Task[httpx.Response]") -> None:
+    sending.cancel()
+    with suppress(asyncio.CancelledError, httpx.HTTPError):
+        await (await sending).aclose()
 
 
 def build_door(http: httpx.AsyncClient, routes: Mapping[str, str]) -> FastAPI:

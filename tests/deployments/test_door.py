@@ -11,7 +11,7 @@ import httpx
 import pytest
 from ray._common.utils import import_attr
 
-from deployments.relay.door import build_door
+from deployments.relay.door import TIMEOUT, build_door
 from tests.deployments.scripted import ScriptedApi
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -207,3 +207,40 @@ def test_what_the_proxy_says_itself_is_not_said_twice(applications: Applications
 def test_its_name_is_one_thing_however_often_it_is_imported() -> None:
     names = [import_attr("deployments:door") for _ in range(2)]
     assert names[0] is names[1] and callable(names[0])
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["before the answer", "in its midst"])
+def test_a_client_that_goes_takes_its_request_with_it(begins: bool) -> None:
+    """Also where its handler is cancelled again while it ends, as Serve does."""
+
+    async def run() -> None:
+        has_come, has_begun, has_gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def application(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            if begins:
+                writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n")
+            has_come.set()
+            await reader.read()
+            has_gone.set()
+            writer.close()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                has_begun.set()
+
+        server = await asyncio.start_server(application, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        scope = {"type": "http", "method": "GET", "path": "/load", "headers": []}
+        scope |= {"query_string": b"", "server": ("door", 80), "scheme": "http"}
+        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as http:
+            api = build_door(http, {"small": "/small"})
+            asked = asyncio.create_task(api(scope, asyncio.Event().wait, send))
+            await (has_begun if begins else has_come).wait()
+            for _ in range(2):
+                asked.cancel()
+                await asyncio.sleep(0)
+            await asyncio.wait_for(has_gone.wait(), 5)
+        server.close()
+
+    asyncio.run(run())
