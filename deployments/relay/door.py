@@ -95,7 +95,7 @@ class Door:
         has_body = not {"content-length", "transfer-encoding"}.isdisjoint(request.headers)
         content = body if has_body else None
         asked = self._http.build_request(request.method, url, headers=headers, content=content)
-        # Where a request is cancelled again while it ends, as by Serve, httpx leaves it open.
+        # Where a request is cancelled again while it ends, httpx leaves its connection open.
         sending = asyncio.create_task(self._http.send(asked, stream=True))
         try:
             return await asyncio.shield(sending)

@@ -211,7 +211,7 @@ def test_its_name_is_one_thing_however_often_it_is_imported() -> None:
 
 @pytest.mark.parametrize("begins", [False, True], ids=["before the answer", "in its midst"])
 def test_a_client_that_goes_takes_its_request_with_it(begins: bool) -> None:
-    """Also where its handler is cancelled again while it ends, as Serve does."""
+    """Also where its handler is cancelled again while it ends."""
 
     async def run() -> None:
         has_come, has_begun, has_gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
