@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deployments.builder import app
-    from deployments.door.application import door
+    from deployments.relay.application import door
 
 __all__ = ["app", "door"]
 
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return app
     if name == "door":
-        from deployments.door.application import door
+        from deployments.relay.application import door
 
         return door
     raise AttributeError(f"module 'deployments' has no attribute {name!r}")

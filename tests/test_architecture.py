@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "deployments.front": {"observe", "parsing"},
     "deployments.shards": {"front"},
     "deployments.routing": {"api"},
-    "deployments.door": {"api"},
+    "deployments.relay": {"api"},
     "deployments.api": {"front", "observe", "parsing"},
     "deployments.files": {"api", "front", "observe", "batch"},
     "deployments.batch": {"api", "front", "observe", "shards"},

@@ -265,7 +265,7 @@ class Answers:
         parser, reason = self._parsers[index], delta.finish_reason
         pieces = parser.pieces(delta.text, last=reason is not None)
         if parser.is_over:
-            reason = "stop"
+            reason = "length" if reason == "length" and parser.is_cut else "stop"
             self._generation.complete(index)
         return AnswerDelta(pieces, delta, parser.finish_reason(reason, delta.stop_reason))
 

@@ -31,7 +31,7 @@ OPEN_PATHS = frozenset(
     {"/", "/health", "/ready", "/ping", "/metrics", "/version", "/docs", "/openapi.json"}
 )
 _OPEN_FILES = "/playground/"  # of the page, which asks for a key itself
-_ANTHROPIC = "/v1/messages/"
+ANTHROPIC = "/v1/messages/"
 # What OpenAI's clients ask for and is not here, by the beginning of its path.
 ABSENT = {
     **dict.fromkeys(
@@ -63,8 +63,6 @@ class Gate:
         self._app = app
         self._service = service
         self._keys = keys
-        isolates = service.isolate_cache_by_key
-        self._isolates_cache = keys.has_several_names if isolates is None else isolates
         self._tells_ids = tells_ids
         self._front = front
         self._quotas = Quotas()
@@ -80,7 +78,7 @@ class Gate:
         if _route_path(http) != "/":  # a slash at the end changes nothing
             http["path"] = http["path"].rstrip("/")
         headers = Headers(scope=http)
-        is_anthropic = f"{_route_path(http)}/".startswith(_ANTHROPIC)
+        is_anthropic = f"{_route_path(http)}/".startswith(ANTHROPIC)
         current = RequestScope(
             self._service, _request_id(headers), http["method"], http["path"], is_anthropic, headers
         )
@@ -145,7 +143,8 @@ class Gate:
 
     def _count_tokens(self, current: RequestScope) -> None:
         for record in current.records:
-            self._quotas.take(current.tenant, current.quota, record.num_prompt + record.num_output)
+            num_tokens = record.counts.get("prompt", 0) + record.num_output
+            self._quotas.take(current.tenant, current.quota, num_tokens)
         self._metrics.count_key(current.tenant, current.records)
 
     def _admit(self, http: Scope, current: RequestScope) -> None:
@@ -168,8 +167,9 @@ class Gate:
             )
         current.tenant = name
         current.quota = self._keys.quota(name)
-        current.flow = name if self._keys.has_several_names else current.request_id
-        if self._isolates_cache:
+        has_several, isolates = self._keys.has_several_names, self._service.isolate_cache_by_key
+        current.flow = name if has_several else current.request_id
+        if has_several if isolates is None else isolates:
             current.cache_owner = name
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from deployments.front.quotas import Quota
 from engine.strict import explain
 
 KEYS_VARIABLE = "MANTA_API_KEYS"
+# How often the keys' file is looked at, in seconds.
+_LOOK_S = 1.0
+logger = logging.getLogger("ray.serve")
 
 
 # After the key: keys themselves have "=" at their end, if at all.
@@ -25,7 +30,10 @@ class ApiKeysError(ValueError):
 
 
 class KeyRing:
-    """Names by key. Without any key everyone may ask, and has no name."""
+    """Names by key. Without any key everyone may ask, and has no name.
+
+    Those of a file follow it. Where it cannot be read as keys, they stay as they were.
+    """
 
     def __init__(self, entries: list[str]) -> None:
         """
@@ -37,6 +45,9 @@ class KeyRing:
         """
         self._names: list[tuple[bytes, str]] = []
         self._quotas: dict[str, Quota] = {}
+        self._args: ServiceArgs | None = None  # with the file
+        self._stamp: tuple[int, ...] = ()  # of the file as it was read
+        self._looked_at = time.monotonic()
         for number, entry in enumerate(entries, start=1):
             entry, quota = _quota(entry, number)
             name, colon, key = entry.partition(":")
@@ -47,8 +58,14 @@ class KeyRing:
                     f"API key {number}: should be KEY or NAME:KEY, and has an empty part or a name "
                     "that cannot be printed"
                 )
-            name = name.strip()
-            self._names.append((_digest(key.strip()), name))
+            name, key = name.strip(), key.strip()
+            if len(key.split()) > 1:
+                raise ApiKeysError(
+                    f"API key {number}: white space in a key; only limits follow it, as weight=2"
+                )
+            if (owner := self._owner(key)) not in (None, name):
+                raise ApiKeysError(f"API key {number}: is that of {owner!r}, too")
+            self._names.append((_digest(key), name))
             if self._quotas.setdefault(name, quota) != quota:
                 raise ApiKeysError(
                     f"API key {number}: {name!r} has other limits with another key; give both the "
@@ -59,6 +76,7 @@ class KeyRing:
     def load(cls, args: ServiceArgs) -> "KeyRing":
         """From the environment and the file; raises ApiKeysError if they must be and are not."""
         entries = os.environ.get(KEYS_VARIABLE, "").split(",")
+        stamp = _stamp(args.api_keys_file)
         if args.api_keys_file is not None:
             try:
                 lines = Path(args.api_keys_file).read_text(encoding="utf-8").splitlines()
@@ -76,7 +94,25 @@ class KeyRing:
             raise ApiKeysError(
                 "isolate_cache_by_key: there are no API keys to tell tenants apart by"
             )
+        ring._args, ring._stamp = args, stamp
         return ring
+
+    def _follow(self) -> None:
+        now = time.monotonic()
+        if self._args is None or now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        stamp = _stamp(self._args.api_keys_file)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            new = KeyRing.load(self._args)
+        except ApiKeysError as error:
+            logger.error("The API keys stay as they were: %s", error)
+        else:
+            self._names, self._quotas = new._names, new._quotas
+            logger.info("There are new API keys: %d in all", len(self._names))
 
     def __bool__(self) -> bool:
         return bool(self._names)
@@ -95,22 +131,35 @@ class KeyRing:
         It is a bearer's, or in x-api-key, as Anthropic's clients send it. Takes the same time
         whichever key it is or is not.
         """
+        self._follow()
         if not self._names:
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        other = _digest(headers.get("x-api-key", "").strip())
-        found = None
+        given = key.strip() if scheme.lower() == "bearer" else ""
+        return self._owner(given, headers.get("x-api-key", "").strip())
+
+    def _owner(self, *keys: str) -> str | None:
+        """The name of one of these keys."""
+        given, found = [_digest(key) for key in keys], None
         for digest, name in self._names:
-            if hmac.compare_digest(digest, given) | hmac.compare_digest(digest, other):
+            if any([hmac.compare_digest(digest, own) for own in given]):
                 found = name
         return found
+
+
+def _stamp(path: str | None) -> tuple[int, ...]:
+    """Another one once the file has changed; () where there is none."""
+    try:
+        found = os.stat(path or "")
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _quota(entry: str, number: int) -> tuple[str, Quota]:
     """(the entry without its limits, those); raises ApiKeysError."""
     given: dict[str, str] = {}
-    while " " in entry and (option := _OPTION.fullmatch(entry.split()[-1])):
+    while len(words := entry.split()) > 1 and (option := _OPTION.fullmatch(words[-1])):
         given[option[1]] = option[2]
         entry = entry.removesuffix(option[0]).rstrip()
     try:

@@ -28,7 +28,7 @@ def allow_origins(api: FastAPI, origins: Collection[str]) -> None:
         api.add_middleware(
             CORSMiddleware,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )

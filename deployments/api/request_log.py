@@ -52,10 +52,10 @@ def summary(scope: RequestScope) -> dict[str, Any]:
         line["key"] = scope.tenant
     if scope.records:
         ttfts = [record.ttft_s for record in scope.records if record.ttft_s is not None]
+        counts = [record.counts for record in scope.records]
+        kinds = ("prompt", "cached", "output")
+        line |= {f"{kind}_tokens": sum(own.get(kind, 0) for own in counts) for kind in kinds}
         line |= {
-            "prompt_tokens": sum(record.num_prompt for record in scope.records),
-            "cached_tokens": sum(record.num_cached for record in scope.records),
-            "output_tokens": sum(record.num_output for record in scope.records),
             "ttft_ms": round(min(ttfts) * 1e3, 1) if ttfts else None,
             "finish_reasons": [record.finish_reason or "abort" for record in scope.records],
         }

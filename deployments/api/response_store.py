@@ -4,6 +4,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_json
+
 from engine.text.messages import Message
 
 _MAX_RESPONSES = 4096
@@ -28,7 +30,8 @@ class ResponseStore:
         self._size = 0
 
     def put(self, tenant: str, body: dict[str, Any], messages: list[Message]) -> None:
-        size = sum(len(message.model_dump_json(exclude_unset=True)) for message in messages)
+        size = len(to_json(body))  # with tools that no prompt has
+        size += sum(len(message.model_dump_json(exclude_unset=True)) for message in messages)
         if size > self._max_characters:
             return
         self._responses[tenant, body["id"]] = StoredResponse(body, messages, size)

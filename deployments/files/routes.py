@@ -120,8 +120,15 @@ def _add_files(router: APIRouter, store: FileStore) -> None:
             raise ApiError(400, f"the form cannot be read: {error.detail}") from error
 
     @router.get("/v1/files", responses=documented(FileList))
-    async def list_files(limit: int = 100, after: str = "", purpose: str = "") -> dict[str, Any]:
+    async def list_files(
+        limit: int = 100,
+        after: str = "",
+        purpose: str = "",
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
         found = await asyncio.to_thread(store.all, _directory(), "files")
+        if order == "asc":
+            found.reverse()
         return _listed([f for f in found if purpose in ("", f["purpose"])], limit, after)
 
     @router.get("/v1/files/{file_id}", responses=documented(FileObject))

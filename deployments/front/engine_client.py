@@ -233,7 +233,7 @@ class EngineClient:
     async def order(self, what: Order) -> str | None:
         """Have the engine do this; returns why not, if it could not.
 
-        Raises EngineUnavailableError while there is none.
+        Raises EngineUnavailableError while there is none, and when it goes before it has answered.
         """
         if self._writer is None:
             raise EngineUnavailableError("there is no engine")
@@ -304,7 +304,8 @@ class EngineClient:
         self._watched_until = 0.0
         self.is_sleeping = False
         while self._orders:
-            self._orders.popleft().set_result("the engine has gone, and all it had with it")
+            gone = EngineUnavailableError("the engine has gone, and all it had with it")
+            self._orders.popleft().set_exception(gone)
         self._connected.clear()
         culprit = self._quarantine.blame()
         if culprit is not None:

@@ -23,6 +23,7 @@ from engine.generation_config import (
     sampling_defaults,
 )
 from engine.sampling_params import SamplingParams
+from engine.schedule.request import RequestLimits
 from engine.text.tokenizer import load_tokenizer
 
 # How long proxies may take to pass on the end of an answer.
@@ -89,14 +90,22 @@ class Front:
         Args:
             known: tokens of the output that are there already.
         """
+        limits = self.check_ready()
+        if params.stop and not self.tokenizer.knows_text:
+            raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
+        limits.check(prompt_token_ids, params, known)
+
+    def check_ready(self) -> RequestLimits:
+        """What requests may ask of the engine.
+
+        Raises EngineUnavailableError when there will be none, or none that takes any.
+        """
         self.client.check_available()
         if self.client.is_sleeping:
             raise EngineAsleepError
         if self.client.limits is None:
             raise EngineUnavailableError("the engine is still starting")
-        if params.stop and not self.tokenizer.knows_text:
-            raise ValueError("stop: this checkpoint has no tokenizer to find stop strings by")
-        self.client.limits.check(prompt_token_ids, params, known)
+        return self.client.limits
 
     def max_prompt_len(self, params: SamplingParams) -> int | None:
         """Tokens that a prompt may have; None if any number, as it will be truncated."""

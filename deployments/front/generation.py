@@ -99,7 +99,9 @@ class Generation:
         known: TextDeltas = []
         for index, (prompt, params, seed) in enumerate(self._asked):
             options = self._options
-            record = RequestRecord(len(prompt) + len(options.known_tokens), params.max_tokens)
+            num_prompt = len(prompt) + len(options.known_tokens)
+            is_again = index > 0 and prompt is self._asked[index - 1][0]
+            record = RequestRecord(num_prompt, params.max_tokens, shares_prompt=is_again)
             options.records.append(record)
             output = _Output(self._tokenizer, prompt, params, options, record)
             self._outputs.append(output)

@@ -163,9 +163,8 @@ class Metrics(Collector):
     def count_key(self, name: str, records: Sequence[RequestRecord]) -> None:
         """Requests of the API key of this name have ended."""
         for record in records if name else ():
-            self.key_tokens[name, "prompt"] += record.num_prompt
-            self.key_tokens[name, "cached"] += record.num_cached
-            self.key_tokens[name, "output"] += record.num_output
+            for kind, number in record.counts.items():
+                self.key_tokens[name, kind] += number
 
     def note_trace(self, record: RequestRecord, trace_id: str) -> None:
         """Lets who looks at a slow bucket see one of its requests: exemplars, in OpenMetrics."""

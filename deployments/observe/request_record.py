@@ -13,6 +13,7 @@ class RequestRecord:
 
     num_prompt: int  # with the output tokens that were there, which are computed as a prompt is
     max_tokens: int | None
+    shares_prompt: bool = False  # with the choice before it: the prompt is asked for once
     arrived_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -38,6 +39,12 @@ class RequestRecord:
     def decode_s(self) -> float:
         """Seconds from the first token to the last so far."""
         return self.last_token_at - self.first_token_at if self.first_token_at is not None else 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens as the answer's usage has them."""
+        of_prompt = {"prompt": self.num_prompt, "cached": self.num_cached}
+        return ({} if self.shares_prompt else of_prompt) | {"output": self.num_output}
 
     def metrics(self) -> dict[str, Any]:
         """For whoever asked: as in vLLM, and the tokens found cached."""

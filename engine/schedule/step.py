@@ -183,6 +183,8 @@ class TokenDelta:
             self.logprobs = result.logprobs[row][: len(self.token_ids)]
         self.prompt_logprobs = result.prompt_logprobs.get(row)
         self.vector = result.vectors.get(row)
+        if self.vector is not None:
+            self.token_ids = []  # what was sampled behind the prompt is not asked for
 
     def extend(self, later: "TokenDelta") -> None:
         """With what later steps have brought the same request."""

@@ -46,8 +46,9 @@ class ScriptedApi:
         self.front.client.limits = RequestLimits(1000, 2000, 1000, 16)
         self.front.client.start = self._start  # type: ignore[assignment]
         self.front.client.leave = self._leave  # type: ignore[assignment]
+        self.app = build_api(self.front, self.args)
         self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(build_api(self.front, self.args)), base_url="http://test"
+            transport=httpx.ASGITransport(self.app), base_url="http://test"
         )
 
     def _start(

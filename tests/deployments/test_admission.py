@@ -26,6 +26,7 @@ from deployments.api.scope import scope
 from deployments.args import AppArgs, ServiceArgs
 from deployments.cached_blocks import short, split
 from deployments.front.places import Places
+from deployments.front.quotas import Quota
 from deployments.observe.metrics import Metrics
 from engine.schedule.block_pool import BlockHasher
 from tests.deployments.conftest import wait_until
@@ -127,6 +128,33 @@ def test_keys_from_the_environment_and_file_are_one_ring(
     assert given == ["key-1", "globex", "acme", None, None]
     assert ring.find({}) is None
     assert not any(key in repr(vars(ring)) for key in ("sk-1", "sk-2", "sk-3"))
+
+
+def test_keys_are_replaced_in_their_file_while_the_server_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("deployments.api.keys._LOOK_S", 0)
+    file = tmp_path / "keys"
+
+    def replace(content: str) -> None:
+        (tmp_path / "new").write_text(content)
+        (tmp_path / "new").rename(file)
+
+    def names(*keys: str) -> list[str | None]:
+        return [ring.find({"authorization": f"Bearer {key}"}) for key in keys]
+
+    replace("acme:old weight=2\n")
+    ring = KeyRing.load(ServiceArgs(api_keys_file=str(file)))
+    replace("acme:old\nacme:new\nglobex:other\n")
+    assert names("old", "new", "other") == ["acme", "acme", "globex"]
+    assert ring.has_several_names and ring.quota("acme") == Quota()
+    replace("acme:new\n")
+    assert names("old", "new", "other") == [None, "acme", None]
+    for unreadable in ("", "acme:", "acme:newer wieght=2"):  # then nothing changes
+        replace(unreadable)
+        assert names("newer", "new", "") == [None, "acme", None]
+    file.unlink()
+    assert names("new", "") == ["acme", None]
 
 
 @pytest.mark.parametrize(

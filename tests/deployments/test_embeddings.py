@@ -208,3 +208,21 @@ def test_a_classifier_tells_labels(checkpoints: CheckpointFactory, tmp_path: Pat
 def test_a_chat_model_says_that_it_is_no_classifier(demo: LocalServer) -> None:
     answer = httpx.post(f"{demo.url}/classify", json={"input": "a"})
     assert answer.status_code == 400 and "is no classifier" in answer.text
+
+
+def test_a_vector_costs_no_output_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    def counted(name: str) -> float:
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    keys = tmp_path / "keys"
+    keys.write_text("acme:sk-acme\n")
+    options: dict[str, Any] = {"num_blocks": 64, "block_size": 8, "api_keys_file": str(keys)}
+    with serve_locally(model=str(tiny_model), pooling="last", **options) as server:
+        headers = {"authorization": "Bearer sk-acme"}
+        answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": TEXTS}, headers=headers)
+        num_prompt = answer.json()["usage"]["total_tokens"]
+        wait_until(lambda: counted("vllm:prompt_tokens_total") == num_prompt)
+        assert counted("vllm:generation_tokens_total") == 0
+        assert counted('manta:key_tokens_total{engine="0",key="acme",kind="prompt"') == num_prompt
+        assert counted('manta:key_tokens_total{engine="0",key="acme",kind="output"') == 0

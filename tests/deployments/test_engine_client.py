@@ -14,7 +14,11 @@ import pytest
 from deployments.api import build_api
 from deployments.args import AppArgs
 from deployments.front.arrivals import Arrivals
-from deployments.front.engine_client import EngineClient, RequestFailedError
+from deployments.front.engine_client import (
+    EngineClient,
+    EngineUnavailableError,
+    RequestFailedError,
+)
 from deployments.front.front import Front
 from deployments.front.quarantine import MAX_DEATHS, Quarantine
 from deployments.front.request_options import RequestOptions
@@ -403,3 +407,16 @@ def test_what_is_raised_while_a_request_is_taken_in_fails_it_alone(
     answers, num_engines = asyncio.run(serve_and_ask(bodies, lambda: Engine(ARGS.engine_config)))
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     assert num_engines == 1
+
+
+def test_an_order_that_dies_with_its_engine_may_be_given_again() -> None:
+    async def test(client: EngineClient) -> None:
+        engine = await FakeEngine.connect(client)
+        ordered = asyncio.create_task(client.order("sleep"))
+        while (await read_message(engine.reader)).get("order") != "sleep":
+            pass
+        await engine.die(client)
+        with pytest.raises(EngineUnavailableError, match="gone"):
+            await ordered
+
+    run(test)

@@ -74,6 +74,10 @@ def test_a_file_is_kept_as_it_was_sent(server: LocalServer) -> None:
         assert client.files.retrieve(file.id) == file
         assert file.id in {one.id for one in client.files.list(purpose="user_data")}
         assert not list(client.files.list(purpose="batch_output"))
+        other = client.files.create(file=("other", b"{}"), purpose="user_data")
+        oldest, newest = (list(client.files.list(order=o, limit=1)) for o in ("asc", "desc"))
+        assert {file.id, other.id} <= {one.id for one in newest}
+        assert oldest == newest[::-1]
         assert client.files.delete(file.id).deleted
         with pytest.raises(openai.NotFoundError):
             client.files.content(file.id)

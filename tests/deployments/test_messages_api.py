@@ -350,6 +350,8 @@ def test_tools_that_a_provider_runs_are_left_out_and_named(client: anthropic.Ant
         ({"extra_body": {"temperature": -1}}, "temperature"),
         ({"extra_body": {"max_token": 3}}, "max_token: unknown field, did you mean 'max_tokens'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice: a tool's name"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "auto", "name": "a"}}, "tool_choice: a tool"),
         ({"tools": [{"name": "f", "type": "thing"}]}, "type must be custom"),
         ({"messages": []}, "messages"),
         (

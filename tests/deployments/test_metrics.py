@@ -204,7 +204,11 @@ def test_an_engine_that_sleeps_serves_again_when_it_is_awake(tiny_model: Path) -
         return httpx.post(f"{server.url}{path}", timeout=60)
 
     def is_sleeping() -> bool:
-        return bool(httpx.get(f"{server.url}/is_sleeping").json()["is_sleeping"])
+        is_ready = httpx.get(f"{server.url}/ready").status_code == 200
+        is_sleeping = bool(httpx.get(f"{server.url}/is_sleeping").json()["is_sleeping"])
+        assert is_ready != is_sleeping, "who sleeps is alive, and not for requests"
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        return is_sleeping
 
     options: dict[str, Any] = {"num_blocks": 32, "enable_sleep_mode": True}
     with serve_locally(model=str(tiny_model), served_model_name="tiny", **options) as server:

@@ -491,6 +491,8 @@ def test_a_response_goes_on_from_one_that_is_stored(demo: LocalServer) -> None:
         assert second.usage.input_tokens == whole.usage.input_tokens
         assert (second.output_text, second.previous_response_id) == (whole.output_text, first.id)
         assert client.responses.retrieve(second.id).output_text == second.output_text
+        with pytest.raises(openai.BadRequestError, match="stream: "):
+            client.responses.retrieve(second.id, stream=True)
         for gone in (whole.id, "resp_none"):
             with pytest.raises(openai.BadRequestError) as refused:
                 client.responses.create(input="a", previous_response_id=gone, **options)
@@ -502,13 +504,15 @@ def test_a_response_goes_on_from_one_that_is_stored(demo: LocalServer) -> None:
 
 def test_what_is_stored_has_a_bound_and_an_owner() -> None:
     store = ResponseStore(max_characters=1000)
-    said = [Message(role="user", content="a" * 300)]
+    said = [Message(role="user", content="a" * 280)]
     for i in range(5):
         store.put("ann", {"id": str(i)}, said)
     assert [store.get("ann", str(i)) is not None for i in range(5)] == [False] * 2 + [True] * 3
     assert store.get("bob", "4") is None
     store.put("ann", {"id": "large"}, [Message(role="user", content="a" * 2000)])
-    assert store.get("ann", "large") is None and store.get("ann", "4") is not None
+    store.put("ann", {"id": "tools", "tools": [{"type": "mcp", "server": "a" * 2000}]}, said)
+    assert store.get("ann", "large") is store.get("ann", "tools") is None
+    assert store.get("ann", "4") is not None
 
 
 def test_thoughts_survive_clients_that_send_back_only_what_is_encrypted(demo: LocalServer) -> None:

@@ -1,12 +1,16 @@
 """What the keys' file says that a client may have, and what it is told who wants more."""
 
 import asyncio
+import json
+import logging
 from pathlib import Path
 
 import pytest
 
 from deployments.api.keys import ApiKeysError, KeyRing
+from deployments.api.request_log import LOGGER
 from deployments.front.quotas import Quota, QuotaError, Quotas
+from tests.deployments.in_process import serve_in_process
 from tests.deployments.routing_fleet import Clock
 from tests.deployments.scripted import ScriptedApi
 
@@ -18,7 +22,7 @@ def test_a_line_has_a_key_and_its_limits() -> None:
         [
             "acme corp:sk-1 weight=2.5 tokens_per_minute=6000",
             "acme corp:sk-2  weight=2.5  tokens_per_minute=6000 ",
-            "sk-3== max_concurrent=8",
+            "sk-3==\tmax_concurrent=8",
             "plain:sk-4",
         ]
     )
@@ -37,9 +41,12 @@ def test_a_line_has_a_key_and_its_limits() -> None:
         (["a:sk weight=0"], "API key 1: weight: .* greater than 0"),
         (["a:sk max_concurrent=1.5"], "API key 1: max_concurrent: .* integer"),
         (["a:s1 weight=2", "a:s2"], "API key 2: 'a' has other limits with another key"),
+        (["a:sk weight = 2"], "API key 1: white space"),
+        (["a:sk # the first"], "API key 1: white space"),
+        (["a:sk", "b:sk"], "API key 2: is that of 'a', too"),
     ],
 )
-def test_limits_that_cannot_be_meant_are_named(entries: list[str], fault: str) -> None:
+def test_lines_that_cannot_be_meant_are_named(entries: list[str], fault: str) -> None:
     with pytest.raises(ApiKeysError, match=fault):
         KeyRing(entries)
 
@@ -101,3 +108,25 @@ def test_who_has_had_enough_gets_429_and_nobody_else(tmp_path: Path) -> None:
         assert 'manta:key_tokens_total{engine="0",key="free",kind="prompt",' in metrics
 
     asyncio.run(run())
+
+
+def test_a_key_is_counted_what_its_answers_usage_says(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A prompt once, however many choices it has."""
+    keys = tmp_path / "keys"
+    keys.write_text("acme:sk-acme tokens_per_minute=1000\n")
+    with serve_in_process(str(tiny_model), api_keys_file=str(keys)) as api:
+        logging.getLogger(LOGGER).addHandler(caplog.handler)
+        api.http.headers["authorization"] = "Bearer sk-acme"
+        asked = {"prompt": ["a cat", "a dog"], "n": 3, "max_tokens": 4, "ignore_eos": True}
+        usage = api.post("/v1/completions", **asked).json()["usage"]
+        logging.getLogger(LOGGER).removeHandler(caplog.handler)
+        api.assert_idle()
+    kinds = ("prompt", "cached", "output")
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    told = [usage["prompt_tokens"], cached, usage["completion_tokens"]]
+    assert told == [10, 0, 24]
+    assert [api.front.client.metrics.key_tokens["acme", kind] for kind in kinds] == told
+    line = json.loads(caplog.messages[-1])
+    assert [line[f"{kind}_tokens"] for kind in kinds] == told

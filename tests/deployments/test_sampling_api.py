@@ -307,6 +307,19 @@ def test_echo_begins_the_text_with_the_prompt(api: InProcessApi, stream: bool) -
     assert api.run(text()) == PROMPT + plain
 
 
+@pytest.mark.parametrize("stop", [None, ["no such text"]])
+@pytest.mark.parametrize("prompt", ["the", "t"])
+def test_an_echoed_prompt_has_all_its_logprobs(
+    api: InProcessApi, prompt: str, stop: list[str] | None
+) -> None:
+    """Also where the text comes step by step, as a stop string wants it."""
+    answer = complete(api, prompt, echo=True, logprobs=1, stop=stop)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.token_logprobs is not None
+    assert len(logprobs.token_logprobs) == len(prompt) + 12
+    assert logprobs.token_logprobs[0] is None
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_scoring_as_lm_evaluation_harness_does(
     api: InProcessApi, oracle: Any, max_tokens: int

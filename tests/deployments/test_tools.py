@@ -320,6 +320,17 @@ def test_a_call_that_a_stop_has_cut_is_not_to_be_carried_out(
     assert found == [calls, ending]
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("arguments", ['{"', '{"minutes"', '{"minutes": 3'])
+def test_a_call_that_max_tokens_has_cut_is_not_to_be_carried_out(
+    tmp_path: Path, arguments: str, parallel: bool
+) -> None:
+    api = ScriptedApi(tmp_path, [], tool_parser="hermes")
+    num_tokens = len(api.front.tokenizer.encode(CALL.rpartition(arguments)[0] + arguments))
+    _, _, *found = say(api, CALL, max_tokens=num_tokens, parallel_tool_calls=parallel)
+    assert found == [[("set_timer", arguments)], "length"]
+
+
 def test_the_only_call_ends_at_the_same_token_where_steps_come_together(
     scripted: ScriptedApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,8 +57,11 @@ def routes(front: Front) -> APIRouter:
         return JSONResponse(output.response(), headers=headers)
 
     @router.get("/v1/responses/{response_id}", responses=documented(answers.Response))
-    async def get_response(response_id: str) -> dict[str, Any]:
+    async def get_response(response_id: str, stream: bool = False) -> dict[str, Any]:
         """One that is still stored: the last some thousand of each replica are."""
+        if stream:
+            message = "stream: what is stored is told as a whole; leave it out"
+            raise ApiError(400, message, "stream", "unsupported_value")
         return _find(store, response_id).body
 
     @router.delete("/v1/responses/{response_id}", responses=documented(answers.Deleted))

@@ -25,9 +25,9 @@ def routes(front: Front) -> APIRouter:
 
     @router.get("/ready", responses=documented(answers.Health))
     async def ready() -> dict[str, str]:
-        """200 while new requests would be served, 503 while the engine starts or ends."""
+        """200 while new requests would be served, 503 while the engine starts, sleeps or ends."""
         front.check_open()
-        front.client.check_available()
+        front.check_ready()
         if not front.client.is_connected:
             raise EngineUnavailableError("the engine is still starting")
         return {"status": "ok"}

@@ -67,10 +67,10 @@ class AnswerParser:
         called = self._parser is not None and self._parser.num_calls > 0
         if not called or reason != "stop":
             return reason
-        return reason if stop_reason is not None and self._is_cut else "tool_calls"
+        return reason if stop_reason is not None and self.is_cut else "tool_calls"
 
     @property
-    def _is_cut(self) -> bool:
+    def is_cut(self) -> bool:
         """Whether the last call's arguments are not whole."""
         try:
             from_json("".join(self._arguments))

@@ -67,10 +67,10 @@ class MessageOutput:
                     self._blocks[-1]["thinking"] += text
                     yield self._delta("thinking_delta", thinking=text)
             case CallStart(_, name, call_id):
-                self._json = ""
                 yield from self._open(
                     {"type": "tool_use", "id": call_id, "name": name, "input": {}}
                 )
+                self._json = ""
             case Arguments(_, text):
                 self._json += text
                 yield self._delta("input_json_delta", partial_json=text)

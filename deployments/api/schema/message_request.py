@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from deployments.api.schema.protocol import (
     ChatCompletionRequest,
@@ -218,6 +218,12 @@ class MessageToolChoice(RequestModel):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = Field(None, description="Of type tool.")
     disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def _only_a_tool_has_a_name(self) -> "MessageToolChoice":
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("a tool's name goes with type tool, and only with that")
+        return self
 
     def as_chat(self) -> ToolChoice:
         if self.type == "tool":

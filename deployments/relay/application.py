@@ -8,17 +8,17 @@ from pydantic import Field
 from ray import serve
 from ray.serve import Application
 
-from deployments.door.relay import TIMEOUT, build_door
+from deployments.relay.door import TIMEOUT, build_door
 from engine.strict import StrictModel
 
 _CPUS = 0.1
 
 
 class DoorArgs(StrictModel):
-    routes: list[Annotated[str, Field(pattern=r"^/.*[^/]$")]] = Field(
+    models: dict[str, Annotated[str, Field(pattern=r"^/.*[^/]$")]] = Field(
         min_length=1,
-        description="Route prefixes of the applications behind it. A request that names no model "
-        "goes to the first.",
+        description="By the name of each model, the route prefix of its application. What names no "
+        "model goes to the first.",
     )
     proxy: str = Field(
         "http://127.0.0.1:8000", description="Where Serve answers, on the door's own nodes."
@@ -33,10 +33,10 @@ class DoorReplica:
     def __init__(self, args: DoorArgs) -> None:
         limits = httpx.Limits(max_connections=args.max_ongoing_requests)
         self._http = httpx.AsyncClient(base_url=args.proxy, timeout=TIMEOUT, limits=limits)
-        self._routes = args.routes
+        self._models = args.models
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_door(self._http, self._routes)
+        return build_door(self._http, self._models)
 
 
 def door(args: DoorArgs) -> Application:
