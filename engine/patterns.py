@@ -7,6 +7,7 @@ nothing leads, and where every character is one that JSON does not escape. So bo
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 _Ranges = list[tuple[int, int]]  # of code points, both ends among them
 
@@ -97,7 +98,12 @@ def _spelled(tokens: list[str], ignores_case: bool) -> Iterator[str]:
             if depth or (before if token == "^" else after) != "|":
                 raise ValueError(f"{token} is supported at the ends alone")
         else:
-            yield _class(_plain_part(_characters(token, ignores_case)))
+            yield _atom(token, ignores_case)
+
+
+@lru_cache(1024)
+def _atom(atom: str, ignores_case: bool) -> str:
+    return _class(_plain_part(_characters(atom, ignores_case)))
 
 
 def _characters(atom: str, ignores_case: bool) -> _Ranges:
@@ -164,7 +170,10 @@ def _others(ranges: _Ranges) -> _Ranges:
 
 def _plain_part(ranges: _Ranges) -> _Ranges:
     """Those that JSON does not escape."""
-    plain = _others([*_others(ranges), *_others(_PLAIN)])
+    if len(ranges) > 1:  # in order, and apart
+        ranges = _others(_others(ranges))
+    both = ((max(a, c), min(b, d)) for a, b in ranges for c, d in _PLAIN)
+    plain = [(first, last) for first, last in both if first <= last]
     if not plain:
         raise ValueError("needs a character that JSON escapes, such as a quote or a backslash")
     return plain
