@@ -323,7 +323,7 @@ def _respell_string(schema: dict[str, Any], path: str) -> None:
     if schema.get("format") in patterns.OF_FORMATS:
         schema["pattern"] = patterns.OF_FORMATS[schema.pop("format")]
     if "pattern" in schema:
-        schema["pattern"] = patterns.respelled(schema["pattern"], f"{path}.pattern")
+        schema["pattern"] = patterns.of_string(schema["pattern"], f"{path}.pattern")
 
 
 def _check_keywords(schema: dict[str, Any], types: _Types, path: str) -> None:

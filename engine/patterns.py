@@ -1,8 +1,8 @@
-"""Regular expressions of strings in JSON, as the grammar compiler takes them.
+"""Regular expressions as the grammar compiler takes them, for outputs and for strings in JSON.
 
 The automata that xgrammar 0.2.8 makes of them let through more than some say: of `(ab+)?` also `b`,
-of `a|a{0,2}` any number, of `.{0,200}` quotes. They do not where a group has one end, out of which
-nothing leads, and where every character is one that JSON does not escape. So both are spelled out.
+of `a|a{0,2}` any number, of `.{0,200}` quotes in JSON. They do not where a group has one end, out
+of which nothing leads, and where the characters are those meant. So both are spelled out.
 """
 
 import re
@@ -15,6 +15,7 @@ _LAST = 0x10FFFF
 # What stands for itself in a JSON string.
 CHARACTER = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
 _PLAIN: _Ranges = [(0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, _LAST)]
+_ANY: _Ranges = [(0, 0xD7FF), (0xE000, _LAST)]
 _NEWLINES: _Ranges = [(0x0A, 0x0A), (0x0D, 0x0D), (0x2028, 0x2029)]
 _DIGITS: _Ranges = [(0x30, 0x39)]
 _CLASSES: dict[str, _Ranges] = {
@@ -43,6 +44,7 @@ OF_FORMATS = {
 _ORIGIN = r"[a-z][a-z0-9+.-]{1,15}://[A-Za-z0-9.-]{1,63}(:[0-9]{1,5})?"
 LONGEST_ORIGIN = 16 + 3 + 63 + 6 + 1  # with the slash
 _OF_PATH = r"([A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-F]{2})"
+_MAX_COUNT = 128
 _LOOKAROUND = re.compile(r"(?<!\\)(\\\\)*\(\?<?[=!]")
 _ESCAPE = r"\\(?:u\{[0-9a-fA-F]{1,6}\}|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|c[A-Za-z]|.)"
 _QUANTIFIER = r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??"
@@ -65,21 +67,37 @@ def url_of_at_most(length: int) -> str:
     return f"^{_ORIGIN}(/{_OF_PATH}{{0,{(length - LONGEST_ORIGIN) // 3}}})?$"
 
 
-def respelled(regex: str, path: str) -> str:
-    """The same of a whole string, as far as JSON says it without escapes.
+def of_string(regex: str, path: str) -> str:
+    """The same of a whole string in JSON, as far as it is said without escapes.
 
     Raises ValueError for what cannot be said so.
     """
     check_regex(regex, path)
-    ignores_case = regex.startswith("(?i)")
-    tokens = _TOKENS.findall(regex.removeprefix("(?i)"))
     try:
-        return f"^(({''.join(_spelled(tokens, ignores_case))})())$"
+        return _respelled(regex, in_json=True)
     except ValueError as error:
         raise ValueError(f"{path}: {error} (got {regex!r:.100})") from error
 
 
-def _spelled(tokens: list[str], ignores_case: bool) -> Iterator[str]:
+def of_output(regex: str) -> str | None:
+    """The same for xgrammar's automata; None where its grammars are faster, or are to say why not.
+
+    Automata count to large numbers slowly: a step took 100 ms, of others 0.01.
+    """
+    counts = (int(most) for most in re.findall(r"\{(?:[0-9]+,)?([0-9]+),?\}", regex))
+    try:
+        return _respelled(regex, in_json=False) if max(counts, default=0) <= _MAX_COUNT else None
+    except ValueError:
+        return None
+
+
+def _respelled(regex: str, in_json: bool) -> str:
+    ignores_case = regex.startswith("(?i)")
+    tokens = _TOKENS.findall(regex.removeprefix("(?i)"))
+    return f"^(({''.join(_spelled(tokens, ignores_case, in_json))})())$"
+
+
+def _spelled(tokens: list[str], ignores_case: bool, in_json: bool) -> Iterator[str]:
     """Groups end in `()`, which leads nowhere else. `(…){0,1}` is entered by a way of its own, by
     that of `(…)?` loops within may come back."""
     depth = 0
@@ -98,12 +116,13 @@ def _spelled(tokens: list[str], ignores_case: bool) -> Iterator[str]:
             if depth or (before if token == "^" else after) != "|":
                 raise ValueError(f"{token} is supported at the ends alone")
         else:
-            yield _atom(token, ignores_case)
+            yield _atom(token, ignores_case, in_json)
 
 
 @lru_cache(1024)
-def _atom(atom: str, ignores_case: bool) -> str:
-    return _class(_plain_part(_characters(atom, ignores_case)))
+def _atom(atom: str, ignores_case: bool, in_json: bool) -> str:
+    allowed = _PLAIN if in_json else _ANY
+    return _class(_common(_characters(atom, ignores_case), allowed))
 
 
 def _characters(atom: str, ignores_case: bool) -> _Ranges:
@@ -168,15 +187,14 @@ def _others(ranges: _Ranges) -> _Ranges:
     return [*others, (begin, _LAST)] if begin <= _LAST else others
 
 
-def _plain_part(ranges: _Ranges) -> _Ranges:
-    """Those that JSON does not escape."""
+def _common(ranges: _Ranges, allowed: _Ranges) -> _Ranges:
     if len(ranges) > 1:  # in order, and apart
         ranges = _others(_others(ranges))
-    both = ((max(a, c), min(b, d)) for a, b in ranges for c, d in _PLAIN)
-    plain = [(first, last) for first, last in both if first <= last]
-    if not plain:
+    both = ((max(a, c), min(b, d)) for a, b in ranges for c, d in allowed)
+    found = [(first, last) for first, last in both if first <= last]
+    if not found:
         raise ValueError("needs a character that JSON escapes, such as a quote or a backslash")
-    return plain
+    return found
 
 
 def _class(ranges: _Ranges) -> str:

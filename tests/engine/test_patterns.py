@@ -8,8 +8,36 @@ from typing import Any
 
 import pytest
 
+from engine.sampling.grammar.worker import compile_grammar
 from engine.structured_outputs import StructuredOutputs
 from tests.engine.test_json_schema import accepts, compiler, grammar_of, random_texts  # noqa: F401
+
+
+@pytest.fixture(scope="module", params=["a string", "all of it"])
+def ask(request: pytest.FixtureRequest, compiler: Any) -> "Ask":  # noqa: F811
+    return Ask(compiler, request.param == "a string")
+
+
+class Ask:
+    """What the grammar of a pattern lets through, for a string in JSON or for the whole output."""
+
+    def __init__(self, compiler: Any, in_json: bool) -> None:  # noqa: F811
+        self._compiler, self._in_json = compiler, in_json
+
+    def grammar(self, pattern: str) -> Any:
+        form = (
+            StructuredOutputs(json=of(pattern))
+            if self._in_json
+            else StructuredOutputs(regex=pattern)
+        )
+        return compile_grammar(self._compiler, form)
+
+    def accepts(self, grammar: Any, text: str) -> bool:
+        return accepts(grammar, json.dumps(text, ensure_ascii=False) if self._in_json else text)
+
+    def texts(self, pattern: str, count: int) -> list[str]:
+        found = random_texts(self.grammar(pattern), 3, count)
+        return [json.loads(text) if self._in_json else text for text in found]
 
 
 def of(pattern: str) -> dict[str, Any]:
@@ -28,26 +56,26 @@ def of(pattern: str) -> dict[str, Any]:
         r"^\+?[1-9]\d{1,14}$",
         r"^$|^[A-Z]{2}(-[A-Z]{2})?$",
         r"^(?:a|an|ant|(?P<and>and))$",
-        r"^[^\d\s]{3}[\w.-]{1,3}\u00e9?[\]^-]$",
+        r"^[^\d_ ]{3}[\w.-]{1,3}\u00e9?[\]^-]$",
     ],
 )
-def test_what_is_written_has_the_pattern(compiler: Any, pattern: str) -> None:  # noqa: F811
-    texts = list(random_texts(grammar_of(compiler, of(pattern)), 3, 60))
+def test_what_is_written_has_the_pattern(ask: Ask, pattern: str) -> None:
+    texts = ask.texts(pattern, 60)
     assert len(texts) > 20
     for text in texts:
-        assert re.fullmatch(pattern, json.loads(text))
+        assert re.fullmatch(pattern, text)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_patterns_allow_what_python_does(compiler: Any, seed: int) -> None:  # noqa: F811
+def test_random_patterns_allow_what_python_does(ask: Ask, seed: int) -> None:
     choose = random.Random(seed)
     texts = ["".join(text) for n in range(6) for text in itertools.product("ab", repeat=n)]
     for _ in range(50):
         pattern = random_pattern(choose, choose.randrange(2, 7))
-        grammar = grammar_of(compiler, of(f"^{pattern}$"))
+        grammar = ask.grammar(f"^{pattern}$")
         for text in texts:
             is_one = re.fullmatch(pattern, text) is not None
-            assert accepts(grammar, json.dumps(text)) == is_one, (pattern, text)
+            assert ask.accepts(grammar, text) == is_one, (pattern, text)
 
 
 def random_pattern(choose: random.Random, size: int) -> str:
@@ -72,10 +100,16 @@ def test_no_pattern_lets_a_string_be_left(compiler: Any, pattern: str) -> None: 
         assert not accepts(grammar, text)
 
 
-def test_case_is_ignored_where_it_is_asked_for(compiler: Any) -> None:  # noqa: F811
-    grammar = grammar_of(compiler, of("(?i)^ab?[^c]$"))
-    assert all(accepts(grammar, text) for text in ('"abd"', '"ABD"', '"AD"'))
-    assert not any(accepts(grammar, text) for text in ('"abc"', '"abC"', '"b"'))
+def test_case_is_ignored_where_it_is_asked_for(ask: Ask) -> None:
+    grammar = ask.grammar("(?i)^ab?[^c]$")
+    assert all(ask.accepts(grammar, text) for text in ("abd", "ABD", "AD"))
+    assert not any(ask.accepts(grammar, text) for text in ("abc", "abC", "b"))
+
+
+@pytest.mark.parametrize("pattern", [r'^"[^"\\]{1,3}"$', r"^a\\.b$", r"^a{130}b?$", r"^\s+x$"])
+def test_an_output_may_have_what_json_escapes(compiler: Any, pattern: str) -> None:  # noqa: F811
+    texts = Ask(compiler, in_json=False).texts(pattern, 30)
+    assert len(texts) > 20 and all(re.fullmatch(pattern, text) for text in texts)
 
 
 @pytest.mark.parametrize(

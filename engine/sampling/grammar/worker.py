@@ -19,7 +19,7 @@ from typing import Any
 
 import xgrammar
 
-from engine.patterns import CHARACTER
+from engine.patterns import CHARACTER, of_output
 from engine.structured_outputs import StructuredOutputs
 from engine.text.tokenizer import Tokenizer
 
@@ -56,7 +56,10 @@ def tokenizer_info(directory: str, vocab_size: int, eos_token_ids: Sequence[int]
 def compile_grammar(compiler: Any, wanted: StructuredOutputs) -> Any:
     """An `xgrammar.CompiledGrammar`; raises what xgrammar raises."""
     if wanted.regex is not None:
-        return compiler.compile_regex(wanted.regex)
+        spelled = of_output(wanted.regex)
+        if spelled is None:
+            return compiler.compile_regex(wanted.regex)
+        return compiler.compile_grammar(f"root ::= Regex({json.dumps(spelled)})")
     if wanted.grammar is not None:
         return compiler.compile_grammar(wanted.grammar)
     if wanted.choice is not None:
