@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig
 from deployments import app, builder
 from deployments.args import AppArgs
 from deployments.autoscaling import autoscaling_config
-from deployments.door.application import DoorArgs, door
+from deployments.relay.application import DoorArgs, door
 from tests.deployments.conftest import wait_until
 
 APP = "replicas"
@@ -176,7 +176,7 @@ def test_one_cluster_serves_several_models(url: str, cluster: str, tiny_model: P
         for base, name in ((url, "tiny"), (f"{cluster}/other", "other")):
             models = httpx.get(f"{base}/v1/models").json()["data"]
             assert [model["id"] for model in models] == [name]
-        args_of_door = DoorArgs(routes=["/replicas", "/other"], proxy=cluster)
+        args_of_door = DoorArgs(models={"tiny": "/replicas", "other": "/other"}, proxy=cluster)
         serve.run(door(args_of_door), name="door", route_prefix="/door")
         address = f"{cluster}/door/v1"
         models = httpx.get(f"{address}/models").json()["data"]
