@@ -29,12 +29,13 @@ _RAY = {
 }
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # Ray has HAProxy's statistics on every interface, and leaves it serving when its owner is killed.
+# With splice() it misses who hangs up, if a request's head and body came one after the other.
 _WRAPPER = """\
 #!/bin/sh
 # Called with -db -f CONFIG and more.
 ports="$RAY_SERVE_HAPROXY_STATS_PORT|$RAY_SERVE_HAPROXY_METRICS_PORT"
 sed -i -E "s/bind .*:($ports)\\$/bind 127.0.0.1:\\1/" "$3"
-exec setpriv --pdeathsig KILL '{haproxy}' "$@"
+exec setpriv --pdeathsig KILL '{haproxy}' -dS "$@"
 """
 
 

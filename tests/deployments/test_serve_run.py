@@ -189,6 +189,21 @@ def test_prompts_go_to_the_replica_that_has_their_prefix(two: list[MantaServe]) 
             assert len(answer.headers.get_list("x-request-id")) == 1
 
 
+def test_who_hangs_up_before_an_answer_has_begun_ends_the_request(two: list[MantaServe]) -> None:
+    """Also where head and body of the request came apart, as httpx and its clients send them."""
+    url = two[1].url
+
+    def num_aborted() -> float:
+        lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
+        ended = [line for line in lines if line.startswith("vllm:request_success_total{")]
+        return sum(float(line.rpartition(" ")[2]) for line in ended if '="abort"' in line)
+
+    before, body = num_aborted(), {"prompt": "x", "max_tokens": 2000, "n": 16, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body, timeout=httpx.Timeout(30, read=1))
+    wait_until(lambda: num_aborted() == before + 16, 60, "the engine is told")
+
+
 def test_a_port_in_use_is_refused_before_anything_starts(two: list[MantaServe]) -> None:
     """Ray would have both servers listen, and give each some of the clients."""
     command = two[0].command
