@@ -127,9 +127,11 @@ def _atom(atom: str, ignores_case: bool, in_json: bool) -> str:
 
 def _characters(atom: str, ignores_case: bool) -> _Ranges:
     """Those that an atom of the expression matches."""
+    if atom == "[":
+        raise ValueError("a class is not closed")
     if atom == ".":
         return _others(_NEWLINES)
-    is_class = atom[0] == "[" and len(atom) > 1
+    is_class = atom[0] == "["
     is_negated = is_class and atom[1] == "^"
     ranges = _of_class(atom[1 + is_negated : -1]) if is_class else _of_one(atom)
     if ignores_case:

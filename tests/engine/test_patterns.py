@@ -123,6 +123,7 @@ def test_an_output_may_have_what_json_escapes(compiler: Any, pattern: str) -> No
         (r"(a)\1", r"\1 is not supported"),
         (r"\p{L}+", r"\p is not supported"),
         (r"a(?=b)", "lookahead"),
+        (r"[a-z", "a class is not closed"),
     ],
 )
 def test_what_cannot_be_had_is_refused_at_the_door(pattern: str, says: str) -> None:

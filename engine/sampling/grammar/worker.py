@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ def tokenizer_info(directory: str, vocab_size: int, eos_token_ids: Sequence[int]
 def compile_grammar(compiler: Any, wanted: StructuredOutputs) -> Any:
     """An `xgrammar.CompiledGrammar`; raises what xgrammar raises."""
     if wanted.regex is not None:
-        spelled = of_output(wanted.regex)
-        if spelled is None:
-            return compiler.compile_regex(wanted.regex)
-        return compiler.compile_grammar(f"root ::= Regex({json.dumps(spelled)})")
+        if (spelled := of_output(wanted.regex)) is not None:
+            with suppress(RuntimeError):  # which would speak of the spelling
+                return compiler.compile_grammar(f"root ::= Regex({json.dumps(spelled)})")
+        return compiler.compile_regex(wanted.regex)
     if wanted.grammar is not None:
         return compiler.compile_grammar(wanted.grammar)
     if wanted.choice is not None:
