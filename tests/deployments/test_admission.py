@@ -497,7 +497,7 @@ def test_a_key_with_much_to_do_is_no_reason_for_another_to_wait(shared: LocalSer
             shared.async_client(api_key="sk-globex") as globex,
         ):
             stream = await acme.completions.create(
-                model="manta-demo", prompt=["a"] * 4, max_tokens=50, stream=True, extra_body=LONG
+                model="manta-demo", prompt=["a"] * 4, max_tokens=400, stream=True, extra_body=LONG
             )
             ended = 0
 
