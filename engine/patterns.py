@@ -12,7 +12,8 @@ from functools import lru_cache
 _Ranges = list[tuple[int, int]]  # of code points, both ends among them
 
 _LAST = 0x10FFFF
-# What stands for itself in a JSON string.
+# What stands for itself in a JSON string: as a class, not of ASCII alone, so that xgrammar takes a
+# grammar, and as ranges.
 CHARACTER = "[ !#-\\[\\]-\ud7ff\ue000-\U0010ffff]"
 _PLAIN: _Ranges = [(0x20, 0x21), (0x23, 0x5B), (0x5D, 0xD7FF), (0xE000, _LAST)]
 _ANY: _Ranges = [(0, 0xD7FF), (0xE000, _LAST)]

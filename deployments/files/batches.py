@@ -135,11 +135,11 @@ class BatchRunner:
             num_failed[number] = sum(not _is_good(a) for a in said)
 
         left = (work_off(number) for number in range(len(parts)) if number not in num_failed)
-        await self._while_held(directory, batch_id, left, counts)
+        await self._work_through(directory, batch_id, left, counts)
         ending = "completed" if len(num_failed) == len(parts) else "expired"
         await self._finish(directory, batch_id, {"status": ending, **counts()})
 
-    async def _while_held(
+    async def _work_through(
         self,
         directory: str,
         batch_id: str,

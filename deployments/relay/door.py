@@ -23,11 +23,13 @@ from engine.strict import shown
 
 # Of one connection, not of what it carries.
 _HOP = {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-# What whoever hands an answer to the client says itself.
-_OWN = {b"date", b"server", REQUEST_ID_HEADER.encode()}
+# Of an answer, also what whoever hands it to the client says itself.
+_NOT_KEPT = _HOP | {b"date", b"server", REQUEST_ID_HEADER.encode()}
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _MAX_BYTES = 64 * 2**20
 TIMEOUT = httpx.Timeout(10, read=None)  # a stream may pause as long as it likes
+
+_Body = bytes | AsyncIterator[bytes] | None
 
 
 class Door:
@@ -78,16 +80,14 @@ class Door:
         """The answer of the application that has the body's model, at the same path there."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            return _passed_on(await self._send(request, self.route(None), request.stream()))
+            return await self.to(request, self.route(None), request.stream())
         body = await _read(request)
-        return _passed_on(await self._send(request, self.route(await _model_of(body)), body))
+        return await self.to(request, self.route(await _model_of(body)), body)
 
-    async def to(self, request: Request, route: str) -> Response:
-        return _passed_on(await self._send(request, route))
+    async def to(self, request: Request, route: str, body: _Body = None) -> Response:
+        return _passed_on(await self._send(request, route, body))
 
-    async def _send(
-        self, request: Request, route: str, body: bytes | AsyncIterator[bytes] | None = None
-    ) -> httpx.Response:
+    async def _send(self, request: Request, route: str, body: _Body = None) -> httpx.Response:
         """What the application answers, its body still to come."""
         below = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         url = httpx.URL(path=route + below, query=request.url.query.encode())
@@ -136,7 +136,7 @@ def _passed_on(answer: httpx.Response) -> Response:
 
 def _kept(answer: httpx.Response) -> list[tuple[bytes, bytes]]:
     named = ((name.lower(), value) for name, value in answer.headers.raw)
-    return [(name, value) for name, value in named if name not in _HOP | _OWN]
+    return [(name, value) for name, value in named if name not in _NOT_KEPT]
 
 
 async def _bytes_of(answer: httpx.Response) -> AsyncIterator[bytes]:

@@ -91,7 +91,7 @@ def _patterns(schema: Any) -> Iterator[str]:
 def _check_pattern(pattern: str) -> None:
     """Raises ValueError where xgrammar would forget that it writes a string of JSON.
 
-    It does for what needs a quote or a backslash, and for what its automata cannot do.
+    It does for what its automata cannot do.
     """
     grammar = xgrammar.Grammar.from_json_schema({"type": "string", "pattern": pattern})
     if "json_string=true" not in str(grammar) and CHARACTER not in pattern:
