@@ -7,6 +7,7 @@ ASGI app on a free port. Front and engine have a thread each, so a test can look
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,20 @@ class LocalServer:
         return openai.AsyncOpenAI(
             **({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options)
         )
+
+    @contextmanager
+    def slowed(self, step_s: float = 0.02) -> Iterator[None]:
+        """A request of 1000 tokens is there for as long as a test looks, on any machine."""
+
+        def step() -> Any:
+            time.sleep(step_s)
+            return type(self.engine).step(self.engine)
+
+        self.engine.step = step
+        try:
+            yield
+        finally:
+            del self.engine.step
 
     def is_idle(self) -> bool:
         """Whether no request is live and no block is held."""

@@ -77,9 +77,8 @@ class ScriptedApi:
                         logprobs=logprobs if params.logprobs is not None else None,
                     ),
                 )
-                if not self.is_ahead:
-                    for _ in range(5):  # who reads it has its turn
-                        await asyncio.sleep(0)
+                while not self.is_ahead and arrivals._deltas:  # until it is read
+                    await asyncio.sleep(0)
 
         tokens = [*self.front.tokenizer.encode(self.says), EOS][: params.max_tokens]
         self.num_made = 0

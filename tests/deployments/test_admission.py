@@ -368,13 +368,18 @@ async def _busy(server: LocalServer, api_key: str = "none") -> AsyncIterator[Ask
             )
             return asked.create_task(answer)
 
-        stream = await client.completions.create(
-            model="manta-demo", prompt="on and on", max_tokens=1000, stream=True, extra_body=LONG
-        )
-        async for _ in stream:
-            break
-        yield ask
-        await stream.close()
+        with server.slowed():
+            stream = await client.completions.create(
+                model="manta-demo",
+                prompt="on and on",
+                max_tokens=1000,
+                stream=True,
+                extra_body=LONG,
+            )
+            async for _ in stream:
+                break
+            yield ask
+            await stream.close()
 
 
 async def _until_queued(server: LocalServer, number: int) -> None:
@@ -507,8 +512,9 @@ def test_a_key_with_much_to_do_is_no_reason_for_another_to_wait(shared: LocalSer
                     ended += sum(choice.finish_reason is not None for choice in chunk.choices)
 
             following = asyncio.create_task(follow())
-            await _until_queued(shared, 3)
-            await globex.completions.create(model="manta-demo", prompt="b", max_tokens=1)
+            with shared.slowed(0.005):
+                await _until_queued(shared, 3)
+                await globex.completions.create(model="manta-demo", prompt="b", max_tokens=1)
             assert ended <= 2
             await following
             assert ended == 4
@@ -595,7 +601,11 @@ def test_the_servers_limit_holds_for_all(tiny_model: Path) -> None:
     with serve_locally(
         model=str(tiny_model), served_model_name="tiny", request_timeout_s=0.01, num_blocks=64
     ) as server:
-        with server.client() as client, pytest.raises(openai.APIStatusError) as e:
+        with (
+            server.slowed(),
+            server.client() as client,
+            pytest.raises(openai.APIStatusError) as e,
+        ):
             client.completions.create(
                 model="tiny", prompt="ab", max_tokens=60, extra_body={"timeout": 100, **LONG}
             )

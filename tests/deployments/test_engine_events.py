@@ -29,8 +29,9 @@ def test_watching_shows_a_running_request_and_leaves_no_trace(demo: LocalServer)
         views = pictures(client, demo.url)
         first = next(views)
         assert first["rows"] == [] and set(first["pool"]) <= {".", "c"}
-        load = thread.submit(httpx.post, f"{demo.url}/v1/completions", json=body, timeout=60)
-        view = next(view for view in views if view["rows"])
+        with demo.slowed():
+            load = thread.submit(httpx.post, f"{demo.url}/v1/completions", json=body, timeout=60)
+            view = next(view for view in views if view["rows"])
         views.close()
         assert len(view["pool"]) == view["num_blocks"] == 600
         assert view["stats"]["running"] == len(view["rows"]) > 0

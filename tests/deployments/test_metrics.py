@@ -123,7 +123,8 @@ def test_counts_and_times_of_what_was_asked(fresh: LocalServer) -> None:
 
 def test_a_request_that_runs_and_is_given_up(fresh: LocalServer) -> None:
     body = {"prompt": "ab", "stream": True, "ignore_eos": True, "max_tokens": 200}
-    with httpx.stream("POST", f"{fresh.url}/v1/completions", json=body) as stream:
+    url = f"{fresh.url}/v1/completions"
+    with fresh.slowed(), httpx.stream("POST", url, json=body) as stream:
         lines = stream.iter_lines()
         next(lines)
         during = scrape(fresh)

@@ -148,7 +148,9 @@ def test_deaths_that_are_laid_to_a_request_do_not_count() -> None:
         for _ in range(5):
             with pytest.raises(Exception, match="the engine has failed 3 times in a row"):
                 await complete(client, [1], max_tokens=1)
-        assert group.failure is None and client.metrics.engine_starts == 15
+        while client.metrics.engine_starts < 16:
+            await asyncio.sleep(0.01)
+        assert group.failure is None
         with pytest.raises(EngineUnavailableError, match="the engine failed too often"):
             await complete(client, [1], max_tokens=1)
         await client.close()
