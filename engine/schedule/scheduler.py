@@ -247,6 +247,12 @@ class Scheduler:
         self._wait(sequence)
         self.stats.preemptions += 1
 
+    def forget_computed(self) -> None:
+        """All keys and values are void: whoever runs begins anew. No step may be in flight."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.blocks.forget_cached()
+
     def _schedule_waiting(self, step: Step, budget: int) -> None:
         while self.waiting and self._free_rows and budget > 0:
             sequence = self._turns.first(self.waiting)
