@@ -59,6 +59,11 @@ class DeploymentArgs(EngineConfig):
     startup_timeout_s: float = Field(
         1800, gt=0, description="An engine that takes longer to load is started anew."
     )
+    enable_weight_updates: bool = Field(
+        False,
+        description="POST /update_weights_from_disk has all replicas compute with the weights of "
+        "another checkpoint of the same model, from any path that they can read.",
+    )
     max_restarts: int = Field(
         10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
     )

@@ -86,6 +86,12 @@ class EngineConfig(StrictModel):
         description="Who attends to prompts on a GPU: auto takes the newest flash-attn that is "
         "installed and serves the model, else Triton, which always attends for decoding.",
     )
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="A checkpoint of the same model whose weights are computed with instead: "
+        "tokenizer, template and settings stay the model's.",
+    )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."
     )

@@ -148,11 +148,8 @@ class ShardGroup:
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
-        config, size, keep_s = (
-            self._args.engine_config,
-            self._args.num_ranks,
-            self._args.keep_weights_s,
-        )
+        config = self._args.engine_config.model_copy(update={"weights": self._client.weights})
+        size, keep_s = self._args.num_ranks, self._args.keep_weights_s
         began = time.monotonic()
         address = await self._client.listen(_session_directory())
         self._shards = [self._new_shard(rank) for rank in range(size)]

@@ -75,7 +75,10 @@ class ModelRunner:
         meter = MemoryMeter(self.device)
         before = meter.in_use()
         with self._phase("weights"):
-            self.model = self._load(config, directory, shape, show_progress)
+            if config.weights is not None:
+                self.model = self._load_others(config.weights, show_progress)
+            else:
+                self.model = self._load(config, directory, shape, show_progress)
             draft_model = self._load(config, *draft, show_progress) if draft else None
         weights = max(meter.in_use() - before, 0)
         draft_layout = self._layout(draft[1]) if draft else None
@@ -284,6 +287,12 @@ class ModelRunner:
         """See `read_alike`."""
         return read_alike(self.config, self._shape, self.max_len, path)
 
+    def _load_others(self, path: str, show_progress: bool = False) -> LanguageModel:
+        """Raises ValueError for another model, and what `load_model` does."""
+        return self._load(
+            with_weights_of(self.config, path), *self.check_alike(path), show_progress
+        )
+
     def update_weights(self, path: str) -> str | None:
         """Compute with another checkpoint's from now on, over an empty KV cache.
 
@@ -293,8 +302,7 @@ class ModelRunner:
         self.sleep()
         model, failure = self.model, None
         try:
-            config = with_weights_of(self.config, path)
-            model = self._load(config, *self.check_alike(path))
+            model = self._load_others(path)
         except (ValueError, OSError, RuntimeError) as error:
             failure = str(error)
             logger.warning("The weights of %s are not computed with: %s", path, failure)

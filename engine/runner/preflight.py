@@ -23,6 +23,7 @@ from engine.models.reader import open_tensors
 from engine.models.registry import read_config
 from engine.models.shape import ModelShape
 from engine.ranks.rank_group import RankGroup
+from engine.runner.new_weights import read_alike
 
 Checkpoint = tuple[Path, ModelShape]
 
@@ -41,6 +42,11 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape, Checkpoint | Non
             f"be at most {shape.max_position}"
         )
     shape.check_divisible(config.num_ranks)
+    if config.weights is not None:
+        try:
+            read_alike(config, shape, config.max_model_len or shape.max_position, config.weights)
+        except ValueError as error:
+            raise ValueError(f"weights: {str(error).removeprefix('model: ')}") from error
     if config.deterministic and not isinstance(shape, ModelConfig):
         raise ValueError(
             f"deterministic: only models of our own blocks are, not this: {shape.description}"
