@@ -59,11 +59,6 @@ class DeploymentArgs(EngineConfig):
     startup_timeout_s: float = Field(
         1800, gt=0, description="An engine that takes longer to load is started anew."
     )
-    enable_weight_updates: bool = Field(
-        False,
-        description="POST /update_weights_from_disk has all replicas compute with the weights of "
-        "another checkpoint of the same model, from any path that they can read.",
-    )
     max_restarts: int = Field(
         10, ge=0, description="Engine restarts within 10 minutes before the replica gives up."
     )
@@ -125,6 +120,11 @@ class ServiceArgs(StrictModel):
         description="Requests share cached prefixes only with those of the same key (by name), so "
         "that none can learn from token counts and response times what others have asked; default: "
         "when the keys have several names.",
+    )
+    enable_weight_updates: bool = Field(
+        False,
+        description="POST /update_weights_from_disk has all replicas compute with the weights of "
+        "another checkpoint of the same model, from any path that they can read.",
     )
     request_log: Literal["off", "on", "body"] = Field(
         "on", description="A JSON line per request: ids, counts, times; body adds what was sent."

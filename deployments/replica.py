@@ -87,7 +87,7 @@ class Replica:
             await asyncio.sleep(_ASK_S)
 
     async def update_weights(self, path: str) -> None:
-        """See `EngineClient.update_weights`."""
+        """See `Front.update_own_weights`."""
         await self._front.update_own_weights(path)
 
     async def _update_all_weights(self, path: str) -> None:

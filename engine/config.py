@@ -261,6 +261,8 @@ class EngineConfig(StrictModel):
                 "host_cache_memory_bytes: without enable_prefix_caching nothing is found there; "
                 "leave one out"
             )
+        if self.weights is not None and self.load_format == "dummy":
+            raise ValueError("weights: with load_format=dummy none are read; leave one out")
         if (self.speculation == "model") != (self.draft_model is not None):
             raise ValueError(
                 "draft_model: it is what speculation=model drafts with; give both or neither "

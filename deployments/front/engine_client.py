@@ -89,7 +89,8 @@ class EngineClient:
         self.stats: dict[str, Any] = {}
         self.metrics = Metrics(args, lambda: self.stats)
         self.heartbeat = Heartbeat(args, lambda: self.stats)
-        self.weights = args.weights  # the checkpoint that they are of, if not the model's own
+        # The checkpoint of an engine that comes in this one's place; None: the model's own.
+        self.weights = args.weights
         self._startup_timeout_s = args.startup_timeout_s
         self.queue = Places()  # of requests without a token yet
         self.queue_tokens = Places()  # of their prompts
@@ -236,16 +237,6 @@ class EngineClient:
             self._watched_until = now + _WATCH_S
             self._writer.write(pack({"watch": _WATCH_S}))
         return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
-
-    async def update_weights(self, path: str) -> None:
-        """Have the engine, and whatever comes in its place, compute with those of a checkpoint.
-
-        Raises ValueError where it cannot; then it goes on with those that it has.
-        """
-        failure = await self.order("update_weights_from_disk", path)
-        if failure is not None:
-            raise ValueError(failure)
-        self.weights = path
 
     async def order(self, what: Order, *arguments: str) -> str | None:
         """Have the engine do this; returns why not, if it could not.

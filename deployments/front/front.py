@@ -66,10 +66,14 @@ class Front:
         return f"fp_{hashlib.sha256(state.encode()).hexdigest()[:12]}"
 
     async def update_own_weights(self, path: str) -> None:
-        """See `EngineClient.update_weights`; raises ValueError where the server is not to."""
-        if not self._args.enable_weight_updates:
-            raise ValueError("this server has no enable_weight_updates")
-        await self.client.update_weights(path)
+        """Have the engine, and what comes in its place, compute with those of a checkpoint.
+
+        Raises ValueError where it cannot, and goes on with those that it has.
+        """
+        failure = await self.client.order("update_weights_from_disk", path)
+        if failure is not None:
+            raise ValueError(failure)
+        self.client.weights = path
         self.fingerprint = self._fingerprint()
 
     def special_tokens(self, marks: Iterable[str]) -> dict[str, int]:

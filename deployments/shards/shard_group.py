@@ -148,7 +148,10 @@ class ShardGroup:
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
-        config = self._args.engine_config.model_copy(update={"weights": self._client.weights})
+        config = self._args.engine_config
+        if self._client.weights is not None:
+            others = {"weights": self._client.weights, "load_format": "safetensors"}
+            config = config.model_copy(update=others)
         size, keep_s = self._args.num_ranks, self._args.keep_weights_s
         began = time.monotonic()
         address = await self._client.listen(_session_directory())

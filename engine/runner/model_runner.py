@@ -75,10 +75,7 @@ class ModelRunner:
         meter = MemoryMeter(self.device)
         before = meter.in_use()
         with self._phase("weights"):
-            if config.weights is not None:
-                self.model = self._load_others(config.weights, show_progress)
-            else:
-                self.model = self._load(config, directory, shape, show_progress)
+            self.model = self._load(config, directory, shape, show_progress)
             draft_model = self._load(config, *draft, show_progress) if draft else None
         weights = max(meter.in_use() - before, 0)
         draft_layout = self._layout(draft[1]) if draft else None
@@ -285,13 +282,7 @@ class ModelRunner:
 
     def check_alike(self, path: str) -> tuple[Path, ModelShape]:
         """See `read_alike`."""
-        return read_alike(self.config, self._shape, self.max_len, path)
-
-    def _load_others(self, path: str, show_progress: bool = False) -> LanguageModel:
-        """Raises ValueError for another model, and what `load_model` does."""
-        return self._load(
-            with_weights_of(self.config, path), *self.check_alike(path), show_progress
-        )
+        return read_alike(self.config, self._shape, path)
 
     def update_weights(self, path: str) -> str | None:
         """Compute with another checkpoint's from now on, over an empty KV cache.
@@ -302,7 +293,7 @@ class ModelRunner:
         self.sleep()
         model, failure = self.model, None
         try:
-            model = self._load_others(path)
+            model = self._load(with_weights_of(self.config, path), *self.check_alike(path))
         except (ValueError, OSError, RuntimeError) as error:
             failure = str(error)
             logger.warning("The weights of %s are not computed with: %s", path, failure)

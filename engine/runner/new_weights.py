@@ -15,16 +15,13 @@ def with_weights_of(config: EngineConfig, path: str) -> EngineConfig:
     return config.model_copy(update=own | others)
 
 
-def read_alike(
-    config: EngineConfig, shape: ModelShape, max_len: int, path: str
-) -> tuple[Path, ModelShape]:
+def read_alike(config: EngineConfig, shape: ModelShape, path: str) -> tuple[Path, ModelShape]:
     """Directory and shape of a checkpoint that the engine's requests and blocks are good for.
 
     Raises ValueError for any other.
 
     Args:
         shape: of the model that there is.
-        max_len: of a request.
     """
     directory = directory_of(with_weights_of(config, path))
     other = read_config(directory, config.max_model_len, config.model_impl)
@@ -40,6 +37,7 @@ def read_alike(
     ]
     if not differences and [*other.caches(config.num_ranks)] != [*shape.caches(config.num_ranks)]:
         differences = ["its layers keep other keys and values"]
+    max_len = config.max_model_len or shape.max_position
     if other.max_position < max_len:
         differences.append(f"its window is {other.max_position} tokens, here {max_len}")
     if differences:

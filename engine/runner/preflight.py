@@ -44,7 +44,7 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape, Checkpoint | Non
     shape.check_divisible(config.num_ranks)
     if config.weights is not None:
         try:
-            read_alike(config, shape, config.max_model_len or shape.max_position, config.weights)
+            read_alike(config, shape, config.weights)
         except ValueError as error:
             raise ValueError(f"weights: {str(error).removeprefix('model: ')}") from error
     if config.deterministic and not isinstance(shape, ModelConfig):

@@ -12,6 +12,7 @@ from deployments.api.bodies import BodyRoute
 from deployments.api.errors import ApiError
 from deployments.api.schema import answers
 from deployments.api.schema.answers import documented
+from deployments.api.scope import scope
 from deployments.front.engine_client import Order
 from deployments.front.front import Front
 from engine.text.request_model import RequestModel
@@ -62,6 +63,8 @@ def routes(front: Front) -> APIRouter:
 
         By SGLang's name. Requests on their way go on, with what they have so far computed anew.
         """
+        if not scope().service.enable_weight_updates:
+            raise ApiError(400, "this server has no enable_weight_updates", "model_path")
         try:
             await front.update_weights(request.model_path)
         except ValueError as error:
