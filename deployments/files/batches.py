@@ -130,9 +130,11 @@ class BatchRunner:
             start, num_rows = parts[number]
             raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
             first_row = sum(num_rows for _, num_rows in parts[:number])
-            rows, said = await self._answer(record, raw, first_row)
-            await asyncio.to_thread(self._write, results, number, raw, rows, said)
-            num_failed[number] = sum(not _is_good(a) for a in said)
+            rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
+            said = await self._answer(directory, record, rows, first_row)
+            if said is not None:
+                await asyncio.to_thread(self._write, results, number, raw, rows, said)
+                num_failed[number] = sum(not _is_good(a) for a in said)
 
         left = (work_off(number) for number in range(len(parts)) if number not in num_failed)
         await self._work_through(directory, batch_id, left, counts)
@@ -152,7 +154,7 @@ class BatchRunner:
         try:
             while True:
                 record = await self._update(directory, batch_id, counts())
-                if not (await self._is_cancelled(directory, batch_id) or _is_late(record)):
+                if await self._is_wanted(directory, record):
                     tasks |= set(map(asyncio.create_task, islice(left, at_once - len(tasks))))
                 if not tasks:
                     return
@@ -165,9 +167,9 @@ class BatchRunner:
             await cancel_all(list(tasks))
 
     async def _answer(
-        self, record: Record, raw: list[bytes], first_row: int
-    ) -> tuple[list[Row], list[Answer]]:
-        rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
+        self, directory: str, record: Record, rows: list[Row], first_row: int
+    ) -> list[Answer] | None:
+        """None where the batch is no longer wanted before there is an engine."""
         defaults = {"priority": _LOWEST_PRIORITY} if self._front.has_priorities else {}
         owner = record.get("_owner", {})
         while True:
@@ -179,9 +181,11 @@ class BatchRunner:
                         )
                         for i, row in enumerate(rows, start=first_row)
                     ]
-                return rows, [task.result() for task in tasks]
+                return [task.result() for task in tasks]
             except* EngineUnavailableError:
                 await asyncio.sleep(self._retry_s)
+            if not await self._is_wanted(directory, record):
+                return None
 
     def _write(
         self, results: Location, number: int, raw: list[bytes], rows: list[Row], said: list[Answer]
@@ -218,6 +222,9 @@ class BatchRunner:
                 told[f"{kind}_file_id"] = made["id"]
         await self._update(directory, batch_id, told | {f"{told['status']}_at": int(time.time())})
         await asyncio.to_thread(results.filesystem.delete_dir, results.path)
+
+    async def _is_wanted(self, directory: str, record: Record) -> bool:
+        return not (await self._is_cancelled(directory, record["id"]) or _is_late(record))
 
     async def _is_cancelled(self, directory: str, batch_id: str) -> bool:
         return await asyncio.to_thread(self._store.is_cancelled, directory, batch_id)
