@@ -24,6 +24,7 @@ from deployments.batch.storage import Location
 from deployments.files.store import FileStore, Record
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
+from engine.strict import shown
 
 WINDOW_S = 24 * 3600
 UNFINISHED = ("validating", "in_progress")
@@ -32,6 +33,7 @@ _ROWS_PER_PART = 32
 _PARTS_AT_ONCE, _PARTS_WHERE_LAST = 4, 16
 _RETRY_S = 2.0
 _LEASE_S = 60.0  # a batch whose runner has not been heard of for so long is anybody's
+_MAX_FAULTS = 10  # that are told
 _LOWEST_PRIORITY = 2**31 - 1
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class BatchRunner:
             logger.exception("batch %s failed", batch_id)
             message = f"internal error: {type(error).__name__}"
             with suppress(Exception):
-                await self._update(directory, batch_id, _failed(message))
+                await self._update(directory, batch_id, _failed(_fault(message)))
 
     async def _run(self, directory: str, batch_id: str) -> None:
         record = await self._update(directory, batch_id)
@@ -112,10 +114,13 @@ class BatchRunner:
         source = self._store.source(directory, record["input_file_id"])
         parts = await asyncio.to_thread(lambda: list(self._format.split(source, _ROWS_PER_PART)))
         total = sum(num_rows for _, num_rows in parts)
-        if total == 0:
-            await self._update(directory, batch_id, _failed("the input file has no requests"))
-            return
         if record["status"] == "validating":
+            faults = await asyncio.to_thread(self._faults, source)
+            if total == 0:
+                faults = [_fault("the input file has no requests")]
+            if faults:
+                await self._update(directory, batch_id, _failed(*faults))
+                return
             started = {"status": "in_progress", "in_progress_at": int(time.time())}
             await self._update(directory, batch_id, started)
         results = self._results(directory, batch_id)
@@ -140,6 +145,16 @@ class BatchRunner:
         await self._work_through(directory, batch_id, left, counts)
         ending = "completed" if len(num_failed) == len(parts) else "expired"
         await self._finish(directory, batch_id, {"status": ending, **counts()})
+
+    def _faults(self, source: Location) -> list[Record]:
+        """What is wrong with the file as a whole; what is wrong with a line is its answer."""
+        return [
+            _fault(
+                f"custom_id: {shown(custom_id)} is that of a line before, too",
+                **{"code": "duplicate_custom_id", "line": line, "param": "custom_id"},
+            )
+            for line, custom_id in islice(self._format.duplicates(source), _MAX_FAULTS)
+        ]
 
     async def _work_through(
         self,
@@ -278,10 +293,13 @@ def _checked(row: Row, endpoint: str) -> Row:
     return row
 
 
-def _failed(message: str) -> dict[str, Any]:
-    fault = {"code": "invalid_input", "message": message, "line": None, "param": None}
+def _fault(message: str, **where: Any) -> Record:
+    return {"code": "invalid_input", "message": message, "line": None, "param": None} | where
+
+
+def _failed(*faults: Record) -> Record:
     return {
         "status": "failed",
         "failed_at": int(time.time()),
-        "errors": {"object": "list", "data": [fault]},
+        "errors": {"object": "list", "data": faults},
     }

@@ -111,6 +111,16 @@ def test_a_batch_without_requests_fails(server: LocalServer) -> None:
     assert batch.status == "failed" and "no requests" in batch.errors.data[0].message
 
 
+def test_a_batch_in_which_a_custom_id_comes_twice_fails(server: LocalServer) -> None:
+    content = jsonl(line(0), line(1)) + b"\n" + jsonl("no", line(1), line(2), line(0))
+    with server.client() as client:
+        batch = run_batch(client, content)
+    assert batch.status == "failed" and batch.output_file_id is None
+    told = [(fault.code, fault.param, fault.line) for fault in batch.errors.data]
+    assert told == [("duplicate_custom_id", "custom_id", number) for number in (5, 7)]
+    assert "'row-1'" in batch.errors.data[0].message
+
+
 def test_a_stopped_server_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     lines = [line(i, max_tokens=3) for i in range(32 * 16)]
     place: dict[str, Any] = {"files_directory": str(tmp_path), **OPTIONS}
