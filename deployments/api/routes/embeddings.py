@@ -188,6 +188,7 @@ async def _embed(
 async def pool(
     front: Front, prompts: Sequence[list[int]], request: PooledRequest, pooling: Pooling
 ) -> tuple[list[Vector], dict[str, int]]:
+    """(a vector of each prompt, usage); raises ApiError for what cannot be served."""
     options, params = request_options(front, request), request.params(pooling)
     kept = [front.truncate(prompt, params) for prompt in prompts]
     for prompt in kept:
@@ -205,7 +206,7 @@ async def pool(
 
 
 def _finish(front: Front, vector: Vector) -> Vector:
-    """Of length 1, if the model's are."""
+    """The vector as clients get it: of length 1, if the model's are."""
     if front.embedding is None or not front.embedding.normalizes:
         return vector
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
