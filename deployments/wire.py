@@ -101,12 +101,12 @@ def decode_request(packed: bytes) -> Request:
     return Request(**values | {"params": pickle.loads(values["params"])})
 
 
-# What few deltas have, as they do not have it.
+# Of most deltas what stands at the end, and is left out then.
 _MOSTLY = [None, None, None, (0, 0), (), (0, 0)]
 
 
 def encode_delta(delta: TokenDelta) -> list[Any]:
-    fields: list[Any] = [
+    values: list[Any] = [
         delta.request_id,
         delta.token_ids,
         delta.finish_reason,
@@ -118,12 +118,12 @@ def encode_delta(delta: TokenDelta) -> list[Any]:
         *(delta.num_predicted, delta.waits, delta.num_drafted),
     ]
     if more != _MOSTLY:
-        fields += more
-    return fields
+        values += more
+    return values
 
 
-def decode_delta(fields: list[Any]) -> TokenDelta:
-    request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *more = fields
+def decode_delta(values: list[Any]) -> TokenDelta:
+    request_id, token_ids, finish_reason, stop_token, num_cached_tokens, *more = values
     delta = TokenDelta(request_id, token_ids, num_cached_tokens, finish_reason, stop_token)
     if more:
         own, of_prompt, delta.vector, predicted, delta.waits, drafted = more

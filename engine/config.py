@@ -4,7 +4,7 @@ import json
 import secrets
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from engine.strict import StrictModel
 
@@ -241,14 +241,15 @@ class EngineConfig(StrictModel):
         """Processes that an engine is made of, one device each."""
         return self.tensor_parallel_size
 
-    @field_validator("hf_overrides", mode="before")
+    @field_validator("hf_overrides", "cuda_graph_sizes", mode="before")
     @classmethod
-    def _read_json(cls, value: Any) -> Any:
+    def _read_json(cls, value: Any, info: ValidationInfo) -> Any:
         """Of a command line, where it is a string."""
+        kind = "object" if info.field_name == "hf_overrides" else "list, such as [1, 2, 4]"
         try:
             return json.loads(value) if isinstance(value, str) else value
         except ValueError as error:
-            raise ValueError(f"should be a JSON object ({error})") from error
+            raise ValueError(f"should be a JSON {kind} ({error})") from error
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> "EngineConfig":

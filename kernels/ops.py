@@ -35,7 +35,7 @@ class Attention(Protocol):
         """
 
     def plan(self, inputs: AttentionInputs, spec: PagedKV) -> AttentionInputs:
-        """The same, with what layers of this spec can share in a step."""
+        """The same inputs, with what the layers of this spec can share in a step."""
 
     def attend(
         self,

@@ -13,7 +13,7 @@ GROUP = 32  # inputs that share a scale in int4
 _STEPS = (14.0, 15.0)  # of 15 that int4 has
 _VALUES = 1 << 18  # quantized at once: they stay in a processor's caches
 _FP8 = torch.float8_e4m3fn
-_FP8_MAX = torch.finfo(_FP8).max
+FP8_MAX = torch.finfo(_FP8).max
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,8 @@ def _int4_groups(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [out, in] as (float8_e4m3fn [out, in], scales float32 [out]), symmetric per output."""
     weight = weight.float()
-    scales = weight.abs().amax(-1).clamp(min=1e-20) / _FP8_MAX
-    return (weight / scales[:, None]).clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8), scales
+    scales = weight.abs().amax(-1).clamp(min=1e-20) / FP8_MAX
+    return (weight / scales[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(_FP8), scales
 
 
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

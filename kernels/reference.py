@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.quantization import (
+    FP8_MAX,
     Quantization,
     linear_fp8,
     linear_grouped,
@@ -20,7 +21,6 @@ from kernels.quantization import (
     quantize_int8,
 )
 from kernels.types import (
-    FP8_MAX,
     AttentionInputs,
     KVCache,
     Linear,

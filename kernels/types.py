@@ -15,7 +15,6 @@ from torch import Tensor
 from kernels.quantization import Quantization
 
 Linear = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
-FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Rounded(NamedTuple):

@@ -26,14 +26,17 @@ def check_model(front: Front, request: ModelRequest) -> None:
 
 
 async def sampling_params(front: Front, request: GenerationRequest) -> SamplingParams:
-    """In tokens. Raises ApiError for what the engine could never take."""
+    """The request's, with a seed, and with words as the tokens that the engine knows.
+
+    Raises ApiError for what it could never take.
+    """
     current = scope()
     current.names = request.other_names() | current.names
     try:
         params = request.sampling_params(front.sampling_defaults)
         if params.seed is None:  # drawn here, for ids of events tell it
             params = params.model_copy(update={"seed": secrets.randbits(63)})
-        return await front.in_tokens(params) if params.bad_words or params.stop else params
+        return await front.in_tokens(params) if params.bad_words else params
     except ValidationError as error:
         raise validation_error(explain(error.errors())) from error
     except ValueError as error:

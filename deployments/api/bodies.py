@@ -81,7 +81,7 @@ def _check_cost(body: bytes, limit: int) -> None:
 
 
 def _most_it_costs(json: bytes) -> float:
-    """In numbers."""
+    """What reading it costs at most, in numbers."""
     if _TOO_MANY_DIGITS in json.translate(_DIGITS_AS_ZEROS):
         return math.inf
     values = json.count(b"[") + json.count(b"{") + json.count(b'"') // 2

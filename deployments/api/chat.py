@@ -88,11 +88,6 @@ class Chat:
         return cls(front, request, prompt, params, head, tools, forced_prefix, is_shaped, options)
 
     @property
-    def may_be_refused(self) -> bool:
-        """By the engine, once it has looked at the grammar: tools have one, too."""
-        return self.params.structured_outputs is not None
-
-    @property
     def may_think(self) -> bool:
         return self.front.reasoning is not None and not self.is_shaped
 
@@ -114,11 +109,11 @@ class Chat:
         return Answers(generation, [self._new_parser() for _ in range(self.params.n)])
 
     async def count_tokens(self, text: str) -> int:
-        """Of a part of an answer."""
+        """How many tokens a part of an answer has."""
         return len(await self.front.encode(text, add_special_tokens=False)) if text else 0
 
     def _new_parser(self) -> AnswerParser:
-        """For one choice."""
+        """What reads the text of one choice."""
         if self.tools is None and not self.may_think:
             return AnswerParser()
         reasoning = self.front.reasoning or THINK
@@ -158,7 +153,7 @@ def as_chat(
 def _with_calls(
     front: Front, request: ChatCompletionRequest, params: SamplingParams, tools: ToolFormat
 ) -> SamplingParams:
-    """With a grammar, where a call is forced or strict, or the answer has a form."""
+    """The parameters with a grammar of calls: of a forced or strict one, or beside a form."""
     is_single, form = not request.parallel_tool_calls, params.structured_outputs
     offered = request.offered_tools
     if forced := forced_tools(offered, request.tool_choice):
@@ -201,7 +196,7 @@ async def _encode(
 def _with_limit(
     front: Front, prompt_end: str, params: SamplingParams, budget: int | None
 ) -> SamplingParams:
-    """With an end to thoughts; the request's own, if it has one."""
+    """The parameters with an end to thoughts, unless they have one of their own."""
     reasoning = front.reasoning
     if budget is None or reasoning is None or params.thinking_limit is not None:
         return params
@@ -242,9 +237,9 @@ class AnswerDelta:
 
 
 class Answers:
-    """Iterates over what steps bring a chat's choices, each up to where its parser says it is over.
+    """Iterates over what steps bring: (index of the choice, what it has got) of a chat's choices.
 
-    By the index of the choice.
+    Each goes on up to where its parser says that it is over.
     """
 
     def __init__(self, generation: Generation, parsers: Sequence[AnswerParser]) -> None:

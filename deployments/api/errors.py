@@ -22,8 +22,8 @@ from engine.strict import cut, explain, shown
 
 # Seconds after which a client should try again when there is no engine.
 RETRY_AFTER_S = 5
-# OpenAI's clients would try again what goes the same way every time.
-_STAY = {"x-should-retry": "false"}
+# For what goes the same way every time: OpenAI's clients would try again.
+_NO_RETRY = {"x-should-retry": "false"}
 
 # Characters. What a message quotes may be as long as a request.
 _MAX_MESSAGE = 2000
@@ -79,7 +79,7 @@ class ApiError(Exception):
                 field = str(error).partition(":")[0]
                 return cls(400, str(error), field if field in SamplingParams.model_fields else None)
             case RequestFailedError():
-                return cls(500, str(error), code="engine_failed", headers=_STAY)
+                return cls(500, str(error), code="engine_failed", headers=_NO_RETRY)
             case EngineUnavailableError():
                 retry = {"Retry-After": str(RETRY_AFTER_S)}
                 return cls(503, str(error), code="engine_unavailable", headers=retry)
@@ -87,7 +87,7 @@ class ApiError(Exception):
                 retry = {"Retry-After": str(error.retry_after_s)}
                 return cls(429, str(error), code="rate_limit_exceeded", headers=retry)
             case RequestTimeoutError():
-                return cls(408, str(error), code="request_timeout", headers=_STAY)
+                return cls(408, str(error), code="request_timeout", headers=_NO_RETRY)
         return cls(500, f"internal error: {type(error).__name__}")
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":

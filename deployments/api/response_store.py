@@ -22,7 +22,7 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Those of a tenant are nobody else's."""
+    """Responses by tenant and id: those of a tenant are nobody else's."""
 
     def __init__(self, max_characters: int = _MAX_CHARACTERS) -> None:
         self._max_characters = max_characters

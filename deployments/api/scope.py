@@ -53,7 +53,7 @@ _current: ContextVar[RequestScope | None] = ContextVar("request_scope", default=
 
 
 def scope() -> RequestScope:
-    """Of the request being handled; without limits or tenant outside of HTTP."""
+    """That of the request being handled; outside of HTTP one without limits or tenant."""
     return _current.get() or RequestScope()
 
 

@@ -11,6 +11,7 @@ from starlette.types import Message, Send
 
 from deployments.api.errors import report
 from deployments.front.generation import STARTED_AT_ONCE
+from engine.sampling_params import SamplingParams
 
 T = TypeVar("T")
 
@@ -47,8 +48,13 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {to_json(content)}\n\n"
 
 
-async def await_first(events: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """The same once the first is there. What is raised until then is an answer of its own."""
+async def once_accepted(events: AsyncGenerator[T], params: SamplingParams) -> AsyncGenerator[T]:
+    """The same events, to be streamed; raises what the engine says of a grammar that it refuses.
+
+    It has looked at the grammar when the first event is there. Tools have one, too.
+    """
+    if params.structured_outputs is None:
+        return events
     first = await anext(events)
 
     async def rest() -> AsyncGenerator[T]:

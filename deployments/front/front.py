@@ -47,7 +47,7 @@ class Front:
         if args.pooling != "auto":
             self.embedding = EmbeddingConfig(args.pooling)
         self.classifier = classifier_config(directory)
-        self.judges = args.reranker == "qwen3"
+        self.judges = args.reranker == "qwen3"  # scores are its yes or no, no angle of embeddings
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(args)

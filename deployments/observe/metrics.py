@@ -63,12 +63,12 @@ class Buckets:
         self._sum = 0.0
         self._exemplars: dict[int, Exemplar] = {}  # the last of each bucket that has a trace
 
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
 
     def note_trace(self, value: float, trace_id: str) -> None:
-        """Of a request whose `value` has been observed."""
+        """Note the trace of a request whose `value` has been observed."""
         exemplar = Exemplar({"trace_id": trace_id}, value, time.time())
         self._exemplars[bisect_left(self._bounds, value)] = exemplar
 

@@ -2,9 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -23,6 +21,7 @@ class RequestRecord:
     num_predicted: tuple[int, int] = (0, 0)  # tokens of its prediction that came, or did not
     num_drafted: tuple[int, int] | None = None  # tokens guessed and right, once it has ended
     waits: list[float] = field(default_factory=list)  # for a row of the batch, in seconds
+    # "stop", "length", "timeout" or "error"; None while it runs, and if it was aborted.
     finish_reason: str | None = None
 
     @property

@@ -103,7 +103,7 @@ class ToolFormat:
     def reader(
         self, source: Source, pieces: list[Piece], functions: Functions, index: int
     ) -> CallReader:
-        """Of the call with this number."""
+        """What reads the call of this number in the answer."""
         stops = self.openers + self.closers
         return CallReader(source, pieces, lambda name: CallStart(index, name), stops, functions)
 

@@ -67,7 +67,7 @@ class Door:
         return told
 
     async def response(self, request: Request) -> Response:
-        """From whichever application has it."""
+        """A stored response, from whichever application has it."""
         *others, last = dict.fromkeys(self._routes.values())
         for route in others:
             answer = await self._send(request, route)

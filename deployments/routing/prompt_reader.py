@@ -7,7 +7,7 @@ from fastapi import Request
 
 from deployments.api.keys import KeyRing
 from deployments.api.requests.handed_tokens import HEADER, HandedTokens, TokenSeal
-from deployments.api.requests.protocols import prompt_of
+from deployments.api.requests.prompt_of_body import prompt_of
 from deployments.args import AppArgs
 from deployments.cached_blocks import short
 from deployments.routing.balancer import RoutedPrompt

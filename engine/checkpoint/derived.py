@@ -15,8 +15,9 @@ _DERIVED = "1"  # version of what is made of files
 
 
 def cache() -> Path:
-    """Where what is made of checkpoints' files is kept."""
-    return Path(os.environ.get("MANTA_CACHE_DIR") or Path.home() / ".cache" / "manta") / "models"
+    """Where what is made of checkpoints' files is kept: beside the kernels, see `kernels.cache`."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MANTA_CACHE_DIR") or Path(home) / "manta") / "models"
 
 
 def derived(files: list[Path], module: str) -> Path:

@@ -49,7 +49,7 @@ def _existing(path: Path) -> Path | None:
 
 
 def _template(given: str) -> str:
-    """Of a file, or the template itself."""
+    """The template, which is given itself or by its file."""
     if "{{" in given or "{%" in given or "\n" in given:
         return given
     try:

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Shape(NamedTuple):
-    """Of a step: its rows decode, with so many tokens each at most, or have any number of them."""
+    """A step's size: its rows decode, with up to `longest` tokens each, or have any number."""
 
     tokens: int
     rows: int
@@ -49,12 +49,12 @@ def default_sizes(max_num_seqs: int) -> list[int]:
 
 
 def prompt_shapes(max_tokens: int, max_rows: int) -> list[Shape]:
-    """Of steps with prompts of up to 63 rows."""
+    """Those to record of steps with prompts, of up to 63 rows."""
     return _shapes(16, max_tokens, max_rows)
 
 
 def draft_shapes(max_tokens: int, max_rows: int, longest: int) -> list[Shape]:
-    """Of steps of up to 63 rows that decode, with up to `longest` tokens each."""
+    """Those to record of steps of up to 63 rows that decode, with up to `longest` tokens each."""
     return _shapes(2, max_tokens, max_rows, longest)
 
 
@@ -157,7 +157,7 @@ class RecordedSteps:
         return hidden
 
     def _shape(self, lengths: Sequence[int]) -> Shape | None:
-        """The next larger one, if there is any."""
+        """The smallest recorded one, or to be recorded, that rows of these lengths fit, if any."""
         tokens, rows = sum(lengths), len(lengths)
         if tokens == rows:
             size = _next(self.sizes, rows)

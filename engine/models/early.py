@@ -18,6 +18,15 @@ def refuse_early(config: EngineConfig, directory: Path) -> None:
     text = inner if isinstance(inner, dict) else content
     if (kind := text.get("model_type")) in UNSERVED:
         raise CheckpointError(UNSERVED[kind])
-    heads, ranks = text.get("num_attention_heads"), config.num_ranks
-    if isinstance(heads, int) and heads % ranks:
-        raise ValueError(f"the model's {heads} attention heads cannot be split over {ranks} ranks")
+    heads = text.get("num_attention_heads")
+    if isinstance(heads, int):
+        check_split("attention heads", heads, config.num_ranks)
+
+
+def check_split(name: str, number: int, num_ranks: int) -> None:
+    """Raises ValueError where not every rank can have as many of them."""
+    if number % num_ranks:
+        raise ValueError(
+            f"tensor_parallel_size: the model's {number} {name} cannot be split over {num_ranks} "
+            "ranks; take a number that divides them"
+        )

@@ -25,7 +25,7 @@ _CODE = {".py", ".cpp", ".h"}  # kernels say how weights lie
 def load_model(
     spec: ModelSpec, show_progress: bool = False, files: WeightFiles | None = None
 ) -> LanguageModel:
-    """In the layout of the device's ops.
+    """The rank's model with its weights, in the layout of the device's ops.
 
     Args:
         files: where models of our own blocks are shared with other processes, if they are.
@@ -53,7 +53,7 @@ def _weighs(directory: Path) -> int:
 
 
 def _name(spec: ModelSpec) -> str:
-    """Of what the model is made of: the same name, the same model, to the bit."""
+    """A name for all that the model is made of: the same name, the same model, to the bit."""
     rooms = (Path(room.__path__[0]) for room in (kernels, models))
     code = [path for room in rooms for path in room.rglob("*") if path.suffix in _CODE]
     options = {"quantization", "load_format", "seed", "deterministic"}

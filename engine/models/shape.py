@@ -39,7 +39,7 @@ class ModelShape(ABC):
 
     @abstractmethod
     def caches(self, num_ranks: int) -> Sequence[LayerCache]:
-        """Of each layer that attends, in order, on each of so many ranks."""
+        """What each layer that attends keeps, in order, on one of so many ranks."""
 
     @abstractmethod
     def check_divisible(self, num_ranks: int) -> None:

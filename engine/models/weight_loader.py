@@ -20,9 +20,6 @@ from kernels.grouped import StoredWeight, have_one_order
 
 # In old checkpoints, though recomputed by every loader.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-# Smaller checkpoints are read as fast as they are found.
-_WORTH_SHARING_BYTES = 64 << 20
-_CODE = {".py", ".cpp", ".h"}  # kernels say how weights lie
 _logger = logging.getLogger(__name__)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

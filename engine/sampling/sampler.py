@@ -166,7 +166,7 @@ class Sampler:
     def _take_logprobs(
         self, logits: Tensor, step: SamplingStep, tokens: Tensor
     ) -> tuple[list[int], PendingLogprobs] | None:
-        """Of the rows that want them, with their indices; only the leader is asked."""
+        """Log-probabilities of the rows that want them, and which rows; on the leader alone."""
         if not self._num_logprobs or self._world.rank != 0:
             return None
         wanted = [i for i, row in enumerate(step.at.rows) if row in self._num_logprobs]

@@ -69,7 +69,7 @@ class Antechamber:
         self._waiting.pop(request_id, None)
 
     def wait(self, timeout_s: float) -> None:
-        """Until something is there, or for so long."""
+        """Return when something that is waited for is there, or after so long."""
         things = [thing for needs in self._waiting.values() for _, thing in needs.things]
         wait([thing for thing in things if not thing.done()], timeout_s, FIRST_COMPLETED)
 

@@ -103,7 +103,7 @@ class BlockTables:
         return self._names(sequence)[: (sequence.num_tokens - 1) // self._block_size]
 
     def _names(self, sequence: Sequence) -> list[bytes]:
-        """Of all full blocks of known tokens, extended as the tokens grow."""
+        """The names of all full blocks of known tokens, extended as the tokens grow."""
         request, names = sequence.request, sequence.block_hashes
         self._hasher.extend(names, sequence.token_ids, request.cache_salt, request.cache_owner)
         return names

@@ -21,9 +21,9 @@ from itertools import compress, pairwise
 from engine.config import EngineConfig
 from engine.schedule.block_pool import BlockPool
 from engine.schedule.block_tables import BlockTables
+from engine.schedule.fair_turns import FairTurns
 from engine.schedule.request import Request
 from engine.schedule.sequence import Sequence
-from engine.schedule.shares import FairTurns
 from engine.schedule.speculation import Speculation
 from engine.schedule.step import NewRow, StepPlan, StepResult, TokenDelta, count_accepted
 from engine.schedule.turns import Turns
@@ -88,7 +88,7 @@ class Scheduler:
 
     @property
     def pool(self) -> BlockPool:
-        """The first group's, of all tokens if there is one."""
+        """The first cache group's, which keeps all tokens if any group does."""
         return self.blocks.pools[0]
 
     def add(self, request: Request, held: tuple[object, ...] = ()) -> Sequence:
@@ -111,7 +111,7 @@ class Scheduler:
         return sequence
 
     def _rank(self, request: Request, turn: int) -> tuple[int, int, int]:
-        """The policy: what is least goes first, and it never changes."""
+        """The request's place by the policy: what is least goes first, and it never changes."""
         self._num_arrivals += 1
         if self._policy == "priority":
             return request.priority, turn, self._num_arrivals
@@ -154,7 +154,7 @@ class Scheduler:
         return step
 
     def _make_way(self) -> None:
-        """For who is due to run, where others have more rows than they are due."""
+        """Preempt a row of who has more than is due, for who waits and has fewer."""
         victim = self._turns.victim(self._turns.first(self.waiting), self.running)
         if victim is not None:
             self._preempt(victim)

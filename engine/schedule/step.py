@@ -187,7 +187,7 @@ class TokenDelta:
             self.token_ids = []  # what was sampled behind the prompt is not asked for
 
     def extend(self, later: "TokenDelta") -> None:
-        """With what later steps have brought the same request."""
+        """Append what later steps have brought the same request."""
         self.token_ids += later.token_ids
         if self.logprobs is not None and later.logprobs is not None:
             self.logprobs += later.logprobs

@@ -137,7 +137,7 @@ class Message(_Cacheable):
 
     @property
     def size(self) -> int:
-        """In characters."""
+        """Characters of its text."""
         parts = self.content if isinstance(self.content, list) else ()
         return len(self.content or "") + sum(len(part.text) for part in parts)
 

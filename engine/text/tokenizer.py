@@ -167,7 +167,7 @@ class Tokenizer:
             )
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> Encoding:
-        """Of a batch, because the library lets go of the GIL only for batches."""
+        """A batch of one, because the library lets go of the GIL only for batches."""
         return self.fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.launch import cdiv, launch, next_power_of_2
-from kernels.types import FP8_MAX, Rounded
+from kernels.quantization import FP8_MAX
+from kernels.types import Rounded
 
 # A row of so many outputs of an activation is one program's.
 _LONGEST_ROW = 1 << 15

@@ -19,8 +19,8 @@ from torch import Tensor
 from kernels import reference
 from kernels.cuda.launch import cdiv, launch, next_power_of_2
 from kernels.grouped import SUPER_GROUP, GroupedWeight, StoredWeight, alike
-from kernels.quantization import GROUP, Quantization, quantize_fp8, quantize_int4
-from kernels.types import FP8_MAX, Linear, Rounded
+from kernels.quantization import FP8_MAX, GROUP, Quantization, quantize_fp8, quantize_int4
+from kernels.types import Linear, Rounded
 
 _VALUES = 1 << 24  # of grouped weights, packed at once
 

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.cuda.launch import cdiv, launch, next_power_of_2
-from kernels.types import FP8_MAX, KVCache
+from kernels.quantization import FP8_MAX
+from kernels.types import KVCache
 
 _BLOCK_HEADS = 8
 

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from deployments.api.schema import answers, message_output
+from deployments.api.schema import answers, message_answers
 from tests.conftest import CheckpointFactory
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
@@ -56,7 +56,7 @@ def check(case: Case, server: LocalServer, session: requests.Session) -> int:
     response = case.call(base_url=server.url, session=session, timeout=NO_HANG_S)
     case.validate_response(response, checks=CHECKS)
     if response.status_code >= 400:
-        shape = message_output.AnthropicError if "/messages" in case.path else answers.Error
+        shape = message_answers.AnthropicError if "/messages" in case.path else answers.Error
         shape.model_validate_json(response.content)
     return response.status_code
 

@@ -10,7 +10,7 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from deployments.api.schema import message_output
+from deployments.api.schema import message_answers
 from deployments.api.schema.message_request import MessagesRequest
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
@@ -51,7 +51,7 @@ def ask(client: anthropic.Anthropic, *messages: Any, **options: Any) -> Message:
     options = {"model": "manta-demo", "max_tokens": 100} | options
     options["extra_body"] = GREEDY | options.get("extra_body", {})
     raw = client.messages.with_raw_response.create(messages=list(messages), **options)
-    message_output.Message.model_validate_json(raw.http_response.content, strict=True)
+    message_answers.Message.model_validate_json(raw.http_response.content, strict=True)
     return raw.parse()
 
 
@@ -384,7 +384,7 @@ def test_what_is_refused_is_named(client: anthropic.Anthropic, options: Any, say
     base: dict[str, Any] = {"messages": [USER], "model": "manta-demo", "max_tokens": 5}
     with pytest.raises(anthropic.BadRequestError) as refused:
         client.messages.create(**base | options)
-    body = message_output.AnthropicError.model_validate(refused.value.body)
+    body = message_answers.AnthropicError.model_validate(refused.value.body)
     assert body.error.type == "invalid_request_error" and says in body.error.message
     assert body.request_id == refused.value.request_id
 

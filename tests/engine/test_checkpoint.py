@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from engine import LLM
+from engine.checkpoint.derived import cache
 from engine.checkpoint.directory import directory_of
 from engine.checkpoint.files import CheckpointError
 from engine.config import EngineConfig
 from engine.demo import DEMO_MODEL
 from engine.generation_config import sampling_defaults
 from engine.text.tokenizer import Tokenizer
+from kernels.cache import cache_directory
 from tests.conftest import CheckpointFactory
 
 
@@ -24,6 +26,18 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def directory(**options: Any) -> Path:
     return directory_of(EngineConfig(**{"model": str(DEMO_MODEL)} | options))
+
+
+@pytest.mark.parametrize("variable", ["MANTA_CACHE_DIR", "XDG_CACHE_HOME", None])
+def test_what_is_made_of_checkpoints_lies_beside_compiled_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str | None
+) -> None:
+    monkeypatch.delenv("MANTA_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if variable is not None:
+        monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+    assert cache() == cache_directory() / "models"
 
 
 def test_without_options_it_is_the_checkpoint_itself() -> None:

@@ -1,5 +1,6 @@
 """What is left open is decided by the device, the same on every rank."""
 
+import re
 from typing import Any
 
 import pytest
@@ -72,3 +73,19 @@ def test_steps_with_prompts_are_recorded_on_a_gpu_alone() -> None:
     assert none.on_device("cuda", 80 * GB).cuda_graph_max_tokens == 0
     with pytest.raises(ValidationError, match="cuda_graph_max_tokens: enforce_eager means no"):
         EngineConfig(model="m", enforce_eager=True, cuda_graph_max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    "name, text, value, wrong, said",
+    [
+        ("cuda_graph_sizes", "[1, 4]", [1, 4], "1 4", "should be a JSON list, such as [1, 2, 4]"),
+        ("hf_overrides", '{"a": [1]}', {"a": [1]}, "a=1", "should be a JSON object"),
+    ],
+)
+def test_lists_and_objects_are_json_on_a_command_line(
+    name: str, text: str, value: Any, wrong: str, said: str
+) -> None:
+    given = EngineConfig.model_validate({"model": "m", name: text})
+    assert getattr(given, name) == value
+    with pytest.raises(ValidationError, match=re.escape(said)):
+        EngineConfig.model_validate({"model": "m", name: wrong})

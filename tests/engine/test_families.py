@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from engine.models import registry
-from engine.models.blocks.attention import check_split
 from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
 from engine.models.config import ModelConfig, dense_config
+from engine.models.early import check_split
 from tests.checkpoints import _COMMON, load_oracle
 from tests.engine.helpers import new_engine, new_requests, run, tokens_of
 from tests.engine.oracle import greedy_text, random_prompts

@@ -311,7 +311,8 @@ def test_vocabulary_that_does_not_divide_is_padded_with_zeros(
 def test_a_model_that_cannot_be_split_is_refused(checkpoints: CheckpointFactory) -> None:
     directory = checkpoints("qwen3")
     config = EngineConfig(model=str(directory), num_blocks=1, device="cpu", num_threads=1)
-    with pytest.raises(ValueError, match="4 attention heads cannot be split over 3 ranks"):
+    said = "^tensor_parallel_size: the model's 4 attention heads cannot be split over 3 ranks"
+    with pytest.raises(ValueError, match=said):
         ModelRunner(
             config,
             read_config(directory),

@@ -17,12 +17,7 @@ from deployments.api.schema.answer_parser import AnswerParser
 from deployments.api.schema.answers import documented
 from deployments.api.schema.openai_logprobs import chat_logprobs, prompt_logprobs
 from deployments.api.schema.protocol import ChatCompletionRequest
-from deployments.api.streaming import (
-    Chunks,
-    EventStream,
-    await_first,
-    event,
-)
+from deployments.api.streaming import Chunks, EventStream, event, once_accepted
 from deployments.api.whole import Output, Whole
 from deployments.front.front import Front
 from deployments.front.generation import TextDelta
@@ -41,8 +36,7 @@ def routes(front: Front) -> APIRouter:
         if not request.stream:
             return await (await complete_chat(front, request)).response()
         chat = await Chat.start(front, request, given_resume(request.resume))
-        events = _events(chat)
-        return EventStream(await await_first(events) if chat.may_be_refused else events)
+        return EventStream(await once_accepted(_events(chat), chat.params))
 
     return router
 

@@ -28,12 +28,7 @@ from deployments.api.schema.answers import documented
 from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.openai_logprobs import TextLogprobs, prompt_logprobs
 from deployments.api.scope import scope
-from deployments.api.streaming import (
-    Chunks,
-    EventStream,
-    await_first,
-    event,
-)
+from deployments.api.streaming import Chunks, EventStream, event, once_accepted
 from deployments.api.whole import Output, Whole, collect
 from deployments.front.front import Front
 from deployments.front.generation import Generation, TextDelta, TextDeltas
@@ -92,8 +87,8 @@ def routes(front: Front) -> APIRouter:
     async def create_completion(request: CompletionRequest) -> Response:
         if not request.stream:
             return await (await complete_text(front, request)).response()
-        events = _events(await _start(front, request))
-        return EventStream(await await_first(events) if request.may_be_refused else events)
+        started = await _start(front, request)
+        return EventStream(await once_accepted(_events(started), started.params))
 
     return router
 

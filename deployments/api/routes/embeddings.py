@@ -209,7 +209,10 @@ async def pool(
     fields: Sequence[str],
     pooling: Pooling,
 ) -> tuple[list[Vector], dict[str, int]]:
-    """(vectors, usage); fields are as for `encode`."""
+    """(a vector of each prompt, usage); fields are as for `encode`.
+
+    Raises ApiError for what cannot be served.
+    """
     options, params = request_options(front, request), request.params(pooling)
     kept = [front.truncate(prompt, params) for prompt in prompts]
     for prompt, field in zip(kept, fields, strict=True):
@@ -227,7 +230,7 @@ async def pool(
 
 
 def _finish(front: Front, vector: Vector) -> Vector:
-    """Of length 1, if the model's are."""
+    """The vector as clients get it: of length 1, if the model's are."""
     if front.embedding is None or not front.embedding.normalizes:
         return vector
     return vector / max(float(np.linalg.norm(vector)), 1e-12)

@@ -12,12 +12,8 @@ from deployments.api.bodies import BodyRoute
 from deployments.api.chat import AnswerDelta, Chat, as_chat
 from deployments.api.errors import report
 from deployments.api.schema.answers import documented
-from deployments.api.schema.message_output import (
-    AnthropicError,
-    Message,
-    MessageOutput,
-    TokensOfMessages,
-)
+from deployments.api.schema.message_answers import AnthropicError, Message, TokensOfMessages
+from deployments.api.schema.message_output import MessageOutput
 from deployments.api.schema.message_request import (
     OTHER_NAMES,
     CountTokensRequest,
@@ -25,7 +21,7 @@ from deployments.api.schema.message_request import (
 )
 from deployments.api.schema.tools import left_out_header
 from deployments.api.scope import scope
-from deployments.api.streaming import EventStream, await_first, named_event
+from deployments.api.streaming import EventStream, named_event, once_accepted
 from deployments.front.front import Front
 
 
@@ -44,8 +40,7 @@ def routes(front: Front) -> APIRouter:
         events = _events(chat, output)
         headers = left_out_header(request.left_out)
         if request.stream:
-            if chat.may_be_refused:
-                events = await await_first(events)
+            events = await once_accepted(events, chat.params)
             return EventStream(events, _failed, headers)
         async with aclosing(events):
             async for _ in events:

@@ -19,7 +19,7 @@ from deployments.api.schema.responses.output import ResponseOutput
 from deployments.api.schema.responses.request import ENCRYPTED, OTHER_NAMES, ResponseRequest
 from deployments.api.schema.tools import left_out_header
 from deployments.api.scope import scope
-from deployments.api.streaming import EventStream, await_first, named_event
+from deployments.api.streaming import EventStream, named_event, once_accepted
 from deployments.front.front import Front
 from deployments.front.generation import TextDelta
 from engine.strict import shown
@@ -48,8 +48,7 @@ def routes(front: Front) -> APIRouter:
             events = _stored(events, output, store, [*history, *request.messages])
         headers = left_out_header(request.toolbox.left_out)
         if request.stream:
-            if chat.may_be_refused:
-                events = await await_first(events)
+            events = await once_accepted(events, chat.params)
             return EventStream(events, lambda error: _failed(output, error), headers)
         async with aclosing(events):
             async for _ in events:
@@ -90,7 +89,7 @@ def _find(store: ResponseStore, response_id: str, param: str | None = None) -> S
 async def _stored(
     events: AsyncGenerator[str], output: ResponseOutput, store: ResponseStore, said: list[Message]
 ) -> AsyncGenerator[str]:
-    """The same; at their end the response can be gone on from."""
+    """The same events; before the last one the response is stored, to be gone on from."""
     tenant = scope().tenant
     async with aclosing(events):
         async for event in events:

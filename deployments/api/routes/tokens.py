@@ -120,7 +120,7 @@ def _tokens(front: Front, tokens: list[int], with_strings: bool) -> dict[str, An
 async def _answer(
     size: int, make: Callable[P, dict[str, Any]], *args: P.args, **kwargs: P.kwargs
 ) -> Response:
-    """Of what may be long: made and written off the event loop."""
+    """An answer that may be long: made and written off the event loop."""
 
     def body() -> bytes:
         return to_json(make(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What answers look like, for the OpenAPI document.
+"""What answers look like, for the OpenAPI document; `message_answers.py` has the Messages API's.
 
 Answers are written as plain dicts, which is fast; tests hold them to these models.
 """

@@ -15,7 +15,7 @@ Form = dict[str, Any]
 
 
 class CallGrammar:
-    """Of calls of these functions, in one format."""
+    """Makes grammars of calls of some functions, in one format."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ def _text(text: str) -> Form:
 
 
 def _form_of(wanted: StructuredOutputs) -> Form:
-    """The same as a part of a structural tag."""
+    """What is wanted, as a part of a structural tag."""
     if wanted.choice is not None:
         return _either([_text(choice) for choice in wanted.choice])
     if wanted.regex is not None:

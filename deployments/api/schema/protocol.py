@@ -153,7 +153,7 @@ class Prediction(RequestModel):
 
 
 def _sampling(name: str) -> Any:
-    """The sampling parameter of that name, as everywhere."""
+    """A field of `SamplingParams`, for a model that has only some of them."""
     return SamplingParams.model_fields[name]
 
 
@@ -204,11 +204,6 @@ class GenerationRequest(SamplingParams, FormFields, ServedRequest):
     @property
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
-
-    @property
-    def may_be_refused(self) -> bool:
-        """By the engine, once it has looked at the grammar: no answer should begin before."""
-        return self.structured_outputs is not None or self.form() is not None
 
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         """What the request sets, over the model's recommended values."""

@@ -88,7 +88,7 @@ def forced_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> list[Tool]
 def call_grammar(
     front: Front, tool_format: ToolFormat, tools: Sequence[Tool], is_forced: bool = False
 ) -> CallGrammar:
-    """Of calls of these tools; raises ApiError for a schema that no grammar can be made of.
+    """What makes grammars of calls of these tools; raises ApiError for a schema that has none.
 
     The arguments of those that are neither strict nor forced may be any.
     """

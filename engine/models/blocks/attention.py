@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
 from engine.models.blocks.norm import Norm
 from engine.models.blocks.rotary import RopeConfig
+from engine.models.early import check_split
 from engine.models.shape import LayerCache
 from kernels.types import AttentionInputs, KVCache, Rounded
 
@@ -50,11 +51,6 @@ class AttentionConfig:
 
     def build(self, context: BuildContext) -> "Attention":
         return Attention(self, context)
-
-
-def check_split(name: str, number: int, num_ranks: int) -> None:
-    if number % num_ranks:
-        raise ValueError(f"the model's {number} {name} cannot be split over {num_ranks} ranks")
 
 
 class Attention(nn.Module):

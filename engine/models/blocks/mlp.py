@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from engine.models.blocks.attention import check_split
 from engine.models.blocks.linear import BuildContext, ColumnLinear, RowLinear
+from engine.models.early import check_split
 from kernels.types import Rounded
 
 

@@ -35,7 +35,7 @@ def shard(model: PreTrainedModel, group: RankGroup, is_probe: bool = False) -> N
         return
     if not any(style in _CUTS for style in model.tp_plan.values()):
         raise ValueError(
-            f"{type(model).__name__} comes with no plan for tensor parallelism; it runs on 1 rank"
+            f"tensor_parallel_size: {type(model).__name__} comes with no plan for it; leave it out"
         )
     talk = _Alone(group) if is_probe else _Talk(group)
     rules = [
@@ -63,7 +63,9 @@ def shard(model: PreTrainedModel, group: RankGroup, is_probe: bool = False) -> N
 def _part(parameter: Tensor, style: str, name: str, group: RankGroup) -> Tensor:
     """What this rank holds of a parameter."""
     if style not in _CUTS:
-        raise ValueError(f"the style {style!r} of {name} is not known here; it runs on 1 rank")
+        raise ValueError(
+            f"tensor_parallel_size: the style {style!r} of {name} is not known here; leave it out"
+        )
     dim, packed = _CUTS[style]
     if parameter.dim() == 1:
         if dim == -1:  # the bias of sums over ranks: added once
@@ -72,7 +74,9 @@ def _part(parameter: Tensor, style: str, name: str, group: RankGroup) -> Tensor:
     size = parameter.shape[dim]
     is_vocabulary = style in ("embedding_rowwise", "colwise_gather_output", "colwise_rep")
     if size % (packed * group.size) and not is_vocabulary:
-        raise ValueError(f"the {size} of {name} cannot be split over {group.size} ranks")
+        raise ValueError(
+            f"tensor_parallel_size: the {size} of {name} cannot be split over {group.size} ranks"
+        )
     start, end = group.share(size // packed)
     whole = parameter.detach().chunk(packed, dim)
     pieces = [piece.narrow(dim, start, end - start) for piece in whole]

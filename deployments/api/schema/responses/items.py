@@ -142,12 +142,10 @@ def sealed(thoughts: str) -> str:
 
 def opened(content: str) -> str | None:
     """The thoughts in it; None if another server has made it."""
+    if not content.startswith(_SEAL):
+        return None
     try:
-        return (
-            base64.b64decode(content.removeprefix(_SEAL), validate=True).decode()
-            if (content.startswith(_SEAL))
-            else None
-        )
+        return base64.b64decode(content.removeprefix(_SEAL), validate=True).decode()
     except ValueError:
         return None
 

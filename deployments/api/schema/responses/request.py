@@ -143,7 +143,7 @@ class ResponseRequest(SamplingFields, AgentRequest):
         return to_messages(self.input)
 
     def to_chat(self, history: Sequence[Message] = ()) -> ChatCompletionRequest:
-        """The same as a chat.
+        """The same request as a chat's.
 
         Args:
             history: what came before the input.

@@ -17,7 +17,7 @@ _MANY = 1024
 
 
 class FairTurns(Turns):
-    """Within a flow, in order of arrival."""
+    """Turns of the scheduling policy "fair"; within a flow they are in order of arrival."""
 
     counts_tokens = True
 
@@ -60,7 +60,10 @@ class FairTurns(Turns):
         return [sequence for sequence in running if sequence.request.flow == most][-1]
 
     def _drop(self) -> None:
-        """Those that say least; who comes back starts as the last of them."""
+        """Half of the counters of flows with nothing in the queue, the lowest ones.
+
+        A flow that is dropped and comes back starts from the highest of them.
+        """
         idle = [flow for flow in self._counters if flow not in self._num_waiting]
         for flow in sorted(idle, key=self.counter)[: len(idle) // 2]:
             self._floor = max(self._floor, self._counters.pop(flow))

@@ -1,4 +1,4 @@
-"""The prompt of a request's body, in whatever protocol it is, for who has nothing but the body."""
+"""The prompt of a body, whichever endpoint it is for: a router has nothing but the body."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,16 +11,13 @@ from deployments.api.bodies import parse
 from deployments.api.errors import ApiError
 from deployments.api.schema.completion_request import CompletionRequest
 from deployments.api.schema.message_request import MessagesRequest
-from deployments.api.schema.protocol import (
-    ChatCompletionRequest,
-    ServedRequest,
-)
+from deployments.api.schema.protocol import ChatCompletionRequest, ServedRequest
 from deployments.api.schema.responses.request import ResponseRequest
 from engine.text.tokenizer import Tokenizer
 
-# By the field that holds the prompt. Where several protocols have one field, the first that takes
-# the body has it: what they have in common they mean alike.
-PROTOCOLS: list[tuple[str, type[ServedRequest]]] = [
+# By the field that holds the prompt. Where several kinds of requests have one field, the first that
+# takes the body has it: what they have in common they mean alike.
+_REQUESTS: list[tuple[str, type[ServedRequest]]] = [
     ("messages", ChatCompletionRequest),
     ("messages", MessagesRequest),
     ("input", ResponseRequest),
@@ -30,9 +27,11 @@ PROTOCOLS: list[tuple[str, type[ServedRequest]]] = [
 
 @dataclass(frozen=True)
 class Prompt:
+    """A body's prompt in tokens, and how it was read."""
+
     tokens: list[int]
     cache_salt: str
-    request_type: str
+    request_type: str  # the name of the model that took the body
     is_last: bool  # in the body: where that is cut, it may go on
 
 
@@ -43,7 +42,7 @@ def prompt_of(body: bytes, tokenizer: Tokenizer, max_bytes: int) -> Prompt | Non
     """
     try:
         content = parse(body, max_bytes, may_be_cut=True)
-        for field, model in PROTOCOLS if isinstance(content, dict) else ():
+        for field, model in _REQUESTS if isinstance(content, dict) else ():
             for attempt in _attempts(content, field) if field in content else ():
                 with suppress(ValidationError):
                     request = model.model_validate(attempt)
