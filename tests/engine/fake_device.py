@@ -85,6 +85,11 @@ class FakeDevice:
                     del table[-(-self._computed[row.row] // self._block_size) :]
         return StepResult(sampled)
 
+    def forget(self) -> None:
+        """Nothing that was stored is there."""
+        self._slots.clear()
+        self._host.clear()
+
     def _reads(self, row: ScheduledRow) -> bool:
         """After all writes of the step: what the row's tokens see is there. Whether it samples."""
         for group, window in enumerate(self._windows):

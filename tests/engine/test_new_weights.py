@@ -1,5 +1,7 @@
 """An engine goes on with the weights of another checkpoint, as in a loop of learning."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +139,19 @@ def test_a_draft_model_stays(checkpoints: CheckpointFactory, edited: Edited) -> 
         assert engine.runner.draft.forward_pass.kv_caches
     with new_engine(other) as engine:
         assert said == answers(engine)
+
+
+@pytest.mark.parametrize("config", [{}, dict(model_impl="transformers"), dict(dtype="bfloat16")])
+def test_nothing_keeps_the_old_weights(
+    checkpoints: CheckpointFactory, edited: Edited, config: dict[str, Any]
+) -> None:
+    with new_engine(checkpoints("qwen3"), **config) as engine:
+        answers(engine, logprobs=1)
+        old = weakref.ref(engine.runner.model)
+        engine.update_weights_from_disk(str(edited("qwen3", tensors=move)))
+        gc.collect()
+        assert old() is None
+        answers(engine, logprobs=1)
 
 
 def test_random_weights_give_way_to_real_ones(checkpoints: CheckpointFactory) -> None:

@@ -202,6 +202,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.retire()
             self.blocks_and_rows_are_accounted_for()
 
+    @rule()
+    def lose_the_cache(self) -> None:
+        """As for new weights: all keys and values are gone, in host memory too."""
+        while self.in_flight:
+            self.retire()
+        self.scheduler.forget_computed()
+        self.device.forget()
+        assert not self.scheduler.running
+
     def schedule(self) -> None:
         scheduler = self.scheduler
         had_work = [
