@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.structured_outputs import StructuredOutputs
 
-# What one grammar may take: longer and larger than any in honest use.
+# What one grammar may take where nothing else runs: longer and larger than any in honest use.
 TIMEOUT_S = 10.0
 MEMORY_GIB = 4
 # Compiled at once: one that takes long holds up no others.

@@ -25,6 +25,8 @@ from engine.structured_outputs import StructuredOutputs
 from engine.text.tokenizer import Tokenizer
 
 _NICENESS = 10
+# How many times its time a compilation may take where it has to wait for a processor.
+_PATIENCE = 3
 # Characters of white space in a row that JSON may have: enough to indent it, too few to never end.
 _MAX_WHITESPACE = 32
 # A byte that no text has. What begins with it can come where a grammar names the token, and nowhere
@@ -126,16 +128,23 @@ def serve(control: socket.socket, info: Any, timeout_s: float, memory_gib: int) 
 
 
 def _limit(timeout_s: float, memory_gib: int) -> None:
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)  # SIGALRM ends the process
+    # Signals end the process. What counts is the processors' time, for it has what others leave:
+    # that a machine is busy makes no schema too large.
+    signal.setitimer(signal.ITIMER_PROF, timeout_s * _num_threads())
+    signal.setitimer(signal.ITIMER_REAL, timeout_s * _PATIENCE)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     limit = pages * resource.getpagesize() + (memory_gib << 30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def _num_threads() -> int:
+    """That compile one grammar."""
+    return min(os.cpu_count() or 1, 8)
+
+
 def _answer(connection: "Connection[Any, Any]", info: Any) -> None:
-    threads = min(os.cpu_count() or 1, 8)
-    compiler = xgrammar.GrammarCompiler(info, max_threads=threads, cache_enabled=False)
+    compiler = xgrammar.GrammarCompiler(info, max_threads=_num_threads(), cache_enabled=False)
     answer: tuple[str | None, str | None]
     try:
         answer = compile_grammar(compiler, connection.recv()).serialize_json(), None
