@@ -53,6 +53,7 @@ class BatchRunner:
         self._format = JsonlFormat()
         self._name = secrets.token_hex(8)  # in leases
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ended: set[str] = set()  # batches, which stay so
 
     def start(self, directory: str, batch_id: str) -> None:
         if batch_id not in self._tasks:
@@ -76,9 +77,12 @@ class BatchRunner:
     def _orphans(self) -> list[tuple[str, str]]:
         found = []
         for directory in self._store.tenants():
-            for record in self._store.all(directory, "batches"):
-                if record["status"] in UNFINISHED and self._is_free(record):
-                    found.append((directory, record["id"]))
+            for batch_id in set(self._store.ids(directory, "batches")) - self._ended:
+                record = self._store.read(directory, "batches", batch_id)
+                if record is not None and record["status"] not in UNFINISHED:
+                    self._ended.add(batch_id)
+                elif record is not None and self._is_free(record):
+                    found.append((directory, batch_id))
         return found
 
     def _is_free(self, record: Record) -> bool:

@@ -15,6 +15,7 @@ import openai
 import pytest
 
 from deployments.batch.rows import Answer, Row
+from deployments.batch.storage import Location
 from deployments.files import batches
 from deployments.files.batches import BatchRunner
 from deployments.files.store import FileStore
@@ -150,6 +151,36 @@ def test_what_a_killed_server_has_left_is_taken_over(tmp_path: Path) -> None:
         store.write("of-ann", {"id": f"batch-{name * 24}", "_runner": held, **base})
     store.write("of-ann", {"id": f"batch-{'c' * 24}", **base, "status": "completed"})
     assert runner._orphans() == [("of-ann", f"batch-{'b' * 24}")]
+
+
+def test_what_has_been_kept_costs_a_look_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory is listed once, however much is in it, and what has ended is not read again."""
+    store = FileStore(str(tmp_path))
+    ids = {f"batch-{i:024}" for i in range(5)}
+    for batch_id in ids:
+        record = {"id": batch_id, "object": "batch", "created_at": 0, "status": "completed"}
+        store.write("of-ann", record)
+    listed, read, names, read_one = [], [], Location.names, FileStore.read
+
+    def note_list(self: Location) -> set[str]:
+        listed.append(self.path)
+        return names(self)
+
+    def note_read(self: FileStore, directory: str, kind: str, record_id: str) -> Any:
+        read.append(record_id)
+        return read_one(self, directory, kind, record_id)
+
+    monkeypatch.setattr(Location, "names", note_list)
+    monkeypatch.setattr(FileStore, "read", note_read)
+    assert {record["id"] for record in store.all("of-ann", "batches")} == ids
+    assert not store.is_cancelled("of-ann", min(ids))
+    assert len(listed) == 1
+    runner = BatchRunner(None, store)  # type: ignore[arg-type]
+    for _ in range(3):
+        assert runner._orphans() == []
+    assert sorted(read) == sorted([*ids, *ids])
 
 
 AT_ONCE = batches._PARTS_AT_ONCE * batches._ROWS_PER_PART
