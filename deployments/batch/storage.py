@@ -41,6 +41,9 @@ class Location:
         selector = FileSelector(self.path, allow_not_found=True)
         return {info.base_name for info in self.filesystem.get_file_info(selector)}
 
+    def has(self, name: str) -> bool:
+        return bool(self.filesystem.get_file_info(f"{self.path}/{name}").is_file)
+
     def read(self, name: str) -> bytes:
         with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
             return bytes(file.read())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from deployments.api.errors import ApiError
 from deployments.api.streaming import cancel_all
@@ -25,6 +25,8 @@ from deployments.files.store import FileStore, Record
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
 from engine.strict import shown
+
+T = TypeVar("T")
 
 WINDOW_S = 24 * 3600
 UNFINISHED = ("validating", "in_progress")
@@ -53,6 +55,7 @@ class BatchRunner:
         self._format = JsonlFormat()
         self._name = secrets.token_hex(8)  # in leases
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._ended: set[str] = set()  # batches, which stay so
 
     def start(self, directory: str, batch_id: str) -> None:
         if batch_id not in self._tasks:
@@ -69,16 +72,22 @@ class BatchRunner:
     async def adopt_forever(self) -> None:
         """Start whatever is unfinished and nobody's, now and from time to time."""
         while True:
-            for directory, batch_id in await asyncio.to_thread(self._orphans):
-                self.start(directory, batch_id)
+            try:
+                for directory, batch_id in await asyncio.to_thread(self._orphans):
+                    self.start(directory, batch_id)
+            except OSError as error:
+                logger.warning("batches cannot be looked at now: %s", error)
             await asyncio.sleep(_LEASE_S / 2)
 
     def _orphans(self) -> list[tuple[str, str]]:
         found = []
         for directory in self._store.tenants():
-            for record in self._store.all(directory, "batches"):
-                if record["status"] in UNFINISHED and self._is_free(record):
-                    found.append((directory, record["id"]))
+            for batch_id in set(self._store.ids(directory, "batches")) - self._ended:
+                record = self._store.read(directory, "batches", batch_id)
+                if record is not None and record["status"] not in UNFINISHED:
+                    self._ended.add(batch_id)
+                elif record is not None and self._is_free(record):
+                    found.append((directory, batch_id))
         return found
 
     def _is_free(self, record: Record) -> bool:
@@ -101,21 +110,28 @@ class BatchRunner:
             raise
         except _TakenError:
             logger.warning("batch %s goes on elsewhere", batch_id)
+        except OSError as error:  # its storage's: whoever looks for batches next tries again
+            logger.warning("batch %s is interrupted, and goes on later: %s", batch_id, error)
         except Exception as error:
             logger.exception("batch %s failed", batch_id)
             message = f"internal error: {type(error).__name__}"
             with suppress(Exception):
-                await self._update(directory, batch_id, _failed(_fault(message)))
+                await self._finish(directory, batch_id, _failed(_fault(message)))
 
     async def _run(self, directory: str, batch_id: str) -> None:
         record = await self._update(directory, batch_id)
         if record["status"] not in UNFINISHED:  # it has ended since it was looked at
             return
-        source = self._store.source(directory, record["input_file_id"])
+        file_id = record["input_file_id"]
+        if await asyncio.to_thread(self._store.read, directory, "files", file_id) is None:
+            gone = _fault("input_file_id: the file has been deleted", param="input_file_id")
+            await self._finish(directory, batch_id, _failed(gone))
+            return
+        source = self._store.source(directory, file_id)
         parts = await asyncio.to_thread(lambda: list(self._format.split(source, _ROWS_PER_PART)))
         total = sum(num_rows for _, num_rows in parts)
         if record["status"] == "validating":
-            faults = await asyncio.to_thread(self._faults, source)
+            faults = await self._keep(directory, batch_id, lambda: self._faults(source))
             if total == 0:
                 faults = [_fault("the input file has no requests")]
             if faults:
@@ -134,9 +150,8 @@ class BatchRunner:
         async def work_off(number: int) -> None:
             start, num_rows = parts[number]
             raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
-            first_row = sum(num_rows for _, num_rows in parts[:number])
             rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
-            said = await self._answer(directory, record, rows, first_row)
+            said = await self._answer(directory, record, rows, number * _ROWS_PER_PART)
             if said is not None:
                 await asyncio.to_thread(self._write, results, number, raw, rows, said)
                 num_failed[number] = sum(not _is_good(a) for a in said)
@@ -221,22 +236,31 @@ class BatchRunner:
         Args:
             told: how it has ended, unless it was cancelled.
         """
-        await self._update(directory, batch_id)
+        record = await self._update(directory, batch_id)
         if await self._is_cancelled(directory, batch_id):
             told["status"] = "cancelled"
         results = self._results(directory, batch_id)
         names = await asyncio.to_thread(results.names)
         for kind in ("output", "error"):
             own = sorted(name for name in names if name.endswith(f".{kind}"))
-            if own:
-                pieces: Iterator[bytes] = map(results.read, own)
-                name = f"{batch_id}_{kind}.jsonl"
-                made = await asyncio.to_thread(
-                    self._store.put, directory, pieces, name, "batch_output"
-                )
-                told[f"{kind}_file_id"] = made["id"]
+            if own and not record.get(f"{kind}_file_id"):  # else of a runner before
+
+                def put(kind: str = kind, own: list[str] = own) -> Record:
+                    pieces = map(results.read, own)
+                    name = f"{batch_id}_{kind}.jsonl"
+                    return self._store.put(directory, pieces, name, "batch_output")
+
+                made = await self._keep(directory, batch_id, put)
+                await self._update(directory, batch_id, {f"{kind}_file_id": made["id"]})
         await self._update(directory, batch_id, told | {f"{told['status']}_at": int(time.time())})
         await asyncio.to_thread(results.filesystem.delete_dir, results.path)
+
+    async def _keep(self, directory: str, batch_id: str, call: Callable[[], T]) -> T:
+        """What the call returns; the batch is this runner's however long that takes."""
+        task = asyncio.create_task(asyncio.to_thread(call))
+        while not (await asyncio.wait([task], timeout=_LEASE_S / 4))[0]:
+            await self._update(directory, batch_id)
+        return task.result()
 
     async def _is_wanted(self, directory: str, record: Record) -> bool:
         return not (await self._is_cancelled(directory, record["id"]) or _is_late(record))

@@ -63,17 +63,22 @@ class FileStore:
 
     def read(self, directory: str, kind: str, record_id: str) -> Record | None:
         """The record of that id; None if there is none."""
-        place, name = self.place(directory, kind), f"{record_id}.json"
-        if not _ID.fullmatch(record_id) or name not in place.names():
+        if not _ID.fullmatch(record_id):
             return None
-        found: Record = json.loads(place.read(name))
+        try:
+            found: Record = json.loads(self.place(directory, kind).read(f"{record_id}.json"))
+        except FileNotFoundError:
+            return None
         return found
+
+    def ids(self, directory: str, kind: str) -> list[str]:
+        names = self.place(directory, kind).names()
+        return [name.removesuffix(".json") for name in names if name.endswith(".json")]
 
     def all(self, directory: str, kind: str) -> list[Record]:
         """The newest first."""
-        place = self.place(directory, kind)
-        ids = [name.removesuffix(".json") for name in place.names() if name.endswith(".json")]
-        records = [record for i in ids if (record := self.read(directory, kind, i)) is not None]
+        found = (self.read(directory, kind, record_id) for record_id in self.ids(directory, kind))
+        records = [record for record in found if record is not None]
         return sorted(records, key=lambda r: (-r["created_at"], r["id"]))
 
     def cancel(self, directory: str, batch_id: str) -> None:
@@ -81,7 +86,7 @@ class FileStore:
         self.place(directory, "batches").write(f"{batch_id}.cancel", b"")
 
     def is_cancelled(self, directory: str, batch_id: str) -> bool:
-        return f"{batch_id}.cancel" in self.place(directory, "batches").names()
+        return self.place(directory, "batches").has(f"{batch_id}.cancel")
 
     def source(self, directory: str, file_id: str) -> Location:
         """A file's content."""

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import openai
 import pytest
 
 from deployments.batch.rows import Answer, Row
+from deployments.batch.storage import Location
 from deployments.files import batches
 from deployments.files.batches import BatchRunner
 from deployments.files.store import FileStore
@@ -152,6 +154,36 @@ def test_what_a_killed_server_has_left_is_taken_over(tmp_path: Path) -> None:
     assert runner._orphans() == [("of-ann", f"batch-{'b' * 24}")]
 
 
+def test_what_has_been_kept_costs_a_look_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory is listed once, however much is in it, and what has ended is not read again."""
+    store = FileStore(str(tmp_path))
+    ids = {f"batch-{i:024}" for i in range(5)}
+    for batch_id in ids:
+        record = {"id": batch_id, "object": "batch", "created_at": 0, "status": "completed"}
+        store.write("of-ann", record)
+    listed, read, names, read_one = [], [], Location.names, FileStore.read
+
+    def note_list(self: Location) -> set[str]:
+        listed.append(self.path)
+        return names(self)
+
+    def note_read(self: FileStore, directory: str, kind: str, record_id: str) -> Any:
+        read.append(record_id)
+        return read_one(self, directory, kind, record_id)
+
+    monkeypatch.setattr(Location, "names", note_list)
+    monkeypatch.setattr(FileStore, "read", note_read)
+    assert {record["id"] for record in store.all("of-ann", "batches")} == ids
+    assert not store.is_cancelled("of-ann", min(ids))
+    assert len(listed) == 1
+    runner = BatchRunner(None, store)  # type: ignore[arg-type]
+    for _ in range(3):
+        assert runner._orphans() == []
+    assert sorted(read) == sorted([*ids, *ids])
+
+
 AT_ONCE = batches._PARTS_AT_ONCE * batches._ROWS_PER_PART
 
 
@@ -268,6 +300,118 @@ def test_a_batch_ends_while_its_engine_sleeps(
         assert (record["status"], record["request_counts"]) == (ending, counts)
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_batch_is_its_runners_while_its_output_is_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_LEASE_S", 0.4)
+    shop = Workshop(tmp_path, monkeypatch, num_rows=1)
+    shop.go_on.set()
+    begun, may_end, put = threading.Event(), threading.Event(), FileStore.put
+
+    def slow_put(*args: Any) -> Any:
+        begun.set()
+        may_end.wait(30)
+        return put(*args)
+
+    monkeypatch.setattr(FileStore, "put", slow_put)
+
+    async def run() -> None:
+        working = asyncio.create_task(shop.run())
+        await asyncio.to_thread(begun.wait, 30)
+        heard_at = shop.record["_runner"][1]
+        while shop.record["_runner"][1] < heard_at + 2 * batches._LEASE_S:
+            await asyncio.sleep(0.05)
+        may_end.set()
+        assert (await working)["status"] == "completed"
+
+    try:
+        asyncio.run(asyncio.wait_for(run(), 30))
+    finally:
+        may_end.set()
+
+
+@pytest.mark.parametrize("name", [".output", ".done", "_error.jsonl"])
+def test_what_storage_fails_at_is_done_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rows one fails: there is a file of each kind."""
+    shop = Workshop(tmp_path, monkeypatch, num_rows=33)
+    failures, write, put = [OSError("no space left")], Location.write, FileStore.put
+
+    async def answer(front: Any, row: Row, *_: Any) -> Answer:
+        return Answer(400 if row.custom_id == "row-0" else 200, {})
+
+    def fail_once(named: str) -> None:
+        if failures and named.endswith(name):
+            raise failures.pop()
+
+    def write_or_fail(self: Location, named: str, content: bytes) -> None:
+        fail_once(named)
+        write(self, named, content)
+
+    def put_or_fail(self: FileStore, directory: str, pieces: Any, named: str, why: str) -> Any:
+        fail_once(named)
+        return put(self, directory, pieces, named, why)
+
+    monkeypatch.setattr(batches, "answer", answer)
+    monkeypatch.setattr(Location, "write", write_or_fail)
+    monkeypatch.setattr(FileStore, "put", put_or_fail)
+
+    async def run() -> None:
+        runner = shop.runner()
+        looking = asyncio.create_task(runner.adopt_forever())
+        while shop.record["status"] == "in_progress":
+            await asyncio.sleep(0.01)
+        looking.cancel()
+
+    shop.tell(_runner=["", 0.0])
+    monkeypatch.setattr(batches, "_LEASE_S", 0.1)
+    asyncio.run(asyncio.wait_for(run(), 30))
+    record = shop.record
+    assert record["status"] == "completed" and not failures
+    assert record["request_counts"] == {"total": 33, "completed": 32, "failed": 1}
+    made = [f["id"] for f in shop.store.all("of-ann", "files") if f["purpose"] == "batch_output"]
+    assert sorted(made) == sorted([record["output_file_id"], record["error_file_id"]])
+
+
+def test_batches_are_looked_for_again_where_storage_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(tmp_path, monkeypatch, num_rows=1)
+    shop.go_on.set()
+    monkeypatch.setattr(batches, "_LEASE_S", 0.1)
+    failures, tenants = [OSError("gone for a while")], FileStore.tenants
+
+    def tenants_or_fail(self: FileStore) -> list[str]:
+        if failures:
+            raise failures.pop()
+        return tenants(self)
+
+    monkeypatch.setattr(FileStore, "tenants", tenants_or_fail)
+
+    async def run() -> None:
+        looking = asyncio.create_task(shop.runner().adopt_forever())
+        while shop.record["status"] != "completed":
+            await asyncio.sleep(0.01)
+        looking.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_batch_whose_file_is_deleted_fails_with_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(tmp_path, monkeypatch, num_rows=33)
+    place = shop.store.place("of-ann", f"results/{shop.record['id']}")
+    place.write("00000000.output", b"{}\n")
+    place.write("00000000.done", b"0")
+    shop.store.delete("of-ann", shop.record["input_file_id"])
+    record = asyncio.run(shop.run())
+    (fault,) = record["errors"]["data"]
+    assert (record["status"], fault["param"]) == ("failed", "input_file_id")
+    assert b"".join(shop.store.pieces("of-ann", record["output_file_id"])) == b"{}\n"
 
 
 def test_who_is_thought_dead_leaves_the_batch_to_who_has_it_now(
