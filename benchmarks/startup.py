@@ -7,7 +7,9 @@ yet, building them is part of "kernels".
 With --kept, twice more, as on a node that keeps weights: once as the first to load these, which
 leaves them in shared memory, and once as the next, which finds them there.
 
-    python -m benchmarks.startup --model DIRECTORY [--quantization w8a8] [--kept]
+With --update, how long the engine then takes to go on with weights that it reads anew.
+
+    python -m benchmarks.startup --model DIRECTORY [--quantization w8a8] [--kept] [--update]
 """
 
 import argparse
@@ -69,7 +71,9 @@ class Phases:
         return call
 
 
-def run(model: str, options: dict[str, Any], load_format: str, file: str | None) -> None:
+def run(
+    model: str, options: dict[str, Any], load_format: str, file: str | None, updates: bool
+) -> None:
     phases = Phases()
     memory = PeakMemory()
     memory.start()
@@ -121,6 +125,10 @@ def run(model: str, options: dict[str, Any], load_format: str, file: str | None)
         print(f"a file of {weights / _GIB:.2f} GiB, packed in {per_gb:.1f} s for each GB")
     print(" ".join(f"{name} {seconds:.2f} s;" for name, seconds in phases.seconds.items()))
     print(f"{total:.2f} s to the first token")
+    if updates:
+        begin = time.perf_counter()
+        llm.update_weights_from_disk(model)
+        print(f"{time.perf_counter() - begin:.2f} s for new weights in this engine")
     print(
         f"weights {weights / _GIB:.2f} + pool {pool / _GIB:.2f} GiB; peak {memory.own / _GIB:.2f},"
         f" {(memory.own - weights - pool) / _GIB:+.2f} GiB beside them; "
@@ -150,6 +158,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--quantization", choices=["w8a8", "int4"])
     parser.add_argument("--kept", action="store_true", help="and from shared memory")
+    parser.add_argument("--update", action="store_true", help="and with other weights")
     parser.add_argument("--weights", help="a file in shared memory, for --kept's own use")
     arguments = parser.parse_args()
     if arguments.kept:
@@ -160,7 +169,7 @@ def main() -> None:
         "max_num_seqs": arguments.max_num_seqs,
         "quantization": arguments.quantization,
     }
-    run(arguments.model, options, arguments.load_format, arguments.weights)
+    run(arguments.model, options, arguments.load_format, arguments.weights, arguments.update)
 
 
 if __name__ == "__main__":

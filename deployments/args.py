@@ -121,6 +121,11 @@ class ServiceArgs(StrictModel):
         "that none can learn from token counts and response times what others have asked; default: "
         "when the keys have several names.",
     )
+    enable_weight_updates: bool = Field(
+        False,
+        description="POST /update_weights_from_disk has all replicas compute with the weights of "
+        "another checkpoint of the same model, from any path that they can read.",
+    )
     request_log: Literal["off", "on", "body"] = Field(
         "on", description="A JSON line per request: ids, counts, times; body adds what was sent."
     )

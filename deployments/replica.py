@@ -21,6 +21,9 @@ from deployments.peers import Peers, own_name
 from deployments.replica_reports import ReplicaReports
 from deployments.shards.shard_group import ShardGroup
 
+# How often a replica that starts asks for others, which Serve may not have told it of yet.
+_ASKED, _ASK_S = 10, 0.2
+
 
 @serve.deployment
 @serve.ingress()
@@ -45,6 +48,8 @@ class Replica:
         self._reports = ReplicaReports(self._front.client)
         if args.may_have_several_replicas:
             self._front.watch = ReplicaWatch().pictures
+            self._front.update_weights = self._update_all_weights
+            await self._learn_weights()
         await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.tokenizer.warm_up))
         metrics = RayMetrics(self._front.client.metrics)
         tasks = [asyncio.create_task(metrics.publish_forever())]
@@ -66,6 +71,33 @@ class Replica:
     async def watch(self) -> dict[str, Any]:
         """This replica for whoever watches them all; see `EngineClient.watch`."""
         return {"replica": serve.get_replica_context().replica_tag, **self._front.client.watch()}
+
+    async def weights(self) -> str | None:
+        """The checkpoint whose weights are computed with, if not the model's own."""
+        return self._front.client.weights
+
+    async def _learn_weights(self) -> None:
+        """Those of the replicas that there are, which may have been given others."""
+        peers = Peers()
+        for _ in range(_ASKED if self._args.enable_weight_updates else 0):
+            if answers := await peers.ask("weights"):
+                told = [path for path in answers if isinstance(path, str)]
+                self._front.client.weights = told[0] if told else self._args.weights
+                return
+            await asyncio.sleep(_ASK_S)
+
+    async def update_weights(self, path: str) -> None:
+        """See `Front.update_own_weights`."""
+        await self._front.update_own_weights(path)
+
+    async def _update_all_weights(self, path: str) -> None:
+        """On every replica. Raises ValueError where one of them cannot."""
+        timeout_s = self._args.startup_timeout_s
+        answers = await Peers().ask("update_weights", path, timeout_s=timeout_s)
+        failures = [answer for answer in answers if isinstance(answer, Exception)]
+        if failures:
+            cause = getattr(failures[0], "cause", None) or failures[0]
+            raise ValueError(f"on {len(failures)} of {len(answers)} replicas: {cause}")
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every routing stats period; routers that see no prompts see it."""

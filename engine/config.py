@@ -86,6 +86,12 @@ class EngineConfig(StrictModel):
         description="Who attends to prompts on a GPU: auto takes the newest flash-attn that is "
         "installed and serves the model, else Triton, which always attends for decoding.",
     )
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="A checkpoint of the same model whose weights are computed with instead: "
+        "tokenizer, template and settings stay the model's.",
+    )
     load_format: Literal["safetensors", "dummy"] = Field(
         "safetensors", description="dummy makes random weights, for benchmarks."
     )
@@ -256,6 +262,8 @@ class EngineConfig(StrictModel):
                 "host_cache_memory_bytes: without enable_prefix_caching nothing is found there; "
                 "leave one out"
             )
+        if self.weights is not None and self.load_format == "dummy":
+            raise ValueError("weights: with load_format=dummy none are read; leave one out")
         if (self.speculation == "model") != (self.draft_model is not None):
             raise ValueError(
                 "draft_model: it is what speculation=model drafts with; give both or neither "

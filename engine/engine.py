@@ -11,7 +11,7 @@ from engine.checkpoint.directory import directory_of
 from engine.config import EngineConfig
 from engine.models.shared import WeightFiles
 from engine.ranks.group import Leader
-from engine.runner.commands import DraftTokens, Profile, Sleep
+from engine.runner.commands import DraftTokens, Profile, Sleep, UpdateWeights
 from engine.runner.executor import Executor
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
@@ -104,6 +104,7 @@ class Engine:
         self._antechamber = Antechamber([grammars])
         self._tokenizer: Future[Tokenizer] | None = None  # from the first grammar on
         self._in_flight: deque[_InFlight] = deque()
+        self._brought: list[TokenDelta] = []  # by steps, not returned yet
         self.num_steps = 0
         # When set to a deque, collects all steps and what they have brought.
         self.step_log: deque[DoneStep] | None = None
@@ -170,7 +171,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether another step is due: for live requests, or to retire what is in flight."""
-        return bool(self.scheduler.sequences or self._in_flight or self._antechamber)
+        return bool(
+            self.scheduler.sequences or self._in_flight or self._antechamber or self._brought
+        )
 
     def step(self) -> list[TokenDelta]:
         """Launch what can be launched, retire the oldest step in flight, return its tokens.
@@ -193,15 +196,20 @@ class Engine:
             self.num_steps += 1
             wait = self.executor.launch(step.plan)
             self._in_flight.append(_InFlight(self.num_steps, step, now, wait))
+        brought, self._brought = self._brought, []
+        return refused + brought + self._retire()
+
+    def _retire(self) -> list[TokenDelta]:
+        """What the oldest step in flight brings, if there is one."""
         if not self._in_flight:
-            return refused
+            return []
         oldest = self._in_flight.popleft()
         result = oldest.wait()
         deltas = self.scheduler.update(oldest.step, result)
         self._count_step(oldest)
         if self.step_log is not None:
             self.step_log.append(DoneStep(oldest.number, oldest.step, deltas))
-        return refused + deltas
+        return deltas
 
     def _count_step(self, done: _InFlight) -> None:
         plan, num_tokens = done.step.plan, done.step.plan.num_tokens
@@ -282,6 +290,29 @@ class Engine:
         if self.is_sleeping:
             self.executor.run(Sleep(begins=False))()
             self.is_sleeping = False
+
+    def update_weights_from_disk(self, model_path: str) -> None:
+        """Compute with the weights of another checkpoint of the same model from now on.
+
+        Requests go on where they are: what they have so far is computed anew. The prefix cache is
+        empty. Raises ValueError where that checkpoint is of another model, or cannot be loaded;
+        then all is as it was.
+
+        Args:
+            model_path: a directory, or whatever else `model` can be.
+        """
+        if self.is_sleeping:
+            raise ValueError("the engine is asleep; wake it up first")
+        try:
+            self.runner.check_alike(model_path)
+        except ValueError as error:
+            raise ValueError(f"model_path: {str(error).removeprefix('model: ')}") from error
+        while self._in_flight:
+            self._brought += self._retire()
+        self.scheduler.forget_computed()
+        failure = self.executor.run(UpdateWeights(model_path))()
+        if failure is not None:
+            raise ValueError(f"model_path: {model_path!r} cannot be loaded: {failure}")
 
     def _count_uncomputed(self) -> int:
         """Of few in every step; of thousands that wait ten times a second, for steps are short."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from engine.checkpoint.files import CheckpointError, read_json, special_tokens
 from engine.sampling_params import SamplingParams
-from engine.strict import explain
+from engine.strict import explain, shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,29 @@ def eos_token_ids(directory: Path) -> frozenset[int]:
     """
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
-        ids = read_json(directory, name).get("eos_token_id")
-        found |= {ids} if isinstance(ids, int) else set(ids or ())
+        given = read_json(directory, name).get("eos_token_id")
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if any(type(i) is not int for i in ids):
+            raise _wrong(directory, name, "eos_token_id", given, "a token id or a list of them")
+        found.update(ids)
     named = special_tokens(directory).get("eos_token")
     if named is not None or not found:
         ids_by_text, special = _tokens(directory)
         found |= {ids_by_text[named]} if named in ids_by_text else set()
         found = found or special
     return frozenset(found)
+
+
+def _typed(directory: Path, name: str, field: str, kind: type, right: str) -> Any:
+    """What a file says of the field, if anything; raises CheckpointError for another type."""
+    value = read_json(directory, name).get(field)
+    if value is not None and type(value) is not kind:
+        raise _wrong(directory, name, field, value, right)
+    return value
+
+
+def _wrong(directory: Path, name: str, field: str, value: Any, right: str) -> CheckpointError:
+    return CheckpointError(f"{directory}/{name}: {field}: should be {right} (got {shown(value)})")
 
 
 def _tokens(directory: Path) -> tuple[dict[str, int], set[int]]:
@@ -80,23 +95,26 @@ def sampling_defaults(directory: Path) -> dict[str, Any]:
         if value is not None
     }
     defaults = {ours: recommended[name] for name, ours in _OBEYED.items() if name in recommended}
-    if recommended.get("do_sample") is False:  # said outright, not left out
+    do_sample = _typed(directory, "generation_config.json", "do_sample", bool, "true or false")
+    if do_sample is False:  # said outright, not left out
         for name in ("top_k", "top_p", "min_p"):
             defaults.pop(name, None)
         defaults["temperature"] = 0.0
     try:
         SamplingParams(**defaults)
     except ValidationError as error:
-        faults = "; ".join(f"{field}: {fault}" for field, fault in explain(error.errors()))
+        theirs = {ours: name for name, ours in _OBEYED.items()}
+        faults = "; ".join(f"{theirs[field]}: {fault}" for field, fault in explain(error.errors()))
         raise CheckpointError(f"{directory}/generation_config.json: {faults}") from error
     ignored = {
         name: value
         for name, value in recommended.items()
         if name in _NOT_OBEYED and value not in (0, 1, [], {})
     }
-    window = read_json(directory, "config.json").get("max_position_embeddings", 0)
-    if "max_tokens" not in defaults and recommended.get("max_length", window) < window:
-        ignored["max_length"] = recommended["max_length"]
+    window = _typed(directory, "config.json", "max_position_embeddings", int, "an integer")
+    longest = _typed(directory, "generation_config.json", "max_length", int, "an integer")
+    if "max_tokens" not in defaults and longest is not None and longest < (window or 0):
+        ignored["max_length"] = longest
     if ignored:
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(ignored.items()))
         logger.warning("generation_config.json recommends what is not obeyed here: %s", listed)

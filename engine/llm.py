@@ -117,6 +117,10 @@ class LLM:
     def wake_up(self) -> None:
         self.engine.wake_up()
 
+    def update_weights_from_disk(self, model_path: str) -> None:
+        """See `Engine.update_weights_from_disk`."""
+        self.engine.update_weights_from_disk(model_path)
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's authors recommend (generation_config.json), else the usual defaults."""
         return self._default_params

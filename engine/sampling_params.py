@@ -194,6 +194,10 @@ class SamplingParams(StrictModel):
             return prompt_token_ids
         return prompt_token_ids[-(max_len - 1 if limit == -1 else limit) :]
 
+    def longest(self, num_prompt: int, max_len: int) -> int:
+        """Tokens that prompt and output may come to, in a window of max_len tokens."""
+        return min(max_len, num_prompt + (max_len if self.max_tokens is None else self.max_tokens))
+
     def end_tokens(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """Those that end the output."""
         own = frozenset(self.stop_token_ids)

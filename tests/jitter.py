@@ -5,13 +5,12 @@ No test may depend on which.
 """
 
 import asyncio
-import os
 import random
 
 from deployments.front.arrivals import Arrivals
 from engine.schedule.step import TokenDelta
 
-_random = random.Random(os.environ.get("MANTA_JITTER_SEED", "0"))
+_random = random.Random(0)
 _take = Arrivals.take
 
 

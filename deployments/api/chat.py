@@ -262,7 +262,7 @@ class Answers:
         if parser.is_over:
             reason = "length" if reason == "length" and parser.is_cut else "stop"
             self._generation.complete(index)
-        return AnswerDelta(pieces, delta, parser.finish_reason(reason, delta.stop_reason))
+        return AnswerDelta(pieces, delta, parser.finish_reason(reason))
 
     async def aclose(self) -> None:
         await self._generation.aclose()

@@ -45,7 +45,7 @@ class KeyRing:
         """
         self._names: list[tuple[bytes, str]] = []
         self._quotas: dict[str, Quota] = {}
-        self._args: ServiceArgs | None = None  # with the file
+        self._args: ServiceArgs | None = None  # where they name a file
         self._stamp: tuple[int, ...] = ()  # of the file as it was read
         self._looked_at = time.monotonic()
         for number, entry in enumerate(entries, start=1):
@@ -94,7 +94,8 @@ class KeyRing:
             raise ApiKeysError(
                 "isolate_cache_by_key: there are no API keys to tell tenants apart by"
             )
-        ring._args, ring._stamp = args, stamp
+        if args.api_keys_file is not None:
+            ring._args, ring._stamp = args, stamp
         return ring
 
     def _follow(self) -> None:

@@ -47,6 +47,16 @@ class JsonlFormat:
             if num_rows:
                 yield start, num_rows
 
+    def duplicates(self, source: Location) -> Iterator[tuple[int, str]]:
+        """(number, custom_id) of each line whose custom_id another has had before it."""
+        seen: set[str] = set()
+        with source.filesystem.open_input_stream(source.path, compression=None) as file:
+            for number, line in enumerate(io.BufferedReader(file, 1 << 20), start=1):
+                if (custom_id := _parse(line).custom_id) in seen:
+                    yield number, str(custom_id)
+                elif custom_id is not None:
+                    seen.add(custom_id)
+
     def read(self, source: Location, start: int, num_rows: int) -> list[bytes]:
         with source.filesystem.open_input_file(source.path) as file:
             file.seek(start)

@@ -41,7 +41,7 @@ def _model(model: str, options: list[str]) -> list[Finding]:
     """What serving it takes, without loading its weights; or why it would be refused."""
     from deployments.args import AppArgs
     from deployments.cli.serve import parse_options
-    from engine.runner.preflight import describe
+    from engine.runner.footprint import describe
 
     config = AppArgs(**parse_options(model, options)).engine_config
     try:

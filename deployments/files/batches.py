@@ -24,6 +24,7 @@ from deployments.batch.storage import Location
 from deployments.files.store import FileStore, Record
 from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
+from engine.strict import shown
 
 WINDOW_S = 24 * 3600
 UNFINISHED = ("validating", "in_progress")
@@ -32,6 +33,7 @@ _ROWS_PER_PART = 32
 _PARTS_AT_ONCE, _PARTS_WHERE_LAST = 4, 16
 _RETRY_S = 2.0
 _LEASE_S = 60.0  # a batch whose runner has not been heard of for so long is anybody's
+_MAX_FAULTS = 10  # that are told
 _LOWEST_PRIORITY = 2**31 - 1
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class BatchRunner:
             logger.exception("batch %s failed", batch_id)
             message = f"internal error: {type(error).__name__}"
             with suppress(Exception):
-                await self._update(directory, batch_id, _failed(message))
+                await self._update(directory, batch_id, _failed(_fault(message)))
 
     async def _run(self, directory: str, batch_id: str) -> None:
         record = await self._update(directory, batch_id)
@@ -112,10 +114,13 @@ class BatchRunner:
         source = self._store.source(directory, record["input_file_id"])
         parts = await asyncio.to_thread(lambda: list(self._format.split(source, _ROWS_PER_PART)))
         total = sum(num_rows for _, num_rows in parts)
-        if total == 0:
-            await self._update(directory, batch_id, _failed("the input file has no requests"))
-            return
         if record["status"] == "validating":
+            faults = await asyncio.to_thread(self._faults, source)
+            if total == 0:
+                faults = [_fault("the input file has no requests")]
+            if faults:
+                await self._update(directory, batch_id, _failed(*faults))
+                return
             started = {"status": "in_progress", "in_progress_at": int(time.time())}
             await self._update(directory, batch_id, started)
         results = self._results(directory, batch_id)
@@ -130,14 +135,26 @@ class BatchRunner:
             start, num_rows = parts[number]
             raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
             first_row = sum(num_rows for _, num_rows in parts[:number])
-            rows, said = await self._answer(record, raw, first_row)
-            await asyncio.to_thread(self._write, results, number, raw, rows, said)
-            num_failed[number] = sum(not _is_good(a) for a in said)
+            rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
+            said = await self._answer(directory, record, rows, first_row)
+            if said is not None:
+                await asyncio.to_thread(self._write, results, number, raw, rows, said)
+                num_failed[number] = sum(not _is_good(a) for a in said)
 
         left = (work_off(number) for number in range(len(parts)) if number not in num_failed)
         await self._work_through(directory, batch_id, left, counts)
         ending = "completed" if len(num_failed) == len(parts) else "expired"
         await self._finish(directory, batch_id, {"status": ending, **counts()})
+
+    def _faults(self, source: Location) -> list[Record]:
+        """What is wrong with the file as a whole; what is wrong with a line is its answer."""
+        return [
+            _fault(
+                f"custom_id: {shown(custom_id)} is that of a line before, too",
+                **{"code": "duplicate_custom_id", "line": line, "param": "custom_id"},
+            )
+            for line, custom_id in islice(self._format.duplicates(source), _MAX_FAULTS)
+        ]
 
     async def _work_through(
         self,
@@ -152,7 +169,7 @@ class BatchRunner:
         try:
             while True:
                 record = await self._update(directory, batch_id, counts())
-                if not (await self._is_cancelled(directory, batch_id) or _is_late(record)):
+                if await self._is_wanted(directory, record):
                     tasks |= set(map(asyncio.create_task, islice(left, at_once - len(tasks))))
                 if not tasks:
                     return
@@ -165,9 +182,9 @@ class BatchRunner:
             await cancel_all(list(tasks))
 
     async def _answer(
-        self, record: Record, raw: list[bytes], first_row: int
-    ) -> tuple[list[Row], list[Answer]]:
-        rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
+        self, directory: str, record: Record, rows: list[Row], first_row: int
+    ) -> list[Answer] | None:
+        """None where the batch is no longer wanted before there is an engine."""
         defaults = {"priority": _LOWEST_PRIORITY} if self._front.has_priorities else {}
         owner = record.get("_owner", {})
         while True:
@@ -179,9 +196,11 @@ class BatchRunner:
                         )
                         for i, row in enumerate(rows, start=first_row)
                     ]
-                return rows, [task.result() for task in tasks]
+                return [task.result() for task in tasks]
             except* EngineUnavailableError:
                 await asyncio.sleep(self._retry_s)
+            if not await self._is_wanted(directory, record):
+                return None
 
     def _write(
         self, results: Location, number: int, raw: list[bytes], rows: list[Row], said: list[Answer]
@@ -218,6 +237,9 @@ class BatchRunner:
                 told[f"{kind}_file_id"] = made["id"]
         await self._update(directory, batch_id, told | {f"{told['status']}_at": int(time.time())})
         await asyncio.to_thread(results.filesystem.delete_dir, results.path)
+
+    async def _is_wanted(self, directory: str, record: Record) -> bool:
+        return not (await self._is_cancelled(directory, record["id"]) or _is_late(record))
 
     async def _is_cancelled(self, directory: str, batch_id: str) -> bool:
         return await asyncio.to_thread(self._store.is_cancelled, directory, batch_id)
@@ -271,10 +293,13 @@ def _checked(row: Row, endpoint: str) -> Row:
     return row
 
 
-def _failed(message: str) -> dict[str, Any]:
-    fault = {"code": "invalid_input", "message": message, "line": None, "param": None}
+def _fault(message: str, **where: Any) -> Record:
+    return {"code": "invalid_input", "message": message, "line": None, "param": None} | where
+
+
+def _failed(*faults: Record) -> Record:
     return {
         "status": "failed",
         "failed_at": int(time.time()),
-        "errors": {"object": "list", "data": [fault]},
+        "errors": {"object": "list", "data": faults},
     }

@@ -29,7 +29,7 @@ from engine.schedule.step import TokenDelta
 
 # How long an engine draws views for a front that does not ask again, in seconds.
 _WATCH_S = 2.0
-Order = Literal["start_profile", "stop_profile", "sleep", "wake_up"]
+Order = Literal["start_profile", "stop_profile", "sleep", "wake_up", "update_weights_from_disk"]
 
 
 class EngineUnavailableError(Exception):
@@ -89,6 +89,9 @@ class EngineClient:
         self.stats: dict[str, Any] = {}
         self.metrics = Metrics(args, lambda: self.stats)
         self.heartbeat = Heartbeat(args, lambda: self.stats)
+        # The checkpoint of an engine that comes in this one's place; None: the model's own.
+        self.weights = args.weights
+        self._startup_timeout_s = args.startup_timeout_s
         self.queue = Places()  # of requests without a token yet
         self.queue_tokens = Places()  # of their prompts
         self.view: dict[str, Any] | None = None  # the latest `EngineView`, while watched
@@ -147,7 +150,12 @@ class EngineClient:
 
     @property
     def is_silent(self) -> bool:
-        """Whether an engine is connected but has sent nothing for longer than it would."""
+        """Whether an engine is connected but has sent nothing for longer than it would.
+
+        What it is ordered to do may take as long as a start, which loads weights too.
+        """
+        if self._orders:
+            return time.monotonic() - self.heartbeat.last > self._startup_timeout_s
         return self._writer is not None and self.heartbeat.is_silent
 
     def start(
@@ -230,7 +238,7 @@ class EngineClient:
             self._writer.write(pack({"watch": _WATCH_S}))
         return {"connected": self.is_connected, "live": self.num_live, "view": self.view}
 
-    async def order(self, what: Order) -> str | None:
+    async def order(self, what: Order, *arguments: str) -> str | None:
         """Have the engine do this; returns why not, if it could not.
 
         Raises EngineUnavailableError while there is none, and when it goes before it has answered.
@@ -240,7 +248,7 @@ class EngineClient:
         self._flush()  # what has come before it is there before it
         answer = asyncio.get_running_loop().create_future()
         self._orders.append(answer)
-        self._writer.write(pack({"order": what}))
+        self._writer.write(pack({"order": [what, *arguments]}))
         failure: str | None = await asyncio.shield(answer)
         return failure
 
@@ -340,7 +348,10 @@ class EngineClient:
         self._flush()
 
     def _receive(self, message: Message) -> None:
-        self.heartbeat.beat()
+        if "done" in message:
+            self.heartbeat.start()
+        else:
+            self.heartbeat.beat()
         self.metrics.count_step(self.stats, message["stats"])
         self.stats = message["stats"]
         self.is_sleeping = bool(self.stats.get("sleeping"))

@@ -38,9 +38,7 @@ class Front:
         self.model = args.model
         self.model_name = args.model_name
         self.block_key = args.block_key
-        config = args.engine_config.model_dump_json()
-        # Of what decides about an answer beside its request.
-        self.fingerprint = f"fp_{hashlib.sha256(f'{VERSION} {config}'.encode()).hexdigest()[:12]}"
+        self._args = args
         self.tokenizer = load_tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
@@ -53,10 +51,30 @@ class Front:
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(args)
-        # What is to be seen of every replica of this model; a replica among several asks them all.
+        self.fingerprint = self._fingerprint()
+        # Of every replica of this model, what is to be seen, and what is computed with: a replica
+        # among several asks them all.
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
+        self.update_weights: Callable[[str], Awaitable[None]] = self.update_own_weights
         self.num_open = 0  # requests being answered
         self.is_draining = False
+
+    def _fingerprint(self) -> str:
+        """Of what decides about an answer beside its request."""
+        config = self._args.engine_config.model_copy(update={"weights": self.client.weights})
+        state = f"{VERSION} {config.model_dump_json()}"
+        return f"fp_{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+
+    async def update_own_weights(self, path: str) -> None:
+        """Have the engine, and what comes in its place, compute with those of a checkpoint.
+
+        Raises ValueError where it cannot, and goes on with those that it has.
+        """
+        failure = await self.client.order("update_weights_from_disk", path)
+        if failure is not None:
+            raise ValueError(failure)
+        self.client.weights = path
+        self.fingerprint = self._fingerprint()
 
     def special_tokens(self, marks: Iterable[str]) -> dict[str, int]:
         """Those of the marks that are special tokens, which have no text of their own."""

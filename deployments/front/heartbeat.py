@@ -34,7 +34,7 @@ class Heartbeat:
         self.last = clock()
 
     def start(self) -> None:
-        """There is an engine now."""
+        """There is an engine now, or one that has done what takes longer than a step."""
         self.last = self._clock()
 
     def beat(self) -> None:

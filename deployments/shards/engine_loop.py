@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -32,11 +33,12 @@ class EngineLoop:
         self._cache_changes = engine.scheduler.pool.changes = []
         self._socket = MessageSocket(address)
         self._watch = Watch(engine)
-        self._orders = {
+        self._orders: dict[str, Callable[..., None]] = {
             "start_profile": engine.start_profile,
             "stop_profile": engine.stop_profile,
             "sleep": engine.sleep,
             "wake_up": engine.wake_up,
+            "update_weights_from_disk": engine.update_weights_from_disk,
         }
         self._done: list[str | None] = []  # what became of orders, to be told
 
@@ -95,10 +97,11 @@ class EngineLoop:
             self._done.append(self._obey(message["order"]))
         return errors
 
-    def _obey(self, order: str) -> str | None:
+    def _obey(self, order: list[str]) -> str | None:
         """Why it was not done, if it was not."""
+        what, *arguments = order
         try:
-            self._orders[order]()
+            self._orders[what](*arguments)
         except (ValueError, OSError) as error:
             return str(error)
         return None

@@ -148,11 +148,11 @@ class ShardGroup:
 
     async def _start(self) -> "list[asyncio.Future[None]]":
         """Returns one future per shard, done when the shard is."""
-        config, size, keep_s = (
-            self._args.engine_config,
-            self._args.num_ranks,
-            self._args.keep_weights_s,
-        )
+        config = self._args.engine_config
+        if self._client.weights is not None:
+            others = {"weights": self._client.weights, "load_format": "safetensors"}
+            config = config.model_copy(update=others)
+        size, keep_s = self._args.num_ranks, self._args.keep_weights_s
         began = time.monotonic()
         address = await self._client.listen(_session_directory())
         self._shards = [self._new_shard(rank) for rank in range(size)]

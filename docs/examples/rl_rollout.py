@@ -2,7 +2,8 @@
 
 GRPO (Shao et al., 2024) in its simplest form: each prompt is answered by a group, an answer's
 advantage is its reward less the group's mean, and the policy gradient follows. The reward is exact:
-whether the sum is right. Rollouts are sampled here; gradients come from transformers.
+whether the sum is right. Rollouts are sampled here; gradients come from transformers, and the
+engine goes on with the weights that they lead to.
 
     python docs/examples/rl_rollout.py --rounds 5
 """
@@ -11,7 +12,6 @@ import argparse
 import random
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -51,8 +51,8 @@ def main() -> None:
     policy = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-5)
     with tempfile.TemporaryDirectory() as directory:
+        llm = LLM(str(checkpoint), dtype="float32", num_blocks=512, max_model_len=256)
         for number in range(args.rounds):
-            llm = LLM(str(checkpoint), dtype="float32", num_blocks=512, max_model_len=256)
             questions = [(rng.randint(20, 49), rng.randint(20, 49)) for _ in range(args.prompts)]
             prompts = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in questions]
             # The group shares its prompt's blocks: it is computed once.
@@ -60,8 +60,6 @@ def main() -> None:
             start = time.perf_counter()
             outputs = llm.chat(prompts, params, use_tqdm=False)
             seconds = time.perf_counter() - start
-            llm.close()
-
             rewards = [
                 [reward(question, choice.text) for choice in output.outputs]
                 for question, output in zip(questions, outputs, strict=True)
@@ -71,19 +69,17 @@ def main() -> None:
                     policy_loss(policy, output, gains).backward()
             optimizer.step()
             optimizer.zero_grad()
-            checkpoint = save(policy, checkpoint, Path(directory) / str(number))
+            start = time.perf_counter()
+            policy.save_pretrained(directory)  # in /dev/shm, if there is much of it
+            llm.update_weights_from_disk(directory)
+            update_s = time.perf_counter() - start
             tokens = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
             mean = sum(map(sum, rewards)) / (args.prompts * args.group)
-            print(f"round {number}: reward {mean:.3f}, {tokens / seconds:,.0f} rollout tokens/s")
-
-
-def save(policy: torch.nn.Module, previous: Path, directory: Path) -> Path:
-    """The new weights beside the tokenizer and the template of the checkpoint before."""
-    policy.save_pretrained(directory)
-    for path in previous.iterdir():
-        if not (directory / path.name).exists():
-            (directory / path.name).write_bytes(path.read_bytes())
-    return directory
+            print(
+                f"round {number}: reward {mean:.3f}, {tokens / seconds:,.0f} rollout tokens/s, "
+                f"new weights after {update_s:.2f} s"
+            )
+        llm.close()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,17 @@ class Sleep:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateWeights:
+    """Compute with those of another checkpoint from now on."""
+
+    path: str
+
+    def run(self, runner: ModelRunner) -> str | None:
+        """Why a rank cannot, if one cannot; then none does."""
+        return runner.update_weights(self.path)
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchStep:
     plan: StepPlan
 

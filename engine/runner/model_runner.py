@@ -1,5 +1,6 @@
 """Turns step plans into tokens on one rank's device."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from engine.models.shared import RestingModel, WeightFiles
 from engine.ranks.rank_group import Ranks
 from engine.runner.draft_model import DraftModel
 from engine.runner.forward_pass import ForwardPass
+from engine.runner.new_weights import read_alike, with_weights_of
 from engine.runner.preflight import Checkpoint
 from engine.runner.profiler import Profiler
 from engine.runner.warm_up import warm_up_plans
@@ -28,6 +30,8 @@ from engine.sampling.pending_step import PendingStep
 from engine.sampling.sampler import Sampler
 from engine.schedule.step import StepPlan
 from kernels import AttentionNeeds, Ops, select_ops, watch_compilation
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -52,6 +56,7 @@ class ModelRunner:
             files: see `load_model`.
         """
         self._files = files
+        self._shape = shape
         self._resting: list[RestingModel] = []
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
@@ -70,8 +75,8 @@ class ModelRunner:
         meter = MemoryMeter(self.device)
         before = meter.in_use()
         with self._phase("weights"):
-            self.model = self._load(directory, shape, show_progress)
-            draft_model = self._load(*draft, show_progress) if draft else None
+            self.model = self._load(config, directory, shape, show_progress)
+            draft_model = self._load(config, *draft, show_progress) if draft else None
         weights = max(meter.in_use() - before, 0)
         draft_layout = self._layout(draft[1]) if draft else None
         self._build(self._layout(shape, draft_layout))
@@ -143,9 +148,11 @@ class ModelRunner:
         ranks, block_size = self.ranks.tensor, self.config.block_size
         return KVCacheLayout.of(shape, ranks, block_size, self.cache_dtype, draft)
 
-    def _load(self, directory: Path, shape: ModelShape, show_progress: bool) -> LanguageModel:
+    def _load(
+        self, config: EngineConfig, directory: Path, shape: ModelShape, show_progress: bool = False
+    ) -> LanguageModel:
         spec = ModelSpec(
-            self.config,
+            config,
             shape,
             directory,
             self.max_len,
@@ -272,6 +279,31 @@ class ModelRunner:
             self._resting.pop().return_to(self.device)
         self._allocate(self.num_blocks)
         self._record()
+
+    def check_alike(self, path: str) -> tuple[Path, ModelShape]:
+        """See `read_alike`."""
+        return read_alike(self.config, self._shape, path)
+
+    def update_weights(self, path: str) -> str | None:
+        """Compute with another checkpoint's from now on, over an empty KV cache.
+
+        Meanwhile the old ones wait in host memory. Returns why they were taken up again, if they
+        were: no rank goes on with others where one of them cannot load its part.
+        """
+        self.sleep()
+        model, failure = self.model, None
+        try:
+            model = self._load(with_weights_of(self.config, path), *self.check_alike(path))
+        except (ValueError, OSError, RuntimeError) as error:
+            failure = str(error)
+            logger.warning("The weights of %s are not computed with: %s", path, failure)
+        if self.ranks.world.agree_on_minimum(int(failure is None)):
+            self.model = self.forward_pass.model = self.sampler.model = model
+            del self._resting[:1]
+        elif failure is None:
+            failure = "another rank cannot load them; its log says why"
+        self.wake_up()
+        return failure
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:

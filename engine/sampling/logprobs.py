@@ -1,12 +1,11 @@
 """Log-probabilities from logits, of sampled tokens and of the prompt's own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from engine.device.transfer import ToHost
-from engine.models.shape import LanguageModel
 from engine.schedule.step import NewRow, StepPlan, TokenLogprobs
 from kernels import Ops
 
@@ -27,9 +26,14 @@ class PromptLogprobs:
     Every rank computes them, for all take part in computing logits.
     """
 
-    def __init__(self, token_ids: Tensor, model: LanguageModel, ops: Ops) -> None:
-        self._token_ids = token_ids  # the device's table
-        self._model = model
+    def __init__(self, token_ids: Tensor, logits: Callable[[Tensor], Tensor], ops: Ops) -> None:
+        """
+        Args:
+            token_ids: the device's table.
+            logits: of hidden states, [N, hidden] -> [N, vocab].
+        """
+        self._token_ids = token_ids
+        self._logits = logits
         self._ops = ops
         self._prompts: dict[int, _Prompt] = {}
 
@@ -53,7 +57,7 @@ class PromptLogprobs:
                     stop = min(start + _SLICE, end)
                     own = hidden[first + start - row.start : first + stop - row.start]
                     following = self._token_ids[row.row, start + 1 : stop + 1]
-                    logits = self._model.logits(own)
+                    logits = self._logits(own)
                     counts = [prompt.count] * len(own)
                     prompt.collected.append(take_logprobs(self._ops, logits, following, counts))
             first += row.num_tokens

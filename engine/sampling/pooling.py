@@ -1,13 +1,12 @@
 """A prompt's hidden states as one vector, which comes with the first sampled token."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.device.transfer import ToHost, to_device
-from engine.models.shape import LanguageModel
 from engine.sampling_params import Pooling
 from engine.schedule.step import NewRow, StepPlan
 
@@ -22,8 +21,12 @@ class _Prompt:
 class PromptPooling:
     """Pools prompts as they are computed, in chunks. Every rank does, for all compute logits."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
+    def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
+        """
+        Args:
+            logits: of hidden states, [N, hidden] -> [N, labels] or [N, vocab].
+        """
+        self._logits = logits
         self._prompts: dict[int, _Prompt] = {}
 
     def enter(self, new: NewRow) -> None:
@@ -50,7 +53,7 @@ class PromptPooling:
             case "last" if end == prompt.length:
                 prompt.vector = self._of_last(prompt.pooling, states[-1:])
             case "labels" if end == prompt.length:
-                prompt.vector = self._model.logits(states[-1:])[0].float()
+                prompt.vector = self._logits(states[-1:])[0].float()
             case "cls" if start == 0:
                 prompt.vector = _kept(states[0])
             case "mean":
@@ -63,7 +66,7 @@ class PromptPooling:
         if not pooling.logits:
             return _kept(state[0])
         index = to_device(pooling.logits, torch.int64, state.device)
-        return self._model.logits(state)[0, index].float()
+        return self._logits(state)[0, index].float()
 
     def take(self, rows: Iterable[int]) -> dict[int, ToHost]:
         """Of those of the rows, which have been computed to their end, that want one; by index."""

@@ -54,7 +54,7 @@ class Sampler:
         world: RankGroup,
     ) -> None:
         token_ids = tables.token_ids
-        self._model = model
+        self.model = model
         self._tables = tables
         self._ops = ops
         self._world = world
@@ -71,8 +71,8 @@ class Sampler:
             ThinkingLimits(token_ids),
         ]
         self._num_logprobs: dict[int, int] = {}  # of the rows that want logprobs
-        self._prompt_logprobs = PromptLogprobs(token_ids, model, ops)
-        self._pooling = PromptPooling(model)
+        self._prompt_logprobs = PromptLogprobs(token_ids, self._logits_of, ops)
+        self._pooling = PromptPooling(self._logits_of)
 
     def enter(self, new: NewRow) -> None:
         """A request enters a row; what the row held before is gone."""
@@ -140,7 +140,10 @@ class Sampler:
         if sum(plan.num_sampled) < len(hidden):
             ends = np.cumsum(plan.lengths)
             hidden = hidden[self._tensor(ranges(ends - np.asarray(plan.num_sampled), ends)[1])]
-        return self._model.logits(hidden)
+        return self._logits_of(hidden)
+
+    def _logits_of(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
 
     def _sample(self, logits: Tensor, step: SamplingStep) -> Tensor:
         """The next tokens, [N] int64, from logits [N, V], which stay as they are."""

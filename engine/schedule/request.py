@@ -118,10 +118,8 @@ class RequestLimits:
         last = output[-1]
         if last in params.end_tokens(self.eos_token_ids):
             return "stop", last if last in params.stop_token_ids else None
-        most = self.max_len - num_prompt
-        if params.max_tokens is not None:
-            most = min(most, params.max_tokens)
-        return "length" if len(output) >= most else None, None
+        is_longest = num_prompt + len(output) >= params.longest(num_prompt, self.max_len)
+        return "length" if is_longest else None, None
 
     def _check_head(self, params: SamplingParams) -> None:
         """Raises ValueError for what the model's head is not made for."""

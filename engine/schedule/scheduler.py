@@ -99,9 +99,7 @@ class Scheduler:
         """
         if request.id in self.sequences:
             raise ValueError(f"a request with id {request.id!r} is already live")
-        max_len = self._max_len
-        if request.params.max_tokens is not None:
-            max_len = min(max_len, len(request.prompt_token_ids) + request.params.max_tokens)
+        max_len = request.params.longest(len(request.prompt_token_ids), self._max_len)
         num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         if num_tokens >= max_len:
             raise ValueError(f"request {request.id!r} has all its {max_len} tokens already")
@@ -246,6 +244,12 @@ class Scheduler:
         self._release(sequence)
         self._wait(sequence)
         self.stats.preemptions += 1
+
+    def forget_computed(self) -> None:
+        """All keys and values are void: whoever runs begins anew. No step may be in flight."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.blocks.forget_cached()
 
     def _schedule_waiting(self, step: Step, budget: int) -> None:
         while self.waiting and self._free_rows and budget > 0:

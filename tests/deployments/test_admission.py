@@ -157,6 +157,16 @@ def test_keys_are_replaced_in_their_file_while_the_server_runs(
     assert names("new", "") == ["acme", None]
 
 
+def test_without_a_keys_file_none_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MANTA_API_KEYS", "acme:sk-1")
+    ring = KeyRing.load(ServiceArgs())
+    looked_for: list[Any] = []
+    monkeypatch.setattr("deployments.api.keys._LOOK_S", 0)
+    monkeypatch.setattr("deployments.api.keys._stamp", looked_for.append)
+    assert ring.find({"authorization": "Bearer sk-1"}) == "acme"
+    assert not looked_for
+
+
 @pytest.mark.parametrize(
     ("args", "fault"),
     [

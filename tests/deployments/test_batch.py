@@ -310,7 +310,7 @@ def test_every_argument_is_known_to_change_answers_or_not() -> None:
         *("model_impl", "tokenizer", "chat_template", "generation_config", "hf_overrides"),
         *("dtype", "quantization", "kv_cache_dtype", "attention_backend", "load_format"),
         *("max_model_len", "seed", "tool_parser", "reasoning_parser", "deterministic"),
-        *("pooling", "reranker"),
+        *("pooling", "reranker", "weights"),
     }
 
 

@@ -413,7 +413,7 @@ def test_an_order_that_dies_with_its_engine_may_be_given_again() -> None:
     async def test(client: EngineClient) -> None:
         engine = await FakeEngine.connect(client)
         ordered = asyncio.create_task(client.order("sleep"))
-        while (await read_message(engine.reader)).get("order") != "sleep":
+        while (await read_message(engine.reader)).get("order") != ["sleep"]:
             pass
         await engine.die(client)
         with pytest.raises(EngineUnavailableError, match="gone"):

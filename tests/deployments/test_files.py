@@ -18,6 +18,7 @@ from deployments.batch.rows import Answer, Row
 from deployments.files import batches
 from deployments.files.batches import BatchRunner
 from deployments.files.store import FileStore
+from deployments.front.engine_client import EngineAsleepError
 from tests.deployments.conftest import wait_until
 from tests.deployments.local_server import LocalServer, serve_locally
 
@@ -110,6 +111,16 @@ def test_a_batch_without_requests_fails(server: LocalServer) -> None:
     assert batch.status == "failed" and "no requests" in batch.errors.data[0].message
 
 
+def test_a_batch_in_which_a_custom_id_comes_twice_fails(server: LocalServer) -> None:
+    content = jsonl(line(0), line(1)) + b"\n" + jsonl("no", line(1), line(2), line(0))
+    with server.client() as client:
+        batch = run_batch(client, content)
+    assert batch.status == "failed" and batch.output_file_id is None
+    told = [(fault.code, fault.param, fault.line) for fault in batch.errors.data]
+    assert told == [("duplicate_custom_id", "custom_id", number) for number in (5, 7)]
+    assert "'row-1'" in batch.errors.data[0].message
+
+
 def test_a_stopped_server_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
     lines = [line(i, max_tokens=3) for i in range(32 * 16)]
     place: dict[str, Any] = {"files_directory": str(tmp_path), **OPTIONS}
@@ -174,7 +185,7 @@ class Workshop:
 
     def runner(self) -> BatchRunner:
         front: Any = SimpleNamespace(has_priorities=False)
-        return BatchRunner(front, self.store)
+        return BatchRunner(front, self.store, retry_s=0.01)
 
     async def run(self) -> dict[str, Any]:
         """The record when a runner that has found the batch has done with it."""
@@ -228,6 +239,33 @@ def test_the_longest_answer_of_a_part_keeps_no_other_part_waiting(
             await asyncio.sleep(0.01)
         shop.go_on.set()
         assert (await working)["request_counts"]["completed"] == 2 * AT_ONCE
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired"])
+def test_a_batch_ends_while_its_engine_sleeps(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(tmp_path, monkeypatch, num_rows=1)
+
+    async def answer(*_: Any) -> Answer:
+        shop.num_answered += 1
+        raise EngineAsleepError
+
+    monkeypatch.setattr(batches, "answer", answer)
+
+    async def run() -> None:
+        working = asyncio.create_task(shop.run())
+        while shop.num_answered < 2:
+            await asyncio.sleep(0.01)
+        if ending == "cancelled":
+            shop.store.cancel("of-ann", shop.record["id"])
+        else:
+            monkeypatch.setattr(batches, "_is_late", lambda record: True)
+        record = await working
+        counts = {"total": 1, "completed": 0, "failed": 0}
+        assert (record["status"], record["request_counts"]) == (ending, counts)
 
     asyncio.run(asyncio.wait_for(run(), 30))
 

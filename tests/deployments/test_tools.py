@@ -320,6 +320,28 @@ def test_a_call_that_a_stop_has_cut_is_not_to_be_carried_out(
     assert found == [calls, ending]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ending"),
+    [
+        *(
+            ("", "stop"),
+            ('{"', "stop"),
+            ('{"minutes": 3', "stop"),
+            ('{"minutes": [{"a": "', "stop"),
+        ),
+        ('{"minutes": 3}', "tool_calls"),
+        ('{"minutes": 3,}', "tool_calls"),  # whole, and for whoever carries it out to refuse
+    ],
+)
+def test_a_call_in_which_the_output_ends_is_not_to_be_carried_out(
+    tmp_path: Path, arguments: str, ending: str
+) -> None:
+    calls = [("set_timer", arguments)] if arguments else []
+    text = f'<tool_call>{{"name": "set_timer", "arguments": {arguments}'
+    _, _, *found = say(ScriptedApi(tmp_path, [], tool_parser="hermes"), text)
+    assert found == [calls, ending]
+
+
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("arguments", ['{"', '{"minutes"', '{"minutes": 3'])
 def test_a_call_that_max_tokens_has_cut_is_not_to_be_carried_out(

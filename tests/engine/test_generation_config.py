@@ -78,6 +78,18 @@ def test_all_that_name_an_end_are_believed(
     assert eos_token_ids(write(**files)) == ids
 
 
+@pytest.mark.parametrize("given", ["2", [2, "3"], {"id": 2}, 2.0, True])
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_an_end_that_is_no_token_id_is_refused(
+    write: Callable[..., Path], name: str, given: Any
+) -> None:
+    directory = write(**{name: {"eos_token_id": given}})
+    with pytest.raises(CheckpointError) as refused:
+        eos_token_ids(directory)
+    assert f"{directory}/{name}.json: eos_token_id: should be a token id" in str(refused.value)
+    assert f"(got {given!r})" in str(refused.value)
+
+
 def test_the_tokenizers_own_list_of_tokens_is_read(write: Callable[..., Path]) -> None:
     listed = {str(token["id"]): token for token in ADDED}
     config = {"eos_token": "<|im_end|>", "added_tokens_decoder": listed}
@@ -159,6 +171,9 @@ def test_what_is_recommended_in_vain_is_named(
     write: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
+    write(config={"max_position_embeddings": None})
+    write(generation_config={"max_length": 2048})
+    assert sampling_defaults(write()) == {} and not caplog.records  # of no window
     write(config={"max_position_embeddings": 4096})
     write(generation_config={"num_beams": 4, "typical_p": 1.0, "max_length": 2048, "chat": "x"})
     assert sampling_defaults(write()) == {}
@@ -166,9 +181,21 @@ def test_what_is_recommended_in_vain_is_named(
     assert record.getMessage().endswith("not obeyed here: max_length=2048, num_beams=4")
 
 
-def test_a_recommendation_that_cannot_be_is_refused(write: Callable[..., Path]) -> None:
-    directory = write(generation_config={"top_p": 1.5})
-    with pytest.raises(CheckpointError, match=r"generation_config\.json: top_p: .*less than"):
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("generation_config", {"top_p": 1.5}, "top_p: .*less than"),
+        ("generation_config", {"max_new_tokens": [9]}, r"max_new_tokens: .*integer \(got \[9\]"),
+        ("generation_config", {"max_length": "2048"}, r"max_length: .*integer \(got '2048'\)"),
+        ("generation_config", {"do_sample": "no"}, r"do_sample: .*true or false \(got 'no'\)"),
+        ("config", {"max_position_embeddings": "4"}, r"max_position_embeddings: .*\(got '4'\)"),
+    ],
+)
+def test_a_recommendation_that_cannot_be_is_refused(
+    write: Callable[..., Path], name: str, content: dict[str, Any], told: str
+) -> None:
+    directory = write(**{name: content})
+    with pytest.raises(CheckpointError, match=rf"/{name}\.json: {told}"):
         sampling_defaults(directory)
 
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import xgrammar
 
 from engine.sampling.grammar.worker import compile_grammar
 from engine.structured_outputs import StructuredOutputs
@@ -98,6 +99,29 @@ def test_no_pattern_lets_a_string_be_left(compiler: Any, pattern: str) -> None: 
     assert accepts(grammar, '"B!"') and accepts(grammar, '"x~"')
     for text in ('"', '"b"b"', '"\\"', '"b\\b"', '"b\nb"'):
         assert not accepts(grammar, text)
+
+
+def test_patterns_are_made_automata_once(
+    compiler: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long counts take seconds."""
+    made = []
+    make = xgrammar.Grammar.from_json_schema
+
+    def noted(schema: Any, **options: Any) -> Any:
+        made.append(schema)
+        return make(schema, **options)
+
+    monkeypatch.setattr(xgrammar.Grammar, "from_json_schema", noted)
+    grammar_of(compiler, {"type": "array", "items": {"anyOf": [of("^a?[)]$"), of("^[^b]+$")]}})
+    assert len(made) == 1
+
+
+def test_what_no_automaton_can_do_is_refused(compiler: Any) -> None:  # noqa: F811
+    """xgrammar would let the string be left."""
+    with pytest.raises(ValueError, match=r"the pattern .*\{50\}.* is not supported in a string"):
+        grammar_of(compiler, of("^((a{50}){50}){50}$"))
 
 
 def test_case_is_ignored_where_it_is_asked_for(ask: Ask) -> None:

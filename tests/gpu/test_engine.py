@@ -4,6 +4,7 @@ Without a GPU this is a rehearsal on the CPU with the GPU's ops, see `tests.gpu.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from kernels.types import Rounded
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, load_oracle, make_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.engine.helpers import new_engine, new_requests, prompt_logits, run, tokens_of
+from tests.engine.test_new_weights import move
 from tests.gpu.device import DEVICE, ON_GPU, gpu_engine, needs_gpu
 
 NUM_OUTPUT = 24 if ON_GPU else 3
@@ -227,6 +229,25 @@ def test_nothing_is_compiled_while_requests_wait(
                 prompts = random_prompts(lengths)
                 run(engine, new_requests(prompts, max_tokens=5, ignore_eos=True, **sampling))
         assert engine.runner.late_compilations == []
+
+
+def test_other_weights_are_computed_with_in_recorded_steps_too(
+    checkpoints: CheckpointFactory, edited: Callable[..., Path]
+) -> None:
+    first, other = checkpoints("qwen3"), edited("qwen3", tensors=move)
+
+    def said(engine: Engine) -> list[list[int]]:
+        prompts = PROMPTS if ON_GPU else PROMPTS[:1]
+        return tokens_of(run(engine, new_requests(prompts, max_tokens=NUM_OUTPUT)))
+
+    with gpu_engine(other, **SMALL) as engine:
+        wanted = said(engine)
+    with gpu_engine(first, **SMALL) as engine:
+        in_use = torch.cuda.memory_allocated() if ON_GPU else 0
+        engine.update_weights_from_disk(str(other))
+        assert said(engine) == wanted
+        if ON_GPU:
+            assert torch.cuda.memory_allocated() < in_use + (1 << 20), "the old ones are gone"
 
 
 def test_evicted_blocks_come_back_from_host_memory(checkpoints: CheckpointFactory) -> None:

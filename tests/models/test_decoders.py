@@ -9,7 +9,7 @@ import torch
 from engine.config import EngineConfig
 from engine.models.early import UNSERVED
 from engine.models.transformers.distances import width_with_positions, with_positions
-from engine.runner.preflight import describe
+from engine.runner.footprint import describe
 from tests.models.sweep import Outcome, examine, on_two_ranks
 from tests.models.tiny import KINDS, save_random, tiny_config
 

@@ -52,8 +52,8 @@ def routes(front: Front) -> APIRouter:
         if classifier is None:
             message = f"{front.model_name!r} is no classifier: its head writes words"
             raise ApiError(400, message, "model", "unsupported_value")
-        prompts = await _prompts(front, request)
-        logits, usage = await pool(front, prompts, request, Pooling(kind="labels"))
+        prompts, fields = await _prompts(front, request)
+        logits, usage = await pool(front, prompts, request, fields, Pooling(kind="labels"))
         data: list[dict[str, Any]] = []
         for index, own in enumerate(logits):
             values = own.tolist()
@@ -67,12 +67,18 @@ def routes(front: Front) -> APIRouter:
     return router
 
 
-async def _prompts(front: Front, request: ClassificationRequest) -> list[list[int]]:
+async def _prompts(
+    front: Front, request: ClassificationRequest
+) -> tuple[list[list[int]], list[str]]:
+    """(in tokens, the field that each comes from)"""
     if request.messages is None:
-        return await encode(front, listed(request.input or ""), request)
+        texts = listed(request.input or "")
+        fields = ["input"] * len(texts)
+        return await encode(front, texts, request, fields), fields
     messages = [message.for_template() for message in request.messages]
     variables = {"add_generation_prompt": request.add_generation_prompt}
     try:
-        return [await front.encode_chat(messages, **variables, **request.chat_template_kwargs)]
+        prompt = await front.encode_chat(messages, **variables, **request.chat_template_kwargs)
     except ValueError as error:
         raise prompt_error(error, "messages") from error
+    return [prompt], ["messages"]

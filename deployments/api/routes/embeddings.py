@@ -81,7 +81,9 @@ class ScoreRequest(PooledRequest):
         first, second = listed(self.text_1), listed(self.text_2)
         first = first * len(second) if len(first) == 1 else first
         if len(first) != len(second):
-            raise ApiError(400, f"text_1: {len(first)} texts, but text_2 has {len(second)}")
+            raise ApiError(
+                400, f"text_1: {len(first)} texts, but text_2 has {len(second)}", "text_1"
+            )
         return list(zip(first, second, strict=True))
 
 
@@ -103,8 +105,8 @@ def routes(front: Front) -> APIRouter:
     @router.post("/v1/embeddings", response_model=None, responses=documented(answers.EmbeddingList))
     async def create_embeddings(request: EmbeddingRequest) -> Response:
         check_model(front, request)
-        prompts = await encode(front, listed(request.input), request)
-        vectors, usage = await _embed(front, prompts, request)
+        texts = listed(request.input)
+        vectors, usage = await _embed(front, texts, request, ["input"] * len(texts))
         if request.dimensions is not None and request.dimensions > len(vectors[0]):
             message = f"dimensions: {request.dimensions}, but the model's vectors have "
             raise ApiError(400, f"{message}{len(vectors[0])}", "dimensions")
@@ -130,7 +132,8 @@ def routes(front: Front) -> APIRouter:
     async def score(request: ScoreRequest) -> Response:
         """How near text_2 is to text_1: by a model that judges, or by the angle of embeddings."""
         check_model(front, request)
-        scores, usage = await _score(front, request.pairs, request, request.instruction)
+        fields = "text_1", "text_2"
+        scores, usage = await _score(front, request.pairs, request, request.instruction, fields)
         data = [{"object": "score", "index": i, "score": score} for i, score in enumerate(scores)]
         head = {"id": f"score-{secrets.token_hex(12)}", "created": int(time.time())}
         head |= {"object": "list", "model": front.model_name, "usage": usage}
@@ -143,7 +146,8 @@ def routes(front: Front) -> APIRouter:
         check_model(front, request)
         texts = [d if isinstance(d, str) else d.text for d in request.documents]
         pairs = [(request.query, text) for text in texts]
-        scores, usage = await _score(front, pairs, request, request.instruction)
+        fields = "query", "documents"
+        scores, usage = await _score(front, pairs, request, request.instruction, fields)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])[: request.top_n]
         results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
         if request.return_documents:
@@ -155,22 +159,34 @@ def routes(front: Front) -> APIRouter:
 
 
 async def encode(
-    front: Front, prompts: Sequence[str | list[int]], request: PooledRequest
+    front: Front,
+    prompts: Sequence[str | list[int]],
+    request: PooledRequest,
+    fields: Sequence[str],
 ) -> list[list[int]]:
-    """Texts among the prompts in tokens; raises ApiError."""
+    """Texts among the prompts in tokens; raises ApiError.
+
+    Args:
+        fields: of the request, in which the prompts are.
+    """
     fits = request.truncate_prompt_tokens is None
     max_len = front.client.limits.max_len if front.client.limits and fits else None
-    try:
-        return [
-            await front.encode(prompt, max_len=max_len) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
-    except ValueError as error:
-        raise prompt_error(error, "input") from error
+    encoded = []
+    for prompt, field in zip(prompts, fields, strict=True):
+        try:
+            if isinstance(prompt, str):
+                prompt = await front.encode(prompt, max_len=max_len)
+        except ValueError as error:
+            raise prompt_error(error, field) from error
+        encoded.append(prompt)
+    return encoded
 
 
 async def _embed(
-    front: Front, prompts: Sequence[list[int]], request: PooledRequest
+    front: Front,
+    texts: Sequence[str | list[int]],
+    request: PooledRequest,
+    fields: Sequence[str],
 ) -> tuple[list[Vector], dict[str, int]]:
     """(vectors as the model has them, usage)"""
     if front.embedding is None:
@@ -182,17 +198,25 @@ async def _embed(
             "model",
             "unsupported_value",
         )
-    return await pool(front, prompts, request, Pooling(kind=front.embedding.kind))
+    prompts = await encode(front, texts, request, fields)
+    return await pool(front, prompts, request, fields, Pooling(kind=front.embedding.kind))
 
 
 async def pool(
-    front: Front, prompts: Sequence[list[int]], request: PooledRequest, pooling: Pooling
+    front: Front,
+    prompts: Sequence[list[int]],
+    request: PooledRequest,
+    fields: Sequence[str],
+    pooling: Pooling,
 ) -> tuple[list[Vector], dict[str, int]]:
-    """(a vector of each prompt, usage); raises ApiError for what cannot be served."""
+    """(a vector of each prompt, usage); fields are as for `encode`.
+
+    Raises ApiError for what cannot be served.
+    """
     options, params = request_options(front, request), request.params(pooling)
     kept = [front.truncate(prompt, params) for prompt in prompts]
-    for prompt in kept:
-        check_prompt(front, prompt, params, "input")
+    for prompt, field in zip(kept, fields, strict=True):
+        check_prompt(front, prompt, params, field)
     num_tokens = sum(map(len, kept))
     check_queue(front, len(kept), num_tokens)
     scope().end_reading()
@@ -213,32 +237,45 @@ def _finish(front: Front, vector: Vector) -> Vector:
 
 
 async def _score(
-    front: Front, pairs: Sequence[tuple[str, str]], request: PooledRequest, instruction: str
+    front: Front,
+    pairs: Sequence[tuple[str, str]],
+    request: PooledRequest,
+    instruction: str,
+    fields: tuple[str, str],
 ) -> tuple[list[float], dict[str, int]]:
+    """
+    Args:
+        fields: of the request, in which the pairs' first texts are, and their second ones.
+    """
     if front.judges:
-        return await _judge(front, pairs, request, instruction)
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    prompts = await encode(front, texts, request)
-    vectors, usage = await _embed(front, prompts, request)
+        return await _judge(front, pairs, request, instruction, fields)
+    field_of = {text: field for pair in pairs for text, field in zip(pair, fields, strict=True)}
+    vectors, usage = await _embed(front, [*field_of], request, [*field_of.values()])
     units = {
         text: vector / max(float(np.linalg.norm(vector)), 1e-12)
-        for text, vector in zip(texts, vectors, strict=True)
+        for text, vector in zip(field_of, vectors, strict=True)
     }
     return [float(units[first] @ units[second]) for first, second in pairs], usage
 
 
 async def _judge(
-    front: Front, pairs: Sequence[tuple[str, str]], request: PooledRequest, instruction: str
+    front: Front,
+    pairs: Sequence[tuple[str, str]],
+    request: PooledRequest,
+    instruction: str,
+    fields: tuple[str, str],
 ) -> tuple[list[float], dict[str, int]]:
     """The probability of yes, where no is the alternative."""
+    # What is wrong with a prompt of both texts is the longer one's.
+    longer = [fields[len(query) < len(document)] for query, document in pairs]
     prompts = []
-    for query, document in pairs:
+    for (query, document), field in zip(pairs, longer, strict=True):
         asked = f"<Instruct>: {instruction}\n\n<Query>: {query}\n\n<Document>: {document}"
         messages = [{"role": "system", "content": _JUDGE}, {"role": "user", "content": asked}]
         try:
             prompts.append(await front.encode_chat(messages, enable_thinking=False))
         except ValueError as error:
-            raise prompt_error(error, "documents") from error
+            raise prompt_error(error, field) from error
     yes, no = (front.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("yes", "no"))
-    logits, usage = await pool(front, prompts, request, Pooling(logits=[yes, no]))
+    logits, usage = await pool(front, prompts, request, longer, Pooling(logits=[yes, no]))
     return [float(1 / (1 + np.exp(-np.float64(own[0] - own[1])))) for own in logits], usage

@@ -66,7 +66,7 @@ def _add_models(router: APIRouter, front: Front) -> None:
             "object": "model",
             "created": created,
             "owned_by": "manta",
-            "root": front.model,
+            "root": front.client.weights or front.model,
             "parent": None,
             "max_model_len": limits.max_len if limits else None,
         }

@@ -1,6 +1,7 @@
 """The message of an answer, made of a model's text."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from pydantic_core import from_json
@@ -59,24 +60,25 @@ class AnswerParser:
             message["tool_calls"] = calls
         return message
 
-    def finish_reason(self, reason: str | None, stop_reason: int | str | None) -> str | None:
+    def finish_reason(self, reason: str | None) -> str | None:
         """OpenAI's name for an end at which tools are called.
 
-        A call that one of the request's own stops has cut is not for anybody to carry out.
+        A call in which the output ends is not for anybody to carry out.
         """
         called = self._parser is not None and self._parser.num_calls > 0
-        if not called or reason != "stop":
-            return reason
-        return reason if stop_reason is not None and self.is_cut else "tool_calls"
+        return "tool_calls" if called and reason == "stop" and not self.is_cut else reason
 
     @property
     def is_cut(self) -> bool:
-        """Whether the last call's arguments are not whole."""
-        try:
-            from_json("".join(self._arguments))
-        except ValueError:
+        """Whether the last call's arguments are the beginning of some. What is no JSON is whole."""
+        arguments = "".join(self._arguments)
+        with suppress(ValueError):
+            from_json(arguments)
+            return False
+        with suppress(ValueError):
+            from_json(arguments, allow_partial=True)
             return True
-        return False
+        return not arguments
 
     @property
     def is_over(self) -> bool:

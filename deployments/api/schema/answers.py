@@ -54,7 +54,7 @@ class TokenizerInfo(BaseModel):
 
 
 class Obeyed(Answer):
-    status: Literal["started", "written", "asleep", "awake"]
+    status: Literal["started", "written", "asleep", "awake", "updated"]
 
 
 class Version(Answer):

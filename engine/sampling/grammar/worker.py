@@ -30,6 +30,8 @@ _MAX_WHITESPACE = 32
 # A byte that no text has. What begins with it can come where a grammar names the token, and nowhere
 # else; a token without any bytes could not come at all.
 _NO_TEXT = b"\xff"
+# Of a pattern in a string of JSON, as grammars are printed.
+_AUTOMATON = re.compile(r'Regex\("(.*)", json_string=true\)')
 # Characters of what xgrammar says is wrong: it may quote all of the grammar.
 _MAX_REASON = 500
 
@@ -68,14 +70,14 @@ def compile_grammar(compiler: Any, wanted: StructuredOutputs) -> Any:
     if wanted.structural_tag is not None:
         return compiler.compile_structural_tag(wanted.structural_tag)
     schema = {"type": "object"} if wanted.json_object else wanted.closed_schema()
-    for pattern in _patterns(schema):
-        _check_pattern(pattern)
-    return compiler.compile_json_schema(
+    grammar = xgrammar.Grammar.from_json_schema(
         schema,
         any_whitespace=not wanted.disable_any_whitespace,
         max_whitespace_cnt=None if wanted.disable_any_whitespace else _MAX_WHITESPACE,
         strict_mode=False,  # in xgrammar's, an array without `items` could only be empty
     )
+    _check_patterns(schema, grammar)
+    return compiler.compile_grammar(grammar)
 
 
 def _patterns(schema: Any) -> Iterator[str]:
@@ -88,14 +90,16 @@ def _patterns(schema: Any) -> Iterator[str]:
         yield from _patterns(part)
 
 
-def _check_pattern(pattern: str) -> None:
-    """Raises ValueError where xgrammar would forget that it writes a string of JSON.
+def _check_patterns(schema: Any, grammar: Any) -> None:
+    """Raises ValueError for one of which xgrammar forgets that it writes a string of JSON.
 
     It does for what its automata cannot do.
     """
-    grammar = xgrammar.Grammar.from_json_schema({"type": "string", "pattern": pattern})
-    if "json_string=true" not in str(grammar) and CHARACTER not in pattern:
-        raise ValueError(f"json: the pattern {pattern!r} is not supported in a string of JSON")
+    printed = _AUTOMATON.findall(str(grammar))
+    kept = {re.sub(r"\\(.)", r"\1", pattern) for pattern in printed}
+    for pattern in _patterns(schema):
+        if pattern not in kept and CHARACTER not in pattern:
+            raise ValueError(f"json: the pattern {pattern!r} is not supported in a string of JSON")
 
 
 def _literal(text: str) -> str:
