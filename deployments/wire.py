@@ -101,8 +101,8 @@ def decode_request(packed: bytes) -> Request:
     return Request(**values | {"params": pickle.loads(values["params"])})
 
 
-# Of most deltas what stands at the end, and is left out then.
-_MOSTLY = [None, None, None, (0, 0), (), (0, 0)]
+# What stands at the end of most deltas, and is left out then.
+_USUAL_END = [None, None, None, (0, 0), (), (0, 0)]
 
 
 def encode_delta(delta: TokenDelta) -> list[Any]:
@@ -117,7 +117,7 @@ def encode_delta(delta: TokenDelta) -> list[Any]:
         *(delta.logprobs, delta.prompt_logprobs, delta.vector),
         *(delta.num_predicted, delta.waits, delta.num_drafted),
     ]
-    if more != _MOSTLY:
+    if more != _USUAL_END:
         values += more
     return values
 

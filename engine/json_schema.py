@@ -49,6 +49,7 @@ _OTHER_FORMATS = {
     *("regex", "json-pointer", "relative-json-pointer"),
     *("iri", "iri-reference", "idn-email", "idn-hostname"),
 }
+_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 _Types = list[str] | None  # None is any
 
 
@@ -226,6 +227,10 @@ def _types(given: Any, path: str) -> _Types:
     names = given if isinstance(given, list) else [given]
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}.type: must be a type's name or a list of them (got {given!r})")
+    for name in names:
+        if name not in _TYPES:
+            known = ", ".join(_TYPES)
+            raise ValueError(f"{path}.type: {name!r:.100} is no type of JSON, which are {known}")
     return [name for name in names if name != "integer" or "number" not in names]
 
 

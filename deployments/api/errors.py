@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -74,7 +75,7 @@ class ApiError(Exception):
             case RequestValidationError():
                 return validation_error(explain(error.errors(), {"body": error.body}))
             case HTTPException():
-                return cls(error.status_code, str(error.detail), headers=error.headers)
+                return cls(error.status_code, _said(error), headers=error.headers)
             case RequestRefusedError():
                 field = str(error).partition(":")[0]
                 return cls(400, str(error), field if field in SamplingParams.model_fields else None)
@@ -123,6 +124,17 @@ class ApiError(Exception):
     @property
     def _shown_message(self) -> str:
         return _encodable(cut(self.message, _MAX_MESSAGE))
+
+
+def _said(error: HTTPException) -> str:
+    """What it says, and more than the status' name where FastAPI has found no endpoint."""
+    current = scope()
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{current.path} does not take {current.method}; send {allowed}"
+    if error.status_code == HTTPStatus.NOT_FOUND and error.detail == HTTPStatus.NOT_FOUND.phrase:
+        return f"there is no {current.path}; /docs lists what there is"
+    return str(error.detail)
 
 
 def report(error: Exception) -> ApiError:

@@ -64,10 +64,12 @@ def test_version_and_unknown_paths(demo: LocalServer) -> None:
     answers.Version.model_validate(httpx.get(f"{demo.url}/version").json())
     unknown = httpx.get(f"{demo.url}/v1/engines")
     assert unknown.status_code == 404
-    answers.Error.model_validate(unknown.json())
+    said = answers.Error.model_validate(unknown.json()).error.message
+    assert said == "there is no /v1/engines; /docs lists what there is"
     wrong_way = httpx.get(f"{demo.url}/v1/chat/completions")
     assert wrong_way.status_code == 405 and wrong_way.headers["allow"] == "POST"
-    answers.Error.model_validate(wrong_way.json())
+    said = answers.Error.model_validate(wrong_way.json()).error.message
+    assert said == "/v1/chat/completions does not take GET; send POST"
 
 
 def test_whether_it_is_ready_and_how_much_it_has_to_do(demo: LocalServer) -> None:

@@ -24,7 +24,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "/tokenize": {},
 }
 BAD_SCHEMA: dict[str, Any] = {"properties": {"a": {"not": {}}}}
-NO_TYPE: dict[str, Any] = {"type": "thing"}  # which only the compiler finds
+NOT_CLOSED: dict[str, Any] = {"type": "string", "pattern": "(a"}  # which only the compiler finds
 
 
 def tool(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +80,14 @@ def refused(server: LocalServer, path: str, body: str | dict[str, Any]) -> answe
         (TEXT, "{", None, "the body is not valid JSON"),
         (TEXT, "[1]", None, "a valid dictionary"),
         # What else it is called here is nobody's business.
+        (
+            CHAT,
+            {"response_format": named({"type": "thing"})},
+            "response_format",
+            "type: 'thing' is",
+        ),
         (CHAT, {"response_format": named(BAD_SCHEMA)}, "response_format", "properties.a: the"),
-        (CHAT, {"response_format": named(NO_TYPE)}, "response_format", "response_format: Unsupp"),
+        (CHAT, {"response_format": named(NOT_CLOSED)}, "response_format", "response_format: Regex"),
         (TEXT, {"guided_regex": "(a"}, "guided_regex", "guided_regex: Regex parsing error"),
         (TEXT, {"structured_outputs": {"regex": "(a"}}, "structured_outputs", "structured_outputs"),
         (
@@ -103,7 +109,7 @@ def refused(server: LocalServer, path: str, body: str | dict[str, Any]) -> answe
             "tools.1.function.parameters.properties.a",
             "the keyword 'not'",
         ),
-        (CHAT, {"tools": [tool(NO_TYPE)], "tool_choice": "required"}, "tools", "tools: Unsupp"),
+        (CHAT, {"tools": [tool(NOT_CLOSED)], "tool_choice": "required"}, "tools", "tools: Regex"),
         (
             RESPONSES,
             {"tools": [{"type": "function", "name": "f", "parameters": BAD_SCHEMA}]}
@@ -112,7 +118,7 @@ def refused(server: LocalServer, path: str, body: str | dict[str, Any]) -> answe
             "tools.0.parameters.properties.a: the keyword 'not'",
         ),
         (RESPONSES, {"text": flat(BAD_SCHEMA)}, "text.format", "text.format: properties.a: the"),
-        (RESPONSES, {"text": flat(NO_TYPE)}, "text.format", "text.format: Unsupported type"),
+        (RESPONSES, {"text": flat(NOT_CLOSED)}, "text.format", "text.format: Regex parsing"),
         (RESPONSES, {"tool_choice": "required"}, "tool_choice", "no tools to choose from"),
         (RESPONSES, {"input": ASK * 5000}, "input", "input: 5000 are too many"),
     ],
@@ -227,7 +233,7 @@ def test_rows_of_a_batch_have_a_response_or_an_error() -> None:
     bodies: list[Any] = [
         {"messages": ASK, "max_tokens": 1},
         {"messages": [], "max_tokens": 1},
-        {"messages": ASK, "response_format": named(NO_TYPE)},
+        {"messages": ASK, "response_format": named(NOT_CLOSED)},
     ]
     lines = [json.dumps(request | {"body": body}).encode() for body in bodies] + [b"{"]
     formatted = JsonlFormat()

@@ -190,6 +190,11 @@ def test_what_can_be_written(
             "json.\\$defs.a.type: null contradicts what stands around it: string",
         ),
         ({"type": []}, "json.type: must be a type's name or a list"),
+        ({"type": "strin"}, "json.type: 'strin' is no type of JSON, which are array, boolean, int"),
+        (
+            {"type": "object", "properties": {"a": {"type": ["null", "int"]}}},
+            "json.properties.a.type: 'int' is no type",
+        ),
         ({"$ref": "#/$defs/a"}, "json.\\$ref: there is no '#/\\$defs/a' in the schema"),
         ({"$ref": "#a"}, "json.\\$ref: only references within"),
         ({"type": "string", "format": "regex"}, "json.format: 'regex' is not supported"),

@@ -287,7 +287,7 @@ def test_what_would_contradict_a_form(name: str) -> None:
         ({"regex": "(a)\\1"}, "Backreference is not supported"),
         ({"grammar": "start ::= foo"}, 'root rule with name "root" is not found'),
         ({"grammar": "root ::= " + "(" * 9999 + '"a"' + ")" * 9999}, "Nest layer exceeded"),
-        ({"json": {"type": "thing"}}, 'Unsupported type "thing"'),
+        ({"json": {"type": "string", "pattern": "(a"}}, "parenthesis is not closed"),
         ({"structural_tag": "{"}, "Invalid JSON"),
     ],
 )
