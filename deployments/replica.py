@@ -14,6 +14,7 @@ from ray.util.placement_group import get_current_placement_group
 from deployments.application import build_application
 from deployments.args import AppArgs
 from deployments.autoscaling import engine_load
+from deployments.front.engine_client import EngineUnavailableError
 from deployments.front.front import Front
 from deployments.observe.ray_metrics import RayMetrics
 from deployments.observe.replica_watch import ReplicaWatch
@@ -91,13 +92,15 @@ class Replica:
         await self._front.update_own_weights(path)
 
     async def _update_all_weights(self, path: str) -> None:
-        """On every replica. Raises ValueError where one of them cannot."""
+        """On every replica. Raises what one raises that cannot; the others have them then."""
         timeout_s = self._args.startup_timeout_s
         answers = await Peers().ask("update_weights", path, timeout_s=timeout_s)
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         if failures:
             cause = getattr(failures[0], "cause", None) or failures[0]
-            raise ValueError(f"on {len(failures)} of {len(answers)} replicas: {cause}")
+            gone = isinstance(cause, EngineUnavailableError)
+            kind = EngineUnavailableError if gone else ValueError
+            raise kind(f"{len(failures)} of {len(answers)} replicas cannot: {cause}")
 
     def record_routing_stats(self) -> dict[str, Any]:
         """Called by Serve every routing stats period; routers that see no prompts see it."""

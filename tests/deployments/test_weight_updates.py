@@ -130,7 +130,9 @@ def test_all_replicas_have_them_after_a_crash_too(
 
     try:
         before, _ = said(url)
-        assert update(url, Path("manta-demo")).status_code == 400
+        refused = update(url, Path("manta-demo"))
+        assert refused.status_code == 400
+        assert "2 of 2 replicas cannot: model_path: " in refused.json()["error"]["message"]
         assert weights() == [None, None]
         assert update(url, others).json() == {"status": "updated"}
         assert weights() == [str(others)] * 2
