@@ -17,17 +17,17 @@ def build_application(
     """See `build_api`."""
     api = build_api(front, service, tells_request_ids)
     if service.files_directory is not None:
-        _add_files(api, front, service.files_directory)
+        _add_files(api, front, service.files_directory, service.max_request_bytes)
     return api
 
 
-def _add_files(api: FastAPI, front: Front, directory: str) -> None:
+def _add_files(api: FastAPI, front: Front, directory: str, max_line_bytes: int) -> None:
     from deployments.files.batches import BatchRunner
     from deployments.files.routes import routes
     from deployments.files.store import FileStore
 
     store = FileStore(directory)
-    runner = BatchRunner(front, store)
+    runner = BatchRunner(front, store, max_line_bytes)
     api.include_router(routes(store, runner))
 
     @asynccontextmanager

@@ -49,8 +49,7 @@ def read(model: type[M], body: bytes, max_bytes: int) -> M:
 
 def parse(body: bytes, max_bytes: int, may_be_cut: bool = False) -> Any:
     """The JSON, or what there is of it if it `may_be_cut`. Raises ApiError."""
-    if len(body) > _SMALL_BYTES:
-        _check_cost(body, max(max_bytes // _BYTES_PER_NUMBER, _LEAST_NUMBERS))
+    check_cost(body, max_bytes)
     try:
         body = body.removeprefix(_BYTE_ORDER_MARK)
         if may_be_cut:  # perhaps within a character
@@ -60,7 +59,11 @@ def parse(body: bytes, max_bytes: int, may_be_cut: bool = False) -> Any:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
 
 
-def _check_cost(body: bytes, limit: int) -> None:
+def check_cost(body: bytes, max_bytes: int) -> None:
+    """Raises ApiError for more values than the largest body may have."""
+    if len(body) <= _SMALL_BYTES:
+        return
+    limit = max(max_bytes // _BYTES_PER_NUMBER, _LEAST_NUMBERS)
     escapes = body.count(b"\\") // _ESCAPES_PER_NUMBER
     if escapes + _most_it_costs(body) <= limit:
         return

@@ -10,7 +10,9 @@ from typing import Any, Literal
 from pyarrow import NativeFile
 from pydantic import Field, ValidationError
 
+from deployments.api.bodies import check_cost
 from deployments.api.errors import ApiError, validation_error
+from deployments.api.requests.body_reader import TOO_LARGE
 from deployments.batch.rows import Answer, Row
 from deployments.batch.storage import Location
 from engine.sampling_params import SamplingParams
@@ -30,6 +32,13 @@ class JsonlFormat:
     """Slices of a file begin at a byte; empty lines are no rows."""
 
     suffix = ".jsonl"
+
+    def __init__(self, max_line_bytes: int | None = None) -> None:
+        """
+        Args:
+            max_line_bytes: a line costs no more than a body of so many bytes, or is not read.
+        """
+        self._max_line_bytes = max_line_bytes
 
     def check(self, sampling: SamplingParams) -> None:
         """All that can be asked for has its place in an answer."""
@@ -52,7 +61,7 @@ class JsonlFormat:
         seen: set[str] = set()
         with source.filesystem.open_input_stream(source.path, compression=None) as file:
             for number, line in enumerate(io.BufferedReader(file, 1 << 20), start=1):
-                if (custom_id := _parse(line).custom_id) in seen:
+                if (custom_id := self._parse(line).custom_id) in seen:
                     yield number, str(custom_id)
                 elif custom_id is not None:
                     seen.add(custom_id)
@@ -63,7 +72,19 @@ class JsonlFormat:
             return list(islice(_lines(file), num_rows))
 
     def parse(self, lines: Sequence[bytes]) -> list[Row]:
-        return [_parse(line) for line in lines]
+        return [self._parse(line) for line in lines]
+
+    def _parse(self, line: bytes) -> Row:
+        most = self._max_line_bytes
+        if most is not None and len(line) > most:
+            message = f"the line is larger than {most} bytes (max_request_bytes)"
+            return Row(error=ApiError(413, message, code=TOO_LARGE))
+        try:
+            if most is not None:
+                check_cost(line, most)
+            return _parse(line)
+        except ApiError as error:
+            return Row(error=error)
 
     def encode(
         self, lines: Sequence[bytes], rows: Sequence[Row], answers: Sequence[Answer]

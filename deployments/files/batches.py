@@ -48,11 +48,21 @@ class _TakenError(Exception):
 class BatchRunner:
     """Works off the batches that come to this replica, and those that others have left."""
 
-    def __init__(self, front: Front, store: FileStore, retry_s: float = _RETRY_S) -> None:
+    def __init__(
+        self,
+        front: Front,
+        store: FileStore,
+        max_line_bytes: int | None = None,
+        retry_s: float = _RETRY_S,
+    ) -> None:
+        """
+        Args:
+            max_line_bytes: see `JsonlFormat`.
+        """
         self._front = front
         self._store = store
         self._retry_s = retry_s
-        self._format = JsonlFormat()
+        self._format = JsonlFormat(max_line_bytes)
         self._name = secrets.token_hex(8)  # in leases
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ended: set[str] = set()  # batches, which stay so
@@ -150,7 +160,8 @@ class BatchRunner:
         async def work_off(number: int) -> None:
             start, num_rows = parts[number]
             raw = await asyncio.to_thread(self._format.read, source, start, num_rows)
-            rows = [_checked(row, record["endpoint"]) for row in self._format.parse(raw)]
+            parsed = await asyncio.to_thread(self._format.parse, raw)
+            rows = [_checked(row, record["endpoint"]) for row in parsed]
             said = await self._answer(directory, record, rows, number * _ROWS_PER_PART)
             if said is not None:
                 await asyncio.to_thread(self._write, results, number, raw, rows, said)

@@ -107,6 +107,21 @@ def test_a_batch_is_answered_line_by_line(server: LocalServer) -> None:
     wait_until(server.is_idle)
 
 
+def test_a_line_costs_no_more_than_a_body_may(tmp_path: Path) -> None:
+    """It is no way around what a server takes at a time."""
+    options = OPTIONS | {"files_directory": str(tmp_path), "max_request_bytes": 2**20}
+    values = line(1, logit_bias={str(i): 0 for i in range(70_000)})
+    large = line(2, user="x" * 2**20)
+    with serve_locally(**options) as server, server.client() as client:
+        batch = run_batch(client, jsonl(line(0), values, large))
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (3, 1, 2)
+        lines = map(json.loads, client.files.content(batch.error_file_id).text.splitlines())
+        told = [one["error"] for one in lines]
+    assert "too many values" in told[0]["message"]
+    assert "max_request_bytes" in told[1]["message"]
+
+
 def test_a_batch_without_requests_fails(server: LocalServer) -> None:
     with server.client() as client:
         batch = run_batch(client, b"\n\n")
