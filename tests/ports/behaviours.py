@@ -847,7 +847,7 @@ REFUSED: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
             {},
         ),
         "changing weights over HTTP": (
-            "a deployment has one checkpoint; deploy anew",
+            "it needs enable_weight_updates, for clients may name any path",
             "/update_weights_from_disk",
             {"model_path": "a"},
         ),
