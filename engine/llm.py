@@ -87,6 +87,7 @@ class LLM:
         try:
             self.engine = Engine(self.config, leader, show_progress=True)
         except BaseException:
+            leader.close()
             self._followers.close(patience_s=0)
             raise
         directory = directory_of(self.config)
@@ -283,9 +284,11 @@ class LLM:
             return prompt, self.get_tokenizer().encode(prompt), ""
         if not isinstance(prompt, Mapping):
             return None, token_ids_of(prompt), ""
-        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-        if unknown:
-            raise ValueError(f"unknown keys {sorted(unknown)}; known: prompt, prompt_token_ids")
+        known = ("prompt", "prompt_token_ids", "cache_salt")
+        if unknown := set(prompt).difference(known):
+            raise ValueError(f"unknown keys {sorted(unknown)}; known: {', '.join(known)}")
+        if isinstance(prompt.get("prompt_token_ids"), str):
+            raise ValueError("prompt_token_ids: should be a list of token ids; a text is a prompt")
         inner = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if inner is None:
             raise ValueError("a dict prompt needs 'prompt' or 'prompt_token_ids'")

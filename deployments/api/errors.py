@@ -73,7 +73,9 @@ class ApiError(Exception):
             case ApiError():
                 return error
             case RequestValidationError():
-                return validation_error(explain(error.errors(), {"body": error.body}))
+                found = error.errors()
+                asked = {d["loc"][1]: d["input"] for d in found if d["loc"][0] == "query"}
+                return validation_error(explain(found, {"body": error.body, "query": asked}))
             case HTTPException():
                 return cls(error.status_code, _said(error), headers=error.headers)
             case RequestRefusedError():
@@ -155,7 +157,7 @@ def error_response(error: Exception) -> JSONResponse:
 
 def validation_error(faults: list[tuple[str, str]]) -> ApiError:
     """400 for (field, sentence) pairs as `engine.strict.explain` gives."""
-    faults = [(field.removeprefix("body").removeprefix("."), message) for field, message in faults]
+    faults = [(re.sub(r"^(body|query)(\.|$)", "", field), message) for field, message in faults]
     message = "; ".join(f"{field}: {fault}" if field else fault for field, fault in faults)
     return ApiError(400, message, param=faults[0][0] or None)
 

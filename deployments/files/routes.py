@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 from starlette.datastructures import UploadFile
@@ -23,6 +23,7 @@ from engine.strict import shown
 from engine.text.request_model import RequestModel, Unserved
 
 _MAX_LISTED = 100
+Limit = Annotated[int, Query(ge=1, description=f"At most {_MAX_LISTED} are listed.")]
 
 
 class BatchRequest(RequestModel):
@@ -121,7 +122,7 @@ def _add_files(router: APIRouter, store: FileStore) -> None:
 
     @router.get("/v1/files", responses=documented(FileList))
     async def list_files(
-        limit: int = 100,
+        limit: Limit = 100,
         after: str = "",
         purpose: str = "",
         order: Literal["asc", "desc"] = "desc",
@@ -180,7 +181,7 @@ def _add_batches(router: APIRouter, store: FileStore, runner: BatchRunner) -> No
         return JSONResponse(await _told(store, record))
 
     @router.get("/v1/batches", responses=documented(BatchList))
-    async def list_batches(limit: int = 20, after: str = "") -> dict[str, Any]:
+    async def list_batches(limit: Limit = 20, after: str = "") -> dict[str, Any]:
         found = await asyncio.to_thread(store.all, _directory(), "batches")
         return _listed([await _told(store, record) for record in found], limit, after)
 
@@ -223,7 +224,7 @@ async def _told(store: FileStore, record: Record) -> Record:
 def _listed(records: Sequence[Record], limit: int, after: str) -> dict[str, Any]:
     ids = [record["id"] for record in records]
     start = ids.index(after) + 1 if after in ids else 0
-    page = records[start : start + max(1, min(limit, _MAX_LISTED))]
+    page = records[start : start + min(limit, _MAX_LISTED)]
     return {
         "object": "list",
         "data": page,

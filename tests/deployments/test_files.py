@@ -78,6 +78,9 @@ def test_a_file_is_kept_as_it_was_sent(server: LocalServer) -> None:
         assert file.id in {one.id for one in client.files.list(purpose="user_data")}
         assert not list(client.files.list(purpose="batch_output"))
         other = client.files.create(file=("other", b"{}"), purpose="user_data")
+        with pytest.raises(openai.BadRequestError, match="greater than or equal to 1") as refused:
+            client.files.list(limit=-3)
+        assert refused.value.param == "limit"
         oldest, newest = (list(client.files.list(order=o, limit=1)) for o in ("asc", "desc"))
         assert {file.id, other.id} <= {one.id for one in newest}
         assert oldest == newest[::-1]

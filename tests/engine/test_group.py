@@ -5,15 +5,18 @@ import socket
 import subprocess
 import sys
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 
+from engine import LLM, SamplingParams
 from engine.config import EngineConfig
 from engine.ranks.group import GroupAddress, Leader
 from engine.ranks.rank_group import Ranks
 from engine.runner import local_followers
 from engine.runner.local_followers import LocalFollowers
+from tests.conftest import CheckpointFactory
 
 _FOLLOW = """
 import pickle, sys, torch
@@ -77,3 +80,15 @@ def test_ranks_stay_on_the_gpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="2 ranks need a GPU each, and CUDA_VISIBLE_DEVICES=5"):
         LocalFollowers(EngineConfig(model="manta-demo", tensor_parallel_size=2), leader)
     leader.close()
+
+
+def test_after_a_start_that_fails_another_may_succeed(checkpoints: CheckpointFactory) -> None:
+    """In the same process, when the ranks have met already."""
+    options: Any = dict(tensor_parallel_size=2, device="cpu", num_threads=1, num_blocks=64)
+    model = str(checkpoints("qwen3"))
+    with pytest.raises(ValueError, match="cuda_graph_sizes"):
+        LLM(model, cuda_graph_sizes=[1], **options)
+    llm = LLM(model, **options)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    assert len(llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids) == 2
+    llm.close()

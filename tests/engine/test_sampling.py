@@ -370,7 +370,8 @@ def test_without_a_seed_a_program_says_the_same_in_every_run(directory: Path) ->
         ([], "the prompt is empty"),
         ([1] * 128, "128 tokens.*context window is 128"),
         ([400], "token id 400 is outside the vocabulary"),
-        ({"text": "x"}, r"unknown keys \['text'\]"),
+        ({"text": "x"}, r"unknown keys \['text'\]; known: .*, cache_salt"),
+        ({"prompt_token_ids": "x"}, "should be a list of token ids"),
         ({}, "needs 'prompt' or 'prompt_token_ids'"),
     ],
 )
