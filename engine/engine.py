@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.checkpoint.directory import directory_of
+from engine.checkpoint.source import told_of
 from engine.config import EngineConfig
 from engine.models.shared import WeightFiles
 from engine.ranks.group import Leader
 from engine.runner.commands import DraftTokens, Profile, Sleep, UpdateWeights
 from engine.runner.executor import Executor
+from engine.runner.new_weights import read_alike
 from engine.sampling.grammar.compiler import GrammarCompiler
 from engine.sampling.grammar.prerequisite import CompiledGrammars
 from engine.schedule.antechamber import Antechamber
@@ -303,10 +305,8 @@ class Engine:
         """
         if self.is_sleeping:
             raise ValueError("the engine is asleep; wake it up first")
-        try:
-            self.runner.check_alike(model_path)
-        except ValueError as error:
-            raise ValueError(f"model_path: {str(error).removeprefix('model: ')}") from error
+        with told_of("model_path"):
+            read_alike(self.config, self.runner.shape, model_path)
         while self._in_flight:
             self._brought += self._retire()
         self.scheduler.forget_computed()

@@ -1,6 +1,8 @@
 """Where a checkpoint is: a directory, a GGUF file, a repository on the hub, or a URI."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -13,6 +15,15 @@ from engine.demo import DEMO_MODEL
 from engine.progress import Progress
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
+
+
+@contextmanager
+def told_of(field: str) -> Iterator[None]:
+    """What is wrong with a checkpoint is said of the field that names it, if not `model`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}: {str(error).removeprefix('model: ')}") from error
 
 
 def resolve(model: str, revision: str | None = None, wanted: list[str] = _FILES) -> Path:

@@ -11,7 +11,6 @@ from engine.ranks.group import Leader
 from engine.ranks.rank_group import Ranks
 from engine.runner.commands import Command, LaunchStep, Result
 from engine.runner.model_runner import ModelRunner
-from engine.runner.new_weights import read_alike
 from engine.runner.preflight import read_model
 from engine.schedule.step import StepPlan, StepResult
 
@@ -71,8 +70,6 @@ def load_runner(
     files: WeightFiles | None = None,
 ) -> ModelRunner:
     """One rank's part of the configured model. Raises ValueError for what does not fit it."""
-    directory, shape, draft = read_model(config)
+    directory, (of_weights, shape), draft = read_model(config)
     eos = frozenset(id for id in eos_token_ids(directory) if 0 <= id < shape.vocab_size)
-    if config.weights is not None:
-        directory, shape = read_alike(config, shape, config.weights)
-    return ModelRunner(config, shape, directory, eos, ranks, show_progress, files, draft)
+    return ModelRunner(config, shape, of_weights, eos, ranks, show_progress, files, draft)

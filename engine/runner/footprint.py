@@ -13,7 +13,7 @@ from engine.runner.preflight import read_model
 
 def describe(config: EngineConfig) -> dict[str, str]:
     """What serving it would take, by topic. Raises ValueError for what would be refused."""
-    directory, shape, draft = read_model(config)
+    _, (directory, shape), draft = read_model(config)
     device = select_device(config.device)
     config.check_device(device.type)
     dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)

@@ -56,7 +56,7 @@ class ModelRunner:
             files: see `load_model`.
         """
         self._files = files
-        self._shape = shape
+        self.shape = shape
         self._resting: list[RestingModel] = []
         self.device = select_device(config.device)
         self.ranks = ranks or Ranks()
@@ -280,10 +280,6 @@ class ModelRunner:
         self._allocate(self.num_blocks)
         self._record()
 
-    def check_alike(self, path: str) -> tuple[Path, ModelShape]:
-        """See `read_alike`."""
-        return read_alike(self.config, self._shape, path)
-
     def update_weights(self, path: str) -> str | None:
         """Compute with another checkpoint's from now on, over an empty KV cache.
 
@@ -293,7 +289,8 @@ class ModelRunner:
         self.sleep()
         model, failure = self.model, None
         try:
-            model = self._load(with_weights_of(self.config, path), *self.check_alike(path))
+            other = read_alike(self.config, self.shape, path)
+            model = self._load(with_weights_of(self.config, path), *other)
         except (ValueError, OSError, RuntimeError) as error:
             failure = str(error)
             logger.warning("The weights of %s are not computed with: %s", path, failure)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.checkpoint.directory import directory_of
 from engine.checkpoint.files import read_json
-from engine.checkpoint.source import resolve
+from engine.checkpoint.source import resolve, told_of
 from engine.config import EngineConfig
 from engine.device.select import select_device
 from engine.models.config import ModelConfig
@@ -22,8 +22,8 @@ from engine.runner.new_weights import read_alike
 Checkpoint = tuple[Path, ModelShape]
 
 
-def read_model(config: EngineConfig) -> tuple[Path, ModelShape, Checkpoint | None]:
-    """The checkpoint's directory, its model, and the draft model's if there is one.
+def read_model(config: EngineConfig) -> tuple[Path, Checkpoint, Checkpoint | None]:
+    """The model's directory, the checkpoint with its weights, and the draft model's, if any.
 
     Raises ValueError for what does not fit it.
     """
@@ -36,18 +36,17 @@ def read_model(config: EngineConfig) -> tuple[Path, ModelShape, Checkpoint | Non
             f"be at most {shape.max_position}"
         )
     shape.check_divisible(config.num_ranks)
-    if config.weights is not None:
-        try:
-            read_alike(config, shape, config.weights)
-        except ValueError as error:
-            raise ValueError(f"weights: {str(error).removeprefix('model: ')}") from error
     if config.deterministic and not isinstance(shape, ModelConfig):
         raise ValueError(
             f"deterministic: only models of our own blocks are, not this: {shape.description}"
         )
     if shape.state_bytes:
         _check_states(config, shape)
-    return directory, shape, _read_draft(config, directory, shape)
+    weights = directory, shape
+    if config.weights is not None:
+        with told_of("weights"):
+            weights = read_alike(config, shape, config.weights)
+    return directory, weights, _read_draft(config, directory, shape)
 
 
 def _check_states(config: EngineConfig, shape: ModelShape) -> None:
@@ -67,12 +66,10 @@ def _read_draft(config: EngineConfig, directory: Path, shape: ModelShape) -> Che
     """Raises ValueError where it does not go with the model."""
     if config.draft_model is None:
         return None
-    try:
+    with told_of("draft_model"):
         own = resolve(config.draft_model)
         draft = read_config(own, config.max_model_len, config.model_impl)
         draft.check_divisible(config.num_ranks)
-    except ValueError as error:
-        raise ValueError(f"draft_model: {str(error).removeprefix('model: ')}") from error
     if draft.state_bytes:
         raise ValueError(f"draft_model: its states cannot be taken back: {draft.description}")
     length = config.max_model_len or shape.max_position
