@@ -46,11 +46,13 @@ class Replica:
         self._opened.push_async_callback(self._front.client.close)
         self._shards = ShardGroup(args, self._front.client, bundles)
         self._opened.callback(self._shards.stop)
+        self._peers = Peers()
         self._reports = ReplicaReports(self._front.client)
         if args.may_have_several_replicas:
             self._front.watch = ReplicaWatch().pictures
             self._front.update_weights = self._update_all_weights
-            await self._learn_weights()
+            if args.enable_weight_updates:
+                await self._learn_weights()
         await asyncio.gather(self._shards.start(), asyncio.to_thread(self._front.tokenizer.warm_up))
         metrics = RayMetrics(self._front.client.metrics)
         tasks = [asyncio.create_task(metrics.publish_forever())]
@@ -73,17 +75,21 @@ class Replica:
         """This replica for whoever watches them all; see `EngineClient.watch`."""
         return {"replica": serve.get_replica_context().replica_tag, **self._front.client.watch()}
 
-    async def weights(self) -> str | None:
-        """The checkpoint whose weights are computed with, if not the model's own."""
-        return self._front.client.weights
+    async def weights(self, model: str, given: str | None) -> str | None:
+        """The checkpoint that an update has brought a replica deployed with these, if one has.
+
+        In a rolling update others may be deployed with another model, or to have other weights.
+        """
+        is_alike = (model, given) == (self._args.model, self._args.weights)
+        return self._front.client.weights if is_alike else None
 
     async def _learn_weights(self) -> None:
         """Those of the replicas that there are, which may have been given others."""
-        peers = Peers()
-        for _ in range(_ASKED if self._args.enable_weight_updates else 0):
-            if answers := await peers.ask("weights"):
-                told = [path for path in answers if isinstance(path, str)]
-                self._front.client.weights = told[0] if told else self._args.weights
+        for _ in range(_ASKED):
+            if answers := await self._peers.ask("weights", self._args.model, self._args.weights):
+                for path in answers:
+                    if isinstance(path, str):
+                        self._front.client.weights = path
                 return
             await asyncio.sleep(_ASK_S)
 
@@ -94,7 +100,9 @@ class Replica:
     async def _update_all_weights(self, path: str) -> None:
         """On every replica. Raises what one raises that cannot; the others have them then."""
         timeout_s = self._args.startup_timeout_s
-        answers = await Peers().ask("update_weights", path, timeout_s=timeout_s)
+        answers = await self._peers.ask("update_weights", path, timeout_s=timeout_s)
+        if not answers:
+            raise EngineUnavailableError("Serve has not told yet which replicas there are")
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         if failures:
             cause = getattr(failures[0], "cause", None) or failures[0]

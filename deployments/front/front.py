@@ -38,7 +38,6 @@ class Front:
         self.model = args.model
         self.model_name = args.model_name
         self.block_key = args.block_key
-        self._args = args
         self.tokenizer = load_tokenizer(directory)
         self.sampling_defaults = sampling_defaults(directory)
         templates = self.tokenizer.chat_templates
@@ -51,7 +50,8 @@ class Front:
         self.reasoning = reasoning_format(args.reasoning_parser, templates.source())
         self.has_priorities = args.scheduling_policy == "priority"
         self.client = EngineClient(args)
-        self.fingerprint = self._fingerprint()
+        settings = f"{VERSION} {args.engine_config.model_dump_json()}"
+        self._settings = hashlib.sha256(settings.encode()).hexdigest()
         # Of every replica of this model, what is to be seen, and what is computed with: a replica
         # among several asks them all.
         self.watch: Callable[[], Awaitable[list[dict[str, Any]]]] = self.watch_own_engine
@@ -59,10 +59,10 @@ class Front:
         self.num_open = 0  # requests being answered
         self.is_draining = False
 
-    def _fingerprint(self) -> str:
+    @property
+    def fingerprint(self) -> str:
         """Of what decides about an answer beside its request."""
-        config = self._args.engine_config.model_copy(update={"weights": self.client.weights})
-        state = f"{VERSION} {config.model_dump_json()}"
+        state = f"{self._settings} {self.client.weights}"
         return f"fp_{hashlib.sha256(state.encode()).hexdigest()[:12]}"
 
     async def update_own_weights(self, path: str) -> None:
@@ -74,7 +74,6 @@ class Front:
         if failure is not None:
             raise ValueError(failure)
         self.client.weights = path
-        self.fingerprint = self._fingerprint()
 
     def special_tokens(self, marks: Iterable[str]) -> dict[str, int]:
         """Those of the marks that are special tokens, which have no text of their own."""

@@ -19,6 +19,7 @@ from tests.deployments.local_server import LocalServer, serve_locally
 from tests.engine.test_new_weights import move
 
 APP = "weights"
+TINY: dict[str, Any] = {"served_model_name": "tiny", "dtype": "float32", "num_blocks": 64}
 BODY: dict[str, Any] = {"prompt": "abc", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 
 
@@ -30,13 +31,7 @@ def others(tiny_model: Path, edited: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def tiny_server(tiny_model: Path) -> Iterator[LocalServer]:
-    with serve_locally(
-        model=str(tiny_model),
-        served_model_name="tiny",
-        dtype="float32",
-        num_blocks=64,
-        enable_weight_updates=True,
-    ) as server:
+    with serve_locally(model=str(tiny_model), **TINY, enable_weight_updates=True) as server:
         yield server
 
 
@@ -93,13 +88,7 @@ def test_a_server_begins_with_the_weights_that_it_is_given(
 ) -> None:
     update(tiny_server.url, others)
     wanted, _ = said(tiny_server.url)
-    with serve_locally(
-        model=str(tiny_model),
-        served_model_name="tiny",
-        dtype="float32",
-        num_blocks=64,
-        weights=str(others),
-    ) as server:
+    with serve_locally(model=str(tiny_model), **TINY, weights=str(others)) as server:
         assert said(server.url)[0] == wanted
     with pytest.raises(ValueError, match=r"weights: .* is another model"):
         serve_locally(model=str(tiny_model), weights="manta-demo").__enter__()
@@ -115,9 +104,7 @@ def test_all_replicas_have_them_after_a_crash_too(
 ) -> None:
     args = AppArgs(
         model=str(tiny_model),
-        served_model_name="tiny",
-        dtype="float32",
-        num_blocks=64,
+        **TINY,
         num_replicas=2,
         num_cpus_per_shard=0.5,
         enable_weight_updates=True,
@@ -126,7 +113,8 @@ def test_all_replicas_have_them_after_a_crash_too(
     url, handle = f"{cluster}/{APP}", serve.get_app_handle(APP)
 
     def weights() -> list[Any]:
-        return handle.broadcast("weights").results(timeout_s=10, return_exceptions=True)
+        told = handle.broadcast("weights", args.model, args.weights)
+        return told.results(timeout_s=10, return_exceptions=True)
 
     try:
         before, _ = said(url)
@@ -136,7 +124,7 @@ def test_all_replicas_have_them_after_a_crash_too(
         assert weights() == [None, None]
         assert update(url, others).json() == {"status": "updated"}
         assert weights() == [str(others)] * 2
-        after, _ = said(url)
+        after, fingerprint = said(url)
         assert after != before
         for (shard,) in handle.broadcast("shard_pids").results(timeout_s=10):
             os.kill(shard, signal.SIGKILL)
@@ -145,5 +133,9 @@ def test_all_replicas_have_them_after_a_crash_too(
         gone.kill()
         wait_until(lambda: len(replicas()) == 2 and gone not in replicas(), what="another begins")
         wait_until(lambda: weights() == [str(others)] * 2, what="it serves, with the same weights")
+        assert {said(url) for _ in range(8)} == {(after, fingerprint)}
+        deployed = args.model_copy(update={"weights": str(tiny_model)})
+        serve.run(app(deployed), name=APP, route_prefix=f"/{APP}")
+        assert {said(url)[0] for _ in range(4)} == {before}, "what is deployed counts again"
     finally:
         serve.delete(APP)
